@@ -1,0 +1,1 @@
+//! The gRPC service: validates, converts, maps errors, and nothing else.

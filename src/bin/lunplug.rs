@@ -1,0 +1,3 @@
+//! lunplug.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! lunplugd.
+
+fn main() {}

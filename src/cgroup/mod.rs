@@ -1,0 +1,1 @@
+//! Device grants: which container may open which block device.

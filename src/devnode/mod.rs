@@ -1,0 +1,1 @@
+//! The volume's block node in the VM pod's hotplug directory.

@@ -1,0 +1,1 @@
+//! The libvirt domain: reading its XML, planning a change, applying it.

@@ -1,0 +1,1 @@
+//! Block devices by number: flush, exclusive probe, dm tables.

@@ -1,0 +1,1 @@
+//! All programs that lunplug runs, resolved once.

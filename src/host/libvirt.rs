@@ -1,0 +1,1 @@
+//! libvirt's connection, events and calls.

@@ -1,0 +1,1 @@
+//! OFD locks and small state files under /run/lunplug.

@@ -1,0 +1,1 @@
+//! The multipath daemon, spoken to over its socket.

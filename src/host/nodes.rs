@@ -1,0 +1,1 @@
+//! Device nodes, made and removed fd-relative beneath a pod's directory.

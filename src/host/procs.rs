@@ -1,0 +1,1 @@
+//! Processes and mounts, by /proc and pidfd.

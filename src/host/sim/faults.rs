@@ -1,0 +1,116 @@
+//! Faults to order: at any door, on any call, an error or a call that never returns.
+
+use std::io;
+use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
+
+/// What happens at the door.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FaultAction {
+    /// The call fails with this text.
+    Fail(String),
+    /// The call never returns: its caller's deadline has to end it.
+    Hang,
+    /// The call waits until the fault is cleared, then goes on.
+    Stall,
+}
+
+/// One fault: the calls that it meets, and what happens to them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// The door and call, e.g. `sysfs.write` or `libvirt.attach`.
+    pub point: String,
+    /// Only calls whose detail (path, arguments, alias) contains this.
+    #[serde(default)]
+    pub detail: String,
+    /// How many matching calls pass before the first that is met.
+    #[serde(default)]
+    pub skip: u32,
+    /// How many calls are met; `None` means all from then on.
+    #[serde(default)]
+    pub times: Option<u32>,
+    /// What happens to them.
+    pub action: FaultAction,
+}
+
+/// The faults in force, shared by all doors of one simulated host.
+#[derive(Debug, Default)]
+pub struct Faults {
+    active: Mutex<Vec<Fault>>,
+    changed: tokio::sync::Notify,
+}
+
+impl Faults {
+    /// Puts a fault in force.
+    pub fn inject(&self, fault: Fault) {
+        self.lock().push(fault);
+    }
+
+    /// Ends all faults; stalled calls go on.
+    pub fn clear(&self) {
+        self.lock().clear();
+        self.changed.notify_waiters();
+    }
+
+    /// Called by every simulated door before it does anything: returns at once, fails, or hangs.
+    pub async fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
+        match self.take(point, detail) {
+            None => Ok(()),
+            Some(FaultAction::Fail(text)) => Err(io::Error::other(text)),
+            Some(FaultAction::Hang) => std::future::pending().await,
+            Some(FaultAction::Stall) => {
+                let cleared = self.changed.notified();
+                cleared.await;
+                Ok(())
+            }
+        }
+    }
+
+    fn take(&self, point: &str, detail: &str) -> Option<FaultAction> {
+        for fault in self.lock().iter_mut() {
+            if fault.point != point || !detail.contains(&fault.detail) {
+                continue;
+            }
+            if fault.skip > 0 {
+                fault.skip -= 1;
+                continue;
+            }
+            match &mut fault.times {
+                Some(0) => continue,
+                Some(n) => *n -= 1,
+                None => {}
+            }
+            return Some(fault.action.clone());
+        }
+        None
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Fault>> {
+        // A poisoned list of faults is still a list of faults.
+        self.active.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_fault_meets_the_calls_it_names_and_no_other() {
+        let faults = Faults::default();
+        faults.inject(Fault {
+            point: "sysfs.write".into(),
+            detail: "scan".into(),
+            skip: 1,
+            times: Some(1),
+            action: FaultAction::Fail("no".into()),
+        });
+        assert!(faults.pass("sysfs.write", "host1/scan").await.is_ok(), "the first is skipped");
+        assert!(faults.pass("sysfs.write", "device/delete").await.is_ok(), "another detail");
+        assert!(faults.pass("sysfs.read", "host1/scan").await.is_ok(), "another door");
+        assert!(faults.pass("sysfs.write", "host1/scan").await.is_err());
+        assert!(faults.pass("sysfs.write", "host1/scan").await.is_ok(), "it was for one call");
+    }
+}

@@ -1,0 +1,1 @@
+//! The simulated libvirt, QEMU and guests.

@@ -1,0 +1,10 @@
+//! The simulated host: one set of doors behind which a small model of a node lives.
+//!
+//! Each door's model is in its own file; [`Faults`] makes any of them fail or hang.
+
+mod faults;
+pub mod hypervisor;
+pub mod pods;
+pub mod storage;
+
+pub use faults::{Fault, FaultAction, Faults};

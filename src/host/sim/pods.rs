@@ -1,0 +1,1 @@
+//! The simulated pods: directories, processes, cgroups and grants.

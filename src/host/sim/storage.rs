@@ -1,0 +1,1 @@
+//! The simulated SAN and SCSI layer: targets, sessions, sysfs, uevents, multipathd.

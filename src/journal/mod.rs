@@ -1,0 +1,1 @@
+//! The two stores: desired state (durable) and effects (this boot's).

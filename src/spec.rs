@@ -1,0 +1,233 @@
+//! What is asked for: a VM as registered, a volume as requested; and what is told back: phases.
+//!
+//! These are the daemon's own types. `api::convert` makes them from the wire's; the stores keep
+//! them as JSON.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::reason::Reason;
+use crate::types::{
+    Bus, CacheMode, DevNum, Iqn, Lun, Malformed, Portal, Serial, VmId, VolumeKey, VolumeName, Wwid,
+};
+
+/// Where the VM's QEMU and its libvirt are to be found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmPlace {
+    /// In a Kubernetes pod, found from the pod's UID in kubelet's directory layout.
+    Pod {
+        /// The pod's UID as kubelet writes it.
+        uid: String,
+        /// The container's cgroup directory, absolute; found by way of QEMU where `None`.
+        cgroup: Option<PathBuf>,
+        /// Directory of the hotplug volume relative to the pod's kubelet directory;
+        /// `volumes/kubernetes.io~empty-dir/hotplug-disks` where `None`.
+        hotplug_dir: Option<PathBuf>,
+        /// The same directory as QEMU sees it; `/var/run/kubevirt/hotplug-disks` where `None`.
+        hotplug_dir_in_pod: Option<PathBuf>,
+        /// libvirt's socket relative to the pod's kubelet directory;
+        /// `volumes/kubernetes.io~empty-dir/libvirt-runtime/libvirt-sock` where `None`.
+        libvirt_socket: Option<PathBuf>,
+    },
+    /// Straight on a libvirt host: libvirt itself makes the node in QEMU's private `/dev` and sets
+    /// its cgroup, so lunplug does neither.
+    Host {
+        /// libvirt's socket; `/run/libvirt/libvirt-sock` where `None`.
+        libvirt_socket: Option<PathBuf>,
+    },
+}
+
+/// A VM as it was registered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSpec {
+    /// Its name on this node.
+    pub id: VmId,
+    /// libvirt's name of the domain; `NAMESPACE_NAME` (as KubeVirt has it) unless given.
+    pub domain: String,
+    /// Where it runs.
+    pub place: VmPlace,
+}
+
+/// An iSCSI LUN.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct IscsiSource {
+    /// The target's name.
+    pub target: Iqn,
+    /// Its portals, at least one, without repetition.
+    pub portals: Vec<Portal>,
+    /// The LUN behind it.
+    pub lun: Lun,
+}
+
+/// Where a volume's data lives. Fibre Channel, NVMe and local kinds are further variants.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// An iSCSI LUN.
+    Iscsi(IscsiSource),
+}
+
+impl Source {
+    /// What makes two sources the same volume: for iSCSI target and LUN, whatever the portals.
+    pub fn key(&self) -> String {
+        match self {
+            Self::Iscsi(s) => format!("iscsi://{}/{}", s.target, s.lun),
+        }
+    }
+}
+
+/// How many paths a volume must have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MultipathPolicy {
+    /// A map when multipathd runs and there is more than one portal; a single path otherwise.
+    #[default]
+    Preferred,
+    /// A map, or the attach fails.
+    Required,
+    /// Never a map: the first portal that answers.
+    Off,
+}
+
+/// A volume as it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSpec {
+    /// Its name within the VM.
+    pub name: VolumeName,
+    /// Where its data lives.
+    pub source: Source,
+    /// The serial number that the guest sees.
+    pub serial: Serial,
+    /// The bus it is plugged into.
+    pub bus: Bus,
+    /// QEMU's cache mode.
+    pub cache: CacheMode,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Several VMs may have it at once; needs cache `none`.
+    pub shareable: bool,
+    /// Also in the persistent definition of the domain.
+    pub persist: bool,
+    /// How many paths it must have.
+    pub multipath: MultipathPolicy,
+    /// The identity that the LUN must have.
+    pub expect_wwid: Option<Wwid>,
+    /// The size in bytes that the LUN must have.
+    pub expect_size: Option<u64>,
+}
+
+impl VolumeSpec {
+    /// Rules between fields, which no single field's type can express. `Err` names the field.
+    pub fn check(&self) -> Result<(), (&'static str, Malformed)> {
+        let malformed = |what, value: &str, rule| Malformed { what, value: value.into(), rule };
+        if self.serial.as_str().len() > self.bus.max_serial() {
+            return Err((
+                "serial",
+                malformed(
+                    "serial",
+                    self.serial.as_str(),
+                    "at most 36 characters on bus scsi and 20 on bus virtio; it defaults to the volume's name, so give a shorter one with --serial",
+                ),
+            ));
+        }
+        if self.shareable && self.cache != CacheMode::None {
+            return Err((
+                "cache",
+                malformed("cache", self.cache.as_str(), "a shareable volume needs cache none"),
+            ));
+        }
+        let Source::Iscsi(source) = &self.source;
+        if source.portals.is_empty() {
+            return Err(("source.portals", malformed("portals", "", "at least one portal")));
+        }
+        Ok(())
+    }
+}
+
+/// How a removal is to be made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemoveOptions {
+    /// Go on although the guest uses the disk, or cannot be asked.
+    pub force: bool,
+}
+
+/// How far a volume is. The order is that of an attach, then of a detach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Accepted and durable; nothing done yet, or waiting to be tried again.
+    Pending,
+    /// The handler works on the host's side of it.
+    Bound,
+    /// One verified block device is on the host.
+    AttachedToNode,
+    /// Its node is in the pod and the pod may open it.
+    MountedToPod,
+    /// The guest has it.
+    Ready,
+    /// Being removed, or refused to be.
+    Detaching,
+    /// The guest and the pod no longer have it; the host still does.
+    UnmountedFromPod,
+    /// Nothing of it is left; only ever seen in a watch.
+    Gone,
+}
+
+impl Phase {
+    /// The phase's name as users of the peers know it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "Pending",
+            Self::Bound => "Bound",
+            Self::AttachedToNode => "AttachedToNode",
+            Self::MountedToPod => "MountedToPod",
+            Self::Ready => "Ready",
+            Self::Detaching => "Detaching",
+            Self::UnmountedFromPod => "UnMountedFromPod",
+            Self::Gone => "Gone",
+        }
+    }
+}
+
+/// A volume as it is now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct VolumeStatus {
+    /// Which volume.
+    pub key: VolumeKey,
+    /// As asked for.
+    pub spec: VolumeSpec,
+    /// How far it is.
+    pub phase: Phase,
+    /// Why it is not further, or what was noticed; `None` when all is well.
+    pub reason: Option<Reason>,
+    /// The reason in words, with what to do.
+    pub message: String,
+    /// When it came into this phase.
+    pub since: Timestamp,
+    /// When it is tried again, for a volume in trouble.
+    pub retry_at: Option<Timestamp>,
+    /// Device, identity and so on, as far as known.
+    pub device: Option<DeviceStatus>,
+    /// Target name in the domain, e.g. `sda`.
+    pub target: Option<String>,
+    /// Counts changes of this volume; an older one never follows a newer.
+    pub generation: u64,
+}
+
+/// What is known of a volume's device on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// major:minor of the map or the single path.
+    pub dev: DevNum,
+    /// Proven identity.
+    pub wwid: Wwid,
+    /// Size in bytes.
+    pub size: u64,
+    /// Name of the multipath map, where there is one.
+    pub map: Option<String>,
+    /// How many paths it has.
+    pub paths: u32,
+}

@@ -1,1 +1,95 @@
 //! Attaches a remote LUN to the host as one verified block device, and detaches it.
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::spec::{DeviceStatus, MultipathPolicy, Source};
+use crate::types::{DevNum, Outcome, VolumeKey, Wwid};
+
+/// What the LUN must prove to be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Expect {
+    /// The identity asked for in the request: strict, whatever was recorded.
+    pub wwid: Option<Wwid>,
+    /// The size asked for, in bytes.
+    pub size: Option<u64>,
+    /// The identity recorded at this volume's first attach.
+    pub recorded: Option<Wwid>,
+    /// Take another identity than the recorded one.
+    pub accept_new_identity: bool,
+}
+
+/// One attach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttachRequest {
+    /// For whom: leases are kept in this name.
+    pub owner: VolumeKey,
+    /// What.
+    pub source: Source,
+    /// What it must prove to be.
+    pub expect: Expect,
+    /// How many paths it must have.
+    pub multipath: MultipathPolicy,
+    /// Others may hold it on this node too.
+    pub shareable: bool,
+}
+
+/// One path of an attached volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathStatus {
+    /// SCSI address, `H:C:T:L` in decimal as in sysfs.
+    pub hctl: String,
+    /// Its device number.
+    pub dev: DevNum,
+    /// Its kernel name when it was attached (for people; never used to find it again).
+    pub name: String,
+}
+
+/// An attached volume: one verified block device. Kept by the journal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The device to give to the VM.
+    pub device: DeviceStatus,
+    /// Its disk sequence number (`diskseq`), unique in this boot.
+    pub diskseq: u64,
+    /// Its verified paths.
+    pub paths: Vec<PathStatus>,
+}
+
+/// Says how to let go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DetachOptions {
+    /// Go on although data cannot be flushed (all paths are dead).
+    pub force: bool,
+}
+
+/// What every transport offers. All calls are idempotent and safe to repeat after a crash at any
+/// point: what was begun is known from the leases under /run/lunplug, written before each effect.
+#[async_trait]
+pub trait Connector: Send + Sync {
+    /// Attaches, or finds attached and verifies again.
+    async fn attach(&self, request: &AttachRequest) -> Result<Outcome<Attachment>, Error>;
+
+    /// Detaches whatever is there of this owner's volume, also a half-done attach. Never touches a
+    /// device whose identity is not the one that was attached.
+    async fn detach(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+        options: DetachOptions,
+    ) -> Result<Outcome, Error>;
+
+    /// What is attached in this owner's name, verified anew against sysfs; `None` when nothing is.
+    async fn observe(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+    ) -> Result<Option<Attachment>, Error>;
+
+    /// Everybody in whose name something is held on this node, to find what nobody wants any more.
+    async fn owners(&self) -> Result<Vec<VolumeKey>, Error>;
+}
+
+/// An attach or detach did not succeed; nothing half done remains unless the message says so.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {}

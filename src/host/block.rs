@@ -1,1 +1,29 @@
 //! Block devices by number: flush, exclusive probe, dm tables.
+
+use std::io;
+
+use async_trait::async_trait;
+
+use crate::types::DevNum;
+
+/// What an exclusive open showed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exclusive {
+    /// Nobody on the host has claimed it (no mount, swap, md, dm, LVM).
+    Free,
+    /// Somebody has (`EBUSY`).
+    Held,
+}
+
+/// The door to block devices. Each call opens the device by number, never by a name in /dev.
+#[async_trait]
+pub trait Blocks: Send + Sync {
+    /// Writes out what the host's page cache has of it and drops that (fsync, `BLKFLSBUF`).
+    async fn flush(&self, dev: DevNum) -> io::Result<()>;
+
+    /// Tries an exclusive open (O_EXCL) and closes it again.
+    async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive>;
+
+    /// Whoever has the device open, as `command[pid]`, as far as /proc shows it.
+    async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>>;
+}

@@ -5,6 +5,7 @@
 pub mod block;
 pub mod bpf;
 pub mod cmd;
+pub mod iscsidb;
 pub mod libvirt;
 pub mod lock;
 pub mod multipathd;

@@ -1,1 +1,48 @@
 //! The multipath daemon, spoken to over its socket.
+
+use std::io;
+
+use async_trait::async_trait;
+
+use crate::types::{Outcome, Wwid};
+
+/// multipathd could not be asked, or refused.
+#[derive(Debug, thiserror::Error)]
+pub enum MultipathdError {
+    /// Nobody listens.
+    #[error("multipathd does not run")]
+    NotRunning,
+    /// Somebody other than root has bound its name.
+    #[error("multipathd's socket is served by uid {uid}, not by root")]
+    Untrusted {
+        /// Who serves it.
+        uid: u32,
+    },
+    /// It did not answer in time.
+    #[error("multipathd did not answer {command:?} in time")]
+    TimedOut {
+        /// What it was asked.
+        command: String,
+    },
+    /// It answered `fail`, `timeout` or the like. (`blacklisted` and `delayed` come as success.)
+    #[error("multipathd refused {command:?}: {answer}")]
+    Refused {
+        /// What it was asked.
+        command: String,
+        /// What it answered.
+        answer: String,
+    },
+    /// The socket failed.
+    #[error("multipathd's socket failed")]
+    Io(#[source] io::Error),
+}
+
+/// The door to multipathd. Its answers are hints; sysfs is the truth.
+#[async_trait]
+pub trait Multipathd: Send + Sync {
+    /// Sends one command (at most 512 bytes) and returns the answer without the closing NUL.
+    async fn ask(&self, command: &str) -> Result<String, MultipathdError>;
+
+    /// Removes a LUN's entries from multipath's `wwids` and `bindings` files.
+    async fn forget(&self, wwid: &Wwid) -> Result<Outcome, MultipathdError>;
+}

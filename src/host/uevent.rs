@@ -1,1 +1,63 @@
 //! Kernel uevents over netlink.
+
+use std::collections::BTreeMap;
+
+use tokio::sync::broadcast;
+
+/// One uevent of the kernel's own (not udev's).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uevent {
+    /// `add`, `remove`, `change`, `bind`, ...
+    pub action: String,
+    /// The device's path below /sys, without a leading slash: `devices/platform/host3/session1/...`.
+    pub devpath: String,
+    /// `scsi`, `block`, `iscsi_session`, ...
+    pub subsystem: String,
+    /// All properties, these three included.
+    pub properties: BTreeMap<String, String>,
+}
+
+/// What a subscriber is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// Something happened.
+    Event(Uevent),
+    /// Events may have been lost (socket overrun, slow reader): read sysfs again.
+    Lost,
+    /// No event came for a while: read sysfs again, in case one was missed.
+    Recheck,
+}
+
+/// A subscription: what happens after it was made is not missed.
+#[derive(Debug)]
+pub struct UeventStream(broadcast::Receiver<Uevent>);
+
+impl UeventStream {
+    /// How long without events before a subscriber is told to look by itself: the slow fallback
+    /// of a wait that is driven by events.
+    const RECHECK: std::time::Duration = std::time::Duration::from_secs(1);
+
+    /// A subscription to what is sent over `receiver`.
+    pub fn new(receiver: broadcast::Receiver<Uevent>) -> Self {
+        Self(receiver)
+    }
+
+    /// The next notice. Never ends: when the source is gone, only `Recheck` comes.
+    pub async fn next(&mut self) -> Notice {
+        match tokio::time::timeout(Self::RECHECK, self.0.recv()).await {
+            Ok(Ok(event)) => Notice::Event(event),
+            Ok(Err(broadcast::error::RecvError::Lagged(_))) => Notice::Lost,
+            Ok(Err(broadcast::error::RecvError::Closed)) => {
+                tokio::time::sleep(Self::RECHECK).await;
+                Notice::Recheck
+            }
+            Err(_) => Notice::Recheck,
+        }
+    }
+}
+
+/// The door to the kernel's events.
+pub trait Uevents: Send + Sync {
+    /// Subscribes; events from now on are seen.
+    fn subscribe(&self) -> UeventStream;
+}

@@ -60,19 +60,20 @@ extract_kernel() {
   offset=$(od -An -tu4 -j $((0x248)) -N4 "$bz")
   length=$(od -An -tu4 -j $((0x24c)) -N4 "$bz")
   # The payload's last 4 bytes are the unpacked size, not zstd's.
-  tail -c +$(((sects + 1) * 512 + offset + 1)) "$bz" | head -c $((length - 4)) |
+  offset=$(((sects + 1) * 512 + offset))
+  head -c $((offset + length - 4)) "$bz" | tail -c +$((offset + 1)) |
     in_tree zstd -dc >"$out" || die "cannot unpack the kernel $bz (is it not zstd?)"
 }
 
 # copy_modules ROOT MODULE... : unpacks modules with all they need to ROOT/modules, in loading order.
 copy_modules() {
-  local root=$1 tree kv file n=0
+  local root=$1 kv file n=00
   shift
-  tree=$(tree_dir) kv=$(kernel_version)
+  kv=$(kernel_version)
   mkdir -p "$root/modules"
   while read -r file; do
     printf -v n '%02d' $((10#$n + 1))
-    xz -dc "$tree$file" >"$root/modules/$n-$(basename "$file" .xz)"
+    in_tree xz -dc "$file" >"$root/modules/$n-$(basename "$file" .xz)"
   done < <(for m in "$@"; do in_tree modprobe -S "$kv" --show-depends "$m"; done |
     awk '$1 == "insmod" && !seen[$2]++ { print $2 }')
 }
@@ -159,7 +160,6 @@ configure_root() {
 }
 
 build_image() {
-  need_program xz xz-utils
   local image tmp root
   image=$(image_dir)
   [ -d "$image" ] && return
@@ -173,8 +173,9 @@ build_image() {
   configure_root "$root"
   install -D -m 644 "$tmp/vmlinux" "$root/usr/lib/lunplug-lab/vmlinux"
   install -D -m 644 "$tmp/guest.initrd" "$root/usr/lib/lunplug-lab/guest.initrd"
+  truncate -s 12G "$tmp/root.ext4"
   mke2fs -q -t ext4 -d "$root" -N 262144 -L lab-root \
-    -E lazy_itable_init=0,lazy_journal_init=0 "$tmp/root.ext4" 12G ||
+    -E lazy_itable_init=0,lazy_journal_init=0 "$tmp/root.ext4" ||
     die "mke2fs could not make the image; is the disk of $LAB_CACHE full?"
   rm -rf "$root" "$tmp/guest.initrd"
   mv "$tmp" "$image"

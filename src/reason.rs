@@ -96,6 +96,8 @@ reasons! {
     SerialInUse = "SERIAL_IN_USE", Conflict, "Choose another with --serial.";
     /// A disk of that name is in the domain, but lunplug did not put it there.
     NotHotplugged = "NOT_HOTPLUGGED", Conflict, "Remove it where it was defined.";
+    /// As many as a setting allows are there already.
+    LimitReached = "LIMIT_REACHED", Precondition, "Remove what is not needed, or raise the limit in the configuration.";
     /// The domain does not run.
     VmNotRunning = "VM_NOT_RUNNING", Precondition, "Start the VM.";
     /// The pod's directory is gone.

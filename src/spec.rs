@@ -174,6 +174,9 @@ pub enum Phase {
     UnmountedFromPod,
     /// Nothing of it is left; only ever seen in a watch.
     Gone,
+    /// The add failed for good: nothing of it is left, nor is it tried again. Shown until it is
+    /// added anew or removed, or the daemon restarts.
+    Failed,
 }
 
 impl Phase {
@@ -188,6 +191,7 @@ impl Phase {
             Self::Detaching => "Detaching",
             Self::UnmountedFromPod => "UnMountedFromPod",
             Self::Gone => "Gone",
+            Self::Failed => "Failed",
         }
     }
 }
@@ -230,4 +234,26 @@ pub struct DeviceStatus {
     pub map: Option<String>,
     /// How many paths it has.
     pub paths: u32,
+}
+
+/// A plain iSCSI volume for tests; its LUN is derived from the name's length.
+#[cfg(test)]
+pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
+    VolumeSpec {
+        name: name.parse().expect("a label"),
+        source: Source::Iscsi(IscsiSource {
+            target: "iqn.2026-01.org.lunplug:test".parse().expect("an IQN"),
+            portals: vec!["192.0.2.1:3260".parse().expect("a portal")],
+            lun: Lun::try_from(name.len() as u64).expect("a LUN"),
+        }),
+        serial: name.parse().expect("a serial"),
+        bus: Bus::Scsi,
+        cache: CacheMode::None,
+        read_only: false,
+        shareable: false,
+        persist: false,
+        multipath: MultipathPolicy::Preferred,
+        expect_wwid: None,
+        expect_size: None,
+    }
 }

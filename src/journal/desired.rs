@@ -1,0 +1,336 @@
+//! Desired state and identities: SQLite, durable before anything is done about it.
+//!
+//! An operator can read it with `sqlite3`; the values are JSON. Every write is one transaction with
+//! `synchronous=FULL`, so that a call that returned is on disk.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::Error;
+use crate::spec::{VmSpec, VolumeSpec};
+use crate::types::{VmId, VolumeKey, Wwid};
+
+/// The schema that this version writes. Older ones are migrated, newer ones refused.
+const SCHEMA: i64 = 1;
+
+const CREATE: &str = "
+    CREATE TABLE vms (
+        vm TEXT PRIMARY KEY,
+        spec TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE volumes (
+        vm TEXT NOT NULL REFERENCES vms(vm),
+        volume TEXT NOT NULL,
+        position INTEGER NOT NULL,
+        spec TEXT NOT NULL,
+        accept_new_identity INTEGER NOT NULL,
+        PRIMARY KEY (vm, volume)
+    ) STRICT;
+    CREATE TABLE identities (
+        vm TEXT NOT NULL,
+        volume TEXT NOT NULL,
+        source TEXT NOT NULL,
+        wwid TEXT NOT NULL,
+        PRIMARY KEY (vm, volume, source)
+    ) STRICT;
+    PRAGMA user_version = 1;";
+
+/// A volume as it is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredVolume {
+    /// As asked for.
+    pub spec: VolumeSpec,
+    /// The request allowed another identity than the recorded one; cleared once one is recorded.
+    pub accept_new_identity: bool,
+}
+
+/// The durable store. Clones share one connection, used by one blocking call at a time.
+#[derive(Debug, Clone)]
+pub struct Desired {
+    path: Arc<PathBuf>,
+    connection: Arc<Mutex<Connection>>,
+}
+
+impl Desired {
+    /// Opens the database at `path`, or makes it (its directory with mode 0700).
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        if let Some(dir) = path.parent() {
+            let io = |source| Error::Io { what: dir.display().to_string(), source };
+            std::os::unix::fs::DirBuilderExt::mode(
+                std::fs::DirBuilder::new().recursive(true),
+                0o700,
+            )
+            .create(dir)
+            .map_err(io)?;
+        }
+        let database = |source| Error::Database { path: path.to_owned(), source };
+        let connection = Connection::open(path).map_err(database)?;
+        Self::prepare(connection, path.to_owned())
+    }
+
+    /// A store in memory, for the simulated host.
+    pub fn in_memory() -> Result<Self, Error> {
+        let path = PathBuf::from(":memory:");
+        let database = |source| Error::Database { path: path.clone(), source };
+        let connection = Connection::open_in_memory().map_err(database)?;
+        Self::prepare(connection, path)
+    }
+
+    fn prepare(connection: Connection, path: PathBuf) -> Result<Self, Error> {
+        let database = |source| Error::Database { path: path.clone(), source };
+        let version: i64 =
+            connection.query_row("PRAGMA user_version", [], |r| r.get(0)).map_err(database)?;
+        if version > SCHEMA {
+            return Err(Error::Newer { path, found: version, known: SCHEMA });
+        }
+        connection
+            .execute_batch(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
+                 PRAGMA busy_timeout = 5000;",
+            )
+            .map_err(database)?;
+        if version == 0 {
+            connection.execute_batch(&format!("BEGIN; {CREATE} COMMIT;")).map_err(database)?;
+        }
+        Ok(Self { path: Arc::new(path), connection: Arc::new(Mutex::new(connection)) })
+    }
+
+    /// Runs `work` on a blocking worker; the connection is locked for its time.
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let this = self.clone();
+        let joined = tokio::task::spawn_blocking(move || {
+            // SQLite rolls back what a panicking holder had begun.
+            let mut held = this.connection.lock().unwrap_or_else(PoisonError::into_inner);
+            work(&mut held)
+        });
+        joined
+            .await
+            .map_err(|_| Error::Closed)?
+            .map_err(|source| Error::Database { path: self.path.to_path_buf(), source })
+    }
+
+    /// All VMs, ordered by name.
+    pub async fn vms(&self) -> Result<Vec<VmSpec>, Error> {
+        let rows = self
+            .with(|c| {
+                c.prepare("SELECT vm, spec FROM vms ORDER BY vm")?
+                    .query_map([], |r| Ok((r.get::<_, String>(0)?, r.get::<_, String>(1)?)))?
+                    .collect::<Result<Vec<_>, _>>()
+            })
+            .await?;
+        rows.into_iter().map(|(vm, json)| parse(&format!("VM {vm}"), &json)).collect()
+    }
+
+    /// Stores a VM.
+    pub async fn put_vm(&self, spec: &VmSpec) -> Result<(), Error> {
+        let (vm, json) = (spec.id.to_string(), render(spec)?);
+        self.with(move |c| {
+            c.execute(
+                "INSERT INTO vms (vm, spec) VALUES (?1, ?2)
+                 ON CONFLICT (vm) DO UPDATE SET spec = excluded.spec",
+                params![vm, json],
+            )
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Forgets a VM, its volumes and their identities.
+    pub async fn delete_vm(&self, vm: &VmId) -> Result<(), Error> {
+        let vm = vm.to_string();
+        self.with(move |c| {
+            let tx = c.transaction()?;
+            for table in ["volumes", "identities", "vms"] {
+                tx.execute(&format!("DELETE FROM {table} WHERE vm = ?1"), [&vm])?;
+            }
+            tx.commit()
+        })
+        .await
+    }
+
+    /// A VM's volumes in the order in which they were added.
+    pub async fn volumes(&self, vm: &VmId) -> Result<Vec<StoredVolume>, Error> {
+        let id = vm.to_string();
+        let rows = self
+            .with(move |c| {
+                c.prepare(
+                    "SELECT volume, spec, accept_new_identity FROM volumes
+                     WHERE vm = ?1 ORDER BY position",
+                )?
+                .query_map([id], |r| {
+                    Ok((r.get::<_, String>(0)?, r.get::<_, String>(1)?, r.get::<_, bool>(2)?))
+                })?
+                .collect::<Result<Vec<_>, _>>()
+            })
+            .await?;
+        rows.into_iter()
+            .map(|(name, json, accept_new_identity)| {
+                let spec = parse(&format!("volume {vm}/{name}"), &json)?;
+                Ok(StoredVolume { spec, accept_new_identity })
+            })
+            .collect()
+    }
+
+    /// Stores a volume; a new one goes behind the others.
+    pub async fn put_volume(&self, vm: &VmId, volume: &StoredVolume) -> Result<(), Error> {
+        let (vm, name) = (vm.to_string(), volume.spec.name.to_string());
+        let (json, accept) = (render(&volume.spec)?, volume.accept_new_identity);
+        self.with(move |c| {
+            c.execute(
+                "INSERT INTO volumes (vm, volume, position, spec, accept_new_identity)
+                 VALUES (?1, ?2, (SELECT coalesce(max(position), 0) + 1 FROM volumes WHERE vm = ?1), ?3, ?4)
+                 ON CONFLICT (vm, volume) DO UPDATE
+                 SET spec = excluded.spec, accept_new_identity = excluded.accept_new_identity",
+                params![vm, name, json, accept],
+            )
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Forgets that a volume is wanted. Its identity stays: a LUN that was swapped is noticed when a
+    /// volume of that name and source comes back.
+    pub async fn delete_volume(&self, key: &VolumeKey) -> Result<(), Error> {
+        let (vm, name) = (key.vm.to_string(), key.volume.to_string());
+        self.with(move |c| {
+            c.execute("DELETE FROM volumes WHERE vm = ?1 AND volume = ?2", params![vm, name])
+        })
+        .await
+        .map(drop)
+    }
+
+    /// The identity proven at the first attach of this volume from this source.
+    pub async fn identity(&self, key: &VolumeKey, source: &str) -> Result<Option<Wwid>, Error> {
+        let (vm, name, source) = (key.vm.to_string(), key.volume.to_string(), source.to_owned());
+        let found = self
+            .with(move |c| {
+                c.query_row(
+                    "SELECT wwid FROM identities WHERE vm = ?1 AND volume = ?2 AND source = ?3",
+                    params![vm, name, source],
+                    |r| r.get::<_, String>(0),
+                )
+                .optional()
+            })
+            .await?;
+        found.map(|text| parse(&format!("identity of {key}"), &format!("{text:?}"))).transpose()
+    }
+
+    /// Records a proven identity, and that the permission to change it is used up.
+    pub async fn put_identity(
+        &self,
+        key: &VolumeKey,
+        source: &str,
+        wwid: &Wwid,
+    ) -> Result<(), Error> {
+        let (vm, name, source) = (key.vm.to_string(), key.volume.to_string(), source.to_owned());
+        let wwid = wwid.to_string();
+        self.with(move |c| {
+            let tx = c.transaction()?;
+            tx.execute(
+                "INSERT INTO identities (vm, volume, source, wwid) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (vm, volume, source) DO UPDATE SET wwid = excluded.wwid",
+                params![vm, name, source, wwid],
+            )?;
+            tx.execute(
+                "UPDATE volumes SET accept_new_identity = 0 WHERE vm = ?1 AND volume = ?2",
+                params![vm, name],
+            )?;
+            tx.commit()
+        })
+        .await
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(what: &str, json: &str) -> Result<T, Error> {
+    serde_json::from_str(json).map_err(|source| Error::Damaged { what: what.to_owned(), source })
+}
+
+fn render<T: serde::Serialize>(value: &T) -> Result<String, Error> {
+    serde_json::to_string(value)
+        .map_err(|source| Error::Damaged { what: "a value to be stored".into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{VmPlace, volume_fixture};
+
+    fn vm(name: &str) -> VmSpec {
+        VmSpec {
+            id: VmId::new("prod", name).unwrap(),
+            domain: format!("prod_{name}"),
+            place: VmPlace::Host { libvirt_socket: None },
+        }
+    }
+
+    fn key(name: &str, volume: &str) -> VolumeKey {
+        VolumeKey { vm: vm(name).id, volume: volume.parse().unwrap() }
+    }
+
+    fn stored(name: &str) -> StoredVolume {
+        StoredVolume { spec: volume_fixture(name), accept_new_identity: true }
+    }
+
+    #[tokio::test]
+    async fn what_was_stored_is_there_after_reopening_and_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state/lunplug.db");
+        {
+            let store = Desired::open(&path).unwrap();
+            store.put_vm(&vm("a")).await.unwrap();
+            for name in ["z", "y", "x"] {
+                store.put_volume(&vm("a").id, &stored(name)).await.unwrap();
+            }
+            store.delete_volume(&key("a", "y")).await.unwrap();
+            store.put_volume(&vm("a").id, &stored("z")).await.unwrap();
+        }
+        let store = Desired::open(&path).unwrap();
+        assert_eq!(store.vms().await.unwrap(), [vm("a")]);
+        assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [stored("z"), stored("x")]);
+    }
+
+    #[tokio::test]
+    async fn an_identity_outlives_its_volume_but_not_its_vm() {
+        let store = Desired::in_memory().unwrap();
+        let wwid: Wwid = "naa.6001405000000000000000000000000a".parse().unwrap();
+        store.put_vm(&vm("a")).await.unwrap();
+        store.put_volume(&vm("a").id, &stored("v")).await.unwrap();
+        store.put_identity(&key("a", "v"), "src", &wwid).await.unwrap();
+        let volumes = store.volumes(&vm("a").id).await.unwrap();
+        assert!(!volumes[0].accept_new_identity, "the permission is used up");
+        store.delete_volume(&key("a", "v")).await.unwrap();
+        assert_eq!(store.identity(&key("a", "v"), "src").await.unwrap(), Some(wwid));
+        assert_eq!(store.identity(&key("a", "v"), "other").await.unwrap(), None);
+        store.delete_vm(&vm("a").id).await.unwrap();
+        assert_eq!(store.identity(&key("a", "v"), "src").await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_newer_schema_is_refused_and_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lunplug.db");
+        let raw = Connection::open(&path).unwrap();
+        raw.execute_batch("PRAGMA user_version = 99").unwrap();
+        drop(raw);
+        let before = std::fs::read(&path).unwrap();
+        let error = Desired::open(&path).unwrap_err();
+        assert_eq!(error.reason(), Reason::StateStoreNewer);
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_value_is_named_not_reset() {
+        let store = Desired::in_memory().unwrap();
+        store.with(|c| c.execute("INSERT INTO vms VALUES ('prod/a', '{')", [])).await.unwrap();
+        let error = store.vms().await.unwrap_err();
+        assert_eq!(error.reason(), Reason::RecordCorrupt);
+        assert!(error.to_string().contains("prod/a"), "{error}");
+    }
+
+    use crate::reason::Reason;
+}

@@ -1,0 +1,247 @@
+//! Admission: which requests a VM's handler takes, ignores or denies. Pure.
+//!
+//! ```text
+//!               add, same particulars          add, other particulars      remove
+//! absent        accept                         accept                      deny: not found
+//! Failed        accept (starts anew)           accept (starts anew)        forget
+//! pending..Ready ignore (Pending: try now)     deny: exists                accept
+//! Detaching..   deny: being removed            deny: being removed         ignore (force: accept)
+//! ```
+
+use super::facade::Refusal;
+use crate::reason::Reason;
+use crate::spec::{Phase, RemoveOptions, VolumeSpec};
+
+/// What admission knows of a volume.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// As it was asked for.
+    pub spec: VolumeSpec,
+    /// How far it is.
+    pub phase: Phase,
+    /// How it is being removed, if it is.
+    pub removing: Option<RemoveOptions>,
+}
+
+impl Known {
+    /// Whether it counts: a failed add left nothing.
+    fn is_live(&self) -> bool {
+        self.phase != Phase::Failed
+    }
+}
+
+/// What to do with a request that was not denied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// Carry it out.
+    Accept,
+    /// It is as asked already, or on its way there.
+    Ignore,
+    /// Only the memory of a failed add has to go.
+    Forget,
+}
+
+/// Whether a volume may be added to a VM that has `known`, up to `limit` volumes.
+pub fn admit_add(known: &[Known], spec: &VolumeSpec, limit: usize) -> Result<Admission, Refusal> {
+    if let Err((field, malformed)) = spec.check() {
+        return Err(Refusal::new(reason_of(field), malformed.to_string()).field(field));
+    }
+    let live = || known.iter().filter(|k| k.is_live());
+    if let Some(same) = live().find(|k| k.spec.name == spec.name) {
+        if same.removing.is_some() {
+            let message =
+                format!("volume {} is being removed; add it again when it is gone", spec.name);
+            return Err(Refusal::new(Reason::VolumeExists, message).field("name"));
+        }
+        if same.spec == *spec {
+            return Ok(Admission::Ignore);
+        }
+        let field = first_difference(&same.spec, spec);
+        let message = format!("volume {} exists with another {field}", spec.name);
+        return Err(Refusal::new(Reason::VolumeExists, message).field(field));
+    }
+    if let Some(other) = live().find(|k| k.spec.source.key() == spec.source.key()) {
+        let message = format!("{} is attached as volume {}", spec.source.key(), other.spec.name);
+        return Err(Refusal::new(Reason::SourceInUse, message).field("source"));
+    }
+    if let Some(other) = live().find(|k| k.spec.serial == spec.serial) {
+        let message = format!("serial {} is that of volume {}", spec.serial, other.spec.name);
+        return Err(Refusal::new(Reason::SerialInUse, message).field("serial"));
+    }
+    if live().count() >= limit {
+        let message =
+            format!("the VM has {limit} volumes, as many as limits.max_volumes_per_vm allows");
+        return Err(Refusal::new(Reason::LimitReached, message));
+    }
+    Ok(Admission::Accept)
+}
+
+/// Whether a volume may be removed, and how. `known` is the volume of that name.
+pub fn admit_remove(known: Option<&Known>, options: RemoveOptions) -> Option<Admission> {
+    let known = known?;
+    Some(match known.removing {
+        _ if !known.is_live() => Admission::Forget,
+        Some(under_way) if under_way.force || !options.force => Admission::Ignore,
+        Some(_) | None => Admission::Accept,
+    })
+}
+
+fn reason_of(field: &str) -> Reason {
+    match field {
+        "serial" => Reason::InvalidSerial,
+        "source.portals" => Reason::InvalidPortal,
+        _ => Reason::InvalidOption,
+    }
+}
+
+/// The name of the first field in which two volumes differ.
+fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
+    let VolumeSpec {
+        name: _,
+        source,
+        serial,
+        bus,
+        cache,
+        read_only,
+        shareable,
+        persist,
+        multipath,
+        expect_wwid,
+        expect_size,
+    } = a;
+    let differs = [
+        ("source", *source != b.source),
+        ("serial", *serial != b.serial),
+        ("bus", *bus != b.bus),
+        ("cache", *cache != b.cache),
+        ("read_only", *read_only != b.read_only),
+        ("shareable", *shareable != b.shareable),
+        ("persist", *persist != b.persist),
+        ("multipath", *multipath != b.multipath),
+        ("expect_wwid", *expect_wwid != b.expect_wwid),
+        ("expect_size", *expect_size != b.expect_size),
+    ];
+    differs.iter().find(|(_, differs)| *differs).map_or("name", |(field, _)| field)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::spec::{Source, volume_fixture};
+    use crate::types::{Bus, Lun};
+
+    fn with_lun(name: &str, lun: u64) -> VolumeSpec {
+        let mut spec = volume_fixture(name);
+        let Source::Iscsi(source) = &mut spec.source;
+        source.lun = Lun::try_from(lun).unwrap();
+        spec
+    }
+
+    fn known(spec: VolumeSpec, phase: Phase) -> Known {
+        let removing = matches!(phase, Phase::Detaching | Phase::UnmountedFromPod)
+            .then_some(RemoveOptions::default());
+        Known { spec, phase, removing }
+    }
+
+    fn denied(known: &[Known], spec: &VolumeSpec) -> (Reason, Option<String>) {
+        let refusal = admit_add(known, spec, 256).unwrap_err();
+        (refusal.reason, refusal.field)
+    }
+
+    #[test]
+    fn each_clash_has_its_own_reason_and_names_the_field() {
+        let ready = [known(with_lun("a", 1), Phase::Ready)];
+        assert_eq!(admit_add(&ready, &with_lun("a", 1), 256).unwrap(), Admission::Ignore);
+        assert_eq!(
+            denied(&ready, &with_lun("a", 2)),
+            (Reason::VolumeExists, Some("source".into()))
+        );
+        assert_eq!(denied(&ready, &with_lun("b", 1)), (Reason::SourceInUse, Some("source".into())));
+        let mut same_serial = with_lun("b", 2);
+        same_serial.serial = "a".parse().unwrap();
+        assert_eq!(denied(&ready, &same_serial), (Reason::SerialInUse, Some("serial".into())));
+        let full = admit_add(&ready, &with_lun("b", 2), 1).unwrap_err();
+        assert_eq!(full.reason, Reason::LimitReached);
+        let leaving = [known(with_lun("a", 1), Phase::Detaching)];
+        assert_eq!(denied(&leaving, &with_lun("a", 1)).0, Reason::VolumeExists);
+    }
+
+    #[test]
+    fn the_same_source_by_another_portal_is_the_same_source() {
+        let ready = [known(with_lun("a", 1), Phase::Ready)];
+        let mut other = with_lun("b", 1);
+        let Source::Iscsi(source) = &mut other.source;
+        source.portals = vec!["192.0.2.9:3260".parse().unwrap()];
+        assert_eq!(denied(&ready, &other).0, Reason::SourceInUse);
+    }
+
+    #[test]
+    fn a_serial_too_long_for_its_bus_is_refused_and_points_at_the_flag() {
+        let mut spec = with_lun("v", 1);
+        spec.bus = Bus::Virtio;
+        spec.serial = "a-serial-of-21-bytes-".parse().unwrap();
+        let refusal = admit_add(&[], &spec, 256).unwrap_err();
+        assert_eq!(refusal.reason, Reason::InvalidSerial);
+        assert!(refusal.message.contains("--serial"), "{}", refusal.message);
+    }
+
+    #[test]
+    fn a_removal_can_only_become_more_forceful() {
+        let plain = RemoveOptions { force: false };
+        let force = RemoveOptions { force: true };
+        let leaving = known(with_lun("a", 1), Phase::Detaching);
+        let forced = Known { removing: Some(force), ..leaving.clone() };
+        assert_eq!(admit_remove(None, plain), None);
+        assert_eq!(admit_remove(Some(&leaving), plain), Some(Admission::Ignore));
+        assert_eq!(admit_remove(Some(&leaving), force), Some(Admission::Accept));
+        assert_eq!(admit_remove(Some(&forced), plain), Some(Admission::Ignore));
+        let failed = known(with_lun("a", 1), Phase::Failed);
+        assert_eq!(admit_remove(Some(&failed), plain), Some(Admission::Forget));
+    }
+
+    fn any_known() -> impl Strategy<Value = Vec<Known>> {
+        let phases = prop::sample::select(vec![
+            Phase::Pending,
+            Phase::Bound,
+            Phase::Ready,
+            Phase::Detaching,
+            Phase::Failed,
+        ]);
+        prop::collection::vec((0u64..4, 0u64..4, phases), 0..6).prop_map(|all| {
+            all.into_iter()
+                .map(|(name, lun, phase)| known(with_lun(&format!("v{name}"), lun), phase))
+                .collect()
+        })
+    }
+
+    proptest! {
+        /// Whatever is accepted, one after the other, no two live volumes share name, source or serial.
+        #[test]
+        fn what_is_accepted_never_clashes(requests in prop::collection::vec((0u64..5, 0u64..5), 0..20)) {
+            let mut have: Vec<Known> = Vec::new();
+            for (name, lun) in requests {
+                let spec = with_lun(&format!("v{name}"), lun);
+                if matches!(admit_add(&have, &spec, 256), Ok(Admission::Accept)) {
+                    have.push(known(spec, Phase::Pending));
+                }
+            }
+            for (i, a) in have.iter().enumerate() {
+                for b in &have[i + 1..] {
+                    prop_assert_ne!(&a.spec.name, &b.spec.name);
+                    prop_assert_ne!(a.spec.source.key(), b.spec.source.key());
+                    prop_assert_ne!(&a.spec.serial, &b.spec.serial);
+                }
+            }
+        }
+
+        /// A failed add is no obstacle: admission answers as if it were not there.
+        #[test]
+        fn failed_adds_do_not_count(have in any_known(), name in 0u64..5, lun in 0u64..5) {
+            let spec = with_lun(&format!("v{name}"), lun);
+            let live: Vec<Known> = have.iter().filter(|k| k.phase != Phase::Failed).cloned().collect();
+            prop_assert_eq!(admit_add(&have, &spec, 4), admit_add(&live, &spec, 4));
+        }
+    }
+}

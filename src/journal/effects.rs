@@ -1,7 +1,9 @@
 //! Effects: what was begun for each volume in this boot, written before it is begun.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
@@ -29,11 +31,13 @@ pub struct DiskEffect {
     pub target: Option<String>,
 }
 
-/// A removal that was begun and has to be carried through.
+/// A removal that was taken on. It is kept here as well as in the durable store, so that it holds
+/// although that may be full, and in a file of its own, for the volume's effects may be being
+/// written by an attach that it is about to end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Removal {
-    /// How.
-    pub options: RemoveOptions,
+struct Removal {
+    boot_id: String,
+    options: RemoveOptions,
 }
 
 /// What was begun for one volume. An absent field was not begun, or is undone.
@@ -56,8 +60,6 @@ pub struct Effects {
     pub grant: Option<GrantRecord>,
     /// The disk.
     pub disk: Option<DiskEffect>,
-    /// The removal. Here as well as in the durable store: it holds although that may be full.
-    pub removal: Option<Removal>,
 }
 
 impl Effects {
@@ -89,41 +91,75 @@ impl EffectsStore {
             node: None,
             grant: None,
             disk: None,
-            removal: None,
         }
     }
 
     /// Writes a volume's effects. Called before each effect, and after each that was undone.
     pub async fn put(&self, key: &VolumeKey, effects: &Effects) -> Result<(), Error> {
-        let what = file(key);
-        let json = serde_json::to_vec(effects)
+        self.write(file(key), effects).await
+    }
+
+    /// A volume's effects of this boot.
+    pub async fn get(&self, key: &VolumeKey) -> Result<Option<Effects>, Error> {
+        self.read(file(key), |effects: &Effects| &effects.boot_id).await
+    }
+
+    /// Forgets a volume's effects: all are undone.
+    pub async fn delete(&self, key: &VolumeKey) -> Result<(), Error> {
+        self.forget(file(key)).await
+    }
+
+    /// Notes that a volume's removal was taken on.
+    pub async fn put_removal(&self, key: &VolumeKey, options: RemoveOptions) -> Result<(), Error> {
+        self.write(removal(key), &Removal { boot_id: self.0.boot_id().to_owned(), options }).await
+    }
+
+    /// The removal that was taken on in this boot.
+    pub async fn removal(&self, key: &VolumeKey) -> Result<Option<RemoveOptions>, Error> {
+        let found = self.read(removal(key), |r: &Removal| &r.boot_id).await?;
+        Ok(found.map(|r| r.options))
+    }
+
+    /// Forgets a removal: it is carried through, and the durable store knows.
+    pub async fn delete_removal(&self, key: &VolumeKey) -> Result<(), Error> {
+        self.forget(removal(key)).await
+    }
+
+    async fn write<T: Serialize>(&self, what: String, value: &T) -> Result<(), Error> {
+        let json = serde_json::to_vec(value)
             .map_err(|source| Error::Damaged { what: what.clone(), source })?;
         self.0.store(&what, &json).await.map_err(|source| Error::Io { what, source })
     }
 
-    /// A volume's effects of this boot; those of an earlier one are void and removed.
-    pub async fn get(&self, key: &VolumeKey) -> Result<Option<Effects>, Error> {
-        let what = file(key);
+    /// Reads a file; one of an earlier boot is void, and removed.
+    async fn read<T: DeserializeOwned>(
+        &self,
+        what: String,
+        boot_of: impl Fn(&T) -> &String + Send,
+    ) -> Result<Option<T>, Error> {
         let io = |source| Error::Io { what: what.clone(), source };
         let Some(bytes) = self.0.load(&what).await.map_err(io)? else { return Ok(None) };
-        let effects: Effects = serde_json::from_slice(&bytes)
+        let value: T = serde_json::from_slice(&bytes)
             .map_err(|source| Error::Damaged { what: what.clone(), source })?;
-        if effects.boot_id == self.0.boot_id() {
-            return Ok(Some(effects));
+        if boot_of(&value) == self.0.boot_id() {
+            return Ok(Some(value));
         }
         self.0.remove(&what).await.map_err(io)?;
         Ok(None)
     }
 
-    /// Forgets a volume's effects: all are undone.
-    pub async fn delete(&self, key: &VolumeKey) -> Result<(), Error> {
-        let what = file(key);
+    async fn forget(&self, what: String) -> Result<(), Error> {
         self.0.remove(&what).await.map_err(|source| Error::Io { what, source })
     }
 
-    /// The volumes of a VM for which something was begun.
-    pub async fn volumes(&self, vm: &VmId) -> Result<Vec<VolumeKey>, Error> {
-        let what = dir(vm);
+    /// The volumes of a VM for which something was begun or a removal taken on.
+    pub async fn volumes(&self, vm: &VmId) -> Result<BTreeSet<VolumeKey>, Error> {
+        let mut keys = self.names(vm, dir(vm)).await?;
+        keys.extend(self.names(vm, removals(vm)).await?);
+        Ok(keys)
+    }
+
+    async fn names(&self, vm: &VmId, what: String) -> Result<BTreeSet<VolumeKey>, Error> {
         let names = self.0.list(&what).await.map_err(|source| Error::Io { what, source })?;
         let key = |name: &str| {
             let volume = name.strip_suffix(".json")?.parse().ok()?;
@@ -135,6 +171,14 @@ impl EffectsStore {
 
 fn dir(vm: &VmId) -> String {
     format!("effects/{}/{}", vm.namespace(), vm.name())
+}
+
+fn removals(vm: &VmId) -> String {
+    format!("removals/{}/{}", vm.namespace(), vm.name())
+}
+
+fn removal(key: &VolumeKey) -> String {
+    format!("{}/{}.json", removals(&key.vm), key.volume)
 }
 
 fn file(key: &VolumeKey) -> String {

@@ -10,13 +10,13 @@
 //!
 //! Desired state must survive a power cut; effects must not, for the cut undid them. A volume's
 //! removal is written to both, so that it can be made while the state disk is full (see
-//! [`Effects::removal`]).
+//! [`EffectsStore::put_removal`]).
 
 mod desired;
 mod effects;
 
 pub use desired::{Desired, StoredVolume};
-pub use effects::{DiskEffect, Effects, EffectsStore, NodeEffect, Removal};
+pub use effects::{DiskEffect, Effects, EffectsStore, NodeEffect};
 
 use std::path::PathBuf;
 

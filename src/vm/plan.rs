@@ -189,8 +189,8 @@ mod tests {
 
     #[test]
     fn a_removal_can_only_become_more_forceful() {
-        let plain = RemoveOptions { force: false };
-        let force = RemoveOptions { force: true };
+        let plain = RemoveOptions::default();
+        let force = RemoveOptions { force: true, ..plain };
         let leaving = known(with_lun("a", 1), Phase::Detaching);
         let forced = Known { removing: Some(force), ..leaving.clone() };
         assert_eq!(admit_remove(None, plain), None);

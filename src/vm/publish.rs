@@ -16,23 +16,36 @@ const BACKLOG: usize = 1024;
 /// The statuses of all volumes on this node. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Board {
-    volumes: Arc<Mutex<BTreeMap<VolumeKey, VolumeStatus>>>,
+    inner: Arc<Mutex<Inner>>,
     changes: broadcast::Sender<Arc<VolumeStatus>>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    volumes: BTreeMap<VolumeKey, VolumeStatus>,
+    /// One counter for all volumes: it keeps growing when a name is removed and added again.
+    generation: u64,
+}
+
+impl Inner {
+    fn next(&mut self) -> u64 {
+        self.generation += 1;
+        self.generation
+    }
 }
 
 impl Default for Board {
     fn default() -> Self {
-        Self { volumes: Arc::default(), changes: broadcast::channel(BACKLOG).0 }
+        Self { inner: Arc::default(), changes: broadcast::channel(BACKLOG).0 }
     }
 }
 
 impl Board {
     /// Puts a volume on the board, or starts it anew.
     pub fn open(&self, key: &VolumeKey, spec: &VolumeSpec) -> VolumeStatus {
-        let mut volumes = self.lock();
-        let generation = volumes.get(key).map_or(1, |old| old.generation + 1);
-        let status = VolumeStatus { generation, ..blank(key, spec) };
-        volumes.insert(key.clone(), status.clone());
+        let mut inner = self.lock();
+        let status = VolumeStatus { generation: inner.next(), ..blank(key, spec) };
+        inner.volumes.insert(key.clone(), status.clone());
         self.send(&status);
         status
     }
@@ -40,17 +53,19 @@ impl Board {
     /// Changes a volume's status. Time and generation are kept here; a volume that is not on the
     /// board (its VM was unregistered meanwhile) is left off it.
     pub fn update(&self, key: &VolumeKey, change: impl FnOnce(&mut VolumeStatus)) {
-        let mut volumes = self.lock();
-        let Some(status) = volumes.get_mut(key) else { return };
-        let before = status.clone();
-        change(status);
+        let mut inner = self.lock();
+        let Some(before) = inner.volumes.get(key) else { return };
+        let mut status = before.clone();
+        change(&mut status);
+        if status == *before {
+            return;
+        }
         if status.phase != before.phase {
             status.since = Timestamp::now();
         }
-        if *status != before {
-            status.generation += 1;
-            self.send(status);
-        }
+        status.generation = inner.next();
+        inner.volumes.insert(key.clone(), status.clone());
+        self.send(&status);
     }
 
     /// The volume came to a phase, and all is well.
@@ -82,17 +97,22 @@ impl Board {
     /// Nothing of the volume is left: watchers see `Gone`, and it is off the board.
     pub fn close(&self, key: &VolumeKey) {
         self.phase(key, Phase::Gone);
-        self.lock().remove(key);
+        self.lock().volumes.remove(key);
     }
 
     /// One volume.
     pub fn get(&self, key: &VolumeKey) -> Option<VolumeStatus> {
-        self.lock().get(key).cloned()
+        self.lock().volumes.get(key).cloned()
     }
 
     /// All volumes, or those of one VM, ordered by VM and name.
     pub fn list(&self, vm: Option<&VmId>) -> Vec<VolumeStatus> {
-        self.lock().values().filter(|v| vm.is_none_or(|vm| v.key.vm == *vm)).cloned().collect()
+        self.lock()
+            .volumes
+            .values()
+            .filter(|v| vm.is_none_or(|vm| v.key.vm == *vm))
+            .cloned()
+            .collect()
     }
 
     /// Every change from now on.
@@ -106,9 +126,9 @@ impl Board {
         let _ = self.changes.send(Arc::new(status.clone()));
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<VolumeKey, VolumeStatus>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
         // Every holder leaves whole statuses behind, even when it panics.
-        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

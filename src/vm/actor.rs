@@ -1,0 +1,598 @@
+//! The task that owns one VM's volumes.
+//!
+//! It never waits for the system: checks, attaches and detaches run in tasks of their own, at most
+//! one a volume, and report back by message. So a hung portal or libvirt holds up one volume, and
+//! the handler still answers.
+
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::FutureExt;
+use jiff::Timestamp;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::{Instrument, info, warn};
+
+use super::facade::Refusal;
+use super::failure::Failure;
+use super::plan::{self, Admission, Known};
+use super::publish::{self, Board};
+use crate::journal::{Desired, EffectsStore, StoredVolume};
+use crate::reason::Reason;
+use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
+use crate::types::{Outcome, VmId, VolumeKey, VolumeName};
+
+/// What the handler has done for it: the way of an attach and back.
+#[async_trait]
+pub trait Steps: Send + Sync + 'static {
+    /// Checks an addition against the pod and the domain; changes nothing.
+    async fn check_add(&self, spec: &VolumeSpec) -> Result<(), Refusal>;
+
+    /// Checks a removal against the domain and the guest; changes nothing. `known` is `None` for a
+    /// name that the handler does not know: the refusal then says what is in the domain.
+    async fn check_remove(
+        &self,
+        name: &VolumeName,
+        known: Option<&VolumeSpec>,
+        options: RemoveOptions,
+    ) -> Result<(), Refusal>;
+
+    /// Goes the whole way, or finds it gone; on failure all is undone, unless `kept`.
+    async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure>;
+
+    /// Goes the whole way back, from wherever an attach came to.
+    async fn detach(&self, name: &VolumeName, options: RemoveOptions) -> Result<(), Failure>;
+}
+
+/// An attach that did not succeed.
+#[derive(Debug)]
+pub struct AttachFailure {
+    /// Why.
+    pub failure: Failure,
+    /// The guest had the disk before and still has it: nothing was undone.
+    pub kept: bool,
+}
+
+/// When a volume in trouble is tried again.
+#[derive(Debug, Clone, Copy)]
+pub struct Backoff {
+    /// After the first failure.
+    pub first: Duration,
+    /// The longest wait.
+    pub cap: Duration,
+}
+
+impl Backoff {
+    /// The wait after `attempts` failures, doubled each time, less up to a fifth of it so that many
+    /// volumes do not come back at the same instant. `dice` is in 0..1.
+    fn delay(self, attempts: u32, dice: f64) -> Duration {
+        let doubled = self.first.saturating_mul(1 << attempts.saturating_sub(1).min(16));
+        doubled.min(self.cap).mul_f64(1.0 - dice * 0.2)
+    }
+}
+
+/// What the handler works with.
+#[derive(Clone)]
+pub struct Tools {
+    /// The way of an attach and back.
+    pub steps: Arc<dyn Steps>,
+    /// Where statuses are published.
+    pub board: Board,
+    /// What is wanted, durable.
+    pub desired: Desired,
+    /// What was done in this boot.
+    pub effects: EffectsStore,
+    /// When to try again.
+    pub backoff: Backoff,
+    /// At most so many volumes.
+    pub max_volumes: usize,
+}
+
+type Reply = oneshot::Sender<Result<Outcome<VolumeStatus>, Refusal>>;
+
+enum Message {
+    Add {
+        spec: VolumeSpec,
+        options: AddOptions,
+        reply: Reply,
+    },
+    AddChecked {
+        spec: VolumeSpec,
+        options: AddOptions,
+        checked: Result<(), Refusal>,
+        reply: Reply,
+    },
+    Remove {
+        name: VolumeName,
+        options: RemoveOptions,
+        reply: Reply,
+    },
+    RemoveChecked {
+        name: VolumeName,
+        options: RemoveOptions,
+        checked: Result<(), Refusal>,
+        reply: Reply,
+    },
+    Attached {
+        name: VolumeName,
+        result: Result<(), AttachFailure>,
+    },
+    Detached {
+        name: VolumeName,
+        result: Result<(), Failure>,
+    },
+    Due {
+        name: VolumeName,
+    },
+    Count {
+        reply: oneshot::Sender<usize>,
+    },
+    Stop {
+        grace: Duration,
+        reply: oneshot::Sender<()>,
+    },
+}
+
+/// The handler of one VM, for whoever sends it requests. Clones send to the same task.
+#[derive(Debug, Clone)]
+pub struct Handler {
+    vm: VmId,
+    messages: mpsc::Sender<Message>,
+}
+
+/// How many requests may wait; more make their senders wait.
+const MAILBOX: usize = 256;
+
+impl Handler {
+    /// Starts the handler, which first takes up what the stores say was wanted or begun.
+    pub async fn start(vm: VmId, tools: Tools) -> Result<Self, Failure> {
+        let (messages, mailbox) = mpsc::channel(MAILBOX);
+        let mut actor = Actor {
+            vm: vm.clone(),
+            tools,
+            volumes: BTreeMap::new(),
+            tasks: JoinSet::new(),
+            messages: messages.downgrade(),
+        };
+        actor.resume().await?;
+        let span = tracing::info_span!("vm", vm = %vm);
+        tokio::spawn(actor.run(mailbox).instrument(span));
+        Ok(Self { vm, messages })
+    }
+
+    /// Wants a volume; see [`super::facade::Volumes::add_volume`].
+    pub async fn add(
+        &self,
+        spec: VolumeSpec,
+        options: AddOptions,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        self.ask(|reply| Message::Add { spec, options, reply }).await?
+    }
+
+    /// Wants a volume no more; see [`super::facade::Volumes::remove_volume`].
+    pub async fn remove(
+        &self,
+        name: VolumeName,
+        options: RemoveOptions,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        self.ask(|reply| Message::Remove { name, options, reply }).await?
+    }
+
+    /// How many volumes it has, those being removed included.
+    pub async fn count(&self) -> Result<usize, Refusal> {
+        self.ask(|reply| Message::Count { reply }).await
+    }
+
+    /// Ends the handler. What is under way has `grace` to end by itself and is dropped then, as a
+    /// crash would: the journal knows it. No volume is detached.
+    pub async fn stop(&self, grace: Duration) {
+        // An error means that it has ended already.
+        let _ = self.ask(|reply| Message::Stop { grace, reply }).await;
+    }
+
+    async fn ask<T>(
+        &self,
+        message: impl FnOnce(oneshot::Sender<T>) -> Message,
+    ) -> Result<T, Refusal> {
+        let gone = || {
+            Refusal::new(Reason::ShuttingDown, format!("the handler of {} is stopping", self.vm))
+        };
+        let (reply, answer) = oneshot::channel();
+        self.messages.send(message(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())
+    }
+}
+
+/// A volume as its handler has it.
+struct Volume {
+    stored: StoredVolume,
+    removing: Option<RemoveOptions>,
+    failed: bool,
+    working: bool,
+    attempts: u32,
+    timer: Option<AbortHandle>,
+}
+
+impl Volume {
+    fn new(stored: StoredVolume, removing: Option<RemoveOptions>) -> Self {
+        Self { stored, removing, failed: false, working: false, attempts: 0, timer: None }
+    }
+}
+
+struct Actor {
+    vm: VmId,
+    tools: Tools,
+    volumes: BTreeMap<VolumeName, Volume>,
+    tasks: JoinSet<()>,
+    /// Weak, so that the handler ends when all its users have gone.
+    messages: mpsc::WeakSender<Message>,
+}
+
+impl Actor {
+    async fn run(mut self, mut mailbox: mpsc::Receiver<Message>) {
+        let names: Vec<_> = self.volumes.keys().cloned().collect();
+        for name in names {
+            self.work(&name);
+        }
+        while let Some(message) = mailbox.recv().await {
+            // Ended tasks are only collected here; they have reported by message.
+            while self.tasks.try_join_next().is_some() {}
+            match message {
+                Message::Add { spec, options, reply } => self.add(spec, options, reply),
+                Message::AddChecked { spec, options, checked, reply } => {
+                    let answer = self.add_checked(spec, options, checked).await;
+                    // The asker may have gone; what was taken on is durable.
+                    let _ = reply.send(answer);
+                }
+                Message::Remove { name, options, reply } => self.remove(name, options, reply),
+                Message::RemoveChecked { name, options, checked, reply } => {
+                    let answer = self.remove_checked(&name, options, checked).await;
+                    let _ = reply.send(answer);
+                }
+                Message::Attached { name, result } => self.attached(&name, result).await,
+                Message::Detached { name, result } => self.detached(&name, result).await,
+                Message::Due { name } => self.work(&name),
+                Message::Count { reply } => {
+                    let live = self.volumes.values().filter(|v| !v.failed).count();
+                    let _ = reply.send(live);
+                }
+                Message::Stop { grace, reply } => {
+                    self.volumes
+                        .values_mut()
+                        .filter_map(|v| v.timer.take())
+                        .for_each(|t| t.abort());
+                    let ended = async { while self.tasks.join_next().await.is_some() {} };
+                    if tokio::time::timeout(grace, ended).await.is_err() {
+                        warn!(
+                            left = self.tasks.len(),
+                            "work was still under way; the journal has it"
+                        );
+                    }
+                    let _ = reply.send(());
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes up what the stores say: wanted volumes are attached (or found attached), what was
+    /// begun and is wanted no more is detached.
+    async fn resume(&mut self) -> Result<(), Failure> {
+        for stored in self.tools.desired.volumes(&self.vm).await? {
+            let key = self.key(&stored.spec.name);
+            let removing = self.tools.effects.removal(&key).await?;
+            self.tools.board.open(&key, &stored.spec);
+            self.volumes.insert(key.volume, Volume::new(stored, removing));
+        }
+        for key in self.tools.effects.volumes(&self.vm).await? {
+            if self.volumes.contains_key(&key.volume) {
+                continue;
+            }
+            let removal = self.tools.effects.removal(&key).await?;
+            let Some(effects) = self.tools.effects.get(&key).await? else {
+                self.tools.effects.delete_removal(&key).await?;
+                continue;
+            };
+            let stored = StoredVolume { spec: effects.spec, accept_new_identity: false };
+            self.tools.board.open(&key, &stored.spec);
+            self.volumes.insert(key.volume, Volume::new(stored, Some(removal.unwrap_or_default())));
+        }
+        Ok(())
+    }
+
+    fn key(&self, name: &VolumeName) -> VolumeKey {
+        VolumeKey { vm: self.vm.clone(), volume: name.clone() }
+    }
+
+    fn status(&self, name: &VolumeName) -> VolumeStatus {
+        let key = self.key(name);
+        self.tools.board.get(&key).unwrap_or_else(|| {
+            let spec = &self.volumes[name].stored.spec;
+            publish::blank(&key, spec)
+        })
+    }
+
+    fn known(&self) -> Vec<Known> {
+        let known = |(name, volume): (&VolumeName, &Volume)| Known {
+            spec: volume.stored.spec.clone(),
+            phase: self.status(name).phase,
+            removing: volume.removing,
+        };
+        self.volumes.iter().map(known).collect()
+    }
+
+    // ---- add ----------------------------------------------------------------------------------
+
+    fn add(&mut self, spec: VolumeSpec, options: AddOptions, reply: Reply) {
+        match plan::admit_add(&self.known(), &spec, self.tools.max_volumes) {
+            Err(refusal) => drop(reply.send(Err(refusal))),
+            Ok(Admission::Ignore) => {
+                let status = self.status(&spec.name);
+                if !options.dry_run && status.phase == Phase::Pending {
+                    self.try_now(&spec.name, options);
+                }
+                let _ = reply.send(Ok(Outcome::Already(status)));
+            }
+            Ok(Admission::Accept | Admission::Forget) => {
+                let steps = self.tools.steps.clone();
+                self.spawn(async move {
+                    let checked = steps.check_add(&spec).await;
+                    Message::AddChecked { spec, options, checked, reply }
+                });
+            }
+        }
+    }
+
+    /// Someone asked again for a volume that waits to be tried again.
+    fn try_now(&mut self, name: &VolumeName, options: AddOptions) {
+        if let Some(volume) = self.volumes.get_mut(name) {
+            volume.attempts = 0;
+            volume.stored.accept_new_identity |= options.accept_new_identity;
+        }
+        self.work(name);
+    }
+
+    async fn add_checked(
+        &mut self,
+        spec: VolumeSpec,
+        options: AddOptions,
+        checked: Result<(), Refusal>,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        checked?;
+        // Another request may have been taken since this one was sent off to be checked.
+        if plan::admit_add(&self.known(), &spec, self.tools.max_volumes)? == Admission::Ignore {
+            return Ok(Outcome::Already(self.status(&spec.name)));
+        }
+        let key = self.key(&spec.name);
+        if options.dry_run {
+            return Ok(Outcome::Already(publish::blank(&key, &spec)));
+        }
+        let stored = StoredVolume { spec, accept_new_identity: options.accept_new_identity };
+        self.tools.desired.put_volume(&self.vm, &stored).await.map_err(Failure::from)?;
+        info!(volume = %key.volume, source = stored.spec.source.key(), "volume wanted");
+        let status = self.tools.board.open(&key, &stored.spec);
+        self.volumes.insert(key.volume.clone(), Volume::new(stored, None));
+        self.work(&key.volume);
+        Ok(Outcome::Done(status))
+    }
+
+    // ---- remove -------------------------------------------------------------------------------
+
+    fn remove(&mut self, name: VolumeName, options: RemoveOptions, reply: Reply) {
+        let volume = self.volumes.get(&name);
+        let known = volume.map(|v| Known {
+            spec: v.stored.spec.clone(),
+            phase: self.status(&name).phase,
+            removing: v.removing,
+        });
+        match plan::admit_remove(known.as_ref(), options) {
+            Some(Admission::Ignore) => {
+                let mut status = self.status(&name);
+                if !options.dry_run {
+                    self.try_now(&name, AddOptions::default());
+                    // What is told is the new attempt, which has no trouble yet.
+                    self.tools.board.phase(&status.key, status.phase);
+                    status = self.status(&name);
+                }
+                let _ = reply.send(Ok(Outcome::Already(status)));
+            }
+            Some(Admission::Forget) => {
+                let status = self.status(&name);
+                if !options.dry_run {
+                    self.volumes.remove(&name);
+                    self.tools.board.close(&status.key);
+                }
+                let _ =
+                    reply.send(Ok(Outcome::Done(VolumeStatus { phase: Phase::Gone, ..status })));
+            }
+            Some(Admission::Accept) | None => {
+                let steps = self.tools.steps.clone();
+                let spec = known.map(|k| k.spec);
+                self.spawn(async move {
+                    let checked = steps.check_remove(&name, spec.as_ref(), options).await;
+                    Message::RemoveChecked { name, options, checked, reply }
+                });
+            }
+        }
+    }
+
+    async fn remove_checked(
+        &mut self,
+        name: &VolumeName,
+        options: RemoveOptions,
+        checked: Result<(), Refusal>,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        let key = self.key(name);
+        checked?;
+        let Some(volume) = self.volumes.get_mut(name) else {
+            // It went while the removal was being checked.
+            let message = format!("volume {key} is unknown");
+            return Err(Refusal::new(Reason::VolumeNotFound, message).field("name"));
+        };
+        if options.dry_run {
+            return Ok(Outcome::Already(self.status(name)));
+        }
+        self.tools.effects.put_removal(&key, options).await.map_err(Failure::from)?;
+        if let Err(error) = self.tools.desired.delete_volume(&key).await {
+            // The removal holds by its mark in /run; the durable store is told when it is done.
+            warn!(volume = %name, error = %Failure::from(error).message, "the removal is not durable yet");
+        }
+        info!(volume = %name, force = options.force, "volume wanted no more");
+        volume.removing = Some(options);
+        volume.attempts = 0;
+        // An attach that is under way is let end; its report starts the detach.
+        self.tools.board.phase(&key, Phase::Detaching);
+        self.work(name);
+        Ok(Outcome::Done(self.status(name)))
+    }
+
+    // ---- work ---------------------------------------------------------------------------------
+
+    /// Sets the volume's task going, unless it runs: attach or detach, whichever is wanted.
+    fn work(&mut self, name: &VolumeName) {
+        let Some(volume) = self.volumes.get_mut(name) else { return };
+        if let Some(timer) = volume.timer.take() {
+            timer.abort();
+        }
+        if volume.working || volume.failed {
+            return;
+        }
+        volume.working = true;
+        let (steps, name) = (self.tools.steps.clone(), name.clone());
+        let (stored, removing) = (volume.stored.clone(), volume.removing);
+        let span = match removing {
+            None => tracing::info_span!("attach", volume = %name),
+            Some(_) => tracing::info_span!("detach", volume = %name),
+        };
+        let task = async move {
+            match removing {
+                None => {
+                    let result = whole(steps.attach(&stored)).await.unwrap_or_else(|failure| {
+                        // What the guest has is not known here, so it is not taken away.
+                        Err(AttachFailure { failure, kept: true })
+                    });
+                    Message::Attached { name, result }
+                }
+                Some(options) => {
+                    let result = whole(steps.detach(&name, options)).await.unwrap_or_else(Err);
+                    Message::Detached { name, result }
+                }
+            }
+        };
+        self.spawn(task.instrument(span));
+    }
+
+    async fn attached(&mut self, name: &VolumeName, result: Result<(), AttachFailure>) {
+        let key = self.key(name);
+        let Some(volume) = self.volumes.get_mut(name) else { return };
+        volume.working = false;
+        if volume.removing.is_some() {
+            self.tools.board.phase(&key, Phase::Detaching);
+            return self.work(name);
+        }
+        let AttachFailure { failure, kept } = match result {
+            Ok(()) => {
+                volume.attempts = 0;
+                volume.stored.accept_new_identity = false;
+                return;
+            }
+            Err(failed) => failed,
+        };
+        warn!(volume = %name, reason = %failure.reason, message = failure.message, kept, "attach failed");
+        let phase = if kept { Phase::Ready } else { Phase::Pending };
+        if failure.is_transient() {
+            let at = self.retry(name);
+            self.tools.board.trouble(&key, phase, &failure, at);
+        } else if kept {
+            self.tools.board.trouble(&key, phase, &failure, None);
+        } else {
+            volume.failed = true;
+            if let Err(error) = self.tools.desired.delete_volume(&key).await {
+                warn!(volume = %name, error = %Failure::from(error).message, "the failed add is still stored: a restart tries it again");
+            }
+            self.tools.board.trouble(&key, Phase::Failed, &failure, None);
+        }
+    }
+
+    async fn detached(&mut self, name: &VolumeName, result: Result<(), Failure>) {
+        let key = self.key(name);
+        let Some(volume) = self.volumes.get_mut(name) else { return };
+        volume.working = false;
+        let failure = match result {
+            Ok(()) => match self.forget(&key).await {
+                Ok(()) => {
+                    self.volumes.remove(name);
+                    self.tools.board.close(&key);
+                    info!(volume = %name, "volume gone");
+                    return;
+                }
+                Err(failure) => failure,
+            },
+            Err(failure) => failure,
+        };
+        warn!(volume = %name, reason = %failure.reason, message = failure.message, "detach failed");
+        let phase = match self.status(name).phase {
+            Phase::UnmountedFromPod => Phase::UnmountedFromPod,
+            _ => Phase::Detaching,
+        };
+        // A removal that was taken on is carried through, however long it takes.
+        let at = self.retry(name);
+        self.tools.board.trouble(&key, phase, &failure, at);
+    }
+
+    /// Forgets a volume in both stores, the mark of its removal last.
+    async fn forget(&self, key: &VolumeKey) -> Result<(), Failure> {
+        self.tools.desired.delete_volume(key).await?;
+        self.tools.effects.delete(key).await?;
+        Ok(self.tools.effects.delete_removal(key).await?)
+    }
+
+    /// Has the volume tried again later; returns when.
+    fn retry(&mut self, name: &VolumeName) -> Option<Timestamp> {
+        let volume = self.volumes.get_mut(name)?;
+        volume.attempts += 1;
+        let delay = self.tools.backoff.delay(volume.attempts, fastrand::f64());
+        let due = name.clone();
+        let timer = Self::spawn_in(&mut self.tasks, &self.messages, async move {
+            tokio::time::sleep(delay).await;
+            Message::Due { name: due }
+        });
+        volume.timer = Some(timer);
+        Timestamp::now().checked_add(delay).ok()
+    }
+
+    fn spawn(&mut self, task: impl Future<Output = Message> + Send + 'static) {
+        Self::spawn_in(&mut self.tasks, &self.messages, task);
+    }
+
+    fn spawn_in(
+        tasks: &mut JoinSet<()>,
+        messages: &mpsc::WeakSender<Message>,
+        task: impl Future<Output = Message> + Send + 'static,
+    ) -> AbortHandle {
+        let messages = messages.clone();
+        tasks.spawn(async move {
+            let message = task.await;
+            if let Some(messages) = messages.upgrade() {
+                // The handler may have stopped meanwhile; the journal knows what was done.
+                let _ = messages.send(message).await;
+            }
+        })
+    }
+}
+
+/// Runs a step to its end; a panic in it (a bug) is a failure of this volume alone.
+async fn whole<T>(step: impl Future<Output = T>) -> Result<T, Failure> {
+    AssertUnwindSafe(step).catch_unwind().await.map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        let text = text.unwrap_or_else(|| "a panic without words".into());
+        Failure::new(Reason::Internal, format!("a step panicked: {text}"))
+    })
+}
+
+#[cfg(test)]
+mod tests;

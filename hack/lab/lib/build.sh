@@ -30,7 +30,6 @@ image_dir() {
 build_tree() {
   local tree args
   tree=$(tree_dir)
-  [ -d "$tree" ] && return
   need_program mmdebstrap mmdebstrap
   [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] ||
     die "Debian's archive keys are missing: apt-get install debian-archive-keyring"
@@ -97,7 +96,7 @@ pack_initramfs() {
 }
 
 new_initramfs_root() {
-  mkdir -p "$1"/{bin,dev,proc,sys,run,tmp,root,etc,usr/lib,usr/bin,usr/sbin}
+  mkdir -p "$1"/{bin,dev,proc,sys,run,tmp,mnt,root,etc,usr/lib,usr/bin,usr/sbin}
   ln -s usr/lib "$1/lib"
   ln -s usr/sbin "$1/sbin"
   ln -s usr/lib64 "$1/lib64"
@@ -115,18 +114,22 @@ build_node_initramfs() {
 }
 
 build_guest_initramfs() {
-  local root=$1.root tree rule
+  local root=$1.root tree rule command
   tree=$(tree_dir)
   new_initramfs_root "$root"
   copy_modules "$root" virtio_scsi sd_mod virtio_blk ext4 dm_mod
   copy_programs "$root" /usr/bin/udevadm /usr/lib/udev/scsi_id /usr/lib/udev/ata_id \
     /usr/sbin/qemu-ga /usr/sbin/lvm /usr/sbin/sfdisk /usr/sbin/mkfs.ext4
-  ln -s ../../bin/udevadm "$root/usr/sbin/udevd"
+  ln -s ../bin/udevadm "$root/usr/sbin/udevd"
   mkdir -p "$root/usr/lib/udev/rules.d"
   for rule in 50-udev-default 60-block 60-persistent-storage; do
     cp "$tree/usr/lib/udev/rules.d/$rule.rules" "$root/usr/lib/udev/rules.d/"
   done
   cp "$tree"/etc/{passwd,group,nsswitch.conf} "$root/etc/"
+  for command in pvcreate vgcreate lvcreate vgchange lvchange pvs vgs lvs; do
+    ln -s lvm "$root/usr/sbin/$command"
+  done
+  install -D -m 644 "$LAB_DIR/guest/lvm.conf" "$root/etc/lvm/lvm.conf"
   install -m 755 "$LAB_DIR/guest/init" "$root/init"
   pack_initramfs "$root" "$1"
   rm -rf "$root"
@@ -162,7 +165,6 @@ configure_root() {
 build_image() {
   local image tmp root
   image=$(image_dir)
-  [ -d "$image" ] && return
   tmp=$LAB_CACHE/image.tmp root=$LAB_CACHE/image.tmp/root
   rm -rf "$tmp"
   mkdir -p "$tmp"
@@ -183,9 +185,11 @@ build_image() {
 
 # Drops what other package lists and older files left, unless a node may be running from it.
 prune_cache() {
-  local old keep_tree keep_image
+  local old keep_tree keep_image pidfile
   keep_tree=$(tree_dir) keep_image=$(image_dir)
-  ! node_is_running || return 0
+  for pidfile in "$LAB_CACHE"/run/*/qemu.pid; do
+    ! is_qemu "$pidfile" || return 0
+  done
   for old in "$LAB_CACHE"/tree-* "$LAB_CACHE"/image-*; do
     [ "$old" = "$keep_tree" ] || [ "$old" = "$keep_image" ] || rm -rf "$old"
   done
@@ -196,8 +200,11 @@ build_all() {
   need_program mke2fs e2fsprogs
   need_program ssh-keygen openssh-client
   [ -e "$SSH_KEY" ] || ssh-keygen -q -t ed25519 -N '' -C lunplug-lab -f "$SSH_KEY"
-  if [ -d "$(tree_dir)" ] && [ -d "$(image_dir)" ]; then return; fi
-  timed "tree ready" build_tree
-  timed "image ready" build_image
-  prune_cache
+  if [ ! -d "$(tree_dir)" ]; then
+    timed "tree built" build_tree
+  fi
+  if [ ! -d "$(image_dir)" ]; then
+    timed "image built" build_image
+    prune_cache
+  fi
 }

@@ -1,5 +1,5 @@
 # Shared by the lab's host-side scripts. Sourced, never run.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # the variables are for those who source this
 
 LAB_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LAB_CACHE=${LUNPLUG_LAB_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/lunplug-lab}
@@ -21,11 +21,12 @@ need_program() {
   command -v "$1" >/dev/null || die "$1 is missing: apt-get install $2"
 }
 
-# timed WHAT CMD... : runs CMD and says how long it took.
+# timed WHAT CMD... : runs CMD and says how long it took. (No `|| return` here: it would switch
+# `set -e` off inside CMD.)
 timed() {
   local what=$1 start=$EPOCHREALTIME
   shift
-  "$@" || return
+  "$@"
   say "$what: $(seconds_since "$start") s"
 }
 

@@ -5,11 +5,10 @@ BOOT_DEADLINE=240
 
 node_pid() { cat "$RUN/qemu.pid" 2>/dev/null; }
 
-# True when the pid is alive and is a QEMU (a pid is reused sooner or later).
-node_is_running() {
-  local pid
-  pid=$(node_pid) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = qemu-system-x86 ]
-}
+# is_qemu PIDFILE : true when that process is alive and is a QEMU (a pid is reused sooner or later).
+is_qemu() { [ "$(cat "/proc/$(cat "$1" 2>/dev/null)/comm" 2>/dev/null)" = qemu-system-x86 ]; }
+
+node_is_running() { is_qemu "$RUN/qemu.pid"; }
 
 need_running() {
   node_is_running || die "the node '$LAB_NODE' is not up: run '$LAB_DIR/node up'"
@@ -34,7 +33,7 @@ prove_kvm() {
     if in_tree timeout -s KILL 20 qemu-system-x86_64 -accel kvm -cpu host -m 512M -nodefaults \
       -no-user-config -display none -no-reboot -serial stdio -kernel "$(lab_path "$image/vmlinux")" \
       -initrd "$(lab_path "$image/node.initrd")" -append 'console=ttyS0 quiet panic=-1 lab.probe' \
-      </dev/null 2>&1 | grep -q LUNPLUG-PROBE-OK; then
+      </dev/null 2>&1 | grep LUNPLUG-PROBE-OK >/dev/null; then
       works=yes
     fi
     echo "$boot_id $works" >"$known"
@@ -67,7 +66,7 @@ start_qemu() {
 # wait_ready OFFSET : waits for the ready line after OFFSET bytes of the console.
 wait_ready() {
   local start=$SECONDS
-  until tail -c +$(($1 + 1)) "$CONSOLE" 2>/dev/null | grep -q LUNPLUG-NODE-READY; do
+  until tail -c +$(($1 + 1)) "$CONSOLE" 2>/dev/null | grep LUNPLUG-NODE-READY >/dev/null; do
     node_is_running || boot_failed "QEMU ended while the node was booting"
     [ $((SECONDS - start)) -lt $BOOT_DEADLINE ] ||
       boot_failed "the node did not come up within $BOOT_DEADLINE s"
@@ -97,6 +96,7 @@ node_ssh() {
   local tty=-T
   [ -t 0 ] && [ -t 1 ] && tty=-t
   ssh_args
+  # shellcheck disable=SC2029 # the words are meant for the node's shell as they are
   ssh "$tty" "${SSH_ARGS[@]}" root@127.0.0.1 "$@"
 }
 
@@ -125,12 +125,15 @@ vm_up() {
   image=$(image_dir)
   if node_is_running; then
     [ -e "$RUN/ssh.port" ] || find_ssh_port
+    [ "$(cat "$RUN/image")" = "$image" ] ||
+      say "note: the running node has an older image; 'node down', then 'node up' takes the new one"
     first_login
     return
   fi
   rm -rf "$RUN"
   mkdir -p "$RUN"
   : >"$CONSOLE"
+  echo "$image" >"$RUN/image"
   in_tree qemu-img create -q -f qcow2 -F raw -b "$(lab_path "$image/root.ext4")" \
     "$(lab_path "$RUN/root.qcow2")"
   start_qemu "$image"

@@ -1,0 +1,109 @@
+//! The main job: two paths, the guest's view, a dead portal in mid-I/O; several volumes.
+
+use std::time::Duration;
+
+use crate::node::{
+    Lab, Lun, VM, add, guest_disk, guest_disks, in_guest, lunplug, refused, remove, same_as, sh,
+    snapshot, until, volume,
+};
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn two_paths_carry_data_and_survive_a_dead_portal() {
+    Lab::get();
+    let lun = Lun::new("attach1", 1, "64M");
+    let before = snapshot();
+    add("data", &lun.source(), &["--serial", "Case-Kept_01"]).ok();
+
+    let told = volume("data");
+    assert_eq!(told["phase"], "Ready");
+    assert_eq!(told["device"]["wwid"], lun.wwid.as_str());
+    assert_eq!(told["device"]["paths"], 2, "{told}");
+    let disk = guest_disk("Case-Kept_01");
+    assert_eq!(disk.bytes, 64 << 20);
+
+    let pattern = "yes lunplug | head -c 65536";
+    in_guest(&format!("{pattern} | dd of=/dev/{} bs=64k iflag=fullblock oflag=direct", disk.name))
+        .ok();
+    assert_eq!(lun.read(65536), sh(&format!("{pattern} || true")).stdout.as_bytes());
+
+    // I/O goes on in the guest while one portal's packets vanish.
+    let write = |seek: u32| {
+        format!(
+            "yes again | dd of=/dev/{} bs=64k count=4 seek={seek} iflag=fullblock oflag=direct",
+            disk.name
+        )
+    };
+    in_guest(&write(16)).ok();
+    sh("target portal drop 127.0.0.3").ok();
+    let recovered = until("the guest's I/O goes on", Duration::from_secs(60), || {
+        in_guest(&write(32)).code == 0
+    });
+    println!("I/O went on {recovered:?} after a portal died");
+    sh("target portal restore 127.0.0.3").ok();
+    until("both paths are back", Duration::from_secs(120), || {
+        sh("multipathd show paths format '%t' | grep -c active").stdout.trim() == "2"
+    });
+    remove("data", &[]).ok();
+    assert!(guest_disks().is_empty());
+    same_as(&before);
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn five_volumes_are_added_at_once_removed_and_added_again() {
+    Lab::get();
+    let luns: Vec<Lun> = (1..=5).map(|n| Lun::new(&format!("five{n}"), n * 2, "16M")).collect();
+    let before = snapshot();
+    let name = |lun: &Lun| format!("vol{}", lun.number);
+    for round in 1..=2 {
+        std::thread::scope(|scope| {
+            let adds: Vec<_> = luns
+                .iter()
+                .map(|lun| scope.spawn(move || add(&name(lun), &lun.source(), &[])))
+                .collect();
+            for added in adds {
+                added.join().expect("the thread ends").ok();
+            }
+        });
+        let mut serials: Vec<_> = guest_disks().into_iter().map(|d| d.serial).collect();
+        serials.sort();
+        assert_eq!(serials, ["vol10", "vol2", "vol4", "vol6", "vol8"], "round {round}");
+        refused(add("vol2", &luns[1].source(), &[]), "VOLUME_EXISTS");
+        refused(add("other", &luns[0].source(), &[]), "SOURCE_IN_USE");
+        for lun in &luns {
+            remove(&name(lun), &[]).ok();
+        }
+        same_as(&before);
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_dry_run_checks_and_changes_nothing() {
+    Lab::get();
+    let lun = Lun::new("dry", 3, "16M");
+    let before = snapshot();
+    add("dry", &lun.source(), &["--dry-run"]).ok();
+    same_as(&before);
+    refused(lunplug(&["describe", VM, "dry"]), "VOLUME_NOT_FOUND");
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn lun_1_is_not_lun_10_and_large_numbers_work() {
+    Lab::get();
+    let luns = [Lun::new("one", 1, "16M"), Lun::new("ten", 10, "32M"), Lun::new("far", 256, "48M")];
+    let before = snapshot();
+    add("ten", &luns[1].source(), &[]).ok();
+    add("far", &luns[2].source(), &[]).ok();
+    assert_eq!(guest_disk("ten").bytes, 32 << 20);
+    assert_eq!(guest_disk("far").bytes, 48 << 20);
+    add("one", &luns[0].source(), &["--multipath", "required"]).ok();
+    assert_eq!(guest_disk("one").bytes, 16 << 20);
+    remove("one", &[]).ok();
+    assert_eq!(guest_disks().len(), 2, "only LUN 1 went");
+    remove("ten", &[]).ok();
+    remove("far", &[]).ok();
+    same_as(&before);
+}

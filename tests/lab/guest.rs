@@ -1,0 +1,115 @@
+//! What the guest does with its disk is the guest's: the host looks away, and asks before it takes.
+
+use std::time::Duration;
+
+use crate::node::{
+    DOMAIN, Lab, Lun, POD, add, guest_disk, guest_disks, in_guest, refused, remove, run, same_as,
+    sh, snapshot, until, virsh, volume,
+};
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn the_host_activates_nothing_of_what_the_guest_writes() {
+    Lab::get();
+    let (lvm, table) = (Lun::new("lvm", 1, "64M"), Lun::new("table", 2, "64M"));
+    let before = snapshot();
+    add("lvm", &lvm.source(), &[]).ok();
+    add("table", &table.source(), &[]).ok();
+    let attached = snapshot();
+    let (a, b) = (guest_disk("lvm").name, guest_disk("table").name);
+    in_guest(&format!("pvcreate -q /dev/{a} && vgcreate -q guestvg /dev/{a} && lvcreate -q -n lv -l 100%FREE guestvg && vgchange -q -an guestvg")).ok();
+    in_guest(&format!("printf 'label: gpt\\n,16M\\n,\\n' | sfdisk -q /dev/{b}")).ok();
+    sh("udevadm settle").ok();
+    assert_eq!(snapshot(), attached, "the host has new maps or volume groups");
+    for round in 1..=2 {
+        remove("lvm", &[]).ok();
+        remove("table", &[]).ok();
+        same_as(&before);
+        // Devices appear with the guest's metadata on them: the moment at which hosts used to bite.
+        add("lvm", &lvm.source(), &[]).ok();
+        add("table", &table.source(), &[]).ok();
+        sh("udevadm settle").ok();
+        assert_eq!(snapshot(), attached, "round {round}: the host has new maps or volume groups");
+        let b = guest_disk("table").name;
+        in_guest(&format!("test -b /dev/{b}2")).ok();
+    }
+    remove("lvm", &[]).ok();
+    remove("table", &[]).ok();
+    same_as(&before);
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_mounted_disk_is_not_taken_unless_forced() {
+    Lab::get();
+    let lun = Lun::new("mounted", 3, "64M");
+    let before = snapshot();
+    add("data", &lun.source(), &[]).ok();
+    let disk = guest_disk("data").name;
+    in_guest(&format!("mkfs.ext4 -q -F /dev/{disk} && mkdir -p /mnt && mount /dev/{disk} /mnt"))
+        .ok();
+    let ran = remove("data", &[]).fails();
+    assert!(
+        ran.stderr.contains("IN_USE_BY_GUEST") && ran.stderr.contains("/mnt"),
+        "{}",
+        ran.stderr
+    );
+    in_guest("echo still here >/mnt/file && sync && cat /mnt/file").ok();
+    assert_eq!(volume("data")["phase"], "Ready");
+
+    in_guest("umount /mnt").ok();
+    remove("data", &[]).ok();
+    same_as(&before);
+
+    add("data", &lun.source(), &[]).ok();
+    let disk = guest_disk("data").name;
+    in_guest(&format!("mount /dev/{disk} /mnt && cat /mnt/file")).ok();
+    remove("data", &["--force"]).ok();
+    in_guest("umount -l /mnt || true").ok();
+    assert!(guest_disks().is_empty());
+    same_as(&before);
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_silent_guest_on_virtio_keeps_its_disk() {
+    Lab::get();
+    let lun = Lun::new("silent", 4, "16M");
+    let before = snapshot();
+    add("data", &lun.source(), &["--bus", "virtio", "--serial", "Virtio-Case"]).ok();
+    let disk = guest_disk("Virtio-Case");
+    assert_eq!(disk.bytes, 16 << 20);
+    run("guest", &["hotplug", POD, DOMAIN, "off"]).ok();
+    let waited = remove("data", &["--timeout", "15s"]).fails();
+    println!("told while waiting: {}", waited.stderr.trim());
+    until("the reason is told", Duration::from_secs(60), || {
+        volume("data")["reason"] == "DETACH_UNACKNOWLEDGED"
+    });
+    assert_eq!(volume("data")["phase"], "Detaching");
+    in_guest(&format!("dd if=/dev/{} of=/dev/null bs=64k count=1 iflag=direct", disk.name)).ok();
+    run("guest", &["hotplug", POD, DOMAIN, "on"]).ok();
+    // The guest lost the request while it was silent; lunplug makes it again by itself.
+    until("the volume is gone", Duration::from_secs(180), || guest_disks().is_empty());
+    until("nothing of it is left", Duration::from_secs(30), || snapshot() == before);
+    refused(remove("data", &[]), "VOLUME_NOT_FOUND");
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn without_an_agent_nothing_is_taken_unless_forced() {
+    Lab::get();
+    let lun = Lun::new("agentless", 6, "16M");
+    let before = snapshot();
+    add("data", &lun.source(), &[]).ok();
+    // The agent's process is stopped, not ended, so that it can go on afterwards.
+    virsh(&[
+        "qemu-agent-command",
+        DOMAIN,
+        r#"{"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","(sleep 25; kill -CONT $(pidof qemu-ga)) >/dev/null 2>&1 & kill -STOP $(pidof qemu-ga)"]}}"#,
+    ]);
+    refused(remove("data", &[]), "GUEST_UNPROVEN");
+    until("the agent answers again", Duration::from_secs(120), || in_guest("true").code == 0);
+    assert_eq!(volume("data")["phase"], "Ready");
+    remove("data", &[]).ok();
+    same_as(&before);
+}

@@ -1,0 +1,15 @@
+//! Stories told in the lab's node: real kernel, real target, real libvirt, real guest.
+//!
+//! They run as root in the node and are ignored elsewhere; `hack/test` takes them there. Each takes
+//! a snapshot of the node's storage state by the system's own tools and compares it at the end.
+
+#![allow(unreachable_pub, reason = "a test binary has no outside")]
+
+mod attach;
+mod bad_input;
+mod daemon;
+mod grant;
+mod guest;
+mod identity;
+mod node;
+mod places;

@@ -1,0 +1,250 @@
+//! The node's commands as tests use them: target, pod, guest, snapshot (see hack/lab/README.md),
+//! the lunplug CLI, and the shell for the rest.
+
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// What a command left behind.
+#[derive(Debug)]
+pub struct Ran {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Ran {
+    /// The output of a command that had to succeed.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        assert_eq!(self.code, 0, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        self.stdout
+    }
+
+    /// That of one that had to fail.
+    #[track_caller]
+    pub fn fails(self) -> Self {
+        assert_ne!(self.code, 0, "it succeeded: {}", self.stdout);
+        self
+    }
+}
+
+/// Runs a program with arguments.
+pub fn run(program: &str, args: &[&str]) -> Ran {
+    let output = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|e| panic!("{program} could not be run: {e}"));
+    Ran {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// Runs a line of shell as root in the node.
+pub fn sh(line: &str) -> Ran {
+    run("bash", &["-euo", "pipefail", "-c", line])
+}
+
+/// Waits until `holds`, which has to become true by an event that something else brings about.
+#[track_caller]
+pub fn until(what: &str, deadline: Duration, mut holds: impl FnMut() -> bool) -> Duration {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < deadline, "not within {deadline:?}: {what}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    began.elapsed()
+}
+
+/// The storage state of the node, told by the system's own tools.
+#[track_caller]
+pub fn snapshot() -> String {
+    sh("snapshot").ok()
+}
+
+/// Asserts that nothing was left since `before` was taken.
+#[track_caller]
+pub fn same_as(before: &str) {
+    let after = snapshot();
+    if after == before {
+        return;
+    }
+    std::fs::write("/tmp/before", before).expect("/tmp is writable");
+    std::fs::write("/tmp/after", &after).expect("/tmp is writable");
+    panic!("something was left behind:\n{}", sh("diff -u /tmp/before /tmp/after || true").stdout);
+}
+
+/// The pod and guest that the stories share, made by the first of them; a target with no LUN.
+pub struct Lab {
+    /// `pod info`.
+    pub pod: Value,
+}
+
+pub const POD: &str = "lab";
+pub const DOMAIN: &str = "default_vm";
+pub const VM: &str = "vm";
+
+impl Lab {
+    /// The shared lab, with lunplugd running and the VM registered.
+    pub fn get() -> &'static Self {
+        static LAB: OnceLock<Lab> = OnceLock::new();
+        LAB.get_or_init(|| {
+            sh("target up").ok();
+            sh("daemon start").ok();
+            let pod = sh(&format!("pod up {POD}")).ok();
+            sh(&format!("guest up {POD} {DOMAIN}")).ok();
+            let lab = Self { pod: serde_json::from_str(&pod).expect("pod up prints JSON") };
+            lunplug(&["vm", "register", VM, "--pod-uid", lab.uid(), "--domain", DOMAIN]).ok();
+            lab
+        })
+    }
+
+    fn text(&self, key: &str) -> &str {
+        self.pod[key].as_str().unwrap_or_else(|| panic!("pod info has no {key}"))
+    }
+
+    /// The pod's UID.
+    pub fn uid(&self) -> &str {
+        self.text("uid")
+    }
+
+    /// The hotplug directory on the host.
+    pub fn hotplug_dir(&self) -> &str {
+        self.text("hotplug_dir")
+    }
+
+    /// The container's cgroup directory.
+    pub fn cgroup(&self) -> &str {
+        self.text("cgroup")
+    }
+}
+
+/// A LUN of the lab's target that goes when the test ends.
+pub struct Lun {
+    pub name: String,
+    pub number: u16,
+    pub wwid: String,
+}
+
+impl Lun {
+    #[track_caller]
+    pub fn new(name: &str, number: u16, size: &str) -> Self {
+        sh(&format!("target lun rm {name} 2>/dev/null || true")).ok();
+        let wwid = sh(&format!("target lun add {name} {number} {size}")).ok().trim().to_owned();
+        Self { name: name.into(), number, wwid }
+    }
+
+    /// The URL by which lunplug finds it: both portals.
+    pub fn source(&self) -> String {
+        source_of(self.number)
+    }
+
+    /// Another disk under the same number.
+    #[track_caller]
+    pub fn swap(&mut self) {
+        self.wwid =
+            sh(&format!("target lun swap {} {}", self.name, self.number)).ok().trim().to_owned();
+    }
+
+    /// The first `n` bytes of the backing store.
+    #[track_caller]
+    pub fn read(&self, n: usize) -> Vec<u8> {
+        let path = sh(&format!("target lun file {}", self.name)).ok();
+        let mut bytes = std::fs::read(path.trim()).expect("the backing store is a file");
+        bytes.truncate(n);
+        bytes
+    }
+}
+
+impl Drop for Lun {
+    fn drop(&mut self) {
+        sh(&format!("target lun rm {}", self.name));
+    }
+}
+
+/// The source URL of a LUN number at both portals.
+pub fn source_of(number: u16) -> String {
+    format!("iscsi://127.0.0.2:3260,127.0.0.3:3260/{}/{number}", sh("target iqn").ok().trim())
+}
+
+/// Runs the CLI.
+pub fn lunplug(args: &[&str]) -> Ran {
+    run("lunplug", args)
+}
+
+/// Adds a volume to the shared VM and waits until it is ready.
+pub fn add(name: &str, source: &str, more: &[&str]) -> Ran {
+    let args = ["addvolume", VM, "--volume-name", name, "--source", source, "--timeout", "120s"];
+    lunplug(&[&args[..], more].concat())
+}
+
+/// Removes a volume and waits until it is gone.
+pub fn remove(name: &str, more: &[&str]) -> Ran {
+    let args = ["removevolume", VM, "--volume-name", name, "--timeout", "120s"];
+    lunplug(&[&args[..], more].concat())
+}
+
+/// A volume as the daemon tells it.
+#[track_caller]
+pub fn volume(name: &str) -> Value {
+    let json = lunplug(&["describe", VM, name, "-o", "json"]).ok();
+    serde_json::from_str(&json)
+        .unwrap_or_else(|e| panic!("describe -o json printed no JSON ({e}): {json}"))
+}
+
+/// The code that a failed call carries in its message.
+#[track_caller]
+pub fn refused(ran: Ran, code: &str) {
+    let ran = ran.fails();
+    assert!(ran.stderr.contains(code), "expected {code}: {}", ran.stderr);
+}
+
+/// Runs a command in the guest.
+pub fn in_guest(line: &str) -> Ran {
+    run("guest", &["exec", POD, DOMAIN, line])
+}
+
+/// A disk as the guest sees it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct GuestDisk {
+    pub name: String,
+    pub bytes: u64,
+    pub serial: String,
+}
+
+/// The guest's disks.
+#[track_caller]
+pub fn guest_disks() -> Vec<GuestDisk> {
+    let lines = run("guest", &["disks", POD, DOMAIN]).ok();
+    let disk = |line: &str| {
+        let mut words = line.split(' ');
+        let mut word = || words.next().unwrap_or_default().to_owned();
+        GuestDisk { name: word(), bytes: word().parse().expect("bytes"), serial: word() }
+    };
+    lines.lines().map(disk).collect()
+}
+
+/// The guest's disk with that serial.
+#[track_caller]
+pub fn guest_disk(serial: &str) -> GuestDisk {
+    let disks = guest_disks();
+    let found = disks.iter().position(|d| d.serial == serial);
+    let at = found.unwrap_or_else(|| panic!("the guest has no disk {serial}: {disks:?}"));
+    disks.into_iter().nth(at).expect("it was just found")
+}
+
+/// Opens a device node in the container, as QEMU would; the error is the kernel's.
+pub fn open_in_pod(name: &str) -> Ran {
+    let path = format!("if=/run/kubevirt/hotplug-disks/{name}");
+    run("pod", &["exec", POD, "dd", &path, "of=/dev/null", "bs=512", "count=1"])
+}
+
+/// virsh on the pod's libvirt.
+pub fn virsh(args: &[&str]) -> Ran {
+    run("pod", &[&["virsh", POD], args].concat())
+}

@@ -1,0 +1,55 @@
+//! Other places where a VM can be: a pod run by runc, a plain libvirt host.
+
+use crate::node::{Lab, Lun, lunplug, run, same_as, sh, snapshot};
+
+fn disks_of(pod: &str, domain: &str) -> String {
+    run("guest", &["disks", pod, domain]).ok()
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_pod_run_by_runc_works_alike() {
+    Lab::get();
+    let lun = Lun::new("runc1", 1, "16M");
+    sh("pod up other --runtime runc && guest up other default_other").ok();
+    let uid = sh("pod info other | jq -r .uid").ok();
+    lunplug(&["vm", "register", "other", "--pod-uid", uid.trim(), "--domain", "default_other"])
+        .ok();
+    let before = snapshot();
+    lunplug(&["addvolume", "other", "--volume-name", "data", "--source", &lun.source()]).ok();
+    let disks = disks_of("other", "default_other");
+    lunplug(&["removevolume", "other", "--volume-name", "data"]).ok();
+    same_as(&before);
+    lunplug(&["vm", "unregister", "other"]).ok();
+    sh("guest down other default_other; pod down other").ok();
+    assert!(disks.contains(&format!("{} data", 16 << 20)), "{disks}");
+}
+
+const PLAIN: &str = "
+<domain type='qemu'><name>plain</name><memory unit='MiB'>128</memory><vcpu>1</vcpu>
+<os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>
+<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
+<controller type='scsi' model='virtio-scsi'/><memballoon model='none'/></devices></domain>";
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_plain_libvirt_host_works_without_a_pod() {
+    Lab::get();
+    let lun = Lun::new("plain1", 2, "16M");
+    std::fs::write("/tmp/plain.xml", PLAIN).expect("/tmp is writable");
+    sh("virsh -q -c qemu:///system create /tmp/plain.xml").ok();
+    lunplug(&["vm", "register", "plain", "--host", "--domain", "plain"]).ok();
+    let before = snapshot();
+    lunplug(&["addvolume", "plain", "--volume-name", "data", "--source", &lun.source()]).ok();
+    let xml = sh("virsh -q -c qemu:///system dumpxml plain").ok();
+    assert!(xml.contains("ua-lunplug-data"), "{xml}");
+    // No operating system runs in it, so nobody can say whether it uses the disk.
+    crate::node::refused(
+        lunplug(&["removevolume", "plain", "--volume-name", "data"]),
+        "GUEST_UNPROVEN",
+    );
+    lunplug(&["removevolume", "plain", "--volume-name", "data", "--force"]).ok();
+    same_as(&before);
+    lunplug(&["vm", "unregister", "plain"]).ok();
+    sh("virsh -q -c qemu:///system destroy plain").ok();
+}

@@ -3,13 +3,18 @@
 //! is real or simulated.
 
 pub mod block;
+mod blocking;
 pub mod bpf;
 pub mod cmd;
+mod devlist;
+pub mod grants;
 pub mod iscsidb;
 pub mod libvirt;
 pub mod lock;
+pub mod mounts;
 pub mod multipathd;
 pub mod nodes;
+pub mod poddir;
 pub mod procs;
 pub mod sim;
 pub mod sysfs;

@@ -1,1 +1,0 @@
-//! bpf(2), for the device grants of cgroup v2.

@@ -17,5 +17,6 @@ pub mod nodes;
 pub mod poddir;
 pub mod procs;
 pub mod sim;
+pub mod storage;
 pub mod sysfs;
 pub mod uevent;

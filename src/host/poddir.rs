@@ -281,7 +281,9 @@ fn refuse(errno: Errno, path: &Path) -> PathError {
         Errno::ENOENT => PathError::Missing(path),
         Errno::ELOOP => PathError::Unsafe { path, why: "there is a symlink in it" },
         Errno::EXDEV => PathError::Unsafe { path, why: "it leads out of the pod's directory" },
-        Errno::ENOTDIR => PathError::Unsafe { path, why: "there is no directory where one must be" },
+        Errno::ENOTDIR => {
+            PathError::Unsafe { path, why: "there is no directory where one must be" }
+        }
         errno => PathError::Io { path, source: errno.into() },
     }
 }

@@ -151,13 +151,10 @@ impl Shared {
     fn load(map: Option<OwnedFd>) -> Result<Ours> {
         let map = match map {
             Some(map) => map,
-            None => sys::map_create(
-                sys::name(NAME),
-                KEY_SIZE as u32,
-                VALUE_SIZE as u32,
-                MAX_ENTRIES,
-            )
-            .map_err(io_error("creating the map of device grants"))?,
+            None => {
+                sys::map_create(sys::name(NAME), KEY_SIZE as u32, VALUE_SIZE as u32, MAX_ENTRIES)
+                    .map_err(io_error("creating the map of device grants"))?
+            }
         };
         let insns = program::assemble(map.as_raw_fd())
             .ok_or_else(|| io::Error::other("the device program does not assemble"))?;

@@ -1,1 +1,408 @@
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Mutex;
 
+use tokio::sync::Notify;
+
+use super::*;
+use crate::host::sim::{Fault, FaultAction, Faults, SimStorage};
+use crate::journal::Effects;
+use crate::spec::{VmPlace, VmSpec, volume_fixture};
+
+/// Steps that do what they are told, and tell what they did.
+#[derive(Default)]
+struct Script {
+    attaches: Mutex<VecDeque<Result<(), AttachFailure>>>,
+    detaches: Mutex<VecDeque<Result<(), Failure>>>,
+    refuse_remove: Mutex<Option<Refusal>>,
+    log: Mutex<Vec<String>>,
+    /// Attaches of these volumes wait until they are let go.
+    gates: Mutex<BTreeSet<String>>,
+    opened: Notify,
+    board: Board,
+}
+
+impl Script {
+    fn note(&self, what: impl Into<String>) {
+        self.log.lock().unwrap().push(what.into());
+    }
+
+    fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    fn open_gate(&self, name: &str) {
+        self.gates.lock().unwrap().remove(name);
+        self.opened.notify_waiters();
+    }
+}
+
+#[async_trait]
+impl Steps for Script {
+    async fn check_add(&self, _: &VolumeSpec) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    async fn check_remove(
+        &self,
+        name: &VolumeName,
+        known: Option<&VolumeSpec>,
+        options: RemoveOptions,
+    ) -> Result<(), Refusal> {
+        if known.is_none() {
+            return Err(Refusal::new(Reason::VolumeNotFound, format!("no volume {name}")));
+        }
+        match (options.force, self.refuse_remove.lock().unwrap().clone()) {
+            (false, Some(refusal)) => Err(refusal),
+            _ => Ok(()),
+        }
+    }
+
+    async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure> {
+        let name = volume.spec.name.to_string();
+        self.note(format!(
+            "attach {name}{}",
+            if volume.accept_new_identity { " accept" } else { "" }
+        ));
+        loop {
+            let opened = self.opened.notified();
+            if !self.gates.lock().unwrap().contains(&name) {
+                break;
+            }
+            opened.await;
+        }
+        assert_ne!(name, "panics", "told to");
+        let result = self.attaches.lock().unwrap().pop_front().unwrap_or(Ok(()));
+        if result.is_ok() {
+            let key = VolumeKey { vm: vm(), volume: volume.spec.name.clone() };
+            self.board.phase(&key, Phase::Ready);
+        }
+        result
+    }
+
+    async fn detach(&self, name: &VolumeName, options: RemoveOptions) -> Result<(), Failure> {
+        self.note(format!("detach {name}{}", if options.force { " force" } else { "" }));
+        self.detaches.lock().unwrap().pop_front().unwrap_or(Ok(()))
+    }
+}
+
+fn vm() -> VmId {
+    "prod/a".parse().unwrap()
+}
+
+struct World {
+    script: Arc<Script>,
+    tools: Tools,
+    sim: SimStorage,
+}
+
+impl World {
+    async fn new() -> Self {
+        let board = Board::default();
+        let script = Arc::new(Script { board: board.clone(), ..Script::default() });
+        let sim = SimStorage::new(Arc::new(Faults::default()));
+        let desired = Desired::in_memory().unwrap();
+        let place = VmPlace::Host { libvirt_socket: None };
+        desired.put_vm(&VmSpec { id: vm(), domain: "a".into(), place }).await.unwrap();
+        let tools = Tools {
+            steps: script.clone(),
+            board,
+            desired,
+            effects: EffectsStore::new(sim.rundir()),
+            backoff: Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) },
+            max_volumes: 8,
+        };
+        Self { script, tools, sim }
+    }
+
+    async fn handler(&self) -> Handler {
+        Handler::start(vm(), self.tools.clone()).await.unwrap()
+    }
+
+    /// Waits for the volume to come to a phase.
+    async fn reaches(&self, name: &str, phase: Phase) -> VolumeStatus {
+        let mut watch = self.tools.board.watch();
+        let key = VolumeKey { vm: vm(), volume: name.parse().unwrap() };
+        if let Some(status) = self.tools.board.get(&key).filter(|s| s.phase == phase) {
+            return status;
+        }
+        loop {
+            let status = watch.recv().await.unwrap();
+            if status.key == key && status.phase == phase {
+                return (*status).clone();
+            }
+        }
+    }
+}
+
+/// A volume whose LUN is the number in its name.
+fn volume(name: &str) -> VolumeSpec {
+    let mut spec = volume_fixture(name);
+    let crate::spec::Source::Iscsi(source) = &mut spec.source;
+    let number: u64 = name.bytes().map(u64::from).sum();
+    source.lun = number.try_into().unwrap();
+    spec
+}
+
+fn name(name: &str) -> VolumeName {
+    name.parse().unwrap()
+}
+
+fn failed(reason: Reason) -> Result<(), AttachFailure> {
+    Err(AttachFailure { failure: Failure::new(reason, "as told"), kept: false })
+}
+
+fn plain() -> AddOptions {
+    AddOptions::default()
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_add_is_durable_before_it_is_answered_and_a_remove_forgets_it() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    let added = handler.add(volume("v"), plain()).await.unwrap();
+    assert!(added.changed());
+    assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 1);
+    world.reaches("v", Phase::Ready).await;
+    assert!(!handler.add(volume("v"), plain()).await.unwrap().changed(), "the same again");
+    handler.remove(name("v"), RemoveOptions::default()).await.unwrap();
+    world.reaches("v", Phase::Gone).await;
+    assert!(world.tools.desired.volumes(&vm()).await.unwrap().is_empty());
+    assert!(world.tools.effects.volumes(&vm()).await.unwrap().is_empty());
+    let again = handler.remove(name("v"), RemoveOptions::default()).await.unwrap_err();
+    assert_eq!(again.reason, Reason::VolumeNotFound);
+    assert_eq!(world.script.log(), ["attach v", "detach v"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dry_run_changes_nothing() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    handler.add(volume("v"), AddOptions { dry_run: true, ..plain() }).await.unwrap();
+    assert!(world.tools.desired.volumes(&vm()).await.unwrap().is_empty());
+    handler.add(volume("v"), plain()).await.unwrap();
+    world.reaches("v", Phase::Ready).await;
+    let dry = RemoveOptions { dry_run: true, force: false };
+    let status = handler.remove(name("v"), dry).await.unwrap().into_inner();
+    assert_eq!(status.phase, Phase::Ready);
+    assert_eq!(world.script.log(), ["attach v"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn transient_trouble_is_tried_again_with_growing_waits() {
+    let world = World::new().await;
+    for _ in 0..3 {
+        world.script.attaches.lock().unwrap().push_back(failed(Reason::PortalUnreachable));
+    }
+    let handler = world.handler().await;
+    let mut watch = world.tools.board.watch();
+    handler.add(volume("v"), plain()).await.unwrap();
+    world.reaches("v", Phase::Ready).await;
+    let mut told = 0;
+    while let Ok(status) = watch.try_recv() {
+        if status.reason == Some(Reason::PortalUnreachable) {
+            assert_eq!(status.phase, Phase::Pending);
+            assert!(status.retry_at.is_some());
+            told += 1;
+        }
+    }
+    assert_eq!(told, 3);
+    assert_eq!(world.script.log().len(), 4);
+    drop(handler);
+}
+
+#[test]
+fn waits_double_up_to_their_cap_and_jitter_only_shortens() {
+    let backoff = Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) };
+    let whole: Vec<u64> = (1..9).map(|n| backoff.delay(n, 0.0).as_secs()).collect();
+    assert_eq!(whole, [1, 2, 4, 8, 16, 32, 60, 60]);
+    assert_eq!(backoff.delay(u32::MAX, 1.0), Duration::from_secs(48));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_for_good_ends_the_add_and_the_next_add_starts_anew() {
+    let world = World::new().await;
+    world.script.attaches.lock().unwrap().push_back(failed(Reason::IdentityChanged));
+    let handler = world.handler().await;
+    handler.add(volume("v"), plain()).await.unwrap();
+    let status = world.reaches("v", Phase::Failed).await;
+    assert_eq!(status.reason, Some(Reason::IdentityChanged));
+    assert_eq!(status.retry_at, None);
+    assert!(
+        world.tools.desired.volumes(&vm()).await.unwrap().is_empty(),
+        "it is not wanted any more"
+    );
+    assert_eq!(handler.count().await.unwrap(), 0);
+    let accept = AddOptions { accept_new_identity: true, dry_run: false };
+    assert!(handler.add(volume("v"), accept).await.unwrap().changed());
+    world.reaches("v", Phase::Ready).await;
+    assert_eq!(world.script.log(), ["attach v", "attach v accept"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_the_guest_has_stays_ready_with_its_trouble() {
+    let world = World::new().await;
+    let kept =
+        AttachFailure { failure: Failure::new(Reason::PathsDisagree, "as told"), kept: true };
+    world.script.attaches.lock().unwrap().push_back(Err(kept));
+    let handler = world.handler().await;
+    handler.add(volume("v"), plain()).await.unwrap();
+    let status = world.reaches("v", Phase::Ready).await;
+    assert_eq!(status.reason, Some(Reason::PathsDisagree));
+    assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 1);
+    drop(handler);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_remove_during_an_add_lets_it_end_and_undoes_it() {
+    let world = World::new().await;
+    world.script.gates.lock().unwrap().insert("v".into());
+    let handler = world.handler().await;
+    handler.add(volume("v"), plain()).await.unwrap();
+    let status = handler.remove(name("v"), RemoveOptions::default()).await.unwrap().into_inner();
+    assert_eq!(status.phase, Phase::Detaching);
+    let again = handler.add(volume("v"), plain()).await.unwrap_err();
+    assert_eq!(again.reason, Reason::VolumeExists, "it is being removed");
+    assert_eq!(world.script.log(), ["attach v"]);
+    world.script.open_gate("v");
+    world.reaches("v", Phase::Gone).await;
+    assert_eq!(world.script.log(), ["attach v", "detach v"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hung_volume_holds_up_no_other() {
+    let world = World::new().await;
+    world.script.gates.lock().unwrap().insert("hung".into());
+    let handler = world.handler().await;
+    handler.add(volume("hung"), plain()).await.unwrap();
+    handler.add(volume("fine"), plain()).await.unwrap();
+    world.reaches("fine", Phase::Ready).await;
+    handler.remove(name("fine"), RemoveOptions::default()).await.unwrap();
+    world.reaches("fine", Phase::Gone).await;
+    assert_eq!(handler.count().await.unwrap(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_remove_changes_nothing_and_force_is_explicit() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    handler.add(volume("v"), plain()).await.unwrap();
+    world.reaches("v", Phase::Ready).await;
+    let refusal = Refusal::new(Reason::InUseByGuest, "mounted at /mnt");
+    *world.script.refuse_remove.lock().unwrap() = Some(refusal.clone());
+    let refused = handler.remove(name("v"), RemoveOptions::default()).await.unwrap_err();
+    assert_eq!(refused, refusal);
+    assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 1);
+    handler.remove(name("v"), RemoveOptions { force: true, dry_run: false }).await.unwrap();
+    world.reaches("v", Phase::Gone).await;
+    assert_eq!(world.script.log(), ["attach v", "detach v force"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_removal_is_carried_through_whatever_the_trouble() {
+    let world = World::new().await;
+    let held = Failure::new(Reason::DeviceHeld, "qemu[7] has it open");
+    world.script.detaches.lock().unwrap().extend([Err(held.clone()), Err(held)]);
+    let handler = world.handler().await;
+    handler.add(volume("v"), plain()).await.unwrap();
+    world.reaches("v", Phase::Ready).await;
+    let mut watch = world.tools.board.watch();
+    handler.remove(name("v"), RemoveOptions::default()).await.unwrap();
+    world.reaches("v", Phase::Gone).await;
+    let mut reasons = BTreeSet::new();
+    while let Ok(status) = watch.try_recv() {
+        reasons.extend(status.reason.map(Reason::code));
+    }
+    assert_eq!(reasons, BTreeSet::from(["DEVICE_HELD"]));
+    assert_eq!(world.script.log().len(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_successor_takes_up_what_was_wanted_begun_and_being_removed() {
+    let world = World::new().await;
+    let stored = |n: &str| StoredVolume { spec: volume(n), accept_new_identity: false };
+    let key = |n: &str| VolumeKey { vm: vm(), volume: name(n) };
+    let begun = |n: &str| -> Effects { world.tools.effects.begin("pod", &volume(n)) };
+    for wanted in ["wanted", "leaving"] {
+        world.tools.desired.put_volume(&vm(), &stored(wanted)).await.unwrap();
+    }
+    // The state disk was full when the removal came: only its mark is there.
+    world
+        .tools
+        .effects
+        .put_removal(&key("leaving"), RemoveOptions { force: true, dry_run: false })
+        .await
+        .unwrap();
+    // Forgotten durably, but killed before it was undone.
+    world.tools.effects.put(&key("orphan"), &begun("orphan")).await.unwrap();
+    // Nothing but a mark: all was undone before the kill.
+    world.tools.effects.put_removal(&key("done"), RemoveOptions::default()).await.unwrap();
+
+    let handler = world.handler().await;
+    world.reaches("wanted", Phase::Ready).await;
+    while handler.count().await.unwrap() > 1 {
+        tokio::task::yield_now().await;
+    }
+    let mut log = world.script.log();
+    log.sort();
+    assert_eq!(log, ["attach wanted", "detach leaving force", "detach orphan"]);
+    assert!(world.tools.effects.volumes(&vm()).await.unwrap().is_empty());
+    assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn effects_of_another_boot_are_void() {
+    let world = World::new().await;
+    let key = VolumeKey { vm: vm(), volume: name("old") };
+    let effects = world.tools.effects.begin("pod", &volume("old"));
+    let bytes = serde_json::to_string(&effects).unwrap();
+    let boot = serde_json::to_value(&effects).unwrap()["boot_id"].as_str().unwrap().to_owned();
+    let old = bytes.replace(&boot, "another-boot");
+    assert_ne!(old, bytes);
+    world.sim.rundir().store("effects/prod/a/old.json", old.as_bytes()).await.unwrap();
+    assert_eq!(world.tools.effects.get(&key).await.unwrap(), None);
+    assert!(world.tools.effects.volumes(&vm()).await.unwrap().is_empty(), "and removed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_intent_that_cannot_be_written_is_refused_before_anything_is_done() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    handler.add(volume("v"), plain()).await.unwrap();
+    world.reaches("v", Phase::Ready).await;
+    world.sim.faults().inject(Fault {
+        point: "rundir.store".into(),
+        detail: "removals".into(),
+        skip: 0,
+        times: Some(1),
+        action: FaultAction::Fail("no space left".into()),
+    });
+    let refused = handler.remove(name("v"), RemoveOptions::default()).await.unwrap_err();
+    assert_eq!(refused.reason, Reason::StateStoreFailed);
+    assert_eq!(world.script.log(), ["attach v"], "nothing was begun");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_in_a_step_is_that_volumes_alone() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    handler.add(volume("panics"), plain()).await.unwrap();
+    let status = world.reaches("panics", Phase::Ready).await;
+    assert_eq!(status.reason, Some(Reason::Internal));
+    handler.add(volume("fine"), plain()).await.unwrap();
+    world.reaches("fine", Phase::Ready).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_detaches_nothing() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    handler.add(volume("v"), plain()).await.unwrap();
+    world.reaches("v", Phase::Ready).await;
+    world.script.gates.lock().unwrap().insert("slow".into());
+    handler.add(volume("slow"), plain()).await.unwrap();
+    handler.stop(Duration::from_secs(5)).await;
+    let after = handler.add(volume("late"), plain()).await.unwrap_err();
+    assert_eq!(after.reason, Reason::ShuttingDown);
+    assert_eq!(world.script.log(), ["attach v", "attach slow"]);
+    assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 2);
+}

@@ -212,23 +212,33 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    #[tokio::test]
+    // Paused time stands still while `spawn_blocking` has something to do, and otherwise jumps to
+    // the next deadline: the call has begun for certain before it is given up.
+    #[tokio::test(start_paused = true)]
     async fn a_stuck_call_is_abandoned_and_stops_only_its_own_key() {
         let workers = Workers::new("test", 4, 1);
         let (release, gate) = mpsc::channel::<()>();
+        let (begin, begun) = mpsc::channel();
         let (ended, end) = oneshot::channel();
-        let stuck = workers
-            .run("sda", Duration::from_millis(1), move || {
-                let _ = gate.recv();
-                let _ = ended.send(());
-                Ok(())
-            })
-            .await;
-        assert_eq!(stuck.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let stuck = tokio::spawn({
+            let workers = workers.clone();
+            async move {
+                let call = move || {
+                    let _ = begin.send(());
+                    let _ = gate.recv();
+                    let _ = ended.send(());
+                    Ok(())
+                };
+                workers.run("sda", LONG, call).await
+            }
+        });
+        tokio::task::spawn_blocking(move || begun.recv()).await.unwrap().unwrap();
+        assert_eq!(stuck.await.unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
         assert_eq!(workers.stuck(), 1);
-        let same = workers.run("sda", Duration::from_millis(1), || Ok(())).await;
+        let same = workers.run("sda", LONG, || Ok(())).await;
         assert!(same.is_err(), "its place is taken");
         assert_eq!(workers.stuck(), 1, "what never began is not stuck");
+        tokio::time::resume();
         assert_eq!(workers.run("sdb", LONG, || Ok(7)).await.unwrap(), 7);
         release.send(()).unwrap();
         end.await.unwrap();

@@ -198,6 +198,74 @@ mod tests {
         assert!(check(file, DevNum { major: 1, minor: 3 }).is_err());
     }
 
+    /// A loop device on a file of 1 MiB; detached when dropped.
+    struct Loop(File);
+
+    mod loop_ioctls {
+        // include/uapi/linux/loop.h.
+        nix::ioctl_none_bad!(get_free, 0x4C82);
+        nix::ioctl_write_int_bad!(set_fd, 0x4C00);
+        nix::ioctl_none_bad!(clr_fd, 0x4C01);
+    }
+
+    impl Loop {
+        fn new(dir: &Path) -> (Self, DevNum) {
+            let backing = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(dir.join("disk"))
+                .unwrap();
+            backing.set_len(1 << 20).unwrap();
+            let control = File::options().read(true).write(true).open("/dev/loop-control").unwrap();
+            // SAFETY: both descriptors are open, and these requests take an integer or nothing.
+            let n = unsafe { loop_ioctls::get_free(control.as_raw_fd()) }.unwrap();
+            let dev = DevNum { major: 7, minor: u32::try_from(n).unwrap() };
+            let node = dir.join("loop");
+            mknod(&node, SFlag::S_IFBLK, Mode::S_IRUSR | Mode::S_IWUSR, dev.to_dev_t()).unwrap();
+            let device = File::options().read(true).write(true).open(&node).unwrap();
+            // SAFETY: as above; the kernel takes its own reference to the backing file.
+            unsafe { loop_ioctls::set_fd(device.as_raw_fd(), backing.as_raw_fd()) }.unwrap();
+            (Self(device), dev)
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            // SAFETY: the descriptor is open and the request takes nothing.
+            let _ = unsafe { loop_ioctls::clr_fd(self.0.as_raw_fd()) };
+        }
+    }
+
+    #[tokio::test]
+    async fn root_a_real_device_is_flushed_and_probed_by_number() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: loop devices need root");
+            return;
+        }
+        // Not beneath /tmp, which may be mounted nodev.
+        let dir = tempfile::tempdir_in("/dev").unwrap();
+        let blocks = blocks(dir.path());
+        let (_device, dev) = Loop::new(dir.path());
+        blocks.flush(dev).await.unwrap();
+        assert_eq!(blocks.exclusive(dev).await.unwrap(), Exclusive::Free);
+        let holder = open(&dir.path().join("loop"), libc::O_EXCL).unwrap();
+        assert_eq!(blocks.exclusive(dev).await.unwrap(), Exclusive::Held);
+        drop(holder);
+        assert_eq!(blocks.exclusive(dev).await.unwrap(), Exclusive::Free);
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .stdin(File::open(dir.path().join("loop")).unwrap())
+            .spawn()
+            .unwrap();
+        let expected = format!("sleep[{}]", child.id());
+        let openers = blocks.openers(dev).await.unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(openers, [expected]);
+        assert_eq!(fs::read_dir(dir.path().join("nodes")).unwrap().count(), 0);
+    }
+
     #[test]
     fn openers_are_found_in_proc() {
         let Some(dev) = fs::read_dir("/dev/block").ok().and_then(|d| d.flatten().next()) else {

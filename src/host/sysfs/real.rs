@@ -188,16 +188,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_write_that_the_kernel_keeps_is_abandoned_and_counted() {
+    async fn a_write_that_the_kernel_keeps_is_abandoned() {
         let (dir, _) = tree();
         // Opening a FIFO for writing waits for a reader, as a write to `delete` may for I/O.
         let fifo = dir.path().join("stuck");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
-        let sysfs = RealSysfs::new(dir.path(), Duration::from_millis(200));
+        let sysfs = RealSysfs::new(dir.path(), Duration::from_millis(50));
         let late = sysfs.write("stuck", "1").await.unwrap_err();
         assert_eq!(late.kind(), io::ErrorKind::TimedOut);
-        assert_eq!(sysfs.stuck(), 1);
-        let reader = std::thread::spawn(move || fs::read(fifo).unwrap());
-        assert_eq!(reader.join().unwrap(), b"1", "it goes on by itself");
+        // A reader lets the abandoned call go on.
+        nix::fcntl::open(&fifo, nix::fcntl::OFlag::O_NONBLOCK, nix::sys::stat::Mode::empty())
+            .unwrap();
     }
 }

@@ -14,6 +14,7 @@
 //! ```
 
 mod array;
+mod disks;
 mod dm;
 mod doors;
 mod iscsiadm;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::block::{Blocks, RealBlocks};
-use super::cmd::{Commands, RealCommands};
+use super::cmd::{Commands, RealCommands, Tool};
 use super::iscsidb::{IscsiDb, RealIscsiDb};
 use super::lock::{RealRunDir, RunDir};
 use super::multipathd::{Multipathd, RealMultipathd};
@@ -93,6 +93,15 @@ pub struct StorageDoors {
     pub rundir: Arc<dyn RunDir>,
     /// open-iscsi's node records.
     pub iscsidb: Arc<dyn IscsiDb>,
+    /// How many calls are past their deadline and still in the kernel.
+    pub stuck: Arc<dyn Fn() -> u64 + Send + Sync>,
+}
+
+/// The programs that are not installed, of those that lunplug may run on the real host.
+pub fn missing_tools() -> Vec<Tool> {
+    let commands = RealCommands::new(std::env::var_os("PATH"));
+    let all = [Tool::Iscsiadm, Tool::Multipath, Tool::Dmsetup];
+    all.into_iter().filter(|tool| commands.locate(*tool).is_none()).collect()
 }
 
 impl StorageDoors {
@@ -106,15 +115,21 @@ impl StorageDoors {
             Some(nodes) => RealIscsiDb::new(nodes),
             None => RealIscsiDb::find(),
         };
+        let sysfs = Arc::new(RealSysfs::new(&options.sysfs, deadline));
+        let blocks = Arc::new(RealBlocks::new(&options.nodes, deadline));
         Ok(Self {
-            sysfs: Arc::new(RealSysfs::new(&options.sysfs, deadline)),
+            stuck: Arc::new({
+                let (sysfs, blocks) = (sysfs.clone(), blocks.clone());
+                move || sysfs.stuck() + blocks.stuck()
+            }),
+            sysfs,
             uevents: Arc::new(RealUevents::open().map_err(OpenError::Uevents)?),
             commands: Arc::new(RealCommands::new(std::env::var_os("PATH"))),
             multipathd: Arc::new(RealMultipathd::new(
                 &options.multipath,
                 options.multipathd_deadline,
             )),
-            blocks: Arc::new(RealBlocks::new(&options.nodes, deadline)),
+            blocks,
             rundir: Arc::new(rundir),
             iscsidb: Arc::new(iscsidb),
         })
@@ -131,6 +146,7 @@ impl StorageDoors {
             blocks: sim_door.clone(),
             rundir: sim.rundir(),
             iscsidb: sim_door,
+            stuck: Arc::new(|| 0),
         }
     }
 }
@@ -155,7 +171,7 @@ mod tests {
         let doors = StorageDoors::real(&options).unwrap().clone();
         assert!(doors.sysfs.entries("class/iscsi_session").await.unwrap().is_empty());
         assert!(!doors.rundir.boot_id().is_empty());
-        assert_eq!(doors.commands.started(), 0);
+        assert_eq!((doors.commands.started(), (doors.stuck)()), (0, 0));
         assert!(doors.blocks.exclusive(DevNum { major: 60, minor: 1 }).await.is_err());
         std::fs::write(at("file"), "").unwrap();
         let refused = RealOptions { run_dir: at("file"), ..options };

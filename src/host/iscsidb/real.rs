@@ -21,9 +21,14 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// A record is a few kilobytes; nothing behind this is looked at.
 const MAX_RECORD: u64 = 1 << 20;
 
+/// How often and how long apart the database's lock is tried; iscsiadm itself tries 3000 times.
+const LOCK_TRIES: u32 = 100;
+const LOCK_RETRY: Duration = Duration::from_millis(10);
+
 /// The real database.
 pub struct RealIscsiDb {
     nodes: PathBuf,
+    locks: PathBuf,
     workers: Workers,
 }
 
@@ -33,7 +38,16 @@ impl RealIscsiDb {
 
     /// The records in `nodes`; it need not be there yet.
     pub fn new(nodes: impl Into<PathBuf>) -> Self {
-        Self { nodes: nodes.into(), workers: Workers::new("lunplug-iscsidb", 4, 4) }
+        Self {
+            nodes: nodes.into(),
+            locks: PathBuf::from("/run/lock/iscsi"),
+            workers: Workers::new("lunplug-iscsidb", 4, 4),
+        }
+    }
+
+    /// The same with the database's lock in another directory.
+    pub fn with_locks(self, locks: impl Into<PathBuf>) -> Self {
+        Self { locks: locks.into(), ..self }
     }
 
     /// The records where this distribution has them. Before the first record there may be no
@@ -108,7 +122,42 @@ fn find(nodes: &Path, target: &Iqn) -> io::Result<Vec<Found>> {
     Ok(found)
 }
 
-fn remove_corrupt(nodes: &Path, target: &Iqn, record: &Record) -> io::Result<()> {
+/// open-iscsi's lock of the database: the hard link `lock.write` to `lock` (usr/idbm.c,
+/// `idbm_lock`). While iscsiadm writes a record it is empty for a moment, and not corrupt.
+struct DbLock(PathBuf);
+
+impl DbLock {
+    fn take(dir: &Path) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let (file, link) = (dir.join("lock"), dir.join("lock.write"));
+        fs::OpenOptions::new().write(true).create(true).truncate(false).open(&file)?;
+        for _ in 0..LOCK_TRIES {
+            match fs::hard_link(&file, &link) {
+                Ok(()) => return Ok(Self(link)),
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(e),
+            }
+            // Nothing tells when the link goes away.
+            std::thread::sleep(LOCK_RETRY);
+        }
+        Err(io::Error::new(
+            io::ErrorKind::WouldBlock,
+            format!(
+                "the iSCSI database is locked; if no iscsiadm runs, one was killed: remove {}",
+                link.display()
+            ),
+        ))
+    }
+}
+
+impl Drop for DbLock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn remove_corrupt(nodes: &Path, locks: &Path, target: &Iqn, record: &Record) -> io::Result<()> {
+    let _lock = DbLock::take(locks)?;
     for found in find(nodes, target)? {
         if (found.record.portal, &found.record.iface) != (record.portal, &record.iface) {
             continue;
@@ -140,7 +189,8 @@ impl IscsiDb for RealIscsiDb {
 
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
         let (nodes, target, record) = (self.nodes.clone(), target.clone(), record.clone());
-        let call = move || remove_corrupt(&nodes, &target, &record);
+        let locks = self.locks.clone();
+        let call = move || remove_corrupt(&nodes, &locks, &target, &record);
         self.workers.run("nodes", DEADLINE, call).await
     }
 }
@@ -166,7 +216,8 @@ mod tests {
         put(dir.path(), "127.0.0.2,3260", &whole);
         put(dir.path(), "fd00::1,3261,-1/default", "node.name = \nnode.tpgt = 1\n");
         put(dir.path(), "README", "not a record");
-        let db = RealIscsiDb::new(dir.path());
+        let locks = tempfile::tempdir().unwrap();
+        let db = RealIscsiDb::new(dir.path()).with_locks(locks.path());
         let target: Iqn = IQN.parse().unwrap();
         let records = db.records(&target).await.unwrap();
         let seen: Vec<String> =
@@ -189,6 +240,10 @@ mod tests {
         db.remove_corrupt(&target, &records[1]).await.unwrap();
         db.remove_corrupt(&target, &records[3]).await.unwrap();
         assert_eq!(db.records(&target).await.unwrap().len(), 2);
+        assert!(!locks.path().join("lock.write").exists(), "the database is unlocked again");
+        fs::write(locks.path().join("lock.write"), "").unwrap();
+        let locked = db.remove_corrupt(&target, &records[0]).await.unwrap_err();
+        assert_eq!(locked.kind(), io::ErrorKind::WouldBlock);
         assert!(!dir.path().join(IQN).join("fd00::1,3261,-1").exists());
         assert!(dir.path().join(IQN).join("127.0.0.3,3260,1").exists());
     }

@@ -51,9 +51,18 @@ fn below(base: &Path, path: &str) -> io::Result<PathBuf> {
     Ok(base.join(path))
 }
 
-/// What a call may block on: the device or host at the path's third component.
+/// What a call may block on: the SCSI device in the path, else what its third component names
+/// (a host, a session, a block device).
 fn key(path: &str) -> String {
-    path.split('/').take(3).collect::<Vec<_>>().join("/")
+    let parts: Vec<&str> = path.split('/').collect();
+    let hctl = |part: &&str| {
+        part.split(':').count() == 4
+            && part.split(':').all(|n| !n.is_empty() && n.bytes().all(|c| c.is_ascii_digit()))
+    };
+    match parts.iter().find(|part| hctl(part)) {
+        Some(device) => (*device).to_owned(),
+        None => parts[..parts.len().min(3)].join("/"),
+    }
 }
 
 fn write_through(base: &Path, path: &Path, value: &str, guards: &[Guard]) -> io::Result<Guarded> {
@@ -150,6 +159,16 @@ mod tests {
         std::os::unix::fs::symlink("../../devices/host2/2:0:0:1", link).unwrap();
         let sysfs = RealSysfs::new(dir.path(), DEADLINE);
         (dir, sysfs)
+    }
+
+    #[test]
+    fn each_device_and_each_host_has_its_own_places() {
+        let dir = "devices/platform/host2/session1";
+        assert_eq!(key(&format!("{dir}/target2:0:0/2:0:0:1/delete")), "2:0:0:1");
+        assert_eq!(key("class/scsi_device/2:0:0:1/device/rescan"), "2:0:0:1");
+        assert_eq!(key("class/scsi_host/host2/scan"), "class/scsi_host/host2");
+        assert_eq!(key(dir), "devices/platform/host2");
+        assert_eq!(key("block"), "block");
     }
 
     #[tokio::test]

@@ -20,3 +20,4 @@ pub mod sim;
 pub mod storage;
 pub mod sysfs;
 pub mod uevent;
+mod workers;

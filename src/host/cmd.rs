@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 /// A program that may be run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tool {
     /// open-iscsi's administration tool.
     Iscsiadm,

@@ -53,3 +53,20 @@ pub trait RunDir: Send + Sync {
     /// The kernel's boot id; what was written under another one is void.
     fn boot_id(&self) -> &str;
 }
+
+/// Refuses a name that is not relative, or not of `[A-Za-z0-9._-]` and `/`: `InvalidInput`.
+pub(super) fn check_name(name: &str) -> io::Result<()> {
+    let part = |p: &str| {
+        !p.is_empty()
+            && p != "."
+            && p != ".."
+            && p.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c))
+    };
+    if name.split('/').all(part) {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("run file name {name:?}: use relative paths of A-Z, a-z, 0-9, '.', '_' and '-'"),
+    ))
+}

@@ -12,5 +12,6 @@ pub mod multipathd;
 pub mod nodes;
 pub mod procs;
 pub mod sim;
+pub mod storage;
 pub mod sysfs;
 pub mod uevent;

@@ -46,3 +46,12 @@ pub trait Multipathd: Send + Sync {
     /// Removes a LUN's entries from multipath's `wwids` and `bindings` files.
     async fn forget(&self, wwid: &Wwid) -> Result<Outcome, MultipathdError>;
 }
+
+/// Tells an answer that is a refusal from one that is not.
+pub(super) fn judge(command: &str, answer: String) -> Result<String, MultipathdError> {
+    let text = answer.trim();
+    if ["fail", "timeout", "permission deny"].iter().any(|refusal| text.starts_with(refusal)) {
+        return Err(MultipathdError::Refused { command: command.into(), answer: text.into() });
+    }
+    Ok(answer)
+}

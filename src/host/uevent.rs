@@ -30,7 +30,7 @@ pub enum Notice {
 
 /// A subscription: what happens after it was made is not missed.
 #[derive(Debug)]
-pub struct UeventStream(broadcast::Receiver<Uevent>);
+pub struct UeventStream(broadcast::Receiver<Notice>);
 
 impl UeventStream {
     /// How long without events before a subscriber is told to look by itself: the slow fallback
@@ -38,14 +38,14 @@ impl UeventStream {
     const RECHECK: std::time::Duration = std::time::Duration::from_secs(1);
 
     /// A subscription to what is sent over `receiver`.
-    pub fn new(receiver: broadcast::Receiver<Uevent>) -> Self {
+    pub fn new(receiver: broadcast::Receiver<Notice>) -> Self {
         Self(receiver)
     }
 
     /// The next notice. Never ends: when the source is gone, only `Recheck` comes.
     pub async fn next(&mut self) -> Notice {
         match tokio::time::timeout(Self::RECHECK, self.0.recv()).await {
-            Ok(Ok(event)) => Notice::Event(event),
+            Ok(Ok(notice)) => notice,
             Ok(Err(broadcast::error::RecvError::Lagged(_))) => Notice::Lost,
             Ok(Err(broadcast::error::RecvError::Closed)) => {
                 tokio::time::sleep(Self::RECHECK).await;

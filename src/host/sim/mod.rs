@@ -8,3 +8,4 @@ pub mod pods;
 pub mod storage;
 
 pub use faults::{Fault, FaultAction, Faults};
+pub use storage::{PortalState, SimLun, SimStorage};

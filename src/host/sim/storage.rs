@@ -1,1 +1,0 @@
-//! The simulated SAN and SCSI layer: targets, sessions, sysfs, uevents, multipathd.

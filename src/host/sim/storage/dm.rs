@@ -1,0 +1,160 @@
+//! Device-mapper devices, of which multipath maps are one kind.
+
+use super::kernel::{World, block_properties};
+use crate::types::DevNum;
+
+/// device-mapper's major number here; it is dynamic on a real node.
+const DM_MAJOR: u32 = 253;
+
+/// One dm device.
+#[derive(Debug, Clone)]
+pub(super) struct Dm {
+    pub(super) minor: u32,
+    pub(super) name: String,
+    pub(super) uuid: String,
+    /// What it lies on.
+    pub(super) slaves: Vec<DevNum>,
+    /// Its table is `error`: all I/O fails.
+    pub(super) error: bool,
+    /// It queues I/O when it has no path.
+    pub(super) queueing: bool,
+}
+
+impl Dm {
+    pub(super) fn dev(&self) -> DevNum {
+        DevNum { major: DM_MAJOR, minor: self.minor }
+    }
+
+    pub(super) fn kernel_name(&self) -> String {
+        format!("dm-{}", self.minor)
+    }
+
+    fn dir(&self) -> String {
+        format!("devices/virtual/block/dm-{}", self.minor)
+    }
+}
+
+impl World {
+    /// Makes a dm device on `slaves`; its number is the lowest that is free.
+    pub(super) fn create_dm(&mut self, name: &str, uuid: &str, slaves: &[DevNum]) -> u32 {
+        let minor = (0..).find(|n| !self.dm.contains_key(n)).unwrap_or(0);
+        let diskseq = self.next_diskseq();
+        let dm = Dm {
+            minor,
+            name: name.into(),
+            uuid: uuid.into(),
+            slaves: Vec::new(),
+            error: false,
+            queueing: false,
+        };
+        let (dir, kernel, dev) = (dm.dir(), dm.kernel_name(), dm.dev());
+        let tree = &mut self.tree;
+        tree.put(&format!("{dir}/dev"), dev);
+        tree.put(&format!("{dir}/diskseq"), diskseq);
+        tree.put(&format!("{dir}/size"), 0);
+        tree.put(&format!("{dir}/ro"), 0);
+        tree.put(&format!("{dir}/dm/name"), name);
+        tree.put(&format!("{dir}/dm/uuid"), uuid);
+        tree.put(&format!("{dir}/dm/suspended"), 0);
+        tree.mkdir(&format!("{dir}/slaves"));
+        tree.mkdir(&format!("{dir}/holders"));
+        for link in
+            [format!("class/block/{kernel}"), format!("block/{kernel}"), format!("dev/block/{dev}")]
+        {
+            tree.link(&link, &dir);
+        }
+        self.dm.insert(minor, dm);
+        self.emit("add", &dir, "block", &block_properties(&kernel, dev, diskseq));
+        self.set_slaves(minor, slaves.to_vec());
+        minor
+    }
+
+    /// Loads a table with other slaves and resumes; the size follows the first slave's.
+    pub(super) fn set_slaves(&mut self, minor: u32, slaves: Vec<DevNum>) {
+        let Some(dm) = self.dm.get_mut(&minor) else { return };
+        let before = std::mem::replace(&mut dm.slaves, slaves.clone());
+        let (dir, kernel, dev) = (dm.dir(), dm.kernel_name(), dm.dev());
+        for slave in before {
+            if let Some((name, block)) = self.block_dir(slave) {
+                self.tree.remove(&format!("{dir}/slaves/{name}"));
+                self.tree.remove(&format!("{block}/holders/{kernel}"));
+            }
+        }
+        for (n, slave) in slaves.iter().enumerate() {
+            let Some((name, block)) = self.block_dir(*slave) else { continue };
+            self.tree.link(&format!("{dir}/slaves/{name}"), &block);
+            self.tree.link(&format!("{block}/holders/{kernel}"), &dir);
+            if n == 0
+                && let Ok(size) = self.tree.read(&format!("{block}/size"))
+            {
+                self.tree.put_bytes(&format!("{dir}/size"), size);
+            }
+        }
+        self.emit("change", &dir, "block", &block_properties(&kernel, dev, 0));
+    }
+
+    /// Removes a dm device; `false` when somebody uses it.
+    pub(super) fn remove_dm(&mut self, minor: u32) -> bool {
+        let Some(dm) = self.dm.get(&minor).cloned() else { return true };
+        if !self.users(dm.dev()).is_empty() {
+            return false;
+        }
+        self.set_slaves(minor, Vec::new());
+        self.dm.remove(&minor);
+        let (dir, kernel, dev) = (dm.dir(), dm.kernel_name(), dm.dev());
+        for path in [
+            format!("class/block/{kernel}"),
+            format!("block/{kernel}"),
+            format!("dev/block/{dev}"),
+            dir.clone(),
+        ] {
+            self.tree.remove(&path);
+        }
+        self.emit("remove", &dir, "block", &block_properties(&kernel, dev, 0));
+        true
+    }
+
+    /// Takes a device that goes away out of whatever lies on it. A map stays, even without paths.
+    pub(super) fn drop_path(&mut self, dev: DevNum, name: &str) {
+        let above: Vec<(u32, Vec<DevNum>)> = self
+            .dm
+            .values()
+            .filter(|d| d.slaves.contains(&dev))
+            .map(|d| (d.minor, d.slaves.iter().copied().filter(|s| *s != dev).collect()))
+            .collect();
+        for (minor, slaves) in above {
+            self.set_slaves(minor, slaves);
+            self.tree.remove(&format!("devices/virtual/block/dm-{minor}/slaves/{name}"));
+        }
+    }
+
+    /// Everybody who uses a device: claims, opens, and dm devices on top of it.
+    pub(super) fn users(&self, dev: DevNum) -> Vec<String> {
+        let placed = [&self.claims, &self.opens];
+        let stacked = self.dm.values().filter(|d| d.slaves.contains(&dev)).map(|d| d.name.clone());
+        placed.into_iter().filter_map(|m| m.get(&dev)).flatten().cloned().chain(stacked).collect()
+    }
+
+    /// Whether an exclusive open would find it busy.
+    pub(super) fn claimed(&self, dev: DevNum) -> bool {
+        self.claims.get(&dev).is_some_and(|c| !c.is_empty())
+            || self.dm.values().any(|d| d.slaves.contains(&dev))
+    }
+
+    /// Whether I/O to it can succeed; `None` when there is no such device.
+    pub(super) fn io_works(&self, dev: DevNum) -> Option<bool> {
+        if let Some(disk) = self.disks.values().find(|d| d.dev == dev) {
+            let there = self.targets.get(&disk.target).and_then(|t| t.by_scsi(disk.scsi_lun));
+            return Some(disk.online && there.is_some());
+        }
+        let dm = self.dm.values().find(|d| d.dev() == dev)?;
+        Some(!dm.error && dm.slaves.iter().any(|s| self.io_works(*s) == Some(true)))
+    }
+
+    /// A device's kernel name and its directory below /sys.
+    fn block_dir(&self, dev: DevNum) -> Option<(String, String)> {
+        let dir = self.tree.resolve(&format!("dev/block/{dev}")).ok()?;
+        let name = dir.rsplit_once('/')?.1.to_owned();
+        Some((name, dir))
+    }
+}

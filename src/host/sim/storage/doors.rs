@@ -1,0 +1,281 @@
+//! The storage doors, answered from the model.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::SimStorage;
+use crate::host::block::{Blocks, Exclusive};
+use crate::host::cmd::{CmdError, Commands, Output, Tool};
+use crate::host::iscsidb::{IscsiDb, Record};
+use crate::host::multipathd::{Multipathd, MultipathdError};
+use crate::host::sysfs::{Guard, Guarded, Sysfs};
+use crate::host::uevent::{UeventStream, Uevents};
+use crate::types::{DevNum, Iqn, Outcome, Wwid};
+
+/// How long a write to /sys, a flush or an answer of multipathd may take, as on the real host.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+impl SimStorage {
+    /// Carries out `work` on a task of its own: a caller that gives up does not end what the
+    /// kernel does late.
+    async fn detached<T, F>(&self, deadline: Duration, work: F) -> io::Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = io::Result<T>> + Send + 'static,
+    {
+        match tokio::time::timeout(deadline, tokio::spawn(work)).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(io::Error::other("the simulated call ended with the runtime")),
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+#[async_trait]
+impl Sysfs for SimStorage {
+    async fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        self.faults().pass("sysfs.read", path).await?;
+        self.world().tree.read(path)
+    }
+
+    async fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        self.faults().pass("sysfs.list", dir).await?;
+        self.world().tree.list(dir)
+    }
+
+    async fn resolve(&self, path: &str) -> io::Result<String> {
+        self.faults().pass("sysfs.resolve", path).await?;
+        self.world().tree.resolve(path)
+    }
+
+    async fn write(&self, path: &str, value: &str) -> io::Result<()> {
+        match self.write_guarded(path, value, &[]).await? {
+            Guarded::Written => Ok(()),
+            Guarded::Refused { .. } => Err(io::Error::other("refused without a guard")),
+        }
+    }
+
+    async fn write_guarded(
+        &self,
+        path: &str,
+        value: &str,
+        guards: &[Guard],
+    ) -> io::Result<Guarded> {
+        let (sim, path, value, guards) =
+            (self.clone(), path.to_owned(), value.to_owned(), guards.to_vec());
+        self.detached(DEADLINE, async move {
+            sim.faults().pass("sysfs.write", &path).await?;
+            let mut world = sim.world();
+            let real = world.tree.resolve(&path)?;
+            for guard in guards {
+                let found = match world.tree.read(&guard.path) {
+                    Ok(bytes) => Some(String::from_utf8_lossy(&bytes).trim().to_owned()),
+                    Err(e) if crate::host::sysfs::is_gone(&e) => None,
+                    Err(e) => return Err(e),
+                };
+                if found.as_deref() != Some(guard.expect.trim()) {
+                    return Ok(Guarded::Refused { guard, found });
+                }
+            }
+            world.write(&real, &value)?;
+            Ok(Guarded::Written)
+        })
+        .await
+    }
+}
+
+impl Uevents for SimStorage {
+    fn subscribe(&self) -> UeventStream {
+        UeventStream::new(self.world().events.subscribe())
+    }
+}
+
+#[async_trait]
+impl Commands for SimStorage {
+    async fn run(&self, tool: Tool, args: &[&str], deadline: Duration) -> Result<Output, CmdError> {
+        if self.inner.missing_tools.lock().is_ok_and(|m| m.contains(&tool)) {
+            return Err(CmdError::Missing(tool));
+        }
+        self.inner.started.fetch_add(1, Ordering::Relaxed);
+        let sim = self.clone();
+        let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
+        let line = format!("{} {}", tool.name(), args.join(" "));
+        let run = self.detached(deadline, async move {
+            match sim.faults().pass("cmd.run", &line).await {
+                Ok(()) => Ok(sim.tool(tool, &args).await),
+                // `exit N` orders a program that ran and failed, not one that could not be run.
+                Err(e) => match e.to_string().strip_prefix("exit ").and_then(|c| c.parse().ok()) {
+                    Some(code) => Ok(Output {
+                        code: Some(code),
+                        stdout: String::new(),
+                        stderr: format!("{}: ordered to fail\n", tool.name()),
+                    }),
+                    None => Err(e),
+                },
+            }
+        });
+        run.await.map_err(|source| match source.kind() {
+            io::ErrorKind::TimedOut => CmdError::TimedOut { tool, deadline },
+            _ => CmdError::Io { tool, source },
+        })
+    }
+
+    fn started(&self) -> u64 {
+        self.inner.started.load(Ordering::Relaxed)
+    }
+}
+
+impl SimStorage {
+    async fn tool(&self, tool: Tool, args: &[String]) -> Output {
+        let output = |code: i32, stderr: &str| Output {
+            code: Some(code),
+            stdout: String::new(),
+            stderr: stderr.to_owned(),
+        };
+        match tool {
+            Tool::Iscsiadm => self.iscsiadm(args, self.login_time()).await,
+            Tool::Multipath => match args {
+                [flag, wwid] if flag == "-w" => {
+                    self.world().multipath.wwids.remove(wwid);
+                    output(0, "")
+                }
+                [flag, map] if flag == "-f" => {
+                    let mut world = self.world();
+                    let removed = world.map_of(map).is_some_and(|m| world.remove_dm(m));
+                    output(i32::from(!removed), "")
+                }
+                _ => output(1, "multipath: invalid arguments\n"),
+            },
+            Tool::Dmsetup => self.dmsetup(args),
+        }
+    }
+
+    /// `dmsetup`, only as far as it puts an `error` table under a device.
+    fn dmsetup(&self, args: &[String]) -> Output {
+        let words: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut world = self.world();
+        let dm = world.dm.values_mut().find(|d| {
+            words.iter().any(|w| *w == d.name || *w == d.uuid || w.ends_with(&d.kernel_name()))
+        });
+        let (code, stdout) = match (words.first(), dm) {
+            (_, None) => (1, String::new()),
+            (Some(&"wipe_table"), Some(dm)) => {
+                dm.error = true;
+                (0, String::new())
+            }
+            (Some(&("load" | "reload")), Some(dm)) => {
+                dm.error = words.iter().any(|w| w.split_whitespace().any(|f| f == "error"));
+                (0, String::new())
+            }
+            (Some(&"table"), Some(dm)) => {
+                (0, format!("0 1 {}\n", if dm.error { "error" } else { "multipath" }))
+            }
+            (Some(&("suspend" | "resume" | "info" | "message")), Some(_)) => (0, String::new()),
+            _ => (1, String::new()),
+        };
+        let stderr = if code == 0 { "" } else { "Device does not exist or command unknown.\n" };
+        Output { code: Some(code), stdout, stderr: stderr.to_owned() }
+    }
+}
+
+#[async_trait]
+impl Multipathd for SimStorage {
+    async fn ask(&self, command: &str) -> Result<String, MultipathdError> {
+        let passed = tokio::time::timeout(DEADLINE, self.faults().pass("multipathd.ask", command));
+        match passed.await {
+            Err(_) => return Err(MultipathdError::TimedOut { command: command.to_owned() }),
+            Ok(Err(e)) => {
+                return Err(MultipathdError::Refused {
+                    command: command.to_owned(),
+                    answer: e.to_string(),
+                });
+            }
+            Ok(Ok(())) => {}
+        }
+        let mut world = self.world();
+        if !world.multipath.running {
+            return Err(MultipathdError::NotRunning);
+        }
+        let answer = world.multipathd_command(command);
+        crate::host::multipathd::judge(command, answer)
+    }
+
+    async fn forget(&self, wwid: &Wwid) -> Result<Outcome, MultipathdError> {
+        self.faults()
+            .pass("multipathd.forget", wwid.as_str())
+            .await
+            .map_err(MultipathdError::Io)?;
+        let there = self.world().forget(&wwid.multipath());
+        Ok(if there { Outcome::Done(()) } else { Outcome::Already(()) })
+    }
+}
+
+#[async_trait]
+impl Blocks for SimStorage {
+    async fn flush(&self, dev: DevNum) -> io::Result<()> {
+        let sim = self.clone();
+        self.detached(DEADLINE, async move {
+            sim.faults().pass("blocks.flush", &dev.to_string()).await?;
+            let works = sim.world().io_works(dev);
+            match works {
+                Some(true) => Ok(()),
+                Some(false) => Err(io::Error::from_raw_os_error(nix::libc::EIO)),
+                None => Err(io::Error::from_raw_os_error(nix::libc::ENXIO)),
+            }
+        })
+        .await
+    }
+
+    async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive> {
+        self.faults().pass("blocks.exclusive", &dev.to_string()).await?;
+        let world = self.world();
+        match world.io_works(dev) {
+            None => Err(io::Error::from_raw_os_error(nix::libc::ENXIO)),
+            Some(_) if world.claimed(dev) => Ok(Exclusive::Held),
+            Some(_) => Ok(Exclusive::Free),
+        }
+    }
+
+    async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
+        self.faults().pass("blocks.openers", &dev.to_string()).await?;
+        let world = self.world();
+        Ok([&world.claims, &world.opens]
+            .into_iter()
+            .filter_map(|m| m.get(&dev))
+            .flatten()
+            .cloned()
+            .collect())
+    }
+}
+
+#[async_trait]
+impl IscsiDb for SimStorage {
+    async fn records(&self, target: &Iqn) -> io::Result<Vec<Record>> {
+        self.faults().pass("iscsidb.records", target.as_str()).await?;
+        let world = self.world();
+        let of_target = world.records.iter().filter(|((t, _, _), _)| t == target);
+        Ok(of_target
+            .map(|((_, portal, iface), record)| Record {
+                portal: *portal,
+                iface: iface.clone(),
+                corrupt: record.corrupt,
+            })
+            .collect())
+    }
+
+    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
+        self.faults().pass("iscsidb.remove", target.as_str()).await?;
+        let key = (target.clone(), record.portal, record.iface.clone());
+        let mut world = self.world();
+        match world.records.get(&key) {
+            Some(found) if !found.corrupt => Err(io::ErrorKind::InvalidInput.into()),
+            _ => {
+                world.records.remove(&key);
+                Ok(())
+            }
+        }
+    }
+}

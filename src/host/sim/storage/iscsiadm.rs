@@ -1,0 +1,377 @@
+//! iscsiadm with its database, as far as lunplug uses it. Exit codes are open-iscsi's
+//! (include/iscsi_err.h).
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::SimStorage;
+use super::array::PortalState;
+use super::kernel::World;
+use crate::host::cmd::Output;
+use crate::types::{Iqn, Portal};
+
+/// open-iscsi's codes.
+mod code {
+    pub(super) const TRANS: i32 = 4;
+    pub(super) const IDBM: i32 = 6;
+    pub(super) const INVAL: i32 = 7;
+    pub(super) const TRANS_TIMEOUT: i32 = 8;
+    pub(super) const SESS_EXISTS: i32 = 15;
+    pub(super) const FATAL_LOGIN: i32 = 19;
+    pub(super) const NO_OBJS_FOUND: i32 = 21;
+    pub(super) const LOGIN_AUTH_FAILED: i32 = 24;
+}
+
+/// A node record: what was set, beside its key.
+#[derive(Debug, Clone, Default)]
+pub(super) struct NodeRecord {
+    pub(super) settings: BTreeMap<String, String>,
+    /// As a crash leaves it: an empty file.
+    pub(super) corrupt: bool,
+}
+
+/// Target, portal and iface.
+pub(super) type RecordKey = (Iqn, Portal, String);
+
+/// The database.
+pub(super) type Records = BTreeMap<RecordKey, NodeRecord>;
+
+/// A fresh record, as iscsid.conf has it on Debian.
+pub(super) fn default_record(key: &RecordKey) -> NodeRecord {
+    let (target, portal, iface) = key;
+    let settings = [
+        ("node.name", target.to_string()),
+        ("node.tpgt", "-1".into()),
+        ("node.startup", "manual".into()),
+        ("iface.iscsi_ifacename", iface.clone()),
+        ("node.conn[0].address", portal.ip().to_string()),
+        ("node.conn[0].port", portal.port().to_string()),
+        ("node.session.scan", "auto".into()),
+    ];
+    NodeRecord {
+        settings: settings.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
+        corrupt: false,
+    }
+}
+
+/// The arguments, as getopt would have them.
+#[derive(Debug, Default)]
+struct Args {
+    mode: String,
+    op: String,
+    target: Option<Iqn>,
+    portal: Option<Portal>,
+    iface: Option<String>,
+    sid: Option<u32>,
+    names: Vec<String>,
+    values: Vec<String>,
+    login: bool,
+    logout: bool,
+    rescan: bool,
+    version: bool,
+}
+
+fn parse(args: &[String]) -> Option<Args> {
+    let mut parsed = Args::default();
+    let mut rest = args.iter();
+    while let Some(arg) = rest.next() {
+        // `--op=new` and `--op new` are the same.
+        let (flag, inline) = match arg.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => (flag, Some(value.to_owned())),
+            _ => (arg.as_str(), None),
+        };
+        match flag {
+            "-l" | "--login" => parsed.login = true,
+            "-u" | "--logout" => parsed.logout = true,
+            "-R" | "--rescan" => parsed.rescan = true,
+            "-V" | "--version" => parsed.version = true,
+            _ => {
+                let value = inline.or_else(|| rest.next().cloned())?;
+                match flag {
+                    "-m" | "--mode" => parsed.mode = value,
+                    "-o" | "--op" => parsed.op = value,
+                    "-T" | "--targetname" => parsed.target = Some(value.parse().ok()?),
+                    // A portal group tag may follow: `10.0.0.1:3260,1`.
+                    "-p" | "--portal" => {
+                        let portal = value.split_once(',').map_or(value.as_str(), |(p, _)| p);
+                        parsed.portal = Some(portal.parse().ok()?);
+                    }
+                    "-I" | "--interface" => parsed.iface = Some(value),
+                    "-r" | "--sid" => parsed.sid = Some(value.parse().ok()?),
+                    "-n" | "--name" => parsed.names.push(value),
+                    "-v" | "--value" => parsed.values.push(value),
+                    "-d" | "--debug" | "-P" | "--print" => {}
+                    _ => return None,
+                }
+            }
+        }
+    }
+    Some(parsed)
+}
+
+fn output(code: i32, stdout: String, stderr: &str) -> Output {
+    Output { code: Some(code), stdout, stderr: stderr.to_owned() }
+}
+
+fn done(stdout: String) -> Output {
+    output(0, stdout, "")
+}
+
+const NO_RECORDS: &str = "iscsiadm: No records found\n";
+
+impl SimStorage {
+    /// Runs iscsiadm to its end; a login at a dead portal takes `login_time`.
+    pub(super) async fn iscsiadm(&self, args: &[String], login_time: Duration) -> Output {
+        let Some(args) = parse(args) else {
+            return output(code::INVAL, String::new(), "iscsiadm: invalid arguments\n");
+        };
+        if args.version {
+            return done("iscsiadm version 2.1.11\n".into());
+        }
+        match (args.mode.as_str(), args.op.as_str()) {
+            ("node", _) if args.login => self.login(&args, login_time).await,
+            ("node" | "session", _) if args.logout => logout(&mut self.world(), &args),
+            ("session", _) if args.rescan => rescan(&mut self.world(), &args),
+            ("session", "" | "show") => show_sessions(&self.world()),
+            ("node", "new") => new(&mut self.world(), &args),
+            ("node", "update") => update(&mut self.world(), &args),
+            ("node", "delete") => delete(&mut self.world(), &args),
+            ("node", "" | "show") => show(&self.world(), &args),
+            ("iface", "" | "show") => done("default tcp,<empty>,<empty>,<empty>,<empty>\n".into()),
+            _ => output(code::INVAL, String::new(), "iscsiadm: unknown mode or operation\n"),
+        }
+    }
+
+    async fn login(&self, args: &Args, login_time: Duration) -> Output {
+        let keys = matching(&self.world(), args);
+        if keys.is_empty() {
+            return output(code::NO_OBJS_FOUND, String::new(), NO_RECORDS);
+        }
+        if self.world().records.iter().any(|(k, r)| keys.contains(k) && r.corrupt) {
+            return output(code::IDBM, String::new(), "iscsiadm: Could not read node record\n");
+        }
+        let mut result = 0;
+        let mut text = (String::new(), String::new());
+        let mut silent = Vec::new();
+        for key in keys {
+            match try_login(&mut self.world(), &key) {
+                Some(0) => text.0 += &format!("Login to [{}] successful.\n", label(&key)),
+                Some(code) => (result, text.1) = (code, text.1 + &complaint(&key, code)),
+                None => silent.push(key),
+            }
+        }
+        if !silent.is_empty() {
+            tokio::time::sleep(login_time).await;
+        }
+        for key in silent {
+            // iscsid tries on until its time is over: a portal that came back is logged in.
+            match try_login(&mut self.world(), &key) {
+                Some(0) => text.0 += &format!("Login to [{}] successful.\n", label(&key)),
+                late => {
+                    result = late.unwrap_or(code::TRANS_TIMEOUT);
+                    text.1 += &complaint(&key, result);
+                }
+            }
+        }
+        output(result, text.0, &text.1)
+    }
+}
+
+fn label((target, portal, iface): &RecordKey) -> String {
+    format!("iface: {iface}, target: {target}, portal: {},{}", portal.ip(), portal.port())
+}
+
+fn complaint(key: &RecordKey, code: i32) -> String {
+    let why = match code {
+        code::TRANS => "encountered connection failure",
+        code::TRANS_TIMEOUT => "connection timed out",
+        code::SESS_EXISTS => "session exists",
+        code::FATAL_LOGIN => "encountered non-retryable iSCSI login failure",
+        code::LOGIN_AUTH_FAILED => "iSCSI login failed due to authorization failure",
+        _ => "unknown error",
+    };
+    format!(
+        "iscsiadm: Could not login to [{}].\niscsiadm: initiator reported error ({code} - {why})\n",
+        label(key)
+    )
+}
+
+/// One login; `None` when nothing answers.
+fn try_login(world: &mut World, key: &RecordKey) -> Option<i32> {
+    let (target, portal, iface) = key;
+    if world
+        .sessions
+        .values()
+        .any(|s| s.target == *target && s.portal == *portal && s.iface == *iface)
+    {
+        return Some(code::SESS_EXISTS);
+    }
+    match world.portal_state(target, portal) {
+        Some(PortalState::Alive) => {}
+        Some(PortalState::Dead) => return None,
+        Some(PortalState::Refusing) => return Some(code::TRANS),
+        Some(PortalState::Denied) => return Some(code::LOGIN_AUTH_FAILED),
+        None => return Some(code::FATAL_LOGIN),
+    }
+    let sid = world.login(target, *portal, iface);
+    let scan = world.records.get(key).and_then(|r| r.settings.get("node.session.scan"));
+    if scan.is_none_or(|s| s != "manual") {
+        let host = world.sessions[&sid].host;
+        // What iscsid does after a login with scan=auto; a host it just made is there.
+        let _ = world.write(&format!("class/scsi_host/host{host}/scan"), "- - -");
+    }
+    Some(0)
+}
+
+/// The records that the arguments select.
+fn matching(world: &World, args: &Args) -> Vec<RecordKey> {
+    world
+        .records
+        .keys()
+        .filter(|(target, portal, iface)| {
+            args.target.as_ref().is_none_or(|t| t == target)
+                && args.portal.is_none_or(|p| p == *portal)
+                && args.iface.as_ref().is_none_or(|i| i == iface)
+        })
+        .cloned()
+        .collect()
+}
+
+fn new(world: &mut World, args: &Args) -> Output {
+    let (Some(target), Some(portal)) = (&args.target, args.portal) else {
+        return output(code::INVAL, String::new(), "iscsiadm: new needs target and portal\n");
+    };
+    let key = (target.clone(), portal, args.iface.clone().unwrap_or_else(|| "default".into()));
+    if world.records.get(&key).is_some_and(|r| r.corrupt) {
+        return output(code::IDBM, String::new(), "iscsiadm: Could not read node record\n");
+    }
+    let record = default_record(&key);
+    let line = format!("New iSCSI node [{}] added\n", label(&key));
+    world.records.insert(key, record);
+    done(line)
+}
+
+fn update(world: &mut World, args: &Args) -> Output {
+    let keys = matching(world, args);
+    if keys.is_empty() {
+        return output(code::NO_OBJS_FOUND, String::new(), NO_RECORDS);
+    }
+    let known = |n: &String| ["node.", "iface.", "discovery."].iter().any(|p| n.starts_with(p));
+    if args.names.is_empty()
+        || args.names.len() != args.values.len()
+        || !args.names.iter().all(known)
+    {
+        return output(code::INVAL, String::new(), "iscsiadm: Cannot modify: unknown setting\n");
+    }
+    for key in keys {
+        let Some(record) = world.records.get_mut(&key) else { continue };
+        if record.corrupt {
+            return output(code::IDBM, String::new(), "iscsiadm: Could not read node record\n");
+        }
+        record.settings.extend(args.names.iter().cloned().zip(args.values.iter().cloned()));
+    }
+    done(String::new())
+}
+
+fn delete(world: &mut World, args: &Args) -> Output {
+    let keys = matching(world, args);
+    if keys.is_empty() {
+        return output(code::NO_OBJS_FOUND, String::new(), NO_RECORDS);
+    }
+    for key in keys {
+        let used = world
+            .sessions
+            .values()
+            .any(|s| (&s.target, &s.portal, &s.iface) == (&key.0, &key.1, &key.2));
+        if used {
+            return output(
+                code::SESS_EXISTS,
+                String::new(),
+                "iscsiadm: This command will remove the record, but a session is using it.\n",
+            );
+        }
+        world.records.remove(&key);
+    }
+    done(String::new())
+}
+
+fn show(world: &World, args: &Args) -> Output {
+    let keys = matching(world, args);
+    if keys.is_empty() {
+        return output(code::NO_OBJS_FOUND, String::new(), NO_RECORDS);
+    }
+    let mut text = String::new();
+    for key in &keys {
+        let record = &world.records[key];
+        if args.op.is_empty() && args.target.is_none() {
+            text += &format!("{},{} {}\n", key.1, -1, key.0);
+            continue;
+        }
+        if record.corrupt {
+            return output(code::IDBM, String::new(), "iscsiadm: Could not read node record\n");
+        }
+        text += "# BEGIN RECORD 2.1.11\n";
+        for (name, value) in &record.settings {
+            // As iscsiadm does without --show.
+            let value = if name.ends_with("password") { "********" } else { value };
+            text += &format!("{name} = {value}\n");
+        }
+        text += "# END RECORD\n";
+    }
+    done(text)
+}
+
+fn logout(world: &mut World, args: &Args) -> Output {
+    let sids: Vec<u32> = world
+        .sessions
+        .values()
+        .filter(|s| {
+            args.sid.is_none_or(|sid| sid == s.sid)
+                && args.target.as_ref().is_none_or(|t| *t == s.target)
+                && args.portal.is_none_or(|p| p == s.portal)
+                && args.iface.as_ref().is_none_or(|i| *i == s.iface)
+        })
+        .map(|s| s.sid)
+        .collect();
+    if sids.is_empty() {
+        return output(
+            code::NO_OBJS_FOUND,
+            String::new(),
+            "iscsiadm: No matching sessions found\n",
+        );
+    }
+    for sid in &sids {
+        world.logout(*sid);
+    }
+    done(format!("Logout of {} session(s) successful.\n", sids.len()))
+}
+
+fn rescan(world: &mut World, args: &Args) -> Output {
+    let hosts: Vec<u32> = world
+        .sessions
+        .values()
+        .filter(|s| args.sid.is_none_or(|sid| sid == s.sid))
+        .map(|s| s.host)
+        .collect();
+    if hosts.is_empty() {
+        return output(
+            code::NO_OBJS_FOUND,
+            String::new(),
+            "iscsiadm: No matching sessions found\n",
+        );
+    }
+    for host in hosts {
+        let _ = world.write(&format!("class/scsi_host/host{host}/scan"), "- - -");
+    }
+    done(String::new())
+}
+
+fn show_sessions(world: &World) -> Output {
+    if world.sessions.is_empty() {
+        return output(code::NO_OBJS_FOUND, String::new(), "iscsiadm: No active sessions.\n");
+    }
+    let line = |s: &super::kernel::Session| {
+        format!("tcp: [{}] {},1 {} (non-flash)\n", s.sid, s.portal, s.target)
+    };
+    done(world.sessions.values().map(line).collect())
+}

@@ -1,0 +1,317 @@
+//! The simulated SAN and the node's view of it: arrays, iSCSI sessions, SCSI devices in sysfs,
+//! uevents, iscsiadm, multipathd and /run/lunplug.
+//!
+//! It behaves as the kernel and the tools do where that matters to whoever attaches LUNs: names
+//! and numbers are given out again, a scan does not look anew at a LUN it knows, a LUN taken away
+//! at the array leaves its device behind, a delete asks nobody, a map outlives its paths.
+//!
+//! ```text
+//!   array: target -> portals, LUNs          tests: add_lun, replace_lun, set_portal, hold, ...
+//!        | login, scan, rescan
+//!   kernel: sessions, disks, dm -> sysfs tree, uevents
+//!        | add / remove
+//!   multipathd: maps, wwids, bindings       iscsiadm: records
+//! ```
+
+mod array;
+mod dm;
+mod doors;
+mod iscsiadm;
+mod kernel;
+mod multipathd;
+mod rundir;
+#[cfg(test)]
+mod tests;
+mod tree;
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+pub use array::{PortalState, SimLun};
+use kernel::World;
+use rundir::{RunState, SimRunDir};
+
+use crate::host::cmd::Tool;
+use crate::host::lock::RunDir;
+use crate::host::sim::Faults;
+use crate::types::{DevNum, Iqn, Lun, Portal};
+
+/// Enough for the events of hundreds of disks at once; a slower reader is told that it lost some.
+const EVENT_BUFFER: usize = 16 * 1024;
+
+/// The simulated storage of one node. Clones share it.
+#[derive(Clone)]
+pub struct SimStorage {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    faults: Arc<Faults>,
+    world: Mutex<World>,
+    run: Mutex<Arc<Mutex<RunState>>>,
+    started: AtomicU64,
+    missing_tools: Mutex<BTreeSet<Tool>>,
+    login_time: Mutex<Duration>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A test that panicked leaves a model that the others can still look at.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// a, ..., z, aa, ...: how the kernel counts disks and multipath its maps.
+fn letters(index: u32) -> String {
+    let mut name = Vec::new();
+    let mut rest = index + 1;
+    while rest > 0 {
+        rest -= 1;
+        name.push(char::from(b'a' + u8::try_from(rest % 26).unwrap_or(0)));
+        rest /= 26;
+    }
+    name.iter().rev().collect()
+}
+
+impl SimStorage {
+    /// A node without targets, records or sessions, on which multipathd runs.
+    pub fn new(faults: Arc<Faults>) -> Self {
+        let (events, _) = tokio::sync::broadcast::channel(EVENT_BUFFER);
+        Self {
+            inner: Arc::new(Inner {
+                faults,
+                world: Mutex::new(World::new(events)),
+                run: Mutex::default(),
+                started: AtomicU64::new(0),
+                missing_tools: Mutex::default(),
+                login_time: Mutex::new(Duration::from_secs(15)),
+            }),
+        }
+    }
+
+    /// The faults in force at its doors.
+    pub fn faults(&self) -> &Faults {
+        &self.inner.faults
+    }
+
+    fn world(&self) -> MutexGuard<'_, World> {
+        lock(&self.inner.world)
+    }
+
+    fn login_time(&self) -> Duration {
+        *lock(&self.inner.login_time)
+    }
+
+    /// How long iscsiadm waits for a portal that does not answer; 15 s unless set.
+    pub fn set_login_time(&self, time: Duration) {
+        *lock(&self.inner.login_time) = time;
+    }
+
+    /// Takes a program away, or gives it back.
+    pub fn set_tool_missing(&self, tool: Tool, missing: bool) {
+        let mut tools = lock(&self.inner.missing_tools);
+        if missing {
+            tools.insert(tool);
+        } else {
+            tools.remove(&tool);
+        }
+    }
+
+    /// The run directory's door of this boot.
+    pub fn rundir(&self) -> Arc<dyn RunDir> {
+        Arc::new(SimRunDir {
+            faults: self.inner.faults.clone(),
+            state: lock(&self.inner.run).clone(),
+            boot_id: format!("00000000-0000-4000-8000-{:012}", self.world().boot),
+        })
+    }
+
+    /// Restarts the node: sessions, devices and the run directory are gone; records, wwids and
+    /// bindings stay. Doors to the run directory taken before are of the old boot.
+    pub fn reboot(&self) {
+        self.world().reboot();
+        *lock(&self.inner.run) = Arc::default();
+    }
+
+    /// Adds a target with its portals, all alive; known portals keep their state.
+    pub fn add_target(&self, target: &Iqn, portals: &[Portal]) {
+        let mut world = self.world();
+        let entry = world.targets.entry(target.clone()).or_default();
+        for portal in portals {
+            entry.portals.entry(*portal).or_insert(PortalState::Alive);
+        }
+    }
+
+    /// Maps a LUN to us, or another one at the same number. Nothing on the node notices until it
+    /// scans, or rescans the device that it has.
+    pub fn add_lun(&self, target: &Iqn, lun: Lun, what: SimLun) {
+        self.world().targets.entry(target.clone()).or_default().luns.insert(lun, what);
+    }
+
+    /// Another LUN at the same number: see [`SimStorage::add_lun`].
+    pub fn replace_lun(&self, target: &Iqn, lun: Lun, what: SimLun) {
+        let mut world = self.world();
+        let entry = world.targets.entry(target.clone()).or_default();
+        entry.luns.insert(lun, what);
+        entry.data.remove(&lun);
+    }
+
+    /// Unmaps a LUN at the array; its devices stay behind on the node.
+    pub fn remove_lun(&self, target: &Iqn, lun: Lun) {
+        if let Some(entry) = self.world().targets.get_mut(target) {
+            entry.luns.remove(&lun);
+        }
+    }
+
+    /// Lets a portal answer differently, for all targets behind it; sessions through it follow.
+    pub fn set_portal(&self, portal: Portal, state: PortalState) {
+        let mut world = self.world();
+        for target in world.targets.values_mut() {
+            if let Some(entry) = target.portals.get_mut(&portal) {
+                *entry = state;
+            }
+        }
+        world.follow_portals();
+    }
+
+    /// Somebody else's node record.
+    pub fn add_record(&self, target: &Iqn, portal: Portal, iface: &str) {
+        let key = (target.clone(), portal, iface.to_owned());
+        let record = iscsiadm::default_record(&key);
+        self.world().records.insert(key, record);
+    }
+
+    /// Empties a record's file, as a crash of iscsiadm does; makes it if need be.
+    pub fn corrupt_record(&self, target: &Iqn, portal: Portal, iface: &str) {
+        let key = (target.clone(), portal, iface.to_owned());
+        self.world().records.entry(key).or_default().corrupt = true;
+    }
+
+    /// A setting of a node record.
+    pub fn record_setting(&self, target: &Iqn, portal: Portal, name: &str) -> Option<String> {
+        let key = (target.clone(), portal, "default".to_owned());
+        self.world().records.get(&key)?.settings.get(name).cloned()
+    }
+
+    /// Somebody else's session; its number.
+    pub fn add_session(&self, target: &Iqn, portal: Portal, iface: &str) -> u32 {
+        self.world().login(target, portal, iface)
+    }
+
+    /// Starts or stops multipathd. Maps stay; disks that appear meanwhile wait for it.
+    pub fn set_multipathd(&self, running: bool) {
+        let mut world = self.world();
+        world.multipath.running = running;
+        world.multipathd_react();
+    }
+
+    /// Whether multipathd handles new disks at once (the default), or when
+    /// [`SimStorage::settle_multipathd`] or a command tells it to.
+    pub fn set_multipathd_auto(&self, auto: bool) {
+        let mut world = self.world();
+        world.multipath.auto = auto;
+        world.multipathd_react();
+    }
+
+    /// Lets multipathd handle the disks that wait for it.
+    pub fn settle_multipathd(&self) {
+        self.world().multipathd_settle();
+    }
+
+    /// Claims a device exclusively, as a mount does. An exclusive open finds it busy and its map
+    /// cannot be removed.
+    pub fn hold(&self, dev: DevNum, by: &str) {
+        self.world().claims.entry(dev).or_default().push(by.to_owned());
+    }
+
+    /// Opens a device without claiming it, as QEMU does, `by` in the form `command[pid]`.
+    pub fn open(&self, dev: DevNum, by: &str) {
+        self.world().opens.entry(dev).or_default().push(by.to_owned());
+    }
+
+    /// Ends all claims and opens of a device.
+    pub fn release(&self, dev: DevNum) {
+        let mut world = self.world();
+        world.claims.remove(&dev);
+        world.opens.remove(&dev);
+    }
+
+    /// Puts a dm device on top of another, as LVM does; it shows in `holders/`.
+    pub fn stack_dm(&self, on: DevNum, name: &str, uuid: &str) -> DevNum {
+        let mut world = self.world();
+        let minor = world.create_dm(name, uuid, &[on]);
+        world.dm[&minor].dev()
+    }
+
+    /// Removes such a device; `false` when it is in use.
+    pub fn unstack_dm(&self, dev: DevNum) -> bool {
+        self.world().remove_dm(dev.minor)
+    }
+
+    /// Which LUN a device is, as the array has it now: what a guest that has it reaches.
+    pub fn lun_of(&self, dev: DevNum) -> Option<(Iqn, Lun)> {
+        let world = self.world();
+        let slave = world.dm.values().find(|d| d.dev() == dev).map(|d| d.slaves.first().copied());
+        let path = slave.unwrap_or(Some(dev))?;
+        let disk = world.disks.values().find(|d| d.dev == path)?;
+        let luns = &world.targets.get(&disk.target)?.luns;
+        let lun = luns.keys().find(|lun| lun.scsi() == disk.scsi_lun)?;
+        Some((disk.target.clone(), *lun))
+    }
+
+    /// Writes a LUN's first bytes.
+    pub fn write_data(&self, target: &Iqn, lun: Lun, bytes: &[u8]) {
+        if let Some(entry) = self.world().targets.get_mut(target) {
+            entry.data.insert(lun, bytes.to_vec());
+        }
+    }
+
+    /// A LUN's first bytes, as they were written.
+    pub fn data(&self, target: &Iqn, lun: Lun) -> Vec<u8> {
+        let world = self.world();
+        world.targets.get(target).and_then(|t| t.data.get(&lun)).cloned().unwrap_or_default()
+    }
+
+    /// A picture of all that an attach makes on the node, to compare with one taken before:
+    /// sessions, records, disks, maps, multipath's files, run files. Counters are left out.
+    pub fn snapshot(&self) -> String {
+        let world = self.world();
+        let mut text = String::new();
+        let mut line = |kind: &str, what: String| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{kind} {what}");
+        };
+        for s in world.sessions.values() {
+            let state = if s.failed { "FAILED" } else { "LOGGED_IN" };
+            line("session", format!("{} {} {} {state}", s.target, s.portal, s.iface));
+        }
+        for ((target, portal, iface), record) in &world.records {
+            let corrupt = if record.corrupt { " corrupt" } else { "" };
+            line("record", format!("{target} {portal} {iface}{corrupt}"));
+        }
+        for d in world.disks.values() {
+            let wwid = d.known.wwid.as_ref().map_or("-", |w| w.as_str());
+            line("disk", format!("{} {} {wwid} {}", d.hctl, d.name, d.known.size));
+        }
+        for d in world.dm.values() {
+            let error = if d.error { " error" } else { "" };
+            let slaves: Vec<String> = d.slaves.iter().map(DevNum::to_string).collect();
+            line(
+                "dm",
+                format!("{} {} {} [{}]{error}", d.kernel_name(), d.name, d.uuid, slaves.join(" ")),
+            );
+        }
+        for wwid in &world.multipath.wwids {
+            line("wwid", wwid.clone());
+        }
+        for (alias, wwid) in &world.multipath.bindings {
+            line("binding", format!("{alias} {wwid}"));
+        }
+        let run = lock(&self.inner.run).clone();
+        for (name, bytes) in lock(&run).files() {
+            line("run", format!("{name} {}", String::from_utf8_lossy(bytes)));
+        }
+        text
+    }
+}

@@ -1,0 +1,234 @@
+//! multipathd, with `find_multipaths no` and `user_friendly_names yes`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::kernel::World;
+use crate::types::{DevNum, Wwid};
+
+/// The daemon and its two files.
+#[derive(Debug)]
+pub(super) struct MultipathModel {
+    pub(super) running: bool,
+    /// Whether it handles new devices by itself, at once; otherwise when it is told to.
+    pub(super) auto: bool,
+    /// Disks it has not looked at yet.
+    pub(super) pending: Vec<String>,
+    /// `/etc/multipath/wwids`.
+    pub(super) wwids: BTreeSet<String>,
+    /// `/etc/multipath/bindings`: alias to WWID.
+    pub(super) bindings: BTreeMap<String, String>,
+}
+
+impl Default for MultipathModel {
+    fn default() -> Self {
+        Self {
+            running: true,
+            auto: true,
+            pending: Vec::new(),
+            wwids: BTreeSet::new(),
+            bindings: BTreeMap::new(),
+        }
+    }
+}
+
+/// What the daemon answers when a command failed.
+pub(super) const FAIL: &str = "fail\n";
+/// What it answers when a command needs no other answer.
+pub(super) const OK: &str = "ok\n";
+
+impl World {
+    /// The daemon's reaction to new disks, if it reacts by itself.
+    pub(super) fn multipathd_react(&mut self) {
+        if self.multipath.running && self.multipath.auto {
+            self.multipathd_settle();
+        }
+    }
+
+    /// Handles all disks that are new to it.
+    pub(super) fn multipathd_settle(&mut self) {
+        for hctl in std::mem::take(&mut self.multipath.pending) {
+            self.add_path(&hctl);
+        }
+    }
+
+    /// Puts a disk into its map, making that if it is the first; `false` when it cannot.
+    fn add_path(&mut self, hctl: &str) -> bool {
+        let Some(disk) = self.disks.get(hctl).cloned() else { return false };
+        let Some(wwid) = disk.known.wwid.as_ref().map(Wwid::multipath) else { return false };
+        // multipathd has no use for a disk without size, or one that somebody has mounted.
+        if disk.known.size == 0 || self.claims.contains_key(&disk.dev) {
+            return false;
+        }
+        let uuid = format!("mpath-{wwid}");
+        let map = self.dm.values().find(|d| d.uuid == uuid).map(|d| (d.minor, d.slaves.clone()));
+        match map {
+            Some((_, slaves)) if slaves.contains(&disk.dev) => {}
+            Some((minor, mut slaves)) => {
+                slaves.push(disk.dev);
+                self.set_slaves(minor, slaves);
+            }
+            None => {
+                let alias = self.alias(&wwid);
+                self.multipath.wwids.insert(wwid);
+                self.create_dm(&alias, &uuid, &[disk.dev]);
+            }
+        }
+        true
+    }
+
+    /// The alias that the bindings file has for a WWID, or the first that is free.
+    fn alias(&mut self, wwid: &str) -> String {
+        let bindings = &mut self.multipath.bindings;
+        if let Some((alias, _)) = bindings.iter().find(|(_, w)| *w == wwid) {
+            return alias.clone();
+        }
+        let alias = (0..)
+            .map(|n| format!("mpath{}", super::letters(n)))
+            .find(|a| !bindings.contains_key(a))
+            .unwrap_or_default();
+        bindings.insert(alias.clone(), wwid.to_owned());
+        alias
+    }
+
+    /// Removes a LUN's entries from both files; whether there were any.
+    pub(super) fn forget(&mut self, wwid: &str) -> bool {
+        let aliases = self.multipath.bindings.len();
+        self.multipath.bindings.retain(|_, w| w != wwid);
+        self.multipath.wwids.remove(wwid) || self.multipath.bindings.len() != aliases
+    }
+
+    /// Carries out one command of the daemon's socket.
+    pub(super) fn multipathd_command(&mut self, command: &str) -> String {
+        let words: Vec<&str> = command.split_whitespace().collect();
+        let done = |ok: bool| if ok { OK.to_owned() } else { FAIL.to_owned() };
+        match words[..] {
+            ["show" | "list", "daemon"] => "pid 1 idle\n".into(),
+            ["show" | "list", "maps" | "multipaths", "raw", "format", ..] => {
+                self.show_maps(format_of(command))
+            }
+            ["show" | "list", "paths", "raw", "format", ..] => self.show_paths(format_of(command)),
+            ["add", "path", name] => {
+                let Some(hctl) = self.hctl_of(name) else { return FAIL.into() };
+                self.multipath.pending.retain(|p| *p != hctl);
+                done(self.add_path(&hctl))
+            }
+            ["del" | "remove", "path", name] => {
+                let Some(hctl) = self.hctl_of(name) else { return OK.into() };
+                self.multipath.pending.retain(|p| *p != hctl);
+                let dev = self.disks[&hctl].dev;
+                self.drop_from_map(dev);
+                OK.into()
+            }
+            ["del" | "remove", "map" | "multipath", name] => match self.map_of(name) {
+                Some(minor) => done(self.remove_dm(minor)),
+                None => FAIL.into(),
+            },
+            ["disablequeueing" | "restorequeueing", "map" | "multipath", name] => {
+                let minor = self.map_of(name);
+                match minor.and_then(|m| self.dm.get_mut(&m)) {
+                    Some(dm) => {
+                        dm.queueing = words[0] == "restorequeueing";
+                        OK.into()
+                    }
+                    None => FAIL.into(),
+                }
+            }
+            ["resize" | "reload", "map" | "multipath", name] => match self.map_of(name) {
+                Some(minor) => {
+                    let slaves = self.dm[&minor].slaves.clone();
+                    self.set_slaves(minor, slaves);
+                    OK.into()
+                }
+                None => FAIL.into(),
+            },
+            ["reconfigure", ..] => {
+                self.multipath.pending = self.disks.keys().cloned().collect();
+                self.multipathd_settle();
+                OK.into()
+            }
+            _ => FAIL.into(),
+        }
+    }
+
+    fn drop_from_map(&mut self, dev: DevNum) {
+        let map =
+            self.dm.values().find(|d| d.uuid.starts_with("mpath-") && d.slaves.contains(&dev));
+        if let Some((minor, mut slaves)) = map.map(|d| (d.minor, d.slaves.clone())) {
+            slaves.retain(|s| *s != dev);
+            self.set_slaves(minor, slaves);
+        }
+    }
+
+    fn hctl_of(&self, name: &str) -> Option<String> {
+        let by_name = self.disks.values().find(|d| d.name == name || d.dev.to_string() == name);
+        by_name.map(|d| d.hctl.clone())
+    }
+
+    /// A map by alias, WWID or `dm-N`.
+    pub(super) fn map_of(&self, name: &str) -> Option<u32> {
+        let maps = self.dm.values().filter(|d| d.uuid.starts_with("mpath-"));
+        maps.into_iter()
+            .find(|d| d.name == name || d.kernel_name() == name || d.uuid[6..] == *name)
+            .map(|d| d.minor)
+    }
+
+    fn show_maps(&self, format: &str) -> String {
+        let maps = self.dm.values().filter(|d| d.uuid.starts_with("mpath-"));
+        maps.map(|d| {
+            fill(format, |wildcard| match wildcard {
+                'n' => Some(d.name.clone()),
+                'w' => Some(d.uuid[6..].to_owned()),
+                'd' => Some(d.kernel_name()),
+                'N' => Some(d.slaves.len().to_string()),
+                'Q' => Some(if d.queueing { "on" } else { "off" }.to_owned()),
+                _ => None,
+            })
+        })
+        .collect()
+    }
+
+    fn show_paths(&self, format: &str) -> String {
+        self.disks
+            .values()
+            .map(|disk| {
+                let map = self
+                    .dm
+                    .values()
+                    .find(|d| d.uuid.starts_with("mpath-") && d.slaves.contains(&disk.dev));
+                fill(format, |wildcard| match wildcard {
+                    'd' => Some(disk.name.clone()),
+                    'D' => Some(disk.dev.to_string()),
+                    'i' => Some(disk.hctl.clone()),
+                    'w' => disk.known.wwid.as_ref().map(Wwid::multipath),
+                    'm' => Some(map.map_or("[orphan]".to_owned(), |d| d.name.clone())),
+                    'T' => Some(if disk.online { "ready" } else { "faulty" }.to_owned()),
+                    't' => Some(if disk.online { "active" } else { "failed" }.to_owned()),
+                    'o' => Some(if disk.online { "running" } else { "offline" }.to_owned()),
+                    _ => None,
+                })
+            })
+            .collect()
+    }
+}
+
+/// What follows `format`, with the quotes taken off.
+fn format_of(command: &str) -> &str {
+    command.split_once("format").map_or("", |(_, f)| f.trim().trim_matches('"'))
+}
+
+/// One line, with the wildcards of `multipathd show wildcards` put in.
+fn fill(format: &str, value: impl Fn(char) -> Option<String>) -> String {
+    let mut line = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        match (c, chars.clone().next()) {
+            ('%', Some(wildcard)) => {
+                chars.next();
+                line.push_str(&value(wildcard).unwrap_or_default());
+            }
+            _ => line.push(c),
+        }
+    }
+    line.push('\n');
+    line
+}

@@ -200,3 +200,14 @@ impl Error {
         move |source| Self::Io { doing, source }
     }
 }
+
+/// An error with its sources in one line, where it has to become text.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(e) = source {
+        text += &format!(": {e}");
+        source = e.source();
+    }
+    text
+}

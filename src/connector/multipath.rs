@@ -260,10 +260,7 @@ async fn delete(
     map: &Map,
 ) -> Result<Option<String>, Error> {
     let name = &map.name;
-    // A map without live paths that queues would keep its last writers, and us, for ever.
-    if let Err(e) = doors.multipathd.ask(&format!("disablequeueing map {name}")).await {
-        tracing::debug!(map = %name, error = %e, "queueing was not turned off");
-    }
+    stop_queueing(&*doors.multipathd, name).await;
     match doors.multipathd.ask(&format!("del map {name}")).await {
         Ok(_) => Ok(None),
         Err(MultipathdError::Refused { answer, .. }) => Ok(Some(answer)),
@@ -278,4 +275,32 @@ async fn delete(
         }
         Err(e) => Err(Error::Multipathd(e)),
     }
+}
+
+/// A map without live paths that queues would keep its last writers, and us, for ever. Only for a
+/// map that is being removed. That it fails is not worse than not trying.
+pub(crate) async fn stop_queueing(multipathd: &dyn Multipathd, name: &str) {
+    if let Err(e) = multipathd.ask(&format!("disablequeueing map {name}")).await {
+        tracing::debug!(map = %name, error = %e, "queueing was not turned off");
+    }
+}
+
+/// Takes a map off paths that are to be used without one: multipathd lets go of the paths first,
+/// or it would make the map again.
+pub(crate) async fn take_off(
+    doors: &StorageDoors,
+    settings: &Settings,
+    map: &Map,
+    paths: &[ScsiPath],
+) -> Result<(), Error> {
+    let known = |slave: &String| paths.iter().any(|p| p.disk.name == *slave);
+    if let Some(slave) = map.slaves.iter().find(|s| !known(s)) {
+        let problem = format!("({}) has {slave} in it too, which is not this volume's", map.name);
+        return Err(Error::Map { wwid: paths[0].identity.wwid.clone(), problem });
+    }
+    for path in paths {
+        let asked = doors.multipathd.ask(&format!("del path {}", path.disk.name)).await;
+        asked.map_err(Error::Multipathd)?;
+    }
+    remove(doors, settings, &map.uuid).await.map(drop)
 }

@@ -79,23 +79,23 @@ impl Wait {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::uevent::Uevent;
+    use crate::host::uevent::{Notice, Uevent};
     use tokio::sync::broadcast;
 
-    struct Source(broadcast::Sender<Uevent>);
+    struct Source(broadcast::Sender<Notice>);
     impl Uevents for Source {
         fn subscribe(&self) -> UeventStream {
             UeventStream::new(self.0.subscribe())
         }
     }
 
-    fn event() -> Uevent {
-        Uevent {
+    fn event() -> Notice {
+        Notice::Event(Uevent {
             action: "add".into(),
             devpath: "x".into(),
             subsystem: "block".into(),
             properties: Default::default(),
-        }
+        })
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,5 +1,19 @@
 //! Attaches a remote LUN to the host as one verified block device, and detaches it.
 
+mod bounded;
+pub mod error;
+mod identity;
+pub mod iscsi;
+mod lease;
+mod multipath;
+mod scsi;
+pub mod settings;
+mod wait;
+
+pub use error::Error;
+pub use iscsi::IscsiConnector;
+pub use settings::Settings;
+
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
@@ -89,7 +103,3 @@ pub trait Connector: Send + Sync {
     /// Everybody in whose name something is held on this node, to find what nobody wants any more.
     async fn owners(&self) -> Result<Vec<VolumeKey>, Error>;
 }
-
-/// An attach or detach did not succeed; nothing half done remains unless the message says so.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {}

@@ -1,0 +1,172 @@
+//! The doors with a deadline around every call (invariant 6), so that the flows behind cannot
+//! forget one. A call that is given up on is abandoned, not waited for.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::time::timeout;
+
+use crate::host::block::{Blocks, Exclusive};
+use crate::host::cmd::{CmdError, Commands, Output, Tool};
+use crate::host::iscsidb::{IscsiDb, Record};
+use crate::host::lock::{LockError, LockGuard, RunDir};
+use crate::host::multipathd::{Multipathd, MultipathdError};
+use crate::host::storage::StorageDoors;
+use crate::host::sysfs::{Guard, Guarded, Sysfs};
+use crate::types::{DevNum, Iqn, Outcome, Wwid};
+
+use super::settings::{Settings, ms};
+
+/// Puts the deadlines of `settings` around `doors`.
+pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors {
+    StorageDoors {
+        sysfs: Arc::new(BoundedSysfs {
+            door: doors.sysfs,
+            read: ms(settings.sysfs_read_ms),
+            write: ms(settings.sysfs_write_ms),
+        }),
+        uevents: doors.uevents,
+        commands: Arc::new(BoundedCommands(doors.commands)),
+        multipathd: Arc::new(BoundedMultipathd(doors.multipathd, ms(settings.multipathd_ms))),
+        blocks: Arc::new(BoundedBlocks {
+            door: doors.blocks,
+            probe: ms(settings.probe_ms),
+            flush: ms(settings.flush_ms),
+        }),
+        rundir: Arc::new(BoundedRunDir(doors.rundir, ms(settings.file_ms))),
+        iscsidb: Arc::new(BoundedIscsiDb(doors.iscsidb, ms(settings.file_ms))),
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    what: impl FnOnce() -> String,
+    call: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    timeout(limit, call).await.unwrap_or_else(|_| {
+        let text = format!("{} did not return within {limit:?}", what());
+        Err(io::Error::new(io::ErrorKind::TimedOut, text))
+    })
+}
+
+struct BoundedSysfs {
+    door: Arc<dyn Sysfs>,
+    read: Duration,
+    write: Duration,
+}
+
+#[async_trait]
+impl Sysfs for BoundedSysfs {
+    async fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        within(self.read, || format!("reading {path}"), self.door.read(path)).await
+    }
+    async fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        within(self.read, || format!("listing {dir}"), self.door.list(dir)).await
+    }
+    async fn resolve(&self, path: &str) -> io::Result<String> {
+        within(self.read, || format!("resolving {path}"), self.door.resolve(path)).await
+    }
+    async fn write(&self, path: &str, value: &str) -> io::Result<()> {
+        within(self.write, || format!("writing {path}"), self.door.write(path, value)).await
+    }
+    async fn write_guarded(
+        &self,
+        path: &str,
+        value: &str,
+        guards: &[Guard],
+    ) -> io::Result<Guarded> {
+        let call = self.door.write_guarded(path, value, guards);
+        within(self.write, || format!("writing {path}"), call).await
+    }
+}
+
+struct BoundedCommands(Arc<dyn Commands>);
+
+#[async_trait]
+impl Commands for BoundedCommands {
+    async fn run(&self, tool: Tool, args: &[&str], deadline: Duration) -> Result<Output, CmdError> {
+        // The door ends the program at its deadline; two seconds more are for its SIGTERM.
+        timeout(deadline + Duration::from_secs(2), self.0.run(tool, args, deadline))
+            .await
+            .unwrap_or(Err(CmdError::TimedOut { tool, deadline }))
+    }
+    fn started(&self) -> u64 {
+        self.0.started()
+    }
+}
+
+struct BoundedMultipathd(Arc<dyn Multipathd>, Duration);
+
+#[async_trait]
+impl Multipathd for BoundedMultipathd {
+    async fn ask(&self, command: &str) -> Result<String, MultipathdError> {
+        timeout(self.1, self.0.ask(command))
+            .await
+            .unwrap_or_else(|_| Err(MultipathdError::TimedOut { command: command.into() }))
+    }
+    async fn forget(&self, wwid: &Wwid) -> Result<Outcome, MultipathdError> {
+        timeout(self.1, self.0.forget(wwid))
+            .await
+            .unwrap_or_else(|_| Err(MultipathdError::TimedOut { command: format!("-w {wwid}") }))
+    }
+}
+
+struct BoundedBlocks {
+    door: Arc<dyn Blocks>,
+    probe: Duration,
+    flush: Duration,
+}
+
+#[async_trait]
+impl Blocks for BoundedBlocks {
+    async fn flush(&self, dev: DevNum) -> io::Result<()> {
+        within(self.flush, || format!("flushing {dev}"), self.door.flush(dev)).await
+    }
+    async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive> {
+        within(self.probe, || format!("opening {dev}"), self.door.exclusive(dev)).await
+    }
+    async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
+        within(self.probe, || format!("looking who has {dev} open"), self.door.openers(dev)).await
+    }
+}
+
+struct BoundedRunDir(Arc<dyn RunDir>, Duration);
+
+#[async_trait]
+impl RunDir for BoundedRunDir {
+    async fn lock(&self, name: &str, deadline: Duration) -> Result<Box<dyn LockGuard>, LockError> {
+        timeout(deadline + self.1, self.0.lock(name, deadline))
+            .await
+            .unwrap_or_else(|_| Err(LockError::TimedOut { name: name.into(), deadline }))
+    }
+    async fn load(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        within(self.1, || format!("reading {name}"), self.0.load(name)).await
+    }
+    async fn store(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        within(self.1, || format!("writing {name}"), self.0.store(name, bytes)).await
+    }
+    async fn remove(&self, name: &str) -> io::Result<()> {
+        within(self.1, || format!("removing {name}"), self.0.remove(name)).await
+    }
+    async fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        within(self.1, || format!("listing {dir}"), self.0.list(dir)).await
+    }
+    fn boot_id(&self) -> &str {
+        self.0.boot_id()
+    }
+}
+
+struct BoundedIscsiDb(Arc<dyn IscsiDb>, Duration);
+
+#[async_trait]
+impl IscsiDb for BoundedIscsiDb {
+    async fn records(&self, target: &Iqn) -> io::Result<Vec<Record>> {
+        within(self.1, || format!("reading the records of {target}"), self.0.records(target)).await
+    }
+    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
+        let call = self.0.remove_corrupt(target, record);
+        within(self.1, || format!("removing a record of {target}"), call).await
+    }
+}

@@ -1,0 +1,213 @@
+//! What can go wrong between a LUN and a verified block device.
+
+use std::io;
+
+use crate::host::cmd::CmdError;
+use crate::host::lock::LockError;
+use crate::host::multipathd::MultipathdError;
+use crate::reason::Reason;
+use crate::types::{DevNum, Wwid};
+
+pub use super::identity::IdentityError;
+pub use super::iscsi::LoginError;
+
+/// An attach or detach did not succeed; nothing half done remains unless the message says so.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No portal gave a session.
+    #[error("no session to {target}")]
+    NoSession {
+        /// The target.
+        target: String,
+        /// Of all portals' failures the one that says most.
+        #[source]
+        source: LoginError,
+    },
+    /// The target has no such LUN for us.
+    #[error("{target} shows no LUN {lun} to this node")]
+    LunNotFound {
+        /// The target.
+        target: String,
+        /// The LUN.
+        lun: u16,
+    },
+    /// There is a SCSI device, but no disk with a medium.
+    #[error("the LUN at {at} ({target}, LUN {lun}) has no medium or is no disk")]
+    NoMedium {
+        /// SCSI address.
+        at: String,
+        /// The target.
+        target: String,
+        /// The LUN.
+        lun: u16,
+    },
+    /// It is not what it has to be.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The same LUN is held under another name.
+    #[error("{wwid} is attached for {owner} already; both would have to be shareable")]
+    SourceInUse {
+        /// The LUN's identity.
+        wwid: Wwid,
+        /// Who has it.
+        owner: String,
+    },
+    /// An old device is in the way.
+    #[error("an old device at {at} shows {found}, and {holder} holds it")]
+    StaleDeviceHeld {
+        /// SCSI address.
+        at: String,
+        /// The identity that it was found with.
+        found: String,
+        /// Who holds it.
+        holder: String,
+    },
+    /// Somebody on the host uses the device.
+    #[error("{device} is held by {holder}")]
+    DeviceHeld {
+        /// Which device.
+        device: String,
+        /// Who holds it.
+        holder: String,
+    },
+    /// A map was required.
+    #[error("a multipath map is required, but multipathd cannot be asked")]
+    MultipathUnavailable(#[source] MultipathdError),
+    /// The map did not come about, or not as it has to be.
+    #[error("the map of {wwid} {problem}")]
+    Map {
+        /// The LUN's identity.
+        wwid: Wwid,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// multipathd did not do what it was asked for.
+    #[error("multipathd could not be used")]
+    Multipathd(#[source] MultipathdError),
+    /// What the host had in its cache could not be written out.
+    #[error("flushing {dev} failed; it stays attached")]
+    Flush {
+        /// The device.
+        dev: DevNum,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A path could not be removed.
+    #[error("the path at {at} could not be removed: {problem}")]
+    Path {
+        /// SCSI address.
+        at: String,
+        /// What was found.
+        problem: String,
+    },
+    /// A program could not be run.
+    #[error("{doing}")]
+    Command {
+        /// What was to be done by it.
+        doing: String,
+        /// Why not.
+        #[source]
+        source: CmdError,
+    },
+    /// A program failed.
+    #[error("{doing} failed with code {code:?}: {stderr}")]
+    Tool {
+        /// What was to be done by it.
+        doing: String,
+        /// Its exit code; `None` when a signal ended it.
+        code: Option<i32>,
+        /// The last it said.
+        stderr: String,
+    },
+    /// A record of open-iscsi is damaged and could not be replaced.
+    #[error("the record of {target} at {portal} is damaged and could not be replaced")]
+    RecordCorrupt {
+        /// The target.
+        target: String,
+        /// The portal.
+        portal: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A lock could not be had.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// One of our own files is damaged.
+    #[error("the lease {name} is damaged")]
+    LeaseCorrupt {
+        /// Which file below the run directory.
+        name: String,
+        /// How.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The system refused a call.
+    #[error("{doing} failed")]
+    Io {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// It failed, and so did the undoing: something is left, and a detach will find it.
+    #[error("{cause}; undoing what was begun failed too: {undo}")]
+    Undo {
+        /// What failed first.
+        cause: Box<Error>,
+        /// What failed in undoing it.
+        undo: Box<Error>,
+    },
+}
+
+impl Error {
+    /// The stable code.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::NoSession { source, .. } => source.reason(),
+            Self::LunNotFound { .. } | Self::NoMedium { .. } => Reason::LunNotFound,
+            Self::Identity(e) => e.reason(),
+            Self::SourceInUse { .. } => Reason::SourceInUse,
+            Self::StaleDeviceHeld { .. } => Reason::StaleDeviceHeld,
+            Self::DeviceHeld { .. } | Self::Path { .. } => Reason::DeviceHeld,
+            Self::MultipathUnavailable(_) => Reason::MultipathUnavailable,
+            Self::Map { .. } | Self::Multipathd(_) => Reason::MapFailed,
+            Self::Flush { .. } => Reason::FlushFailed,
+            Self::Command { source, .. } => match source {
+                CmdError::Missing(_) => Reason::ToolMissing,
+                CmdError::TimedOut { .. } => Reason::DeadlineExceeded,
+                CmdError::Io { .. } => Reason::ToolFailed,
+            },
+            Self::Tool { .. } => Reason::ToolFailed,
+            Self::RecordCorrupt { .. } | Self::LeaseCorrupt { .. } => Reason::RecordCorrupt,
+            Self::Lock(e) => match e {
+                LockError::TimedOut { .. } => Reason::DeadlineExceeded,
+                LockError::Io { .. } => Reason::StateStoreFailed,
+            },
+            Self::Io { source, .. } => match source.kind() {
+                io::ErrorKind::TimedOut => Reason::DeadlineExceeded,
+                _ => Reason::Internal,
+            },
+            Self::Undo { cause, .. } => cause.reason(),
+        }
+    }
+
+    /// A system call's failure, in words of what was being done.
+    pub(crate) fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::Io { doing, source }
+    }
+}
+
+/// An error with its sources in one line, where it has to become text.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(e) = source {
+        text += &format!(": {e}");
+        source = e.source();
+    }
+    text
+}

@@ -1,0 +1,214 @@
+//! The way back: device, lease, sessions, records. Also the undoing of a failed attach.
+
+use super::Inner;
+use super::login::Made;
+use crate::connector::error::Error;
+use crate::connector::lease::{Lease, PathLease, Seen, User};
+use crate::connector::settings::ms;
+use crate::connector::wait::Wait;
+use crate::connector::{DetachOptions, multipath, scsi};
+use crate::host::sysfs::is_gone;
+use crate::spec::IscsiSource;
+use crate::types::{DevNum, Outcome, Portal, VolumeKey};
+
+impl Inner {
+    /// Lets go of whatever is there in the owner's name. The LUN's lock is held by the caller.
+    pub(super) async fn release(
+        &self,
+        owner: &VolumeKey,
+        source: &IscsiSource,
+        options: DetachOptions,
+    ) -> Result<Outcome, Error> {
+        let target = source.target.as_str();
+        let lease: Lease<Made> = self.leases.load(target).await?;
+        let user = lease.user(owner).filter(|u| u.lun == source.lun).cloned();
+        if let Some(user) = &user {
+            if lease.other(owner, source.lun).is_none() {
+                self.remove_device(user, options).await?;
+            }
+            if let Some(wwid) = &user.wwid {
+                self.leases.unclaim(wwid, owner).await?;
+            }
+            self.leases.update::<Made, _>(target, |lease| lease.remove_user(owner)).await?;
+        }
+        self.adopt(source, &lease).await?;
+        let lease: Lease<Made> = self.leases.load(target).await?;
+        let mut portals = source.portals.clone();
+        portals.extend(lease.made.portals());
+        portals.sort();
+        portals.dedup();
+        let settled = self.settle(&source.target, &portals).await?;
+        Ok(if user.is_some() || settled { Outcome::Done(()) } else { Outcome::Already(()) })
+    }
+
+    /// Records of ours that a boot outlived its lease are known by their mark.
+    async fn adopt(&self, source: &IscsiSource, lease: &Lease<Made>) -> Result<(), Error> {
+        let records = self.doors.iscsidb.records(&source.target).await;
+        let records =
+            records.map_err(Error::io(format!("reading the records of {}", source.target)))?;
+        for record in records {
+            let portal: Portal = record.portal;
+            let unknown = record.iface == "default"
+                && !record.corrupt
+                && source.portals.contains(&portal)
+                && !lease.made.records.contains(&portal);
+            if unknown && self.iscsiadm(&source.target).is_marked(portal).await? {
+                let target = source.target.as_str();
+                self.leases.update::<Made, _>(target, |l| l.made.records.insert(portal)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Flushes and removes the map and the paths that are ours.
+    async fn remove_device(&self, user: &User, options: DetachOptions) -> Result<(), Error> {
+        let map = match &user.map {
+            Some(map) => Some(map.clone()),
+            None => self.map_above(user).await?,
+        };
+        let map_device = match &map {
+            Some(map) => multipath::by_uuid(&*self.doors.sysfs, &map.uuid).await?,
+            None => None,
+        };
+        match &map_device {
+            Some(map) => {
+                self.refuse_held(&map.name, &map.dir(), map.dev, &[]).await?;
+                if options.force {
+                    multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
+                }
+                self.flush(map.dev, options).await?;
+            }
+            None => self.flush_paths(user, options).await?,
+        }
+        if let Some(map) = map.as_ref().filter(|m| m.made) {
+            multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
+        }
+        for path in user.paths.iter().filter(|p| p.made) {
+            self.delete_path(path).await?;
+        }
+        if let (Some(map), Some(wwid)) = (&map, &user.wwid)
+            && map.made
+        {
+            // Last: as long as it had a path, multipathd could have written them again.
+            self.doors.multipathd.forget(wwid).await.map_err(Error::Multipathd)?;
+        }
+        Ok(())
+    }
+
+    /// A map that multipathd made above our paths, though the lease does not know it (the attach
+    /// was cut short, or there was not to be one): it goes with them if it lies on them alone.
+    async fn map_above(&self, user: &User) -> Result<Option<crate::connector::lease::MapLease>, Error> {
+        let sysfs = &*self.doors.sysfs;
+        let mut names = Vec::new();
+        let mut found = None;
+        for path in user.paths.iter().filter(|p| p.made) {
+            let Some(disk) = scsi::disk(sysfs, &path.dir).await? else { continue };
+            if path.seen.as_ref().is_some_and(|s| s.diskseq != disk.diskseq) {
+                continue;
+            }
+            let block = format!("{}/block/{}", path.dir, disk.name);
+            names.push(disk.name);
+            for holder in scsi::holders(sysfs, &block).await? {
+                if let Some(map) = multipath::read(sysfs, &holder).await?
+                    && map.uuid.starts_with("mpath-")
+                {
+                    found = Some(map);
+                }
+            }
+        }
+        Ok(found.filter(|m| m.slaves.iter().all(|s| names.contains(s))).map(|m| {
+            crate::connector::lease::MapLease { uuid: m.uuid, made: true }
+        }))
+    }
+
+    async fn flush_paths(&self, user: &User, options: DetachOptions) -> Result<(), Error> {
+        for path in &user.paths {
+            let Some(seen) = &path.seen else { continue };
+            match scsi::disk(&*self.doors.sysfs, &path.dir).await? {
+                Some(disk) if disk.diskseq == seen.diskseq => {}
+                _ => continue,
+            }
+            let block = format!("{}/block/{}", path.dir, seen.name);
+            self.refuse_held(&seen.name, &block, seen.dev, &[]).await?;
+            // What was never given away has nothing of anybody's to be written out.
+            if user.attachment.is_some() {
+                self.flush(seen.dev, options).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn refuse_held(
+        &self,
+        name: &str,
+        block: &str,
+        dev: DevNum,
+        ours: &[String],
+    ) -> Result<(), Error> {
+        match scsi::await_unheld(&self.doors, &self.settings, block, dev, ours).await? {
+            None => Ok(()),
+            Some(holder) => Err(Error::DeviceHeld { device: name.into(), holder }),
+        }
+    }
+
+    async fn flush(&self, dev: DevNum, options: DetachOptions) -> Result<(), Error> {
+        match self.doors.blocks.flush(dev).await {
+            Ok(()) => Ok(()),
+            Err(error) if options.force => {
+                tracing::warn!(%dev, %error, "what could not be written out is lost, as forced");
+                Ok(())
+            }
+            Err(e) if is_gone(&e) => Ok(()),
+            Err(source) => Err(Error::Flush { dev, source }),
+        }
+    }
+
+    /// Deletes a path of ours if it is still the one that it was, and nobody holds it.
+    pub(super) async fn delete_path(&self, path: &PathLease) -> Result<(), Error> {
+        let sysfs = &*self.doors.sysfs;
+        let Some(disk) = scsi::disk(sysfs, &path.dir).await? else {
+            return self.delete_diskless(path).await;
+        };
+        let seen = match &path.seen {
+            Some(seen) if seen.diskseq != disk.diskseq => return Ok(()), // Another's by now.
+            Some(seen) => seen.clone(),
+            // Announced, never seen: it was not there when the scan began, so it is of our scan.
+            None => Seen {
+                wwid: scsi::raw_wwid(sysfs, &path.dir).await?,
+                dev: disk.dev,
+                diskseq: disk.diskseq,
+                name: disk.name.clone(),
+            },
+        };
+        let block = format!("{}/block/{}", path.dir, seen.name);
+        self.refuse_held(&format!("{} ({})", seen.name, path.hctl), &block, seen.dev, &[]).await?;
+        scsi::delete(&self.doors, &self.settings, path.hctl, &path.dir, &seen).await?;
+        Ok(())
+    }
+
+    /// A SCSI device of our scan that has no disk (no medium, or not yet).
+    async fn delete_diskless(&self, path: &PathLease) -> Result<(), Error> {
+        let sysfs = &*self.doors.sysfs;
+        let there = async || {
+            let entries = sysfs.entries(&path.dir).await;
+            entries.map(|e| !e.is_empty()).map_err(Error::io(format!("listing {}", path.dir)))
+        };
+        if !there().await? {
+            return Ok(());
+        }
+        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.disk_ms));
+        match sysfs.write(&format!("{}/delete", path.dir), "1").await {
+            Err(e) if !is_gone(&e) => {
+                return Err(Error::io(format!("deleting {}", path.hctl))(e));
+            }
+            _ => {}
+        }
+        while there().await? {
+            if !wait.next().await {
+                let problem = "the kernel was told, but has not removed it".into();
+                return Err(Error::Path { at: path.hctl.to_string(), problem });
+            }
+        }
+        Ok(())
+    }
+}

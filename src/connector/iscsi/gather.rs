@@ -1,0 +1,334 @@
+//! Gathers the paths of a LUN: every portal on its own, the first one sets the pace.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+use tracing::Instrument;
+
+use super::login::{Made, Progress};
+use super::records::LoginError;
+use super::scan::Proven;
+use super::session::{self, Session};
+use super::{Inner, Job, agree};
+use crate::connector::error::Error;
+use crate::connector::lease::Lease;
+use crate::connector::scsi::{self, ScsiPath};
+use crate::connector::settings::ms;
+use crate::connector::{Attachment, Expect, multipath};
+use crate::types::Portal;
+
+/// What came together in time.
+pub(super) struct Gathered {
+    /// The verified paths, at least one; they agree.
+    pub(super) paths: Vec<ScsiPath>,
+    /// The portals that they go through.
+    pub(super) used: Vec<Portal>,
+    /// One of them was there before, with a map above it.
+    pub(super) had_map: bool,
+    /// Portals that may still come.
+    late: Vec<(Portal, Option<Progress>)>,
+}
+
+type Came = (Portal, Result<Session, LoginError>);
+type Walked = (Portal, Result<Proven, Error>);
+
+/// The state of one gathering.
+struct Gathering {
+    /// Pure waits: may be dropped at any time.
+    sessions: JoinSet<Came>,
+    /// Effects: awaited to their end.
+    paths: JoinSet<Walked>,
+    /// Portals not yet tried.
+    queue: VecDeque<Portal>,
+    progress: HashMap<Portal, Progress>,
+    waiting: Vec<Portal>,
+    proven: Vec<(Portal, Proven)>,
+    refused: Vec<LoginError>,
+    missing: Option<Error>,
+    /// What makes the whole attach fail, whatever else comes.
+    fatal: Option<Error>,
+}
+
+impl Inner {
+    /// The paths to the LUN: all that come within a short time of the first one.
+    pub(super) async fn gather(self: &Arc<Self>, job: &Job) -> Result<Gathered, Error> {
+        let mut all = Gathering {
+            sessions: JoinSet::new(),
+            paths: JoinSet::new(),
+            queue: self.order(job).await?.into(),
+            progress: HashMap::new(),
+            waiting: Vec::new(),
+            proven: Vec::new(),
+            refused: Vec::new(),
+            missing: None,
+            fatal: None,
+        };
+        let mut next = self.begin(job, &mut all).await?;
+        loop {
+            let idle = all.sessions.is_empty() && all.paths.is_empty();
+            if idle && all.queue.is_empty() || all.fatal.is_some() {
+                break;
+            }
+            if !job.multipath && !all.proven.is_empty() {
+                break;
+            }
+            tokio::select! {
+                Some(Ok(came)) = all.sessions.join_next() => self.came(job, &mut all, came),
+                Some(Ok(walked)) = all.paths.join_next() => {
+                    if all.walked(walked) && job.multipath {
+                        next = Instant::now() + ms(self.settings.straggler_ms);
+                    }
+                }
+                () = sleep_until(next) => {
+                    if !all.proven.is_empty() {
+                        break;
+                    }
+                    next = self.begin(job, &mut all).await?;
+                }
+            }
+            let stuck = all.sessions.is_empty() && all.paths.is_empty() && all.proven.is_empty();
+            if stuck && !all.queue.is_empty() && all.fatal.is_none() {
+                next = self.begin(job, &mut all).await?;
+            }
+        }
+        all.sessions.abort_all();
+        self.finish_walks(job, &mut all).await;
+        all.result(job)
+    }
+
+    /// The portals in the order of trying: those with a session first.
+    async fn order(&self, job: &Job) -> Result<Vec<Portal>, Error> {
+        let sessions = session::of_target(&*self.doors.sysfs, &job.source.target).await?;
+        let mut portals = job.source.portals.clone();
+        portals.sort_by_key(|p| !sessions.iter().any(|s| s.up && s.is_plain() && s.portal == *p));
+        Ok(portals)
+    }
+
+    /// Begins with the next portal, or with all when there is to be a map; says when to come back.
+    async fn begin(self: &Arc<Self>, job: &Job, all: &mut Gathering) -> Result<Instant, Error> {
+        let how_many = if job.multipath { all.queue.len() } else { all.queue.len().min(1) };
+        let portals: Vec<Portal> = all.queue.drain(..how_many).collect();
+        if !portals.is_empty() {
+            let begun = self.log_in(&job.source.target, &portals, job.multipath).await?;
+            all.progress.extend(begun);
+        }
+        for portal in portals {
+            let (inner, target) = (self.clone(), job.source.target.clone());
+            let progress = all.progress.get(&portal).cloned();
+            all.waiting.push(portal);
+            let wait = async move { (portal, inner.await_session(&target, portal, progress).await) };
+            all.sessions.spawn(wait.in_current_span());
+        }
+        let pause = if all.queue.is_empty() { Duration::from_secs(3600) } else { ms(self.settings.next_portal_ms) };
+        Ok(Instant::now() + pause)
+    }
+
+    fn came(self: &Arc<Self>, job: &Job, all: &mut Gathering, (portal, session): Came) {
+        all.waiting.retain(|p| *p != portal);
+        match session {
+            Err(error) => all.refused.push(error),
+            Ok(session) => {
+                let (inner, job) = (self.clone(), job.clone());
+                let span = tracing::info_span!("scan", %portal, host = session.host);
+                let walk = async move { (portal, inner.path(&job, &session).await) };
+                all.paths.spawn(walk.instrument(span));
+            }
+        }
+    }
+
+    /// A scan that hangs on one host does not hold up the other path: it goes on in the background,
+    /// where what it brings is left to the lease that announces it.
+    async fn finish_walks(self: &Arc<Self>, job: &Job, all: &mut Gathering) {
+        let end = Instant::now() + ms(self.settings.straggler_ms);
+        let patient = all.proven.is_empty() || all.fatal.is_some();
+        while !all.paths.is_empty() {
+            tokio::select! {
+                Some(Ok(walked)) = all.paths.join_next() => { all.walked(walked); }
+                () = sleep_until(end), if !patient => break,
+            }
+        }
+        let mut rest = std::mem::take(&mut all.paths);
+        if rest.is_empty() {
+            return;
+        }
+        let (inner, job) = (self.clone(), job.clone());
+        let wwid = all.proven.first().map(|(_, p)| p.path.identity.wwid.clone());
+        self.background(async move {
+            while let Some(Ok((portal, walked))) = rest.join_next().await {
+                match (walked, &wwid) {
+                    (Ok(proven), Some(wwid)) => inner.add_late(&job, portal, proven, wwid).await,
+                    (Err(error), _) => tracing::warn!(%portal,
+                        error = &error as &dyn std::error::Error, "a path did not come"),
+                    _ => {}
+                }
+            }
+        });
+    }
+
+    /// Goes on waiting for portals that did not come in time; what they bring joins the map.
+    pub(super) fn claim_late(self: &Arc<Self>, job: &Job, gathered: Gathered, found: &Attachment) {
+        if !job.multipath {
+            return;
+        }
+        for (portal, progress) in gathered.late {
+            let (inner, mut job) = (self.clone(), job.clone());
+            let wwid = found.device.wwid.clone();
+            job.expect = Expect {
+                wwid: Some(wwid.clone()),
+                size: Some(found.device.size),
+                ..Expect::default()
+            };
+            let span = tracing::info_span!("late", %portal, owner = %job.owner);
+            let late = async move {
+                let waited = inner.await_session(&job.source.target, portal, progress).await;
+                let Ok(session) = waited else { return };
+                match inner.late_path(&job, &session).await {
+                    Ok(Some(proven)) => inner.add_late(&job, portal, proven, &wwid).await,
+                    Ok(None) => {}
+                    Err(error) => tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "a late path was not taken"
+                    ),
+                }
+            };
+            self.background(late.instrument(span));
+        }
+    }
+
+    /// The path of a late session, if the volume is still there; undone if it is not the LUN.
+    async fn late_path(&self, job: &Job, session: &Session) -> Result<Option<Proven>, Error> {
+        let _lun = self.lun_lock(&job.source).await?;
+        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+        if lease.user(&job.owner).is_none_or(|u| u.attachment.is_none()) {
+            return Ok(None);
+        }
+        match self.path(job, session).await {
+            Ok(proven) => Ok(Some(proven)),
+            Err(cause) => {
+                let hctl = session.hctl(job.source.lun.scsi());
+                match self.drop_path(job, hctl).await {
+                    Ok(()) => Err(cause),
+                    Err(undo) => {
+                        Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) })
+                    }
+                }
+            }
+        }
+    }
+
+    /// Removes one path from the host and from the owner's lease.
+    async fn drop_path(&self, job: &Job, hctl: scsi::Hctl) -> Result<(), Error> {
+        let target = job.source.target.as_str();
+        let lease: Lease<Made> = self.leases.load(target).await?;
+        let path = lease.user(&job.owner).and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
+        if let Some(path) = path.filter(|p| p.made) {
+            self.delete_path(path).await?;
+        }
+        self.leases
+            .update::<Made, _>(target, |lease| {
+                if let Some(user) = lease.user_mut(&job.owner) {
+                    user.paths.retain(|p| p.hctl != hctl);
+                }
+            })
+            .await
+    }
+
+    /// Makes a late path part of the volume.
+    async fn add_late(&self, job: &Job, portal: Portal, late: Proven, wwid: &crate::types::Wwid) {
+        if late.path.identity.wwid != *wwid {
+            tracing::error!(%portal, found = %late.path.identity.wwid, expected = %wwid,
+                "a late path is another LUN; it is not used");
+            return;
+        }
+        let status = late.path.status();
+        let written = self
+            .leases
+            .update::<Made, _>(job.source.target.as_str(), |lease| {
+                let user = lease.user_mut(&job.owner)?;
+                let found = user.attachment.as_mut()?;
+                found.paths.retain(|p| p.hctl != status.hctl);
+                found.paths.push(status.clone());
+                found.device.paths = u32::try_from(found.paths.len()).unwrap_or(u32::MAX);
+                Some(())
+            })
+            .await;
+        let nudged = multipath::nudge(&*self.doors.multipathd, &[late.path]).await;
+        match (written, nudged) {
+            (Ok(Some(())), Ok(())) => tracing::info!(%portal, "a late path joined"),
+            (Ok(None), _) => {}
+            (Err(error), _) | (_, Err(error)) => tracing::warn!(%portal,
+                error = &error as &dyn std::error::Error, "a late path may not be used"),
+        }
+    }
+}
+
+impl Gathering {
+    /// Files what came of a path; `true` for the first that was proven.
+    fn walked(&mut self, (portal, walked): Walked) -> bool {
+        match walked {
+            Ok(proven) => {
+                self.proven.push((portal, proven));
+                return self.proven.len() == 1;
+            }
+            Err(e) if is_local(&e) => {
+                tracing::warn!(%portal, error = &e as &dyn std::error::Error, "no path");
+                self.missing.get_or_insert(e);
+            }
+            Err(e) => {
+                self.fatal.get_or_insert(e);
+            }
+        }
+        false
+    }
+
+    fn result(self, job: &Job) -> Result<Gathered, Error> {
+        if let Some(fatal) = self.fatal {
+            return Err(fatal);
+        }
+        if self.proven.is_empty() {
+            if let Some(missing) = self.missing {
+                return Err(missing);
+            }
+            let portal = job.source.portals[0];
+            let all = self.refused.into_iter();
+            let source =
+                all.max_by_key(LoginError::weight).unwrap_or(LoginError::TimedOut { portal });
+            return Err(Error::NoSession { target: job.source.target.to_string(), source });
+        }
+        let had_map = self.proven.iter().any(|(_, p)| p.had_map);
+        let used = self.proven.iter().map(|(portal, _)| *portal).collect();
+        let mut paths: Vec<ScsiPath> = self.proven.into_iter().map(|(_, p)| p.path).collect();
+        paths.sort_by_key(|p| p.hctl);
+        agree(&paths)?;
+        let mut progress = self.progress;
+        let late = self.waiting.into_iter().map(|p| (p, progress.remove(&p))).collect();
+        Ok(Gathered { paths, used, had_map, late })
+    }
+}
+
+/// Whether an error is this path's alone, so that another may do; the rest says that something is
+/// wrong with the LUN itself or with us.
+fn is_local(error: &Error) -> bool {
+    match error {
+        Error::LunNotFound { .. } | Error::NoMedium { .. } | Error::Io { .. } => true,
+        Error::NoSession { .. }
+        | Error::Identity(_)
+        | Error::SourceInUse { .. }
+        | Error::StaleDeviceHeld { .. }
+        | Error::DeviceHeld { .. }
+        | Error::MultipathUnavailable(_)
+        | Error::Map { .. }
+        | Error::Multipathd(_)
+        | Error::Flush { .. }
+        | Error::Path { .. }
+        | Error::Command { .. }
+        | Error::Tool { .. }
+        | Error::RecordCorrupt { .. }
+        | Error::Lock(_)
+        | Error::LeaseCorrupt { .. }
+        | Error::Undo { .. } => false,
+    }
+}

@@ -1,0 +1,416 @@
+//! Logins: side by side, in the background, at most one for a portal at a time.
+//!
+//! Nobody waits for iscsiadm itself: whoever needs a session waits until sysfs shows it, so that a
+//! dead portal holds up nothing. When a login ends, in whatever way, what nobody wants (any more)
+//! is undone.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tracing::Instrument;
+
+use super::Inner;
+use super::records::{Iscsiadm, LoggedIn, LoginError, login_result};
+use super::session::{self, Session};
+use crate::connector::error::Error;
+use crate::connector::lease::{self, Lease, file_name};
+use crate::connector::settings::ms;
+use crate::connector::wait::Wait;
+use crate::host::cmd::{CmdError, Output};
+use crate::host::iscsidb::Record;
+use crate::types::{Iqn, Portal};
+
+/// What we made of a target: intent first, so a session may be here that is not in sysfs yet.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Made {
+    /// Portals whose records are ours.
+    pub(crate) records: BTreeSet<Portal>,
+    /// Portals whose sessions are ours, with the session's number once it is known.
+    pub(crate) sessions: BTreeMap<Portal, Option<u32>>,
+}
+
+impl lease::Made for Made {
+    const TRANSPORT: &'static str = "iscsi";
+}
+
+impl Made {
+    /// All portals at which something was made.
+    pub(crate) fn portals(&self) -> BTreeSet<Portal> {
+        self.records.iter().chain(self.sessions.keys()).copied().collect()
+    }
+
+    /// Whether that session is ours.
+    pub(crate) fn has(&self, session: &Session) -> bool {
+        let known = self.sessions.get(&session.portal);
+        session.is_plain() && known.is_some_and(|sid| sid.is_none_or(|sid| sid == session.sid))
+    }
+}
+
+/// How a login ended; `None` while it goes on.
+pub(crate) type Progress = watch::Receiver<Option<Result<(), LoginError>>>;
+type Report = watch::Sender<Option<Result<(), LoginError>>>;
+
+/// The logins that go on in this process.
+#[derive(Default)]
+pub(crate) struct Logins(Mutex<HashMap<(Iqn, Portal), Progress>>);
+
+impl Logins {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(Iqn, Portal), Progress>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn get(&self, target: &Iqn, portal: Portal) -> Option<Progress> {
+        self.lock().get(&(target.clone(), portal)).cloned()
+    }
+}
+
+impl Inner {
+    /// Sees to it that a login is under way at each of `portals` that has no session yet. Short:
+    /// only the records are waited for, under the target's lock.
+    pub(super) async fn log_in(
+        self: &Arc<Self>,
+        target: &Iqn,
+        portals: &[Portal],
+        multipath: bool,
+    ) -> Result<HashMap<Portal, Progress>, Error> {
+        let _lock = self.target_lock(target).await?;
+        let sessions = session::of_target(&*self.doors.sysfs, target).await?;
+        let mut progress = HashMap::new();
+        let mut need = Vec::new();
+        for &portal in portals {
+            if sessions.iter().any(|s| s.portal == portal && s.is_plain()) {
+                continue;
+            }
+            match self.logins.get(target, portal) {
+                Some(under_way) => drop(progress.insert(portal, under_way)),
+                None => need.push(portal),
+            }
+        }
+        if need.is_empty() {
+            return Ok(progress);
+        }
+        let span = tracing::info_span!("records", %target);
+        let alone = self.records(target, &need, multipath).instrument(span).await?;
+        self.leases
+            .update::<Made, _>(target.as_str(), |lease| {
+                for portal in &need {
+                    lease.made.sessions.entry(*portal).or_insert(None);
+                }
+            })
+            .await?;
+        // One iscsiadm serves for all portals when it can meet no record but those.
+        let groups: Vec<Vec<Portal>> =
+            if alone { vec![need] } else { need.into_iter().map(|p| vec![p]).collect() };
+        for group in groups {
+            progress.extend(self.start(target, group, alone));
+        }
+        Ok(progress)
+    }
+
+    /// Has a record of the right kind at each of `need`. Says whether the target's records are
+    /// exactly these, and all ours.
+    async fn records(&self, target: &Iqn, need: &[Portal], multipath: bool) -> Result<bool, Error> {
+        let found = self.doors.iscsidb.records(target).await;
+        let found = found.map_err(Error::io(format!("reading the records of {target}")))?;
+        let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
+        let mut ours = lease.made.records.clone();
+        let mut missing = Vec::new();
+        for &portal in need {
+            match found.iter().find(|r| r.portal == portal && r.iface == "default") {
+                Some(record) if record.corrupt => {
+                    self.remove_corrupt(target, record).await?;
+                    missing.push(portal);
+                }
+                Some(_) if ours.contains(&portal) => {}
+                Some(_) => {
+                    // Perhaps ours of an earlier boot.
+                    if self.iscsiadm(target).is_marked(portal).await? {
+                        ours.insert(portal);
+                    }
+                }
+                None => missing.push(portal),
+            }
+        }
+        ours.extend(&missing);
+        let intent = ours.clone();
+        self.leases.update::<Made, _>(target.as_str(), |l| l.made.records.extend(intent)).await?;
+        for portal in &missing {
+            self.iscsiadm(target).new_record(*portal).await?;
+        }
+        let is_ours = |r: &Record| r.iface == "default" && ours.contains(&r.portal);
+        let all_ours = found.iter().all(is_ours) && need.iter().all(|p| ours.contains(p));
+        if all_ours {
+            self.iscsiadm(target).configure(None, multipath).await?;
+        } else {
+            // A call without a portal would touch the foreign ones.
+            for portal in need.iter().filter(|p| ours.contains(p)) {
+                self.iscsiadm(target).configure(Some(*portal), multipath).await?;
+            }
+        }
+        Ok(all_ours && found.iter().all(|r| need.contains(&r.portal)))
+    }
+
+    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> Result<(), Error> {
+        tracing::warn!(%target, portal = %record.portal, "replacing a damaged node record");
+        self.doors.iscsidb.remove_corrupt(target, record).await.map_err(|source| {
+            Error::RecordCorrupt {
+                target: target.to_string(),
+                portal: record.portal.to_string(),
+                source,
+            }
+        })
+    }
+
+    pub(super) fn iscsiadm<'a>(&'a self, target: &'a Iqn) -> Iscsiadm<'a> {
+        Iscsiadm { doors: &self.doors, settings: &self.settings, target }
+    }
+
+    /// Starts the login of a group of portals, by one call.
+    fn start(
+        self: &Arc<Self>,
+        target: &Iqn,
+        group: Vec<Portal>,
+        alone: bool,
+    ) -> HashMap<Portal, Progress> {
+        let mut reports = HashMap::new();
+        let mut progress = HashMap::new();
+        for &portal in &group {
+            let (report, under_way) = watch::channel(None);
+            self.logins.lock().insert((target.clone(), portal), under_way.clone());
+            reports.insert(portal, report);
+            progress.insert(portal, under_way);
+        }
+        let (inner, target) = (self.clone(), target.clone());
+        let span = tracing::info_span!("login", %target);
+        self.background(
+            async move {
+                inner.login_group(&target, reports, alone).await;
+                if let Err(error) = inner.settle(&target, &group).await {
+                    tracing::warn!(%target, error = &error as &dyn std::error::Error,
+                        "what a login left could not be undone");
+                }
+            }
+            .instrument(span),
+        );
+        progress
+    }
+
+    async fn login_group(&self, target: &Iqn, reports: HashMap<Portal, Report>, alone: bool) {
+        let mut locks = Vec::new();
+        let mut open = Vec::new();
+        let together = alone && reports.len() > 1;
+        for (portal, report) in reports {
+            // Another process may be at it; when it is done there is a session, or we try.
+            let name = login_lock(target, portal);
+            match self.doors.rundir.lock(&name, self.settings.login()).await {
+                Ok(lock) => {
+                    locks.push(lock);
+                    match self.sid(target, portal).await {
+                        Some(_) => self.finish(target, portal, report, Ok(LoggedIn::Existed)).await,
+                        None => open.push((portal, report)),
+                    }
+                }
+                Err(_) => {
+                    let late = Err(LoginError::TimedOut { portal });
+                    self.finish(target, portal, report, late).await;
+                }
+            }
+        }
+        if together && open.len() > 1 {
+            let out = self.iscsiadm(target).login(None).await;
+            for (portal, report) in open {
+                self.finish(target, portal, report, outcome(portal, &out)).await;
+            }
+        } else {
+            for (portal, report) in open {
+                let out = self.iscsiadm(target).login(Some(portal)).await;
+                self.finish(target, portal, report, outcome(portal, &out)).await;
+            }
+        }
+    }
+
+    /// The number of the session at `portal`.
+    async fn sid(&self, target: &Iqn, portal: Portal) -> Option<u32> {
+        let sessions = session::of_target(&*self.doors.sysfs, target).await.unwrap_or_default();
+        sessions.iter().find(|s| s.portal == portal && s.is_plain()).map(|s| s.sid)
+    }
+
+    /// Writes down whose the session is, then tells whoever waits.
+    async fn finish(
+        &self,
+        target: &Iqn,
+        portal: Portal,
+        report: Report,
+        result: Result<LoggedIn, LoginError>,
+    ) {
+        let sid = self.sid(target, portal).await;
+        let written = self
+            .leases
+            .update::<Made, _>(target.as_str(), |lease| match (&result, sid) {
+                (Ok(LoggedIn::New), Some(_)) => {
+                    if let Some(known) = lease.made.sessions.get_mut(&portal) {
+                        *known = sid;
+                    }
+                }
+                // Somebody else made it in the very moment: it is theirs, unless another process
+                // of ours has written its number down.
+                (Ok(LoggedIn::Existed), _) => {
+                    if lease.made.sessions.get(&portal).is_some_and(|known| *known != sid) {
+                        lease.made.sessions.remove(&portal);
+                    }
+                }
+                (Err(_), None) => {
+                    lease.made.sessions.remove(&portal);
+                }
+                _ => {}
+            })
+            .await;
+        if let Err(error) = written {
+            tracing::warn!(%target, %portal, error = &error as &dyn std::error::Error,
+                "the end of a login could not be written down");
+        }
+        if let Err(error) = &result {
+            tracing::info!(%target, %portal, %error, "login failed");
+        }
+        self.logins.lock().remove(&(target.clone(), portal));
+        report.send_replace(Some(result.map(drop)));
+    }
+
+    /// Waits for a usable session at `portal`.
+    pub(super) async fn await_session(
+        &self,
+        target: &Iqn,
+        portal: Portal,
+        mut progress: Option<Progress>,
+    ) -> Result<Session, LoginError> {
+        let mut wait = Wait::new(&*self.doors.uevents, self.settings.login());
+        loop {
+            // Read before the look: a login that ended well has its session by then.
+            let ended = progress.as_ref().and_then(|p| p.borrow().clone());
+            let sessions = session::of_target(&*self.doors.sysfs, target).await;
+            let sessions = sessions.map_err(|e| LoginError::Tool {
+                portal,
+                detail: crate::connector::error::chain(&e),
+                missing: false,
+            })?;
+            let mut here = sessions.into_iter().filter(|s| s.portal == portal && s.is_plain());
+            if let Some(session) = here.find(|s| s.up) {
+                return Ok(session);
+            }
+            if let Some(Err(error)) = ended {
+                return Err(error);
+            }
+            let more = match &mut progress {
+                Some(p) if p.borrow().is_none() => tokio::select! {
+                    more = wait.next() => more,
+                    _ = p.changed() => true,
+                },
+                _ => wait.next().await,
+            };
+            if !more {
+                return Err(LoginError::TimedOut { portal });
+            }
+        }
+    }
+
+    /// Undoes what we made at those of `portals` that no user of the target wants: logout when
+    /// nothing is left under the session, then the record. Foreign ones stay.
+    pub(super) async fn settle(&self, target: &Iqn, portals: &[Portal]) -> Result<bool, Error> {
+        let _lock = self.target_lock(target).await?;
+        let mut changed = false;
+        for &portal in portals {
+            let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
+            if !lease.wants(&portal.to_string()) {
+                changed |= self.settle_portal(target, portal, &lease.made).await?;
+            }
+        }
+        Ok(changed)
+    }
+
+    async fn settle_portal(&self, target: &Iqn, portal: Portal, made: &Made) -> Result<bool, Error> {
+        let sysfs = &*self.doors.sysfs;
+        let at_portal = async || -> Result<Vec<Session>, Error> {
+            let all = session::of_target(sysfs, target).await?;
+            Ok(all.into_iter().filter(|s| s.portal == portal).collect())
+        };
+        let sessions = at_portal().await?;
+        let plain = sessions.iter().find(|s| s.is_plain());
+        if plain.is_none_or(|s| !s.up) && self.login_goes_on(target, portal).await {
+            return Ok(false); // The login's own end sees to it.
+        }
+        let mut changed = false;
+        if let Some(session) = plain.filter(|s| made.has(s)) {
+            let left = session::devices(sysfs, session).await?;
+            if !left.is_empty() {
+                tracing::info!(%target, %portal, device = %left[0], "the session stays: it has devices");
+                return Ok(false);
+            }
+            self.log_out(target, session).await?;
+            changed = true;
+        }
+        if made.sessions.contains_key(&portal) {
+            self.leases
+                .update::<Made, _>(target.as_str(), |l| l.made.sessions.remove(&portal))
+                .await?;
+        }
+        if made.records.contains(&portal) && at_portal().await?.iter().all(|s| !s.is_plain()) {
+            self.iscsiadm(target).delete_record(portal).await?;
+            changed = true;
+            self.leases
+                .update::<Made, _>(target.as_str(), |l| l.made.records.remove(&portal))
+                .await?;
+        }
+        Ok(changed)
+    }
+
+    async fn log_out(&self, target: &Iqn, session: &Session) -> Result<(), Error> {
+        let span = tracing::info_span!("logout", %target, portal = %session.portal);
+        async {
+            let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.command_ms));
+            self.iscsiadm(target).logout(session.portal).await?;
+            while session::of_target(&*self.doors.sysfs, target)
+                .await?
+                .iter()
+                .any(|s| s.sid == session.sid)
+            {
+                if !wait.next().await {
+                    return Err(Error::Tool {
+                        doing: format!("logging out of {target} at {}", session.portal),
+                        code: Some(0),
+                        stderr: "the session is still there".into(),
+                    });
+                }
+            }
+            Ok(())
+        }
+        .instrument(span)
+        .await
+    }
+
+    /// Whether a login at that portal goes on, here or in another process.
+    async fn login_goes_on(&self, target: &Iqn, portal: Portal) -> bool {
+        if self.logins.get(target, portal).is_some() {
+            return true;
+        }
+        let name = login_lock(target, portal);
+        self.doors.rundir.lock(&name, std::time::Duration::ZERO).await.is_err()
+    }
+}
+
+fn login_lock(target: &Iqn, portal: Portal) -> String {
+    format!("logins/{}", file_name(&format!("{target} {portal}")))
+}
+
+fn outcome(portal: Portal, out: &Result<Output, CmdError>) -> Result<LoggedIn, LoginError> {
+    match out {
+        Ok(out) => login_result(portal, out),
+        Err(CmdError::TimedOut { .. }) => Err(LoginError::TimedOut { portal }),
+        Err(e) => Err(LoginError::Tool {
+            portal,
+            detail: crate::connector::error::chain(e),
+            missing: matches!(e, CmdError::Missing(_)),
+        }),
+    }
+}

@@ -1,0 +1,475 @@
+//! iSCSI: from target, portals and LUN to one verified block device, and back.
+//!
+//! ```text
+//! attach:  lease (intent) -> records -> logins, side by side -> first session
+//!            -> scan 0:T:LUN -> read anew, prove -> claim the WWID -> map -> nobody else holds it
+//!            -> lease (attached)
+//!          a portal that comes late: the same in the background, into the map
+//! fails:   everything that this attach made is undone, the way of a detach
+//! detach:  nobody holds it -> flush -> map -> paths -> claim -> lease -> sessions, records
+//! ```
+//!
+//! A LUN has a lock of its own, held for the whole of an attach or detach. The target's lock is
+//! held only while records are written or a logout is made, never while something is waited for.
+
+mod detach;
+mod gather;
+mod login;
+mod records;
+mod scan;
+mod session;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tracing::Instrument;
+
+pub use records::LoginError;
+
+use super::bounded::bounded;
+use super::error::Error;
+use super::identity::{Identity, IdentityError, judge};
+use super::lease::{Claim, Lease, Leases, Made as _, MapLease, User, file_name};
+use super::multipath::{self, Above, Map};
+use super::scsi::{self, ScsiPath};
+use super::settings::{Settings, ms};
+use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect};
+use crate::host::lock::LockGuard;
+use crate::host::storage::StorageDoors;
+use crate::spec::{DeviceStatus, IscsiSource, MultipathPolicy, Source};
+use crate::types::{Iqn, Outcome, Portal, VolumeKey};
+use gather::Gathered;
+use login::{Logins, Made};
+
+/// Attaches and detaches iSCSI LUNs. Clones share everything.
+#[derive(Clone)]
+pub struct IscsiConnector {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    doors: StorageDoors,
+    settings: Settings,
+    leases: Leases,
+    logins: Logins,
+    /// How many background tasks run.
+    running: watch::Sender<usize>,
+}
+
+/// What one attach is about.
+#[derive(Debug, Clone)]
+struct Job {
+    owner: VolumeKey,
+    source: IscsiSource,
+    expect: Expect,
+    policy: MultipathPolicy,
+    shareable: bool,
+    /// All portals, for a map; otherwise the first that answers.
+    multipath: bool,
+}
+
+impl IscsiConnector {
+    /// A connector over these doors.
+    pub fn new(doors: StorageDoors, settings: Settings) -> Self {
+        let doors = bounded(doors, &settings);
+        let leases = Leases::new(doors.clone(), ms(settings.lock_ms));
+        let running = watch::Sender::new(0);
+        Self {
+            inner: Arc::new(Inner { doors, settings, leases, logins: Logins::default(), running }),
+        }
+    }
+
+    /// Undoes what no volume wants: sessions and records that a killed daemon's login left. For the
+    /// start, and harmless at any time.
+    pub async fn sweep(&self) -> Result<(), Error> {
+        for lease in self.inner.leases.all::<Made>().await? {
+            let Ok(target) = lease.target.parse::<Iqn>() else { continue };
+            let portals: Vec<Portal> = lease.made.portals().into_iter().collect();
+            self.inner.settle(&target, &portals).await?;
+        }
+        Ok(())
+    }
+
+    /// Returns when nothing goes on in the background: no login, no late path.
+    pub async fn settled(&self) {
+        let mut running = self.inner.running.subscribe();
+        // The sender is ours, so this ends only by the condition.
+        let _ = running.wait_for(|n| *n == 0).await;
+    }
+}
+
+#[async_trait]
+impl Connector for IscsiConnector {
+    async fn attach(&self, request: &AttachRequest) -> Result<Outcome<Attachment>, Error> {
+        let Source::Iscsi(source) = &request.source;
+        let span = tracing::info_span!("attach", owner = %request.owner, target = %source.target, lun = %source.lun);
+        self.inner.attach(request, source).instrument(span).await
+    }
+
+    async fn detach(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+        options: DetachOptions,
+    ) -> Result<Outcome, Error> {
+        let Source::Iscsi(source) = source;
+        let span = tracing::info_span!("detach", %owner, target = %source.target, lun = %source.lun);
+        async {
+            let _lun = self.inner.lun_lock(source).await?;
+            self.inner.release(owner, source, options).await
+        }
+        .instrument(span)
+        .await
+    }
+
+    async fn observe(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+    ) -> Result<Option<Attachment>, Error> {
+        let Source::Iscsi(source) = source;
+        let lease: Lease<Made> = self.inner.leases.load(source.target.as_str()).await?;
+        match lease.user(owner) {
+            Some(user) if user.lun == source.lun => self.inner.observe(user).await,
+            _ => Ok(None),
+        }
+    }
+
+    async fn owners(&self) -> Result<Vec<VolumeKey>, Error> {
+        let leases = self.inner.leases.all::<Made>().await?;
+        Ok(leases.into_iter().flat_map(|l| l.users).map(|u| u.owner).collect())
+    }
+}
+
+impl Inner {
+    async fn attach(
+        self: &Arc<Self>,
+        request: &AttachRequest,
+        source: &IscsiSource,
+    ) -> Result<Outcome<Attachment>, Error> {
+        let _lun = self.lun_lock(source).await?;
+        let lease: Lease<Made> = self.leases.load(source.target.as_str()).await?;
+        let before = lease.user(&request.owner).cloned();
+        if let Some(user) = &before
+            && user.lun == source.lun
+            && let Some(found) = self.still_right(user, &request.expect).await?
+        {
+            return Ok(Outcome::Already(found));
+        }
+        if let Some(user) = before.as_ref().filter(|u| u.lun != source.lun) {
+            let device = format!("LUN {} of {}", user.lun, source.target);
+            let holder = format!("{}, which must let go of it first", user.owner);
+            return Err(Error::DeviceHeld { device, holder });
+        }
+        // What a guest may have in use is not undone because looking at it again failed.
+        let in_use = before.as_ref().is_some_and(|u| u.attachment.is_some());
+        let job = self.job(request, source).await?;
+        match self.build(&job).await {
+            Ok(attachment) => Ok(Outcome::Done(attachment)),
+            Err(cause) if in_use => Err(cause),
+            Err(cause) => {
+                let force = DetachOptions { force: true };
+                match self.release(&job.owner, source, force).await {
+                    Ok(_) => Err(cause),
+                    Err(undo) => {
+                        Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) })
+                    }
+                }
+            }
+        }
+    }
+
+    /// The attach proper; each step is in the lease before it is made.
+    async fn build(self: &Arc<Self>, job: &Job) -> Result<Attachment, Error> {
+        self.intend(job).await?;
+        let gathered = self.gather(job).await?;
+        let first = &gathered.paths[0];
+        self.claim(job, &first.identity).await?;
+        let map = self
+            .map(job, &gathered)
+            .instrument(tracing::info_span!("map", wwid = %first.identity.wwid))
+            .await?;
+        self.refuse_holders(job, &gathered.paths, map.as_ref()).await?;
+        let attachment = describe(&gathered.paths, map.as_ref());
+        self.complete(job, &gathered, &attachment).await?;
+        self.claim_late(job, gathered, &attachment);
+        Ok(attachment)
+    }
+
+    /// Decides between map and single path, once, before anything is made.
+    async fn job(&self, request: &AttachRequest, source: &IscsiSource) -> Result<Job, Error> {
+        let multipath = match request.multipath {
+            MultipathPolicy::Off => false,
+            MultipathPolicy::Required => {
+                let alive = multipath::alive(&*self.doors.multipathd).await;
+                alive.map_err(Error::MultipathUnavailable)?;
+                true
+            }
+            MultipathPolicy::Preferred if source.portals.len() < 2 => false,
+            MultipathPolicy::Preferred => {
+                let alive = multipath::alive(&*self.doors.multipathd).await;
+                if let Err(error) = &alive {
+                    tracing::warn!(%error, "no multipath: the volume gets a single path");
+                }
+                alive.is_ok()
+            }
+        };
+        Ok(Job {
+            owner: request.owner.clone(),
+            source: source.clone(),
+            expect: request.expect.clone(),
+            policy: request.multipath,
+            shareable: request.shareable,
+            multipath,
+        })
+    }
+
+    /// Enters the owner into the lease; what an earlier try made stays known.
+    async fn intend(&self, job: &Job) -> Result<(), Error> {
+        let routes: Vec<String> = job.source.portals.iter().map(Portal::to_string).collect();
+        self.leases
+            .update::<Made, _>(job.source.target.as_str(), |lease| {
+                match lease.user_mut(&job.owner) {
+                    Some(user) => {
+                        user.shareable = job.shareable;
+                        user.routes = routes;
+                    }
+                    None => lease.users.push(User {
+                        owner: job.owner.clone(),
+                        lun: job.source.lun,
+                        shareable: job.shareable,
+                        routes,
+                        wwid: None,
+                        paths: Vec::new(),
+                        map: None,
+                        attachment: None,
+                    }),
+                }
+            })
+            .await
+    }
+
+    /// Claims the LUN's identity for the owner: the same LUN may come by another name.
+    async fn claim(&self, job: &Job, identity: &Identity) -> Result<(), Error> {
+        let wwid = &identity.wwid;
+        let claim = Claim {
+            owner: job.owner.clone(),
+            transport: Made::TRANSPORT.into(),
+            target: job.source.target.to_string(),
+            shareable: job.shareable,
+        };
+        let is_live = async |c: Claim| -> Result<bool, Error> {
+            // Only this transport's leases can be read here; others' claims count as they are.
+            if c.transport != Made::TRANSPORT {
+                return Ok(true);
+            }
+            let lease: Lease<Made> = self.leases.load(&c.target).await?;
+            Ok(lease.user(&c.owner).is_some_and(|u| u.wwid.as_ref().is_none_or(|w| w == wwid)))
+        };
+        self.leases.claim(wwid, claim, |c| is_live(c)).await?;
+        self.leases
+            .update::<Made, _>(job.source.target.as_str(), |lease| {
+                if let Some(user) = lease.user_mut(&job.owner) {
+                    user.wwid = Some(wwid.clone());
+                }
+            })
+            .await
+    }
+
+    /// The map above the paths where there is to be one. With policy `off` a map that multipathd
+    /// made by itself is taken off again; with one portal and `preferred` it is used: multipathd
+    /// would come back to it, and two ways to the same data are one too many.
+    async fn map(&self, job: &Job, gathered: &Gathered) -> Result<Option<Map>, Error> {
+        let paths = &gathered.paths;
+        let note = async |map: &Map| {
+            let made = !gathered.had_map;
+            self.leases
+                .update::<Made, _>(job.source.target.as_str(), |lease| {
+                    if let Some(user) = lease.user_mut(&job.owner) {
+                        let made = made || user.map.as_ref().is_some_and(|m| m.made);
+                        user.map = Some(MapLease { uuid: map.uuid.clone(), made });
+                    }
+                })
+                .await
+        };
+        if job.multipath {
+            let map = multipath::ensure(&self.doors, &self.settings, paths).await?;
+            note(&map).await?;
+            return Ok(Some(map));
+        }
+        if multipath::alive(&*self.doors.multipathd).await.is_err() {
+            return Ok(None);
+        }
+        if job.policy != MultipathPolicy::Off {
+            // Have multipathd decide now, rather than a moment after the path was given away.
+            multipath::nudge(&*self.doors.multipathd, paths).await?;
+        }
+        match multipath::above(&*self.doors.sysfs, paths).await? {
+            Above::Nothing => Ok(None),
+            Above::Partial(map) | Above::Whole(map) => {
+                note(&map).await?;
+                if job.policy == MultipathPolicy::Off {
+                    if gathered.had_map {
+                        let device = paths[0].disk.name.clone();
+                        return Err(Error::DeviceHeld { device, holder: map.name });
+                    }
+                    multipath::take_off(&self.doors, &self.settings, &map, paths).await?;
+                    return Ok(None);
+                }
+                multipath::ensure(&self.doors, &self.settings, paths).await.map(Some)
+            }
+        }
+    }
+
+    /// Nobody but our own map may hold a path, and nobody at all the device that is given away.
+    async fn refuse_holders(
+        &self,
+        job: &Job,
+        paths: &[ScsiPath],
+        map: Option<&Map>,
+    ) -> Result<(), Error> {
+        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+        if lease.other(&job.owner, job.source.lun).is_some() {
+            return Ok(()); // Shared: the other's guest has it open, as agreed.
+        }
+        let ours: Vec<String> = map.iter().map(|m| m.kernel.clone()).collect();
+        for path in paths {
+            let block = format!("{}/block/{}", path.dir, path.disk.name);
+            let held = scsi::holder(&self.doors, &block, path.disk.dev, &ours).await?;
+            if let Some(holder) = held {
+                let device = format!("{} ({})", path.disk.name, path.hctl);
+                return Err(Error::DeviceHeld { device, holder });
+            }
+        }
+        if let Some(map) = map
+            && let Some(holder) = scsi::holder(&self.doors, &map.dir(), map.dev, &[]).await?
+        {
+            return Err(Error::DeviceHeld { device: map.name.clone(), holder });
+        }
+        Ok(())
+    }
+
+    /// Writes down that it is attached; a single path needs no other portal any more.
+    async fn complete(&self, job: &Job, gathered: &Gathered, found: &Attachment) -> Result<(), Error> {
+        let used: Vec<String> = gathered.used.iter().map(Portal::to_string).collect();
+        self.leases
+            .update::<Made, _>(job.source.target.as_str(), |lease| {
+                if let Some(user) = lease.user_mut(&job.owner) {
+                    user.attachment = Some(found.clone());
+                    if !job.multipath {
+                        user.routes = used;
+                    }
+                }
+            })
+            .await?;
+        if !job.multipath {
+            self.settle(&job.source.target, &job.source.portals).await?;
+        }
+        Ok(())
+    }
+
+    /// The attachment if it is still there and is what is expected of it.
+    async fn still_right(&self, user: &User, expect: &Expect) -> Result<Option<Attachment>, Error> {
+        let Some(found) = self.observe(user).await? else { return Ok(None) };
+        let wwid = found.device.wwid.clone();
+        let identity = Identity { all: vec![wwid.clone()], wwid };
+        // Anything else than the same goes the long way, whose judgement names all.
+        let right = judge("", expect, &identity, found.device.size).is_ok();
+        Ok(right.then_some(found))
+    }
+
+    /// What a user has, read again: the device and each path by number, sequence and identity.
+    async fn observe(&self, user: &User) -> Result<Option<Attachment>, Error> {
+        let Some(mut found) = user.attachment.clone() else { return Ok(None) };
+        let sysfs = &*self.doors.sysfs;
+        let mut there = Vec::new();
+        for path in &user.paths {
+            let Some(seen) = &path.seen else { continue };
+            match scsi::disk(sysfs, &path.dir).await? {
+                Some(disk) if disk.diskseq == seen.diskseq => {}
+                _ => continue,
+            }
+            if scsi::raw_wwid(sysfs, &path.dir).await? != seen.wwid {
+                return Ok(None);
+            }
+            there.extend(found.paths.iter().find(|p| p.hctl == path.hctl.to_string()).cloned());
+        }
+        if there.is_empty() {
+            return Ok(None);
+        }
+        if found.device.map.is_some() {
+            let Some(lease) = &user.map else { return Ok(None) };
+            let map = multipath::by_uuid(sysfs, &lease.uuid).await?;
+            if !map.is_some_and(|m| m.diskseq == found.diskseq && m.dev == found.device.dev) {
+                return Ok(None);
+            }
+        }
+        found.device.paths = u32::try_from(there.len()).unwrap_or(u32::MAX);
+        found.paths = there;
+        Ok(Some(found))
+    }
+
+    async fn lun_lock(&self, source: &IscsiSource) -> Result<Box<dyn LockGuard>, Error> {
+        let name = file_name(&format!("{} {}", source.target, source.lun));
+        Ok(self.doors.rundir.lock(&format!("luns/{name}"), ms(self.settings.lock_ms)).await?)
+    }
+
+    async fn target_lock(&self, target: &Iqn) -> Result<Box<dyn LockGuard>, Error> {
+        let name = format!("targets/{}", file_name(target.as_str()));
+        Ok(self.doors.rundir.lock(&name, ms(self.settings.lock_ms)).await?)
+    }
+
+    /// Runs a task that outlives the call that begins it.
+    fn background(&self, task: impl Future<Output = ()> + Send + 'static) {
+        struct Running(watch::Sender<usize>);
+        impl Drop for Running {
+            fn drop(&mut self) {
+                self.0.send_modify(|n| *n -= 1);
+            }
+        }
+        self.running.send_modify(|n| *n += 1);
+        let running = Running(self.running.clone());
+        tokio::spawn(async move {
+            let _running = running;
+            task.await;
+        });
+    }
+}
+
+/// The device to give away, with all that is known of it.
+fn describe(paths: &[ScsiPath], map: Option<&Map>) -> Attachment {
+    let first = &paths[0];
+    let (dev, diskseq) = match map {
+        Some(map) => (map.dev, map.diskseq),
+        None => (first.disk.dev, first.disk.diskseq),
+    };
+    Attachment {
+        device: DeviceStatus {
+            dev,
+            wwid: first.identity.wwid.clone(),
+            size: first.disk.size,
+            map: map.map(|m| m.name.clone()),
+            paths: u32::try_from(paths.len()).unwrap_or(u32::MAX),
+        },
+        diskseq,
+        paths: paths.iter().map(ScsiPath::status).collect(),
+    }
+}
+
+/// All paths must be the same LUN, of the same size.
+fn agree(paths: &[ScsiPath]) -> Result<(), IdentityError> {
+    let what = |p: &ScsiPath| format!("{} with {} bytes", p.identity.wwid, p.disk.size);
+    let Some((first, rest)) = paths.split_first() else { return Ok(()) };
+    match rest.iter().find(|p| what(p) != what(first)) {
+        None => Ok(()),
+        Some(other) => Err(IdentityError::Disagree {
+            one_at: first.hctl.to_string(),
+            one: what(first),
+            other_at: other.hctl.to_string(),
+            other: what(other),
+        }),
+    }
+}

@@ -1,0 +1,341 @@
+//! iscsiadm's part: node records, logins, logouts; and what its exit codes mean.
+//!
+//! Facts (open-iscsi 2.1.11): `-o new` takes no settings and writes an existing record anew, so it
+//! is only called where there is none; one `-o update` takes any number of `-n`/`-v` pairs, and
+//! without `-p` meets every record of the target.
+
+use crate::connector::error::Error;
+use crate::connector::settings::{Settings, ms};
+use crate::host::cmd::{CmdError, Output, Tool};
+use crate::host::storage::StorageDoors;
+use crate::reason::Reason;
+use crate::types::{Iqn, Portal};
+
+/// Two timeouts that mean nothing to anybody else tell our records from foreign ones across boots,
+/// where no lease knows of them any more: seconds of `tgt_reset_timeout`, `host_reset_timeout`.
+const MARK: [(&str, &str); 2] = [
+    ("node.session.err_timeo.tgt_reset_timeout", "31"),
+    ("node.session.err_timeo.host_reset_timeout", "61"),
+];
+
+/// A login did not lead to a session.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LoginError {
+    /// Nothing answers there.
+    #[error("portal {portal} does not answer: {detail}")]
+    Unreachable {
+        /// The portal.
+        portal: Portal,
+        /// iscsiadm's words.
+        detail: String,
+    },
+    /// The target does not let us in.
+    #[error("portal {portal} refused the login: {detail}")]
+    Refused {
+        /// The portal.
+        portal: Portal,
+        /// iscsiadm's words.
+        detail: String,
+    },
+    /// The portal has no such target.
+    #[error("portal {portal} does not know the target: {detail}")]
+    NotFound {
+        /// The portal.
+        portal: Portal,
+        /// iscsiadm's words.
+        detail: String,
+    },
+    /// It took too long.
+    #[error("no session at portal {portal} in time")]
+    TimedOut {
+        /// The portal.
+        portal: Portal,
+    },
+    /// iscsiadm or iscsid is missing or does not work.
+    #[error("iscsiadm could not log in at portal {portal}: {detail}")]
+    Tool {
+        /// The portal.
+        portal: Portal,
+        /// What was wrong.
+        detail: String,
+        /// Not installed.
+        missing: bool,
+    },
+}
+
+impl LoginError {
+    /// The stable code.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Unreachable { .. } | Self::TimedOut { .. } => Reason::PortalUnreachable,
+            Self::Refused { .. } => Reason::LoginRefused,
+            Self::NotFound { .. } => Reason::TargetNotFound,
+            Self::Tool { missing: true, .. } => Reason::ToolMissing,
+            Self::Tool { missing: false, .. } => Reason::ToolFailed,
+        }
+    }
+
+    /// How much it tells, of several portals' failures: an answer says more than silence.
+    pub(crate) fn weight(&self) -> u8 {
+        match self {
+            Self::TimedOut { .. } => 0,
+            Self::Unreachable { .. } => 1,
+            Self::Tool { .. } => 2,
+            Self::NotFound { .. } => 3,
+            Self::Refused { .. } => 4,
+        }
+    }
+}
+
+/// What a successful login says about whose the session is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LoggedIn {
+    /// This call made it.
+    New,
+    /// It was there (`ISCSI_ERR_SESS_EXISTS`).
+    Existed,
+}
+
+/// The outcome at `portal` of one `--login` that may have been for several portals. Codes are those
+/// of open-iscsi's include/iscsi_err.h; per portal they stand in lines like
+/// `Could not login to [iface: default, target: T, portal: 10.0.0.1,3260].` and
+/// `initiator reported error (8 - connection timed out)`.
+pub(crate) fn login_result(portal: Portal, out: &Output) -> Result<LoggedIn, LoginError> {
+    let address = format!("portal: {},{}]", portal.ip(), portal.port());
+    let at = |line: &str| line.contains(&address);
+    if out.stdout.lines().any(|l| l.starts_with("Login to ") && at(l) && l.contains("successful")) {
+        return Ok(LoggedIn::New);
+    }
+    let mut lines = out.stderr.lines().skip_while(|l| !(l.contains("Could not login to") && at(l)));
+    let told = lines.nth(1).and_then(reported_code);
+    match told.or(out.code) {
+        None => Err(LoginError::Tool {
+            portal,
+            detail: "it was ended by a signal".into(),
+            missing: false,
+        }),
+        Some(code) => classify(portal, code, &out.stderr),
+    }
+}
+
+/// The number in `initiator reported error (8 - connection timed out)`.
+fn reported_code(line: &str) -> Option<i32> {
+    let (_, rest) = line.split_once("initiator reported error (")?;
+    rest.split_once(' ')?.0.parse().ok()
+}
+
+fn classify(portal: Portal, code: i32, stderr: &str) -> Result<LoggedIn, LoginError> {
+    let detail = match last_line(stderr) {
+        "" => format!("code {code}"),
+        line => line.to_owned(),
+    };
+    match code {
+        0 => Ok(LoggedIn::New),
+        15 => Ok(LoggedIn::Existed),
+        // transport, connect timed out, PDU timed out
+        4 | 8 | 11 => Err(LoginError::Unreachable { portal, detail }),
+        // generic login failure, access denied, authorization failure
+        5 | 13 | 24 => Err(LoginError::Refused { portal, detail }),
+        // Fatal login error. A missing authorization has a code of its own (24), so what remains of
+        // the initiator-error class is mostly 0x0203, target not found.
+        19 if stderr.contains("authoriz") || stderr.contains("authentic") => {
+            Err(LoginError::Refused { portal, detail })
+        }
+        19 => Err(LoginError::NotFound { portal, detail }),
+        _ => Err(LoginError::Tool { portal, detail, missing: false }),
+    }
+}
+
+/// The most telling line of what a program said: the reported error, else the first line.
+fn last_line(stderr: &str) -> &str {
+    let mut lines = stderr.lines().map(|l| l.trim().trim_start_matches("iscsiadm: "));
+    let first = lines.clone().find(|l| !l.is_empty()).unwrap_or("");
+    lines.find(|l| l.contains("reported error")).unwrap_or(first)
+}
+
+/// Calls iscsiadm for one target.
+pub(crate) struct Iscsiadm<'a> {
+    /// The doors.
+    pub(crate) doors: &'a StorageDoors,
+    /// Its deadlines.
+    pub(crate) settings: &'a Settings,
+    /// The target.
+    pub(crate) target: &'a Iqn,
+}
+
+impl Iscsiadm<'_> {
+    /// Makes a record. There must be none at this portal: it would be written anew.
+    pub(crate) async fn new_record(&self, portal: Portal) -> Result<(), Error> {
+        let out = self.node(Some(portal), &["-o", "new"]).await?;
+        self.expect(out, &[], || format!("making the record of {} at {portal}", self.target))
+    }
+
+    /// Sets our parameters in the record at `portal`, or in every record of the target.
+    pub(crate) async fn configure(&self, portal: Option<Portal>, multipath: bool) -> Result<(), Error> {
+        let pairs = parameters(self.settings, multipath);
+        let mut args = vec!["-o", "update"];
+        for (name, value) in &pairs {
+            args.extend(["-n", name.as_str(), "-v", value.as_str()]);
+        }
+        let out = self.node(portal, &args).await?;
+        self.expect(out, &[], || format!("writing the records of {}", self.target))
+    }
+
+    /// Removes the record at `portal`; none there is fine (21).
+    pub(crate) async fn delete_record(&self, portal: Portal) -> Result<(), Error> {
+        let out = self.node(Some(portal), &["-o", "delete"]).await?;
+        self.expect(out, &[21], || format!("removing the record of {} at {portal}", self.target))
+    }
+
+    /// Logs out at `portal`; no such session is fine (2, 21).
+    pub(crate) async fn logout(&self, portal: Portal) -> Result<(), Error> {
+        let out = self.node(Some(portal), &["--logout"]).await?;
+        self.expect(out, &[2, 21], || format!("logging out of {} at {portal}", self.target))
+    }
+
+    /// Logs in at `portal`, or by every record of the target.
+    pub(crate) async fn login(&self, portal: Option<Portal>) -> Result<Output, CmdError> {
+        self.run(portal, &["--login"], self.settings.login()).await
+    }
+
+    /// Whether the record at `portal` bears our mark. One that cannot be shown is not ours.
+    pub(crate) async fn is_marked(&self, portal: Portal) -> Result<bool, Error> {
+        let out = self.node(Some(portal), &["-o", "show"]).await?;
+        Ok(out.code == Some(0) && is_marked(&out.stdout))
+    }
+
+    async fn node(&self, portal: Option<Portal>, args: &[&str]) -> Result<Output, Error> {
+        let run = self.run(portal, args, ms(self.settings.command_ms)).await;
+        let doing = || format!("iscsiadm {} for {}", args.join(" "), self.target);
+        run.map_err(|source| Error::Command { doing: doing(), source })
+    }
+
+    async fn run(
+        &self,
+        portal: Option<Portal>,
+        args: &[&str],
+        deadline: std::time::Duration,
+    ) -> Result<Output, CmdError> {
+        let at = portal.map(|p| p.to_string());
+        let mut all = vec!["-m", "node", "-T", self.target.as_str()];
+        if let Some(at) = &at {
+            // The iface is named, so that a foreign record through another one stays untouched.
+            all.extend(["-p", at.as_str(), "-I", "default"]);
+        }
+        all.extend(args);
+        self.doors.commands.run(Tool::Iscsiadm, &all, deadline).await
+    }
+
+    fn expect(&self, out: Output, fine: &[i32], doing: impl FnOnce() -> String) -> Result<(), Error> {
+        match out.code {
+            Some(code) if code == 0 || fine.contains(&code) => Ok(()),
+            code => {
+                let stderr = last_line(&out.stderr).to_owned();
+                Err(Error::Tool { doing: doing(), code, stderr })
+            }
+        }
+    }
+}
+
+/// Our records' parameters.
+fn parameters(settings: &Settings, multipath: bool) -> Vec<(String, String)> {
+    let iscsi = &settings.iscsi;
+    let replacement = if multipath {
+        iscsi.replacement_timeout_multipath
+    } else {
+        iscsi.replacement_timeout_single
+    };
+    let fixed = [
+        ("node.startup", "manual".to_owned()),
+        ("node.conn[0].startup", "manual".into()),
+        ("node.session.scan", "manual".into()),
+        ("node.session.timeo.replacement_timeout", replacement.to_string()),
+        ("node.session.initial_login_retry_max", iscsi.login_retries.to_string()),
+        ("node.conn[0].timeo.login_timeout", iscsi.login_timeout.to_string()),
+        ("node.conn[0].timeo.noop_out_interval", iscsi.noop_interval.to_string()),
+        ("node.conn[0].timeo.noop_out_timeout", iscsi.noop_timeout.to_string()),
+    ];
+    let mark = MARK.map(|(name, value)| (name, value.to_owned()));
+    fixed.into_iter().chain(mark).map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// Whether a record as `-o show` prints it bears our mark.
+fn is_marked(shown: &str) -> bool {
+    let has = |name: &str, value: &str| {
+        shown.lines().filter_map(|l| l.split_once(" = ")).any(|(n, v)| n == name && v == value)
+    };
+    has("node.session.scan", "manual") && MARK.iter().all(|(name, value)| has(name, value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn portal(n: u8) -> Portal {
+        format!("127.0.0.{n}:3260").parse().expect("portal")
+    }
+
+    fn out(code: i32, stdout: &str, stderr: &str) -> Output {
+        Output { code: Some(code), stdout: stdout.into(), stderr: stderr.into() }
+    }
+
+    fn failed(n: u8, code: i32, text: &str) -> String {
+        format!(
+            "iscsiadm: Could not login to [iface: default, target: iqn.2026-01.a:b, portal: 127.0.0.{n},3260].\n\
+             iscsiadm: initiator reported error ({code} - {text})\n"
+        )
+    }
+
+    #[test]
+    fn each_code_has_its_reason() {
+        let cases = [
+            (4, "encountered connection failure", Reason::PortalUnreachable),
+            (8, "connection timed out", Reason::PortalUnreachable),
+            (11, "iSCSI PDU timed out", Reason::PortalUnreachable),
+            (5, "encountered iSCSI login failure", Reason::LoginRefused),
+            (24, "iSCSI login failed due to authorization failure", Reason::LoginRefused),
+            (19, "encountered non-retryable iSCSI login failure", Reason::TargetNotFound),
+            (20, "could not connect to iscsid", Reason::ToolFailed),
+            (6, "encountered iSCSI database failure", Reason::ToolFailed),
+            (21, "no objects found", Reason::ToolFailed),
+        ];
+        for (code, text, reason) in cases {
+            let o = out(code, "", &failed(2, code, text));
+            let got = login_result(portal(2), &o).expect_err("failed");
+            assert_eq!(got.reason(), reason, "{code}");
+            assert!(got.to_string().contains(text), "{got}");
+            // Without the line the exit code alone decides.
+            let bare = login_result(portal(2), &out(code, "", "")).expect_err("failed");
+            assert_eq!(bare.reason(), reason, "{code}");
+        }
+        assert_eq!(login_result(portal(2), &out(0, "", "")), Ok(LoggedIn::New));
+        assert_eq!(login_result(portal(2), &out(15, "", "")), Ok(LoggedIn::Existed));
+        let killed = Output { code: None, stdout: String::new(), stderr: String::new() };
+        assert!(login_result(portal(2), &killed).is_err());
+    }
+
+    #[test]
+    fn of_several_portals_each_has_its_own_outcome() {
+        let o = out(
+            8,
+            "Logging in to [iface: default, target: iqn.2026-01.a:b, portal: 127.0.0.2,3260]\n\
+             Login to [iface: default, target: iqn.2026-01.a:b, portal: 127.0.0.2,3260] successful.\n",
+            &(failed(3, 8, "connection timed out") + &failed(20, 24, "authorization failure")),
+        );
+        let reason = |n| login_result(portal(n), &o).map_err(|e| e.reason());
+        assert_eq!(reason(2), Ok(LoggedIn::New));
+        assert_eq!(reason(3), Err(Reason::PortalUnreachable));
+        assert_eq!(reason(20), Err(Reason::LoginRefused));
+    }
+
+    #[test]
+    fn our_records_are_known_by_their_mark() {
+        let ours: String = parameters(&Settings::default(), true)
+            .iter()
+            .map(|(n, v)| format!("{n} = {v}\n"))
+            .collect();
+        assert!(is_marked(&ours));
+        assert!(!is_marked(&ours.replace("= 31", "= 30")));
+        assert!(!is_marked(""));
+    }
+}

@@ -1,0 +1,207 @@
+//! One path: the LUN's SCSI device under one session, scanned for exactly, and proven.
+
+use super::login::Made;
+use super::session::Session;
+use super::{Inner, Job};
+use crate::connector::error::Error;
+use crate::connector::identity::judge;
+use crate::connector::lease::{Lease, PathLease, Seen};
+use crate::connector::multipath;
+use crate::connector::scsi::{self, Deleted, Hctl, ScsiPath};
+use crate::connector::settings::ms;
+use crate::connector::wait::Wait;
+
+/// A path that was proven.
+#[derive(Debug, Clone)]
+pub(super) struct Proven {
+    /// The path.
+    pub(super) path: ScsiPath,
+    /// It was there before, and a map above it.
+    pub(super) had_map: bool,
+}
+
+impl Inner {
+    /// The verified path to the LUN through `session`. What it makes is in the lease before.
+    pub(super) async fn path(&self, job: &Job, session: &Session) -> Result<Proven, Error> {
+        let hctl = session.hctl(job.source.lun.scsi());
+        let dir = session.device_dir(hctl);
+        if self.is_there(&dir).await?
+            && let Some(proven) = self.existing(job, session, hctl, &dir).await?
+        {
+            return Ok(proven);
+        }
+        self.scan(job, hctl, &dir).await
+    }
+
+    async fn is_there(&self, dir: &str) -> Result<bool, Error> {
+        let entries = self.doors.sysfs.entries(dir).await.map_err(Error::io(format!("listing {dir}")))?;
+        Ok(!entries.is_empty())
+    }
+
+    /// A device that is there already is read anew. `None`: it was stale, unheld, and is gone.
+    async fn existing(
+        &self,
+        job: &Job,
+        session: &Session,
+        hctl: Hctl,
+        dir: &str,
+    ) -> Result<Option<Proven>, Error> {
+        let sysfs = &*self.doors.sysfs;
+        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+        let others = lease.other(&job.owner, job.source.lun).is_some();
+        let known = lease.user(&job.owner).and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
+        // A session of ours scans nothing by itself, so what is under it is ours or left by us.
+        let ours = !others && (known.is_some_and(|p| p.made) || lease.made.has(session));
+        let before = scsi::raw_wwid(sysfs, dir).await?;
+        scsi::rescan(sysfs, dir).await?;
+        let (raw_wwid, identity) = scsi::identity(sysfs, hctl, dir).await?;
+        let disk = scsi::disk(sysfs, dir).await?;
+        if let Some(disk) = disk.filter(|d| d.size > 0)
+            && raw_wwid == before
+        {
+            let verdict = identity.and_then(|id| {
+                judge(&hctl.to_string(), &job.expect, &id, disk.size).map(|()| id)
+            });
+            match verdict {
+                Ok(identity) => {
+                    let path = ScsiPath { hctl, dir: dir.into(), disk, raw_wwid, identity };
+                    let above = multipath::above(sysfs, std::slice::from_ref(&path)).await?;
+                    self.announce(job, hctl, dir, ours, Some(path.seen())).await?;
+                    let had_map = above != multipath::Above::Nothing && !ours;
+                    return Ok(Some(Proven { path, had_map }));
+                }
+                // It was just read anew and is under somebody's else session: no leftover.
+                Err(e) if !ours => return Err(e.into()),
+                Err(_) => {}
+            }
+        }
+        self.remove_stale(job, &lease, hctl, dir, &before).await.map(|()| None)
+    }
+
+    /// Removes a device that is not what its address shows now, if nobody holds it.
+    async fn remove_stale(
+        &self,
+        job: &Job,
+        lease: &Lease<Made>,
+        hctl: Hctl,
+        dir: &str,
+        before: &str,
+    ) -> Result<(), Error> {
+        let sysfs = &*self.doors.sysfs;
+        let held = |holder: String| Error::StaleDeviceHeld {
+            at: hctl.to_string(),
+            found: if before.is_empty() { "no identity".into() } else { before.to_owned() },
+            holder,
+        };
+        if let Some(other) = lease.users.iter().find(|u| {
+            u.owner != job.owner && u.attachment.is_some() && u.paths.iter().any(|p| p.hctl == hctl)
+        }) {
+            return Err(held(format!("{}, for which it is attached", other.owner)));
+        }
+        let Some(disk) = scsi::disk(sysfs, dir).await? else {
+            return Err(held("an unknown driver: it is no disk".into()));
+        };
+        let block = format!("{dir}/block/{}", disk.name);
+        self.leave_map(&disk.name, &block).await.map_err(|e| match e {
+            Error::DeviceHeld { device, holder } => held(format!("{holder} (by way of {device})")),
+            other => other,
+        })?;
+        if let Some(holder) =
+            scsi::await_unheld(&self.doors, &self.settings, &block, disk.dev, &[]).await?
+        {
+            return Err(held(holder));
+        }
+        let wwid = scsi::raw_wwid(sysfs, dir).await?;
+        let seen = Seen { wwid, dev: disk.dev, diskseq: disk.diskseq, name: disk.name };
+        tracing::warn!(%hctl, was = before, "removing a stale device that nobody holds");
+        match scsi::delete(&self.doors, &self.settings, hctl, dir, &seen).await? {
+            Deleted::Gone | Deleted::NotThere => Ok(()),
+        }
+    }
+
+    /// Takes a stale path out of a multipath map that nobody uses.
+    async fn leave_map(&self, name: &str, block: &str) -> Result<(), Error> {
+        let sysfs = &*self.doors.sysfs;
+        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.map_ms));
+        for holder in scsi::holders(sysfs, block).await? {
+            let Some(map) = multipath::read(sysfs, &holder).await? else { continue };
+            if !map.uuid.starts_with("mpath-") {
+                continue;
+            }
+            let held =
+                scsi::await_unheld(&self.doors, &self.settings, &map.dir(), map.dev, &[]).await?;
+            if let Some(holder) = held {
+                return Err(Error::DeviceHeld { device: map.name, holder });
+            }
+            let asked = self.doors.multipathd.ask(&format!("del path {name}")).await;
+            asked.map_err(Error::Multipathd)?;
+            while scsi::holders(sysfs, block).await?.contains(&holder) {
+                if !wait.next().await {
+                    break; // It is named as the holder by whoever looks next.
+                }
+            }
+            if multipath::read(sysfs, &holder).await?.is_some_and(|m| m.slaves.is_empty()) {
+                multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Scans for the LUN, and for it alone.
+    async fn scan(&self, job: &Job, hctl: Hctl, dir: &str) -> Result<Proven, Error> {
+        let sysfs = &*self.doors.sysfs;
+        let target = job.source.target.to_string();
+        let lun = job.source.lun.get();
+        self.announce(job, hctl, dir, true, None).await?;
+        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.lun_ms));
+        let path = format!("class/scsi_host/host{}/scan", hctl.host);
+        let value = format!("{} {} {}", hctl.channel, hctl.target, hctl.lun);
+        sysfs.write(&path, &value).await.map_err(Error::io(format!("scanning for {hctl}")))?;
+        wait.restart(ms(self.settings.lun_ms));
+        while !self.is_there(dir).await? {
+            if !wait.next().await {
+                return Err(Error::LunNotFound { target, lun });
+            }
+        }
+        wait.restart(ms(self.settings.disk_ms));
+        let Some(disk) = scsi::await_disk(sysfs, &mut wait, dir).await? else {
+            return Err(Error::NoMedium { at: hctl.to_string(), target, lun });
+        };
+        let (raw_wwid, identity) = scsi::identity(sysfs, hctl, dir).await?;
+        let seen = Seen {
+            wwid: raw_wwid.clone(),
+            dev: disk.dev,
+            diskseq: disk.diskseq,
+            name: disk.name.clone(),
+        };
+        self.announce(job, hctl, dir, true, Some(seen)).await?;
+        let identity = identity?;
+        judge(&hctl.to_string(), &job.expect, &identity, disk.size)?;
+        let path = ScsiPath { hctl, dir: dir.into(), disk, raw_wwid, identity };
+        Ok(Proven { path, had_map: false })
+    }
+
+    /// Writes a path into the owner's lease.
+    async fn announce(
+        &self,
+        job: &Job,
+        hctl: Hctl,
+        dir: &str,
+        made: bool,
+        seen: Option<Seen>,
+    ) -> Result<(), Error> {
+        let path = PathLease { hctl, dir: dir.into(), made, seen };
+        let target = job.source.target.as_str();
+        let written = self.leases.update::<Made, _>(target, |lease| {
+            lease.user_mut(&job.owner).map(|user| user.set_path(path))
+        });
+        match written.await? {
+            Some(()) => Ok(()),
+            // A detach came in between; without a lease nothing may be made.
+            None => Err(Error::Path {
+                at: hctl.to_string(),
+                problem: "its volume was detached meanwhile".into(),
+            }),
+        }
+    }
+}

@@ -1,0 +1,537 @@
+//! Flows on the simulated SAN.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::connector::PathStatus;
+use crate::host::cmd::Tool;
+use crate::host::sim::{Fault, FaultAction, Faults, PortalState, SimLun, SimStorage};
+use crate::reason::Reason;
+use crate::types::{Lun, Wwid};
+
+const GIB: u64 = 1 << 30;
+
+struct San {
+    sim: SimStorage,
+    connector: IscsiConnector,
+}
+
+fn target() -> Iqn {
+    "iqn.2026-01.example.san:t1".parse().expect("iqn")
+}
+
+fn portal(n: u8) -> Portal {
+    format!("127.0.0.{n}:3260").parse().expect("portal")
+}
+
+fn lun(n: u64) -> Lun {
+    n.try_into().expect("lun")
+}
+
+fn wwid(n: u32) -> Wwid {
+    format!("naa.6001405{n:025x}").parse().expect("wwid")
+}
+
+fn owner(volume: &str) -> VolumeKey {
+    VolumeKey { vm: "ns/vm".parse().expect("vm"), volume: volume.parse().expect("volume") }
+}
+
+fn source(n: u64, portals: &[u8]) -> Source {
+    let portals = portals.iter().map(|p| portal(*p)).collect();
+    Source::Iscsi(IscsiSource { target: target(), portals, lun: lun(n) })
+}
+
+fn request(volume: &str, n: u64, portals: &[u8]) -> AttachRequest {
+    AttachRequest {
+        owner: owner(volume),
+        source: source(n, portals),
+        expect: Expect::default(),
+        multipath: MultipathPolicy::Preferred,
+        shareable: false,
+    }
+}
+
+fn fault(point: &str, detail: &str, action: FaultAction) -> Fault {
+    Fault { point: point.into(), detail: detail.into(), skip: 0, times: None, action }
+}
+
+impl San {
+    /// A target with portals .2 and .3 and LUNs 0 to 10 and 256 (`wwid(n)` each).
+    fn new() -> Self {
+        let sim = SimStorage::new(Arc::new(Faults::default()));
+        sim.add_target(&target(), &[portal(2), portal(3)]);
+        for n in (0..=10).chain([256]) {
+            let what = SimLun::new(wwid(u32::try_from(n).expect("small")), GIB);
+            sim.add_lun(&target(), lun(n), what);
+        }
+        let connector = IscsiConnector::new(StorageDoors::sim(&sim), Settings::default());
+        Self { sim, connector }
+    }
+
+    async fn attach(&self, request: &AttachRequest) -> Attachment {
+        self.connector.attach(request).await.expect("attached").into_inner()
+    }
+
+    /// Attaches in vain: nothing may be left of it.
+    async fn refused(&self, request: &AttachRequest) -> Error {
+        let before = self.sim.snapshot();
+        let error = self.connector.attach(request).await.expect_err("refused");
+        self.connector.settled().await;
+        assert_eq!(self.sim.snapshot(), before, "{error}");
+        error
+    }
+
+    async fn detach(&self, volume: &str, n: u64, portals: &[u8]) -> Result<Outcome, Error> {
+        let options = DetachOptions::default();
+        self.connector.detach(&owner(volume), &source(n, portals), options).await
+    }
+
+    fn count(&self, kind: &str) -> usize {
+        self.sim.snapshot().lines().filter(|l| l.starts_with(&format!("{kind} "))).count()
+    }
+}
+
+fn hctls(attachment: &Attachment) -> Vec<&str> {
+    attachment.paths.iter().map(|p: &PathStatus| p.hctl.as_str()).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_portal_without_multipathd_is_a_single_path() {
+    let san = San::new();
+    san.sim.set_multipathd(false);
+    let before = san.sim.snapshot();
+    let got = san.attach(&request("a", 1, &[2])).await;
+    assert_eq!(got.device.wwid, wwid(1));
+    assert_eq!(got.device.size, GIB);
+    assert_eq!(got.device.map, None);
+    assert_eq!(san.sim.lun_of(got.device.dev), Some((target(), lun(1))));
+    let Source::Iscsi(s) = source(1, &[2]);
+    let setting = |name| san.sim.record_setting(&s.target, portal(2), name);
+    assert_eq!(setting("node.session.scan").as_deref(), Some("manual"));
+    assert_eq!(setting("node.session.timeo.replacement_timeout").as_deref(), Some("120"));
+    assert!(san.detach("a", 1, &[2]).await.expect("detached").changed());
+    assert_eq!(san.sim.snapshot(), before);
+    assert!(!san.detach("a", 1, &[2]).await.expect("again").changed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_portals_are_one_map_of_two_paths() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    let r = request("a", 1, &[2, 3]);
+    let got = san.attach(&r).await;
+    assert!(got.device.map.is_some());
+    assert_eq!(got.device.paths, 2);
+    assert_eq!(san.sim.lun_of(got.device.dev), Some((target(), lun(1))));
+    assert_eq!(san.connector.inner.doors.commands.started(), 4, "two records, one update, one login");
+    let timeout = san.sim.record_setting(&target(), portal(3), "node.session.timeo.replacement_timeout");
+    assert_eq!(timeout.as_deref(), Some("5"));
+    // Again: the same, nothing done.
+    let again = san.connector.attach(&r).await.expect("attached");
+    assert!(!again.changed());
+    assert_eq!(again.into_inner(), got);
+    assert_eq!(san.connector.observe(&r.owner, &r.source).await.expect("read"), Some(got));
+    assert_eq!(san.connector.owners().await.expect("read"), [owner("a")]);
+    assert!(san.detach("a", 1, &[2, 3]).await.expect("detached").changed());
+    assert_eq!(san.sim.snapshot(), before);
+    assert_eq!(san.connector.observe(&r.owner, &r.source).await.expect("read"), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn five_luns_at_once_share_the_sessions_and_the_last_one_logs_out() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    let mut all = tokio::task::JoinSet::new();
+    for n in 0..5 {
+        let connector = san.connector.clone();
+        all.spawn(async move { connector.attach(&request(&format!("v{n}"), n, &[2, 3])).await });
+    }
+    let got: Vec<_> = all.join_all().await.into_iter().map(|r| r.expect("attached")).collect();
+    assert!(got.iter().all(Outcome::changed));
+    assert_eq!(san.count("session"), 2);
+    assert_eq!(san.count("dm"), 5);
+    let started = san.connector.inner.doors.commands.started();
+    assert_eq!(started, 4);
+    let got = san.attach(&request("v5", 256, &[2, 3])).await;
+    assert_eq!(san.connector.inner.doors.commands.started(), started, "no process for a session that is there");
+    assert!(hctls(&got).iter().all(|h| h.ends_with(":0:0:16640")), "{got:?}");
+    for n in 0..5 {
+        san.detach(&format!("v{n}"), n, &[2, 3]).await.expect("detached");
+        assert_eq!(san.count("session"), 2, "LUN 256 still uses them");
+    }
+    san.detach("v5", 256, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn lun_1_is_not_lun_10() {
+    let san = San::new();
+    let ten = san.attach(&request("ten", 10, &[2])).await;
+    let one = san.attach(&request("one", 1, &[2])).await;
+    assert_eq!((one.device.wwid, ten.device.wwid.clone()), (wwid(1), wwid(10)));
+    san.detach("one", 1, &[2]).await.expect("detached");
+    let still = san.connector.observe(&owner("ten"), &source(10, &[2])).await.expect("read");
+    assert_eq!(still.expect("there").device.wwid, wwid(10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dead_portal_holds_up_nothing_and_joins_when_it_comes_back() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.sim.set_portal(portal(3), PortalState::Dead);
+    let begin = tokio::time::Instant::now();
+    let r = request("a", 1, &[2, 3]);
+    let got = san.attach(&r).await;
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    assert_eq!(got.device.paths, 1);
+    assert!(got.device.map.is_some());
+    san.sim.set_portal(portal(3), PortalState::Alive);
+    san.connector.settled().await;
+    let now = san.connector.observe(&r.owner, &r.source).await.expect("read").expect("there");
+    assert_eq!(now.device.paths, 2);
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_that_comes_after_the_detach_is_undone() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.sim.set_portal(portal(3), PortalState::Dead);
+    san.attach(&request("a", 1, &[2, 3])).await;
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    san.sim.set_portal(portal(3), PortalState::Alive);
+    san.connector.settled().await;
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_portal_that_does_not_let_us_in_says_why() {
+    for (state, reason) in [
+        (PortalState::Dead, Reason::PortalUnreachable),
+        (PortalState::Refusing, Reason::PortalUnreachable),
+        (PortalState::Denied, Reason::LoginRefused),
+    ] {
+        let san = San::new();
+        san.sim.set_portal(portal(2), state);
+        san.sim.set_portal(portal(3), state);
+        for portals in [&[2][..], &[2, 3]] {
+            let error = san.refused(&request("a", 1, portals)).await;
+            assert_eq!(error.reason(), reason, "{error}");
+        }
+    }
+    let san = San::new();
+    let mut r = request("a", 1, &[2]);
+    let Source::Iscsi(s) = &mut r.source;
+    s.target = "iqn.2026-01.example.san:other".parse().expect("iqn");
+    assert_eq!(san.refused(&r).await.reason(), Reason::TargetNotFound);
+    san.sim.set_tool_missing(Tool::Iscsiadm, true);
+    assert_eq!(san.refused(&request("a", 1, &[2])).await.reason(), Reason::ToolMissing);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_single_path_takes_the_next_portal_when_one_does_not_answer() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.sim.set_multipathd(false);
+    san.sim.set_portal(portal(2), PortalState::Dead);
+    let begin = tokio::time::Instant::now();
+    let got = san.attach(&request("a", 1, &[2, 3])).await;
+    assert!(begin.elapsed() < Duration::from_secs(4));
+    assert_eq!((got.device.paths, got.device.map), (1, None));
+    san.connector.settled().await;
+    assert_eq!((san.count("session"), san.count("record")), (1, 1), "the other login was undone");
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lun_that_is_not_there_is_not_found() {
+    let san = San::new();
+    assert_eq!(san.refused(&request("a", 77, &[2, 3])).await.reason(), Reason::LunNotFound);
+    let nothing = SimLun { wwid: Some(wwid(77)), size: 0, read_only: false };
+    san.sim.add_lun(&target(), lun(77), nothing);
+    let error = san.refused(&request("a", 77, &[2, 3])).await;
+    assert!(matches!(error, Error::NoMedium { .. }), "{error}");
+    let nobody = SimLun { wwid: None, size: GIB, read_only: false };
+    san.sim.add_lun(&target(), lun(78), nobody);
+    assert_eq!(san.refused(&request("a", 78, &[2, 3])).await.reason(), Reason::NoUniqueIdentity);
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_lun_than_before_is_refused_unless_accepted() {
+    let san = San::new();
+    let mut r = request("a", 1, &[2, 3]);
+    r.expect.recorded = Some(wwid(1));
+    san.attach(&r).await;
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    san.sim.replace_lun(&target(), lun(1), SimLun::new(wwid(99), GIB));
+    let error = san.refused(&r).await;
+    assert_eq!(error.reason(), Reason::IdentityChanged, "{error}");
+    r.expect.accept_new_identity = true;
+    assert_eq!(san.attach(&r).await.device.wwid, wwid(99));
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    r.expect.wwid = Some(wwid(1));
+    assert_eq!(san.refused(&r).await.reason(), Reason::IdentityMismatch);
+    r.expect = Expect { size: Some(GIB + 512), ..Expect::default() };
+    assert_eq!(san.refused(&r).await.reason(), Reason::IdentityMismatch);
+}
+
+/// Leaves a device of LUN 1 behind under a session that a volume on LUN 2 keeps.
+async fn leave_stale(san: &San) -> String {
+    san.attach(&request("keeper", 2, &[2])).await;
+    let doors = &san.connector.inner.doors;
+    let session = session::of_target(&*doors.sysfs, &target()).await.expect("read").remove(0);
+    let scan = format!("class/scsi_host/host{}/scan", session.host);
+    doors.sysfs.write(&scan, "0 0 1").await.expect("scanned");
+    san.sim.replace_lun(&target(), lun(1), SimLun::new(wwid(99), 2 * GIB));
+    session.device_dir(session.hctl(1))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stale_device_that_nobody_holds_makes_way() {
+    let san = San::new();
+    san.sim.set_multipathd(false);
+    leave_stale(&san).await;
+    let got = san.attach(&request("a", 1, &[2])).await;
+    assert_eq!((got.device.wwid, got.device.size), (wwid(99), 2 * GIB));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stale_device_in_an_idle_map_makes_way_too() {
+    let san = San::new();
+    leave_stale(&san).await;
+    let got = san.attach(&request("a", 1, &[2])).await;
+    assert_eq!((got.device.wwid, got.device.size), (wwid(99), 2 * GIB));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stale_device_that_is_held_is_named_and_stays() {
+    for multipathd in [false, true] {
+        let san = San::new();
+        san.sim.set_multipathd(multipathd);
+        let dir = leave_stale(&san).await;
+        let disk = scsi::disk(&*san.connector.inner.doors.sysfs, &dir).await.expect("read");
+        let dev = disk.expect("there").dev;
+        san.sim.open(dev, "dd[4711]");
+        let error = san.connector.attach(&request("a", 1, &[2])).await.expect_err("held");
+        assert_eq!(error.reason(), Reason::StaleDeviceHeld, "{error}");
+        assert!(error.to_string().contains("dd[4711]"), "{error}");
+        assert!(san.sim.snapshot().contains(":0:0:1 "), "it stays");
+        assert_eq!(san.connector.owners().await.expect("read"), [owner("keeper")]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_lun_twice_is_refused_unless_both_share_it() {
+    let san = San::new();
+    let mut first = request("a", 1, &[2, 3]);
+    first.shareable = true;
+    let got = san.attach(&first).await;
+    let error = san.refused(&request("b", 1, &[2, 3])).await;
+    assert_eq!(error.reason(), Reason::SourceInUse);
+    assert!(error.to_string().contains("ns/vm/a"), "{error}");
+    // The same LUN by another number.
+    san.sim.add_lun(&target(), lun(9), SimLun::new(wwid(1), GIB));
+    assert_eq!(san.connector.attach(&request("b", 9, &[2, 3])).await.expect_err("same").reason(), Reason::SourceInUse);
+    let mut second = request("b", 1, &[2, 3]);
+    second.shareable = true;
+    assert_eq!(san.attach(&second).await.device.dev, got.device.dev);
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    let left = san.connector.observe(&owner("b"), &second.source).await.expect("read");
+    assert_eq!(left.expect("still there").device.dev, got.device.dev);
+    san.detach("b", 1, &[2, 3]).await.expect("detached");
+    assert_eq!((san.count("session"), san.count("disk"), san.count("dm"), san.count("run")), (0, 0, 0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn foreign_sessions_and_records_are_used_and_left() {
+    let san = San::new();
+    san.sim.add_record(&target(), portal(2), "default");
+    san.sim.add_session(&target(), portal(2), "default");
+    san.sim.add_record(&target(), portal(3), "other");
+    let before = san.sim.snapshot();
+    san.attach(&request("a", 1, &[2, 3])).await;
+    assert_eq!(san.count("session"), 2);
+    let scan = san.sim.record_setting(&target(), portal(2), "node.session.scan");
+    assert_eq!(scan.as_deref(), Some("auto"), "not ours to change");
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_damaged_record_is_replaced() {
+    let san = San::new();
+    san.sim.corrupt_record(&target(), portal(2), "default");
+    san.attach(&request("a", 1, &[2])).await;
+    san.detach("a", 1, &[2]).await.expect("detached");
+    assert_eq!(san.count("record"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn records_that_outlive_a_boot_are_known_again() {
+    let san = San::new();
+    san.attach(&request("a", 1, &[2, 3])).await;
+    san.sim.reboot();
+    assert_eq!(san.count("record"), 2);
+    let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+    let san = San { sim: san.sim, connector };
+    assert_eq!(san.connector.owners().await.expect("read"), []);
+    san.attach(&request("a", 1, &[2, 3])).await;
+    san.sim.reboot();
+    let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+    let san = San { sim: san.sim, connector };
+    assert!(san.detach("a", 1, &[2, 3]).await.expect("detached").changed());
+    assert_eq!((san.count("record"), san.count("run")), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn multipath_required_needs_multipathd() {
+    let san = San::new();
+    san.sim.set_multipathd(false);
+    let mut r = request("a", 1, &[2, 3]);
+    r.multipath = MultipathPolicy::Required;
+    assert_eq!(san.refused(&r).await.reason(), Reason::MultipathUnavailable);
+    r.multipath = MultipathPolicy::Preferred;
+    let got = san.attach(&r).await;
+    assert_eq!((got.device.map, got.device.paths), (None, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn multipath_off_takes_multipathds_map_off_again() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    let mut r = request("a", 1, &[2, 3]);
+    r.multipath = MultipathPolicy::Off;
+    let got = san.attach(&r).await;
+    assert_eq!((got.device.map, got.device.paths, san.count("dm")), (None, 1, 0));
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    san.connector.settled().await;
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_multipathd_is_nudged() {
+    let san = San::new();
+    san.sim.set_multipathd_auto(false);
+    let got = san.attach(&request("a", 1, &[2, 3])).await;
+    assert_eq!((got.device.map.is_some(), got.device.paths), (true, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_map_in_time_everything_is_undone() {
+    let san = San::new();
+    san.sim.set_multipathd_auto(false);
+    san.sim.faults().inject(fault("multipathd.ask", "add path", FaultAction::Fail("fail".into())));
+    assert_eq!(san.refused(&request("a", 1, &[2, 3])).await.reason(), Reason::MapFailed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_device_that_the_host_uses_is_not_given_away() {
+    let san = San::new();
+    let keeper = san.attach(&request("keeper", 2, &[2])).await;
+    // LVM is on LUN 1, which somebody scanned before.
+    let doors = &san.connector.inner.doors;
+    san.sim.set_multipathd(false);
+    let session = session::of_target(&*doors.sysfs, &target()).await.expect("read").remove(0);
+    let scan = format!("class/scsi_host/host{}/scan", session.host);
+    doors.sysfs.write(&scan, "0 0 1").await.expect("scanned");
+    let dir = session.device_dir(session.hctl(1));
+    let disk = scsi::disk(&*doors.sysfs, &dir).await.expect("read").expect("there");
+    san.sim.stack_dm(disk.dev, "vg-root", "LVM-x");
+    let error = san.connector.attach(&request("a", 1, &[2])).await.expect_err("held");
+    assert_eq!(error.reason(), Reason::DeviceHeld, "{error}");
+    assert!(error.to_string().contains("vg-root"), "{error}");
+    drop(keeper);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_flush_stops_the_detach_unless_forced() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    let got = san.attach(&request("a", 1, &[2, 3])).await;
+    let attached = san.sim.snapshot();
+    san.sim.faults().inject(fault("blocks.flush", "", FaultAction::Fail("EIO".into())));
+    let error = san.detach("a", 1, &[2, 3]).await.expect_err("stopped");
+    assert_eq!(error.reason(), Reason::FlushFailed);
+    assert_eq!(san.sim.snapshot(), attached);
+    san.sim.faults().clear();
+    san.sim.open(got.device.dev, "qemu[1]");
+    let error = san.detach("a", 1, &[2, 3]).await.expect_err("stopped");
+    assert_eq!(error.reason(), Reason::DeviceHeld);
+    assert_eq!(san.sim.snapshot(), attached);
+    san.sim.release(got.device.dev);
+    san.sim.set_portal(portal(2), PortalState::Dead);
+    san.sim.set_portal(portal(3), PortalState::Dead);
+    assert_eq!(san.detach("a", 1, &[2, 3]).await.expect_err("dead").reason(), Reason::FlushFailed);
+    let force = DetachOptions { force: true };
+    let r = request("a", 1, &[2, 3]);
+    san.connector.detach(&r.owner, &r.source, force).await.expect("forced");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_that_never_return_meet_their_deadline() {
+    for (point, detail, reason) in [
+        ("sysfs.write", "scan", Reason::DeadlineExceeded),
+        ("cmd.run", "--login", Reason::PortalUnreachable),
+        ("cmd.run", "-o new", Reason::DeadlineExceeded),
+        ("iscsidb.records", "", Reason::DeadlineExceeded),
+        ("blocks.openers", "", Reason::DeadlineExceeded),
+        ("rundir.lock", "targets/", Reason::DeadlineExceeded),
+        ("sysfs.read", "vpd_pg83", Reason::DeadlineExceeded),
+    ] {
+        let san = San::new();
+        let before = san.sim.snapshot();
+        san.sim.faults().inject(fault(point, detail, FaultAction::Hang));
+        let r = request("a", 1, &[2, 3]);
+        let error = san.connector.attach(&r).await.expect_err("no end");
+        assert_eq!(error.reason(), reason, "{point} {detail}: {error}");
+        san.connector.settled().await;
+        san.sim.faults().clear();
+        san.detach("a", 1, &[2, 3]).await.expect("cleaned up");
+        assert_eq!(san.sim.snapshot(), before, "{point} {detail}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_hanging_scan_does_not_hold_up_the_other_path() {
+    let san = San::new();
+    san.sim.faults().inject(fault("sysfs.write", "host3/scan", FaultAction::Hang));
+    let begin = tokio::time::Instant::now();
+    let got = san.attach(&request("a", 1, &[2, 3])).await;
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    assert_eq!(got.device.paths, 1);
+}
+
+/// Fails each effect in turn, at every door, and looks that nothing is left.
+#[tokio::test(start_paused = true)]
+async fn whatever_fails_nothing_is_left() {
+    for (point, detail) in [
+        ("cmd.run", "-o new"),
+        ("cmd.run", "-o update"),
+        ("cmd.run", "--login"),
+        ("sysfs.write", "scan"),
+        ("sysfs.read", "vpd_pg83"),
+        ("rundir.store", "claims/"),
+        ("rundir.store", "leases/"),
+        ("multipathd.ask", "add path"),
+        ("blocks.openers", ""),
+    ] {
+        for skip in 0..6 {
+            let san = San::new();
+            let before = san.sim.snapshot();
+            let fail = FaultAction::Fail("exit 6".into());
+            san.sim.faults().inject(Fault { skip, times: Some(1), ..fault(point, detail, fail) });
+            let r = request("a", 1, &[2, 3]);
+            let got = san.connector.attach(&r).await;
+            san.connector.settled().await;
+            san.sim.faults().clear();
+            if got.is_ok() || matches!(got, Err(Error::Undo { .. })) {
+                san.detach("a", 1, &[2, 3]).await.expect("detached");
+            }
+            assert_eq!(san.sim.snapshot(), before, "{point} {detail} {skip}: {got:?}");
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! The multipath map above verified paths: awaited, proven, removed. Nothing here knows a transport.
+//!
+//! multipathd makes maps by itself when udev tells it of paths; we wait for that, nudge it if it
+//! does not come, and believe sysfs only. A map counts when it is the common holder of all our
+//! paths, its device-mapper uuid is `mpath-` and one of the LUN's proven designators, and each of
+//! its slaves is verified. It is never looked for by name.
+
+use std::collections::BTreeSet;
+
+use tokio::time::Instant;
+
+use crate::host::cmd::Tool;
+use crate::host::multipathd::{Multipathd, MultipathdError};
+use crate::host::storage::StorageDoors;
+use crate::host::sysfs::Sysfs;
+use crate::types::{DevNum, Outcome};
+
+use super::error::Error;
+use super::identity::Identity;
+use super::scsi::{self, Hctl, ScsiPath};
+use super::settings::{Settings, ms};
+use super::wait::Wait;
+
+/// A device-mapper device as sysfs shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Map {
+    /// Kernel name, `dm-0`: reused, so good for this moment only.
+    pub(crate) kernel: String,
+    /// device-mapper's name.
+    pub(crate) name: String,
+    /// device-mapper's uuid.
+    pub(crate) uuid: String,
+    /// Its number.
+    pub(crate) dev: DevNum,
+    /// Its sequence number.
+    pub(crate) diskseq: u64,
+    /// Bytes.
+    pub(crate) size: u64,
+    /// Kernel names of what is beneath it.
+    pub(crate) slaves: BTreeSet<String>,
+}
+
+impl Map {
+    /// Its directory below /sys.
+    pub(crate) fn dir(&self) -> String {
+        format!("block/{}", self.kernel)
+    }
+
+    /// Whether it is multipath's map of that LUN.
+    pub(crate) fn is_of(&self, identity: &Identity) -> bool {
+        self.uuid.strip_prefix("mpath-").is_some_and(|wwid| identity.is_multipath(wwid))
+    }
+}
+
+/// Whether multipathd can be asked.
+pub(crate) async fn alive(multipathd: &dyn Multipathd) -> Result<(), MultipathdError> {
+    multipathd.ask("show daemon").await.map(drop)
+}
+
+/// Reads a device-mapper device; `None` when there is none of that name, or it is just going.
+pub(crate) async fn read(sysfs: &dyn Sysfs, kernel: &str) -> Result<Option<Map>, Error> {
+    let base = format!("block/{kernel}");
+    let read = async {
+        let text = async |name: &str| sysfs.text(&format!("{base}/{name}")).await;
+        let (name, uuid) = (text("dm/name").await?, text("dm/uuid").await?);
+        let (dev, size) = (text("dev").await?, text("size").await?);
+        let diskseq = text("diskseq").await?;
+        let slaves = sysfs.entries(&format!("{base}/slaves")).await?;
+        Ok((|| {
+            Some(Map {
+                kernel: kernel.into(),
+                name: name?,
+                uuid: uuid?,
+                dev: dev?.parse().ok()?,
+                diskseq: diskseq?.parse().ok()?,
+                size: size?.parse::<u64>().ok()?.checked_mul(512)?,
+                slaves: slaves.into_iter().collect(),
+            })
+        })())
+    };
+    read.await.map_err(Error::io(format!("reading {base}")))
+}
+
+/// The map of that uuid, wherever it is.
+pub(crate) async fn by_uuid(sysfs: &dyn Sysfs, uuid: &str) -> Result<Option<Map>, Error> {
+    let all = sysfs.entries("block").await.map_err(Error::io("listing block devices"))?;
+    for kernel in all.iter().filter(|n| n.starts_with("dm-")) {
+        if let Some(map) = read(sysfs, kernel).await?
+            && map.uuid == uuid
+        {
+            return Ok(Some(map));
+        }
+    }
+    Ok(None)
+}
+
+/// What stands above the paths.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Above {
+    /// Nothing.
+    Nothing,
+    /// The LUN's map, but not above every path, or its size is not set yet.
+    Partial(Map),
+    /// The LUN's map, above every path.
+    Whole(Map),
+}
+
+/// What stands above `paths` now. Anything but their own map is an error that names it.
+pub(crate) async fn above(sysfs: &dyn Sysfs, paths: &[ScsiPath]) -> Result<Above, Error> {
+    let mut map: Option<Map> = None;
+    let mut whole = true;
+    for path in paths {
+        let block = format!("{}/block/{}", path.dir, path.disk.name);
+        let holders = scsi::holders(sysfs, &block).await?;
+        whole &= !holders.is_empty();
+        for holder in holders {
+            if map.as_ref().is_some_and(|m| m.kernel == holder) {
+                continue;
+            }
+            let found = read(sysfs, &holder).await?;
+            let held = |by: String| Error::DeviceHeld {
+                device: format!("{} ({})", path.disk.name, path.hctl),
+                holder: by,
+            };
+            match found {
+                // A map that was caught while being made has no uuid yet.
+                Some(m) if m.uuid.is_empty() => whole = false,
+                Some(m) if m.is_of(&path.identity) && map.is_none() => map = Some(m),
+                Some(m) if m.uuid.starts_with("mpath-") => {
+                    let problem = format!("is not {} ({}): the path {} is in it", m.name, m.uuid, path.hctl);
+                    return Err(Error::Map { wwid: path.identity.wwid.clone(), problem });
+                }
+                Some(m) => return Err(held(format!("{holder} ({})", m.name))),
+                None if holder.starts_with("dm-") => whole = false,
+                None => return Err(held(holder)),
+            }
+        }
+    }
+    Ok(match map {
+        None => Above::Nothing,
+        Some(map) if whole && paths.iter().all(|p| p.disk.size == map.size) => Above::Whole(map),
+        Some(map) => Above::Partial(map),
+    })
+}
+
+/// Waits for the map above all of `paths` and proves it.
+pub(crate) async fn ensure(
+    doors: &StorageDoors,
+    settings: &Settings,
+    paths: &[ScsiPath],
+) -> Result<Map, Error> {
+    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    let nudge_at = Instant::now() + ms(settings.map_nudge_ms);
+    let mut nudged = false;
+    loop {
+        let found = above(&*doors.sysfs, paths).await?;
+        if let Above::Whole(map) = found {
+            prove(&*doors.sysfs, &map, paths).await?;
+            return Ok(map);
+        }
+        if !nudged && Instant::now() >= nudge_at {
+            nudged = true;
+            nudge(&*doors.multipathd, paths).await?;
+            continue;
+        }
+        let more = if nudged { wait.next().await } else { wait.next_before(nudge_at).await };
+        if !more {
+            let problem = match found {
+                Above::Partial(map) => format!(
+                    "({}) has not all {} paths in it after {:?}",
+                    map.name,
+                    paths.len(),
+                    ms(settings.map_ms)
+                ),
+                _ => format!("was not made within {:?}", ms(settings.map_ms)),
+            };
+            return Err(Error::Map { wwid: paths[0].identity.wwid.clone(), problem });
+        }
+    }
+}
+
+/// Tells multipathd of each path. What it answers is a hint (`blacklisted` comes as success).
+pub(crate) async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Result<(), Error> {
+    for path in paths {
+        match multipathd.ask(&format!("add path {}", path.disk.name)).await {
+            Ok(_) => {}
+            Err(MultipathdError::Refused { command, answer }) => {
+                tracing::debug!(%command, %answer, "multipathd did not take the path");
+            }
+            Err(e) => return Err(Error::Multipathd(e)),
+        }
+    }
+    Ok(())
+}
+
+/// Every slave must be one of the verified paths, or prove to be the same LUN: it may be another
+/// session's path to it.
+async fn prove(sysfs: &dyn Sysfs, map: &Map, paths: &[ScsiPath]) -> Result<(), Error> {
+    let identity = &paths[0].identity;
+    for slave in &map.slaves {
+        if paths.iter().any(|p| p.disk.name == *slave) {
+            continue;
+        }
+        let foreign = |problem: &str| Error::Map {
+            wwid: identity.wwid.clone(),
+            problem: format!("({}) has {slave} in it, which {problem}", map.name),
+        };
+        let device = format!("block/{slave}/device");
+        let Ok(dir) = sysfs.resolve(&device).await else {
+            return Err(foreign("cannot be identified"));
+        };
+        let Ok(hctl) = dir.rsplit('/').next().unwrap_or("").parse::<Hctl>() else {
+            return Err(foreign("is no SCSI disk"));
+        };
+        scsi::rescan(sysfs, &dir).await?;
+        match scsi::identity(sysfs, hctl, &dir).await?.1 {
+            Ok(other) if other.wwid == identity.wwid => {}
+            Ok(other) => return Err(foreign(&format!("is {}", other.wwid))),
+            Err(e) => return Err(foreign(&e.to_string())),
+        }
+    }
+    Ok(())
+}
+
+/// Removes the map of that uuid. Nobody may hold it; what is in its queue is failed, not kept.
+pub(crate) async fn remove(
+    doors: &StorageDoors,
+    settings: &Settings,
+    uuid: &str,
+) -> Result<Outcome, Error> {
+    let Some(map) = by_uuid(&*doors.sysfs, uuid).await? else {
+        return Ok(Outcome::Already(()));
+    };
+    let held = scsi::await_unheld(doors, settings, &map.dir(), map.dev, &[]).await?;
+    if let Some(holder) = held {
+        return Err(Error::DeviceHeld { device: format!("{} ({})", map.kernel, map.name), holder });
+    }
+    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    let refused = delete(doors, settings, &map).await?;
+    loop {
+        // `del map` may answer that it is delayed: sysfs is the truth.
+        match by_uuid(&*doors.sysfs, uuid).await? {
+            Some(now) if now.diskseq == map.diskseq => {}
+            _ => return Ok(Outcome::Done(())),
+        }
+        if refused.is_some() || !wait.next().await {
+            let why = refused.unwrap_or_else(|| format!("within {:?}", ms(settings.map_ms)));
+            return Err(Error::DeviceHeld {
+                device: format!("{} ({})", map.kernel, map.name),
+                holder: format!("something that keeps multipathd from removing it: {why}"),
+            });
+        }
+    }
+}
+
+/// Asks multipathd, or does without it where it does not run; `Some` is a refusal.
+async fn delete(
+    doors: &StorageDoors,
+    settings: &Settings,
+    map: &Map,
+) -> Result<Option<String>, Error> {
+    let name = &map.name;
+    stop_queueing(&*doors.multipathd, name).await;
+    match doors.multipathd.ask(&format!("del map {name}")).await {
+        Ok(_) => Ok(None),
+        Err(MultipathdError::Refused { answer, .. }) => Ok(Some(answer)),
+        Err(MultipathdError::NotRunning) => {
+            let doing = format!("removing the map {name}");
+            let args = ["-f", name.as_str()];
+            match doors.commands.run(Tool::Multipath, &args, ms(settings.command_ms)).await {
+                Ok(out) if out.code == Some(0) => Ok(None),
+                Ok(out) => Ok(Some(format!("{} {}", out.stdout.trim(), out.stderr.trim()))),
+                Err(source) => Err(Error::Command { doing, source }),
+            }
+        }
+        Err(e) => Err(Error::Multipathd(e)),
+    }
+}
+
+/// A map without live paths that queues would keep its last writers, and us, for ever. Only for a
+/// map that is being removed. That it fails is not worse than not trying.
+pub(crate) async fn stop_queueing(multipathd: &dyn Multipathd, name: &str) {
+    if let Err(e) = multipathd.ask(&format!("disablequeueing map {name}")).await {
+        tracing::debug!(map = %name, error = %e, "queueing was not turned off");
+    }
+}
+
+/// Takes a map off paths that are to be used without one: multipathd lets go of the paths first,
+/// or it would make the map again.
+pub(crate) async fn take_off(
+    doors: &StorageDoors,
+    settings: &Settings,
+    map: &Map,
+    paths: &[ScsiPath],
+) -> Result<(), Error> {
+    let known = |slave: &String| paths.iter().any(|p| p.disk.name == *slave);
+    if let Some(slave) = map.slaves.iter().find(|s| !known(s)) {
+        let problem = format!("({}) has {slave} in it too, which is not this volume's", map.name);
+        return Err(Error::Map { wwid: paths[0].identity.wwid.clone(), problem });
+    }
+    for path in paths {
+        let asked = doors.multipathd.ask(&format!("del path {}", path.disk.name)).await;
+        asked.map_err(Error::Multipathd)?;
+    }
+    remove(doors, settings, &map.uuid).await.map(drop)
+}

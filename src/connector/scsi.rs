@@ -1,0 +1,349 @@
+//! SCSI disks as sysfs shows them: read, rescanned, and deleted only if they are still what they
+//! were. Nothing here knows a transport.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use crate::host::block::Exclusive;
+use crate::host::storage::StorageDoors;
+use crate::host::sysfs::{Guard, Guarded, Sysfs, is_gone};
+use crate::types::{DevNum, Malformed};
+
+use super::error::Error;
+use super::identity::{Identity, IdentityError, identify};
+use super::lease::Seen;
+use super::settings::{Settings, ms};
+use super::wait::Wait;
+use super::PathStatus;
+
+/// A SCSI address. The LUN is the number as the kernel writes it (see [`crate::types::Lun::scsi`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct Hctl {
+    /// Host.
+    pub(crate) host: u32,
+    /// Channel.
+    pub(crate) channel: u32,
+    /// Target.
+    pub(crate) target: u32,
+    /// LUN.
+    pub(crate) lun: u64,
+}
+
+impl fmt::Display for Hctl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}:{}", self.host, self.channel, self.target, self.lun)
+    }
+}
+
+impl FromStr for Hctl {
+    type Err = Malformed;
+    fn from_str(s: &str) -> Result<Self, Malformed> {
+        let mut parts = s.split(':');
+        let mut next = || {
+            let part = parts.next()?;
+            part.bytes().all(|c| c.is_ascii_digit()).then(|| part.parse::<u64>().ok())?
+        };
+        let read = (|| {
+            let host = next()?.try_into().ok()?;
+            let channel = next()?.try_into().ok()?;
+            let target = next()?.try_into().ok()?;
+            Some(Self { host, channel, target, lun: next()? })
+        })();
+        read.filter(|_| parts.next().is_none()).ok_or_else(|| Malformed {
+            what: "SCSI address",
+            value: s.into(),
+            rule: "H:C:T:L in decimal",
+        })
+    }
+}
+
+impl TryFrom<String> for Hctl {
+    type Error = Malformed;
+    fn try_from(value: String) -> Result<Self, Malformed> {
+        value.parse()
+    }
+}
+
+impl From<Hctl> for String {
+    fn from(value: Hctl) -> String {
+        value.to_string()
+    }
+}
+
+/// A SCSI device's disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Disk {
+    /// Kernel name, `sda`.
+    pub(crate) name: String,
+    /// Its number.
+    pub(crate) dev: DevNum,
+    /// Its sequence number.
+    pub(crate) diskseq: u64,
+    /// Bytes.
+    pub(crate) size: u64,
+}
+
+/// A path whose identity was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ScsiPath {
+    /// Its address.
+    pub(crate) hctl: Hctl,
+    /// Its directory below /sys.
+    pub(crate) dir: String,
+    /// Its disk.
+    pub(crate) disk: Disk,
+    /// `wwid` as sysfs has it.
+    pub(crate) raw_wwid: String,
+    /// What it proves to be.
+    pub(crate) identity: Identity,
+}
+
+impl ScsiPath {
+    /// For the attachment.
+    pub(crate) fn status(&self) -> PathStatus {
+        PathStatus {
+            hctl: self.hctl.to_string(),
+            dev: self.disk.dev,
+            name: self.disk.name.clone(),
+        }
+    }
+
+    /// For the lease.
+    pub(crate) fn seen(&self) -> Seen {
+        Seen {
+            wwid: self.raw_wwid.clone(),
+            dev: self.disk.dev,
+            diskseq: self.disk.diskseq,
+            name: self.disk.name.clone(),
+        }
+    }
+}
+
+/// The disk of the SCSI device in `dir`; `None` while there is none with a size.
+pub(crate) async fn disk(sysfs: &dyn Sysfs, dir: &str) -> Result<Option<Disk>, Error> {
+    let read = async {
+        let Some(name) = sysfs.entries(&format!("{dir}/block")).await?.into_iter().next() else {
+            return Ok(None);
+        };
+        let base = format!("{dir}/block/{name}");
+        let dev = sysfs.text(&format!("{base}/dev")).await?;
+        let size = sysfs.text(&format!("{base}/size")).await?;
+        let diskseq = sysfs.text(&format!("{base}/diskseq")).await?;
+        Ok((|| {
+            // `size` counts sectors of 512 bytes, whatever the disk's own are.
+            Some(Disk {
+                name,
+                dev: dev?.parse().ok()?,
+                diskseq: diskseq?.parse().ok()?,
+                size: size?.parse::<u64>().ok()?.checked_mul(512)?,
+            })
+        })())
+    };
+    read.await.map_err(Error::io(format!("reading {dir}")))
+}
+
+/// What sysfs says in `wwid`; empty where the device has no such identity (then the kernel answers
+/// the read with EINVAL or ENXIO).
+pub(crate) async fn raw_wwid(sysfs: &dyn Sysfs, dir: &str) -> Result<String, Error> {
+    match sysfs.text(&format!("{dir}/wwid")).await {
+        Ok(text) => Ok(text.unwrap_or_default()),
+        Err(e) if e.raw_os_error() == Some(nix::libc::EINVAL) => Ok(String::new()),
+        Err(e) => Err(Error::io(format!("reading {dir}/wwid"))(e)),
+    }
+}
+
+/// Reads the identity of the device in `dir` as the kernel has it now.
+pub(crate) async fn identity(
+    sysfs: &dyn Sysfs,
+    hctl: Hctl,
+    dir: &str,
+) -> Result<(String, Result<Identity, IdentityError>), Error> {
+    let page = async |name: &str| match sysfs.read(&format!("{dir}/{name}")).await {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if is_gone(&e) || e.raw_os_error() == Some(nix::libc::EINVAL) => Ok(None),
+        Err(e) => Err(Error::io(format!("reading {dir}/{name}"))(e)),
+    };
+    let pg83 = page("vpd_pg83").await?.unwrap_or_default();
+    let pg80 = page("vpd_pg80").await?;
+    let raw = raw_wwid(sysfs, dir).await?;
+    let kernel = (!raw.is_empty()).then_some(raw.as_str());
+    let identity = identify(&hctl.to_string(), &pg83, pg80.as_deref(), kernel);
+    Ok((raw, identity))
+}
+
+/// Has the kernel read the device's VPD pages and capacity anew (a scan of a known LUN does not).
+pub(crate) async fn rescan(sysfs: &dyn Sysfs, dir: &str) -> Result<(), Error> {
+    let path = format!("{dir}/rescan");
+    sysfs.write(&path, "1").await.map_err(Error::io(format!("rescanning {dir}")))
+}
+
+/// Whoever holds a disk: what is stacked on it, or has it open or claimed. `ours` are names (of a
+/// map) that do not count.
+pub(crate) async fn holder(
+    doors: &StorageDoors,
+    block_dir: &str,
+    dev: DevNum,
+    ours: &[String],
+) -> Result<Option<String>, Error> {
+    let stacked = holders(&*doors.sysfs, block_dir).await?;
+    if let Some(name) = stacked.iter().find(|n| !ours.contains(n)) {
+        return Ok(Some(describe(&*doors.sysfs, name).await?));
+    }
+    let openers = openers(doors, dev).await?;
+    if let Some(opener) = openers.into_iter().next() {
+        return Ok(Some(opener));
+    }
+    if !stacked.is_empty() {
+        return Ok(None); // Our own map has claimed it, so an exclusive open says nothing.
+    }
+    match doors.blocks.exclusive(dev).await {
+        Ok(Exclusive::Free) => Ok(None),
+        Ok(Exclusive::Held) => Ok(Some("a mount, swap or other claim on the host".into())),
+        // A path whose target is gone cannot be opened by anybody.
+        Err(e) if e.kind() == std::io::ErrorKind::TimedOut => {
+            Err(Error::io(format!("probing {dev}"))(e))
+        }
+        Err(_) => Ok(None),
+    }
+}
+
+/// Programs that have the device open, but for those that look after it: multipathd has every path
+/// open, and udev looks at each new device for a moment.
+pub(crate) async fn openers(doors: &StorageDoors, dev: DevNum) -> Result<Vec<String>, Error> {
+    let all = doors.blocks.openers(dev).await;
+    let all = all.map_err(Error::io(format!("looking who has {dev} open")))?;
+    let keeper = |o: &String| {
+        let command = o.split('[').next().unwrap_or("");
+        matches!(command, "multipathd" | "systemd-udevd" | "(udev-worker)" | "udevd")
+    };
+    Ok(all.into_iter().filter(|o| !keeper(o)).collect())
+}
+
+/// The names stacked upon a disk: device-mapper's, md's; and its partitions' own.
+pub(crate) async fn holders(sysfs: &dyn Sysfs, block_dir: &str) -> Result<Vec<String>, Error> {
+    let path = format!("{block_dir}/holders");
+    let mut all = sysfs.entries(&path).await.map_err(Error::io(format!("reading {path}")))?;
+    let disk = block_dir.rsplit('/').next().unwrap_or("");
+    for part in sysfs.entries(block_dir).await.map_err(Error::io(format!("reading {block_dir}")))? {
+        // A partition is a directory that begins with its disk's name: sda1, nvme0n1p1.
+        if part.len() > disk.len() && part.starts_with(disk) {
+            let path = format!("{block_dir}/{part}/holders");
+            all.extend(sysfs.entries(&path).await.map_err(Error::io(format!("reading {path}")))?);
+        }
+    }
+    Ok(all)
+}
+
+/// A holder in words: `dm-3 (vg-root)`.
+async fn describe(sysfs: &dyn Sysfs, name: &str) -> Result<String, Error> {
+    let path = format!("block/{name}/dm/name");
+    let dm = sysfs.text(&path).await.map_err(Error::io(format!("reading {path}")))?;
+    Ok(dm.map_or_else(|| name.to_owned(), |dm| format!("{name} ({dm})")))
+}
+
+/// What came of a deletion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Deleted {
+    /// It was there and is gone.
+    Gone,
+    /// Another device is at its place, or none: nothing was touched.
+    NotThere,
+}
+
+/// Deletes the SCSI device in `dir` if it is still the one that was `seen`: the identity and the
+/// disk are compared between opening `delete` and writing to it.
+pub(crate) async fn delete(
+    doors: &StorageDoors,
+    settings: &Settings,
+    hctl: Hctl,
+    dir: &str,
+    seen: &Seen,
+) -> Result<Deleted, Error> {
+    let sysfs = &*doors.sysfs;
+    let block = format!("{dir}/block/{}", seen.name);
+    let mut guards = vec![
+        Guard { path: format!("{block}/dev"), expect: seen.dev.to_string() },
+        Guard { path: format!("{block}/diskseq"), expect: seen.diskseq.to_string() },
+    ];
+    if !seen.wwid.is_empty() {
+        guards.push(Guard { path: format!("{dir}/wwid"), expect: seen.wwid.clone() });
+    }
+    let mut wait = Wait::new(&*doors.uevents, ms(settings.disk_ms));
+    let path = format!("{dir}/delete");
+    match sysfs.write_guarded(&path, "1", &guards).await {
+        Ok(Guarded::Written) => {}
+        Ok(Guarded::Refused { guard, found }) if guard.path.ends_with("/wwid") && found.is_some() => {
+            return Err(Error::Path {
+                at: hctl.to_string(),
+                problem: format!("it is {} now, not {}", found.unwrap_or_default(), guard.expect),
+            });
+        }
+        Ok(Guarded::Refused { .. }) => return Ok(Deleted::NotThere),
+        Err(e) if is_gone(&e) => return Ok(Deleted::NotThere),
+        Err(e) => return Err(Error::io(format!("deleting {hctl}"))(e)),
+    }
+    loop {
+        match disk(sysfs, dir).await? {
+            Some(now) if now.diskseq == seen.diskseq => {}
+            _ => return Ok(Deleted::Gone),
+        }
+        if !wait.next().await {
+            let problem = "the kernel was told, but has not removed it".into();
+            return Err(Error::Path { at: hctl.to_string(), problem });
+        }
+    }
+}
+
+/// Waits until a disk with a size is in `dir`; `None` when there is none by then.
+pub(crate) async fn await_disk(
+    sysfs: &dyn Sysfs,
+    wait: &mut Wait,
+    dir: &str,
+) -> Result<Option<Disk>, Error> {
+    loop {
+        match disk(sysfs, dir).await? {
+            Some(disk) if disk.size > 0 => return Ok(Some(disk)),
+            _ if !wait.next().await => return Ok(None),
+            _ => {}
+        }
+    }
+}
+
+/// Waits until nobody holds a device, for as long as holders may need to let go; `Some` is who
+/// still does.
+pub(crate) async fn await_unheld(
+    doors: &StorageDoors,
+    settings: &Settings,
+    block_dir: &str,
+    dev: DevNum,
+    ours: &[String],
+) -> Result<Option<String>, Error> {
+    let end = Instant::now() + ms(settings.holders_ms);
+    // A close makes no event: the wait's own slow look is what sees it.
+    let mut wait = Wait::new(&*doors.uevents, ms(settings.holders_ms));
+    loop {
+        let held = holder(doors, block_dir, dev, ours).await?;
+        if held.is_none() || Instant::now() >= end || !wait.next().await {
+            return Ok(held);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_read_exactly() {
+        let hctl: Hctl = "3:0:0:16640".parse().expect("address");
+        assert_eq!(hctl, Hctl { host: 3, channel: 0, target: 0, lun: 16640 });
+        assert_eq!(hctl.to_string(), "3:0:0:16640");
+        for bad in ["", "3", "3:0:0", "3:0:0:1:2", "3:0:0:", "a:0:0:1", "+3:0:0:1", "-1:0:0:0"] {
+            assert!(bad.parse::<Hctl>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Deadlines and parameters of the host's side of an attach. The configuration embeds this.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// What can be set. All times are in milliseconds unless the name says otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// A plain sysfs read or listing (default 2 000).
+    pub sysfs_read_ms: u64,
+    /// A sysfs write on which the kernel works: scan, rescan, delete (default 20 000).
+    pub sysfs_write_ms: u64,
+    /// Waiting for a lock that another volume or process holds (default 60 000).
+    pub lock_ms: u64,
+    /// Reading or writing one of our files under /run or a record (default 5 000).
+    pub file_ms: u64,
+    /// One answer of multipathd (default 5 000; its own timeout is 4 s).
+    pub multipathd_ms: u64,
+    /// Exclusive probe of a block device, and asking who has it open (default 5 000).
+    pub probe_ms: u64,
+    /// Writing out what the host's cache has of a device (default 30 000).
+    pub flush_ms: u64,
+    /// iscsiadm working on records or logging out (default 30 000).
+    pub command_ms: u64,
+    /// How long a LUN's SCSI device may take to appear after its scan returned (default 300).
+    pub lun_ms: u64,
+    /// How long a SCSI device's disk may take to appear, with its size (default 10 000).
+    pub disk_ms: u64,
+    /// How long the map may take to appear with all paths in it (default 15 000).
+    pub map_ms: u64,
+    /// After how long without a map multipathd is told of each path (default 1 500).
+    pub map_nudge_ms: u64,
+    /// How long to wait for further portals once one path is proven; what comes later is added to
+    /// the map in the background (default 1 000).
+    pub straggler_ms: u64,
+    /// With a single path: how long before the next portal is tried too (default 1 500).
+    pub next_portal_ms: u64,
+    /// How long a device that is to be removed may still be held by someone (default 3 000).
+    pub holders_ms: u64,
+    /// iSCSI node records.
+    pub iscsi: IscsiSettings,
+}
+
+/// What our node records say. Times in seconds, as iscsid has them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IscsiSettings {
+    /// `replacement_timeout` where multipath is above: 5 to 15 (default 5).
+    pub replacement_timeout_multipath: u32,
+    /// `replacement_timeout` of a single path (default 120).
+    pub replacement_timeout_single: u32,
+    /// `noop_out_interval` and `noop_out_timeout` (default 5 each).
+    pub noop_interval: u32,
+    /// See above.
+    pub noop_timeout: u32,
+    /// `login_timeout` of one try (default 10).
+    pub login_timeout: u32,
+    /// `initial_login_retry_max` (default 2): with the above it bounds a login to a dead portal.
+    pub login_retries: u32,
+}
+
+impl Default for IscsiSettings {
+    fn default() -> Self {
+        Self {
+            replacement_timeout_multipath: 5,
+            replacement_timeout_single: 120,
+            noop_interval: 5,
+            noop_timeout: 5,
+            login_timeout: 10,
+            login_retries: 2,
+        }
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            sysfs_read_ms: 2_000,
+            sysfs_write_ms: 20_000,
+            lock_ms: 60_000,
+            file_ms: 5_000,
+            multipathd_ms: 5_000,
+            probe_ms: 5_000,
+            flush_ms: 30_000,
+            command_ms: 30_000,
+            lun_ms: 300,
+            disk_ms: 10_000,
+            map_ms: 15_000,
+            map_nudge_ms: 1_500,
+            straggler_ms: 1_000,
+            next_portal_ms: 1_500,
+            holders_ms: 3_000,
+            iscsi: IscsiSettings::default(),
+        }
+    }
+}
+
+impl Settings {
+    /// How long a login may take in all: iscsid's own bound and some seconds for itself.
+    pub fn login(&self) -> Duration {
+        let tries = u64::from(self.iscsi.login_retries) + 1;
+        Duration::from_secs(tries * u64::from(self.iscsi.login_timeout) + 5)
+    }
+}
+
+/// A number of milliseconds as a duration.
+pub(crate) const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}

@@ -282,7 +282,8 @@ pub fn plan(
         config: views.config.is_some() && config.is_none(),
     };
     let existing = live.or(config);
-    let dac_keep = desired.keep_owner && views.all().all(|v| v.dac_relabels);
+    // The running domain says whether the DAC driver is at work; a definition mostly does not.
+    let dac_keep = desired.keep_owner && views.all().next().is_some_and(|v| v.dac_relabels);
     match existing {
         Some(disk) if !needs.any() => Ok(Plan::Already { target: disk.target }),
         Some(disk) => complete(views, disk, needs, dac_keep).map(Plan::Attach),

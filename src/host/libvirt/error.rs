@@ -116,16 +116,26 @@ impl LibvirtError {
         matches!(self, Self::NoConnect { .. })
     }
 
+    /// Whether the socket belongs to the other instance than was asked for (`qemu_driver.c`:
+    /// "unexpected QEMU URI path '/system', try qemu:///session").
+    pub(crate) fn is_other_instance(&self) -> bool {
+        matches!(self, Self::Other { message, .. } if message.contains("try qemu:///"))
+    }
+
     /// Sorts what libvirt reported: `code` and `domain` are `virErrorNumber` and `virErrorDomain`.
     pub(crate) fn from_parts(endpoint: &str, code: u32, domain: u32, message: String) -> Self {
         use virt::sys;
-        // These two are known by their words alone (qemu_hotplug.c and QEMU's qdev-monitor.c); both
-        // come as OPERATION_FAILED or INTERNAL_ERROR.
+        // These are known by their words alone, in the daemon's locale, which is C for services: they
+        // come as OPERATION_FAILED or INTERNAL_ERROR (qemu_hotplug.c, domain_conf.c and QEMU's
+        // qdev-monitor.c; seen with libvirt 11.3).
         if message.contains("rejected by the guest") {
             return Self::UnplugRejected { message };
         }
         if message.contains("in the process of unplug") {
             return Self::UnplugPending { message };
+        }
+        if message.contains("no device found with alias") {
+            return Self::DeviceMissing { message };
         }
         match code {
             sys::VIR_ERR_NO_DOMAIN => Self::NoDomain { message },
@@ -242,8 +252,25 @@ mod tests {
                 "client socket is closed",
                 Reason::LibvirtUnreachable,
             ),
+            (
+                sys::VIR_ERR_INTERNAL_ERROR,
+                sys::VIR_FROM_DEVICE,
+                "internal error: no device found with alias ua-lunplug-x",
+                Reason::LibvirtFailed,
+            ),
         ] {
             assert_eq!(sort(code, domain, text), reason, "{text}");
         }
+    }
+
+    #[test]
+    fn words_of_libvirt_that_have_no_code_are_known() {
+        let read = |text: &str| LibvirtError::from_parts("sock", 1, 10, text.to_owned());
+        let missing = read("internal error: no device found with alias ua-lunplug-a");
+        assert!(matches!(missing, LibvirtError::DeviceMissing { .. }));
+        let other =
+            read("internal error: unexpected qemu URI path '/system', try qemu:///session");
+        assert!(other.is_other_instance());
+        assert!(!missing.is_other_instance());
     }
 }

@@ -31,7 +31,7 @@ pub use events::{DomainEvent, DomainEvents, EventSender, Lifecycle};
 pub use real::RealHypervisor;
 
 /// Which of libvirt's two instances answers at a socket: this decides the path of the URI. The
-/// daemon refuses a client that asks for the other.
+/// daemon refuses a client that asks for the other, so this is what is tried first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Instance {
     /// The privileged one, `qemu:///system`.
@@ -46,6 +46,14 @@ impl Instance {
         match self {
             Self::System => "system",
             Self::Session => "session",
+        }
+    }
+
+    /// The other one.
+    pub const fn other(self) -> Self {
+        match self {
+            Self::System => Self::Session,
+            Self::Session => Self::System,
         }
     }
 }
@@ -70,7 +78,7 @@ pub struct Endpoint {
     pub name: String,
     /// How to get at it.
     pub socket: Socket,
-    /// Which instance answers there.
+    /// Which instance is expected there; the other is tried when it says that it is that one.
     pub instance: Instance,
 }
 

@@ -14,7 +14,7 @@ use super::ffi::{self, Handle};
 use super::workers::Workers;
 use super::{
     Affect, Connection, Definition, DomainEvents, DomainInfo, DomainState, Endpoint, EventSender,
-    Hypervisor, LibvirtError, Socket, Version,
+    Hypervisor, Instance, LibvirtError, Socket, Version,
 };
 
 /// How many calls of one connection run at once. libvirt has one modifying job a domain at a time,
@@ -39,29 +39,39 @@ impl Hypervisor for RealHypervisor {
         let handle = {
             let (endpoint, events, alive) = (endpoint.clone(), events.clone(), Arc::clone(&alive));
             workers
-                .run("connect", deadline, move || {
-                    ffi::start_event_loop()
-                        .map_err(|message| LibvirtError::Other { code: 0, message })?;
-                    // The descriptor must stay open until libvirt has connected through it.
-                    let opened = Handle::open(&uri(&endpoint), events, alive)
-                        .map_err(|e| convert(&endpoint.name, &e));
-                    drop(endpoint);
-                    opened.map(|handle| Closer(Some(Arc::new(handle))))
-                })
+                .run("connect", deadline, move || open(&endpoint, &events, &alive))
                 .await?
         };
         Ok(Arc::new(RealConnection { name, handle, workers, events, alive }))
     }
 }
 
+/// Connects, on a worker; `endpoint` keeps the socket's descriptor open until that is done.
+fn open(
+    endpoint: &Endpoint,
+    events: &EventSender,
+    alive: &Arc<AtomicBool>,
+) -> Result<Closer, LibvirtError> {
+    ffi::start_event_loop().map_err(|message| LibvirtError::Other { code: 0, message })?;
+    let attempt = |instance| {
+        Handle::open(&uri(endpoint, instance), events.clone(), Arc::clone(alive))
+            .map_err(|e| convert(&endpoint.name, &e))
+    };
+    let opened = match attempt(endpoint.instance) {
+        Err(error) if error.is_other_instance() => attempt(endpoint.instance.other()),
+        other => other,
+    };
+    opened.map(|handle| Closer(Some(Arc::new(handle))))
+}
+
 /// The URI for an endpoint.
-fn uri(endpoint: &Endpoint) -> String {
+fn uri(endpoint: &Endpoint, instance: Instance) -> String {
     let socket = match &endpoint.socket {
         Socket::Uri(uri) => return uri.clone(),
         Socket::Path(path) => path.as_os_str().as_encoded_bytes().to_vec(),
         Socket::Opened(fd) => format!("/proc/self/fd/{}", fd.as_raw_fd()).into_bytes(),
     };
-    let mut uri = format!("qemu+unix:///{}?socket=", endpoint.instance.as_str());
+    let mut uri = format!("qemu+unix:///{}?socket=", instance.as_str());
     for byte in socket {
         if byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte) {
             uri.push(char::from(byte));

@@ -1,1 +1,359 @@
-//! The simulated libvirt, QEMU and guests.
+//! A simulated libvirt: domains with real XML that attach and detach edit, events, a guest agent.
+//!
+//! Faults: `libvirt.connect` (detail: the endpoint), and `libvirt.info`, `libvirt.xml`,
+//! `libvirt.attach`, `libvirt.detach`, `libvirt.agent` (detail: `DOMAIN` and the device's XML, alias
+//! or command). As with the real one, a call whose caller gave up may still take effect later.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::Faults;
+use super::domain::{SimDomain, Unplug};
+use crate::host::libvirt::{
+    Affect, Connection, Definition, DomainEvent, DomainEvents, DomainInfo, Endpoint, EventSender,
+    Hypervisor, Job, LibvirtError, Lifecycle, Version,
+};
+
+/// Asked when QEMU opens a device: endpoint and path in the pod. `Err` is the system's words for why
+/// it may not.
+pub type OpenCheck = Arc<dyn Fn(&str, &str) -> Result<(), String> + Send + Sync>;
+
+#[derive(Default)]
+struct SimLibvirt {
+    domains: BTreeMap<String, SimDomain>,
+    events: EventSender,
+}
+
+#[derive(Default)]
+struct State {
+    libvirts: BTreeMap<String, SimLibvirt>,
+    open_check: Option<OpenCheck>,
+}
+
+/// All simulated libvirts of a host, by the name of their endpoint.
+#[derive(Clone)]
+pub struct SimHypervisor {
+    faults: Arc<Faults>,
+    state: Arc<Mutex<State>>,
+}
+
+impl SimHypervisor {
+    /// None yet.
+    pub fn new(faults: Arc<Faults>) -> Self {
+        Self { faults, state: Arc::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A model that a panicking test left behind is still a model.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a domain to the libvirt at this endpoint, which comes into being with its first one.
+    pub fn add_domain(&self, endpoint: &str, domain: SimDomain) {
+        let mut state = self.lock();
+        let libvirt = state.libvirts.entry(endpoint.to_owned()).or_default();
+        libvirt.domains.insert(domain.name().to_owned(), domain);
+    }
+
+    /// What decides whether QEMU may open a device; all may be opened while there is none.
+    pub fn set_open_check(&self, check: OpenCheck) {
+        self.lock().open_check = Some(check);
+    }
+
+    /// Changes a domain. `None` when there is no such domain.
+    pub fn with_domain<T>(
+        &self,
+        endpoint: &str,
+        domain: &str,
+        change: impl FnOnce(&mut SimDomain) -> T,
+    ) -> Option<T> {
+        self.lock().libvirts.get_mut(endpoint)?.domains.get_mut(domain).map(change)
+    }
+
+    /// Stops a domain: QEMU is gone, and a transient one with it.
+    pub fn stop_domain(&self, endpoint: &str, domain: &str) {
+        let mut state = self.lock();
+        let Some(libvirt) = state.libvirts.get_mut(endpoint) else { return };
+        if libvirt.domains.get_mut(domain).is_some_and(|d| !d.stop()) {
+            libvirt.domains.remove(domain);
+        }
+        libvirt.events.send(domain, DomainEvent::Lifecycle(Lifecycle::Stopped));
+    }
+
+    /// Starts a domain from its persistent definition.
+    pub fn start_domain(&self, endpoint: &str, domain: &str) {
+        let mut state = self.lock();
+        let Some(libvirt) = state.libvirts.get_mut(endpoint) else { return };
+        if let Some(d) = libvirt.domains.get_mut(domain) {
+            d.start();
+            libvirt.events.send(domain, DomainEvent::Lifecycle(Lifecycle::Started));
+        }
+    }
+
+    /// The guest answers now to a removal that it was silent about.
+    pub fn acknowledge(&self, endpoint: &str, domain: &str, alias: &str) {
+        let mut state = self.lock();
+        let Some(libvirt) = state.libvirts.get_mut(endpoint) else { return };
+        if libvirt.domains.get_mut(domain).is_some_and(|d| d.acknowledge(alias)) {
+            libvirt.events.send(domain, DomainEvent::DeviceRemoved(alias.to_owned()));
+        }
+    }
+
+    /// The libvirt at this endpoint goes away, connections and all; its domains are lost.
+    pub fn remove(&self, endpoint: &str) {
+        if let Some(libvirt) = self.lock().libvirts.remove(endpoint) {
+            libvirt.events.disconnected();
+        }
+    }
+
+    /// Breaks all connections to this endpoint, as a restart of libvirtd does; domains go on.
+    pub fn restart(&self, endpoint: &str) {
+        if let Some(libvirt) = self.lock().libvirts.get_mut(endpoint) {
+            libvirt.events.disconnected();
+            libvirt.events = EventSender::default();
+        }
+    }
+
+    /// The paths in the pod that the QEMUs of this endpoint have open.
+    pub fn open_paths(&self, endpoint: &str) -> Vec<String> {
+        let state = self.lock();
+        let domains = state.libvirts.get(endpoint).map(|l| l.domains.values());
+        domains.into_iter().flatten().flat_map(SimDomain::open_paths).collect()
+    }
+
+    /// All disks of all domains, one a line, to compare before with after.
+    pub fn snapshot(&self) -> String {
+        let mut text = String::new();
+        for (endpoint, libvirt) in &self.lock().libvirts {
+            for (name, domain) in &libvirt.domains {
+                for disk in domain.snapshot() {
+                    let _ = writeln!(text, "{endpoint} {name} {disk}");
+                }
+            }
+        }
+        text
+    }
+}
+
+#[async_trait]
+impl Hypervisor for SimHypervisor {
+    async fn connect(
+        &self,
+        endpoint: &Endpoint,
+        deadline: Duration,
+    ) -> Result<Arc<dyn Connection>, LibvirtError> {
+        let no_connect =
+            |message: String| LibvirtError::NoConnect { endpoint: endpoint.name.clone(), message };
+        match tokio::time::timeout(deadline, self.faults.pass("libvirt.connect", &endpoint.name))
+            .await
+        {
+            Err(_) => {
+                return Err(LibvirtError::TimedOut {
+                    endpoint: endpoint.name.clone(),
+                    call: "connect",
+                    deadline,
+                    stuck: 1,
+                });
+            }
+            Ok(passed) => passed.map_err(|e| no_connect(e.to_string()))?,
+        }
+        let state = self.lock();
+        let libvirt = state.libvirts.get(&endpoint.name).ok_or_else(|| {
+            no_connect("Failed to connect socket: No such file or directory".into())
+        })?;
+        Ok(Arc::new(SimConnection {
+            endpoint: endpoint.name.clone(),
+            events: libvirt.events.clone(),
+            host: self.clone(),
+            stuck: Arc::default(),
+        }))
+    }
+}
+
+struct SimConnection {
+    endpoint: String,
+    /// Of the libvirt as it was when this connection was made.
+    events: EventSender,
+    host: SimHypervisor,
+    stuck: Arc<AtomicUsize>,
+}
+
+/// What a call works on.
+struct Scene<'a> {
+    endpoint: &'a str,
+    domain: &'a mut SimDomain,
+    events: &'a EventSender,
+    open_check: Option<OpenCheck>,
+}
+
+impl SimConnection {
+    /// Passes the door's faults and then runs `work`, in a task of its own: like a worker thread, it
+    /// goes on when its caller has given up.
+    async fn call<T: Send + 'static>(
+        &self,
+        call: &'static str,
+        domain: &str,
+        detail: &str,
+        deadline: Duration,
+        work: impl FnOnce(Scene<'_>) -> Result<T, LibvirtError> + Send + 'static,
+    ) -> Result<T, LibvirtError> {
+        if !self.is_alive() {
+            return Err(self.no_connect("client socket is closed"));
+        }
+        let (host, endpoint, domain) =
+            (self.host.clone(), self.endpoint.clone(), domain.to_owned());
+        let detail = format!("{domain} {detail}");
+        let mut task = tokio::spawn(async move {
+            let passed = host.faults.pass(&format!("libvirt.{call}"), &detail).await;
+            passed.map_err(|e| LibvirtError::Other { code: 0, message: e.to_string() })?;
+            let mut state = host.lock();
+            let open_check = state.open_check.clone();
+            let libvirt =
+                state.libvirts.get_mut(&endpoint).ok_or_else(|| LibvirtError::NoConnect {
+                    endpoint: endpoint.clone(),
+                    message: "client socket is closed".into(),
+                })?;
+            let domain =
+                libvirt.domains.get_mut(&domain).ok_or_else(|| LibvirtError::NoDomain {
+                    message: format!("no domain with matching name '{domain}'"),
+                })?;
+            work(Scene { endpoint: &endpoint, domain, events: &libvirt.events, open_check })
+        });
+        match tokio::time::timeout(deadline, &mut task).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(e)) => Err(LibvirtError::Other { code: 0, message: e.to_string() }),
+            Err(_) => {
+                let stuck = self.stuck.fetch_add(1, Ordering::AcqRel) + 1;
+                let count = Arc::clone(&self.stuck);
+                tokio::spawn(async move {
+                    let _ = task.await;
+                    count.fetch_sub(1, Ordering::AcqRel);
+                });
+                let endpoint = self.endpoint.clone();
+                Err(LibvirtError::TimedOut { endpoint, call, deadline, stuck })
+            }
+        }
+    }
+
+    fn no_connect(&self, message: &str) -> LibvirtError {
+        LibvirtError::NoConnect { endpoint: self.endpoint.clone(), message: message.into() }
+    }
+}
+
+fn refuse_busy(domain: &SimDomain) -> Result<(), LibvirtError> {
+    match domain.job {
+        None => Ok(()),
+        Some(job) => Err(LibvirtError::Busy {
+            message: format!(
+                "Timed out during operation: cannot acquire state change lock ({job})"
+            ),
+        }),
+    }
+}
+
+#[async_trait]
+impl Connection for SimConnection {
+    async fn version(&self, _: Duration) -> Result<Version, LibvirtError> {
+        Ok(Version { major: 11, minor: 3, micro: 0 })
+    }
+
+    async fn info(
+        &self,
+        domain: &str,
+        deadline: Duration,
+    ) -> Result<Option<DomainInfo>, LibvirtError> {
+        match self.call("info", domain, "", deadline, |s| Ok(s.domain.info())).await {
+            Err(LibvirtError::NoDomain { .. }) => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    async fn xml(
+        &self,
+        domain: &str,
+        definition: Definition,
+        deadline: Duration,
+    ) -> Result<String, LibvirtError> {
+        self.call("xml", domain, "", deadline, move |s| Ok(s.domain.xml(definition))).await
+    }
+
+    async fn attach_device(
+        &self,
+        domain: &str,
+        xml: &str,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let device = xml.to_owned();
+        self.call("attach", domain, xml, deadline, move |s| {
+            refuse_busy(s.domain)?;
+            let endpoint = s.endpoint;
+            let check = |path: &str| s.open_check.as_ref().map_or(Ok(()), |c| c(endpoint, path));
+            if let Some(alias) = s.domain.attach(&device, affect, &check)? {
+                s.events.send(s.domain.name(), DomainEvent::DeviceAdded(alias));
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn detach_alias(
+        &self,
+        domain: &str,
+        alias: &str,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let wanted = alias.to_owned();
+        self.call("detach", domain, alias, deadline, move |s| {
+            refuse_busy(s.domain)?;
+            match s.domain.detach(&wanted, affect)? {
+                Some(Unplug::Acknowledge) => {
+                    s.events.send(s.domain.name(), DomainEvent::DeviceRemoved(wanted));
+                }
+                Some(Unplug::Refuse) => {
+                    s.events.send(s.domain.name(), DomainEvent::DeviceRemovalFailed(wanted));
+                }
+                Some(Unplug::Silent) | None => {}
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn agent_command(
+        &self,
+        domain: &str,
+        command: &str,
+        deadline: Duration,
+    ) -> Result<String, LibvirtError> {
+        let request = command.to_owned();
+        self.call("agent", domain, command, deadline, move |s| s.domain.agent(&request)).await
+    }
+
+    fn events(&self, domain: &str) -> DomainEvents {
+        self.events.subscribe(domain)
+    }
+
+    fn is_alive(&self) -> bool {
+        // A libvirt that was restarted or removed has another sender, or none.
+        let state = self.host.lock();
+        state.libvirts.get(&self.endpoint).is_some_and(|l| l.events.same(&self.events))
+    }
+
+    fn stuck_calls(&self) -> usize {
+        self.stuck.load(Ordering::Acquire)
+    }
+}
+
+impl SimHypervisor {
+    /// Has a job hold a domain, or end.
+    pub fn set_job(&self, endpoint: &str, domain: &str, job: Option<Job>) {
+        self.with_domain(endpoint, domain, |d| d.job = job);
+    }
+}

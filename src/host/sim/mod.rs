@@ -2,6 +2,7 @@
 //!
 //! Each door's model is in its own file; [`Faults`] makes any of them fail or hang.
 
+pub mod domain;
 mod faults;
 pub mod hypervisor;
 pub mod pods;

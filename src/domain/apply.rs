@@ -1,0 +1,400 @@
+//! Attaching a disk to a domain and detaching it, as libvirt and the guest let us.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+
+use crate::host::libvirt::{
+    Affect, Connection, Definition, DomainEvent, DomainInfo, DomainState, Job, LibvirtError,
+    Lifecycle,
+};
+use crate::reason::Reason;
+use crate::types::{Outcome, VolumeName};
+
+use super::diff::{self, DesiredDisk, Needs, Placement, Plan, PlanError, Views};
+use super::template::{self, TemplateError};
+use super::xml::{self, Domain, XmlError};
+
+/// A disk as it is in the domain now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// Its target name, e.g. `sda`.
+    pub target: String,
+    /// Its alias.
+    pub alias: String,
+    /// Whether a controller had to be added for it. That stays when the disk goes: it is part of
+    /// the domain then, other disks may come to lie on it, and removing it takes a guest's
+    /// acknowledgement.
+    pub controller_added: bool,
+}
+
+/// How a detach came to its end. In each case QEMU has let go of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detached {
+    /// The domain has let go of it.
+    Removed,
+    /// It was not there.
+    Absent,
+    /// The domain does not run (any more).
+    DomainGone,
+}
+
+/// A disk could not be attached or detached.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// libvirt did not do it.
+    #[error("{step} of {what} failed")]
+    Libvirt {
+        /// What was being done.
+        step: &'static str,
+        /// To what.
+        what: String,
+        /// Why not.
+        #[source]
+        source: LibvirtError,
+    },
+    /// Something else has the domain.
+    #[error("domain {domain} is busy with {job}")]
+    Busy {
+        /// The domain.
+        domain: String,
+        /// What it is busy with.
+        job: Job,
+    },
+    /// The domain does not run.
+    #[error("domain {domain} does not run")]
+    NotRunning {
+        /// The domain.
+        domain: String,
+    },
+    /// A transient domain has no definition to change.
+    #[error(
+        "domain {domain} is transient: it has no persistent definition, so attach without persist"
+    )]
+    Transient {
+        /// The domain.
+        domain: String,
+    },
+    /// The domain's XML cannot be used.
+    #[error("domain {domain} cannot be read")]
+    Xml {
+        /// The domain.
+        domain: String,
+        /// Why not.
+        #[source]
+        source: XmlError,
+    },
+    /// The disk has no place there.
+    #[error("volume {volume} cannot be attached to domain {domain}")]
+    Plan {
+        /// The volume.
+        volume: VolumeName,
+        /// The domain.
+        domain: String,
+        /// Why not.
+        #[source]
+        source: PlanError,
+    },
+    /// The XML to send could not be made.
+    #[error("volume {volume} cannot be written as XML")]
+    Template {
+        /// The volume.
+        volume: VolumeName,
+        /// Why not.
+        #[source]
+        source: TemplateError,
+    },
+    /// libvirt said that it attached the disk, but it is not there as it should be.
+    #[error("libvirt attached {alias}, but domain {domain} does not show it as asked for")]
+    NotConfirmed {
+        /// The disk's alias.
+        alias: String,
+        /// The domain.
+        domain: String,
+    },
+    /// The guest refused to let the disk go; it stays attached and working.
+    #[error("the guest refused to release disk {alias}; it stays attached and working")]
+    GuestRefused {
+        /// The disk's alias.
+        alias: String,
+    },
+    /// The guest has not answered; the disk stays attached and working, and may still go later.
+    #[error(
+        "the guest has not acknowledged the removal of disk {alias} within {waited:?}; it stays attached and working"
+    )]
+    Unacknowledged {
+        /// The disk's alias.
+        alias: String,
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+impl Error {
+    /// The stable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Libvirt { source, .. } => source.reason(),
+            Self::Busy { .. } => Reason::DomainBusy,
+            Self::NotRunning { .. } => Reason::VmNotRunning,
+            Self::Transient { .. } => Reason::InvalidOption,
+            Self::Xml { .. } => Reason::DomainXmlUnsupported,
+            Self::Plan { source, .. } => source.reason(),
+            Self::Template { .. } => Reason::Internal,
+            Self::NotConfirmed { .. } => Reason::LibvirtFailed,
+            Self::GuestRefused { .. } => Reason::GuestRefusedUnplug,
+            Self::Unacknowledged { .. } => Reason::DetachUnacknowledged,
+        }
+    }
+}
+
+/// One domain, and until when all of it must be done.
+struct At<'a> {
+    connection: &'a dyn Connection,
+    domain: &'a str,
+    until: Instant,
+}
+
+impl At<'_> {
+    fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    fn failed(&self, step: &'static str, what: &str) -> impl FnOnce(LibvirtError) -> Error {
+        let what = what.to_owned();
+        move |source| Error::Libvirt { step, what, source }
+    }
+
+    async fn info(&self) -> Result<Option<DomainInfo>, Error> {
+        let info = self.connection.info(self.domain, self.left()).await;
+        info.map_err(self.failed("query", self.domain))
+    }
+
+    async fn read(&self, definition: Definition) -> Result<Domain, Error> {
+        let text = self.connection.xml(self.domain, definition, self.left()).await;
+        let text = text.map_err(self.failed("reading", self.domain))?;
+        xml::parse(&text).map_err(|source| Error::Xml { domain: self.domain.to_owned(), source })
+    }
+
+    /// The definitions that a disk is to be in.
+    async fn views(&self, persist: bool) -> Result<Views, Error> {
+        let gone = || Error::NotRunning { domain: self.domain.to_owned() };
+        let info = self.info().await?.ok_or_else(gone)?;
+        if persist && !info.persistent {
+            return Err(Error::Transient { domain: self.domain.to_owned() });
+        }
+        // libvirt itself would wait half a minute for its lock before it said so.
+        if let Some(job) = info.job {
+            return Err(Error::Busy { domain: self.domain.to_owned(), job });
+        }
+        let runs = info.state != DomainState::Shutoff;
+        if !runs && !persist {
+            return Err(gone());
+        }
+        Ok(Views {
+            live: if runs { Some(self.read(Definition::Live).await?) } else { None },
+            config: if persist { Some(self.read(Definition::Config).await?) } else { None },
+        })
+    }
+}
+
+/// Attaches a disk, or finds it attached. With `persist` the persistent definition gets it too, and
+/// a domain that does not run gets it there alone.
+///
+/// `pending` are target names that are being removed. When the call is cut off half way, calling it
+/// again finds what is there and does the rest: everything goes by the disk's alias. libvirt's attach
+/// is done when it returns, so no event is waited for; the XML, read anew, is what confirms it.
+pub async fn attach(
+    connection: &dyn Connection,
+    domain: &str,
+    desired: &DesiredDisk,
+    persist: bool,
+    pending: &BTreeSet<String>,
+    deadline: Duration,
+) -> Result<Outcome<Attached>, Error> {
+    let at = At { connection, domain, until: Instant::now() + deadline };
+    let alias = super::alias(&desired.volume);
+    let plan_error =
+        |source| Error::Plan { volume: desired.volume.clone(), domain: domain.to_owned(), source };
+    let views = at.views(persist).await?;
+    let placement = match diff::plan(&views, desired, pending).map_err(plan_error)? {
+        Plan::Already { target } => {
+            return Ok(Outcome::Already(Attached { target, alias, controller_added: false }));
+        }
+        Plan::Attach(placement) => placement,
+    };
+    send(&at, desired, &alias, &placement).await?;
+    // libvirt's word is not enough: the disk must be there as it was asked for.
+    let views = at.views(persist).await?;
+    match diff::plan(&views, desired, pending).map_err(plan_error)? {
+        Plan::Already { target } if target == placement.target => {
+            let controller_added = placement.controller.is_some();
+            Ok(Outcome::Done(Attached { target, alias, controller_added }))
+        }
+        Plan::Already { .. } | Plan::Attach(_) => {
+            Err(Error::NotConfirmed { alias, domain: domain.to_owned() })
+        }
+    }
+}
+
+const fn affect(needs: Needs) -> Affect {
+    Affect { live: needs.live, config: needs.config }
+}
+
+/// Hands a placement to libvirt: controller first, then disk.
+async fn send(
+    at: &At<'_>,
+    desired: &DesiredDisk,
+    alias: &str,
+    placement: &Placement,
+) -> Result<(), Error> {
+    let written = |source| Error::Template { volume: desired.volume.clone(), source };
+    if let Some(new) = &placement.controller {
+        let xml = template::controller(new).map_err(written)?;
+        at.connection
+            .attach_device(at.domain, &xml, affect(new.needs), at.left())
+            .await
+            .map_err(at.failed("attach", "a virtio-scsi controller"))?;
+    }
+    let xml = template::disk(desired, placement).map_err(written)?;
+    at.connection
+        .attach_device(at.domain, &xml, affect(placement.needs), at.left())
+        .await
+        .map_err(at.failed("attach", alias))
+}
+
+/// Detaches a volume's disk from the running domain and from its persistent definition, wherever it
+/// is; only ever a disk of our alias.
+///
+/// The device counts as gone when libvirt says so by its event, which it sends after everything of
+/// the device is torn down, or when a further request finds none (that request waits for the
+/// domain's lock, so for a teardown that is under way). A guest's refusal, and its silence until the
+/// deadline, are errors that leave the disk working. libvirt's own call waits up to 5 s for the guest
+/// (`qemuDomainRemoveDeviceWaitTime`), so a deadline should be longer than that.
+pub async fn detach(
+    connection: &dyn Connection,
+    domain: &str,
+    volume: &VolumeName,
+    deadline: Duration,
+) -> Result<Detached, Error> {
+    let at = At { connection, domain, until: Instant::now() + deadline };
+    let alias = super::alias(volume);
+    let mut events = connection.events(domain);
+    let Some(info) = at.info().await? else { return Ok(Detached::DomainGone) };
+    if let Some(job) = info.job {
+        return Err(Error::Busy { domain: domain.to_owned(), job });
+    }
+    let live = if info.state == DomainState::Shutoff {
+        Detached::DomainGone
+    } else {
+        match request(&at, &alias).await? {
+            Requested::Asked => wait_gone(&at, &alias, &mut events, deadline).await?,
+            Requested::Missing => Detached::Absent,
+            Requested::NoDomain => Detached::DomainGone,
+        }
+    };
+    let forgotten = info.persistent && forget(&at, &alias).await?;
+    Ok(if forgotten && live == Detached::Absent { Detached::Removed } else { live })
+}
+
+/// What came of asking libvirt for a removal.
+enum Requested {
+    /// The guest is asked, or was before.
+    Asked,
+    /// There is no such disk.
+    Missing,
+    /// The domain does not run.
+    NoDomain,
+}
+
+async fn request(at: &At<'_>, alias: &str) -> Result<Requested, Error> {
+    let result = at.connection.detach_alias(at.domain, alias, Affect::LIVE, at.left()).await;
+    match result {
+        Ok(()) | Err(LibvirtError::UnplugPending { .. }) => Ok(Requested::Asked),
+        Err(LibvirtError::DeviceMissing { .. }) => Ok(Requested::Missing),
+        Err(LibvirtError::NoDomain { .. } | LibvirtError::NotRunning { .. }) => {
+            Ok(Requested::NoDomain)
+        }
+        Err(LibvirtError::UnplugRejected { .. }) => {
+            Err(Error::GuestRefused { alias: alias.to_owned() })
+        }
+        Err(source) => Err(at.failed("detach", alias)(source)),
+    }
+}
+
+async fn wait_gone(
+    at: &At<'_>,
+    alias: &str,
+    events: &mut crate::host::libvirt::DomainEvents,
+    waited: Duration,
+) -> Result<Detached, Error> {
+    loop {
+        let unacknowledged = || Error::Unacknowledged { alias: alias.to_owned(), waited };
+        match timeout_at(at.until, events.next()).await.map_err(|_| unacknowledged())? {
+            DomainEvent::DeviceRemoved(gone) if gone == alias => return Ok(Detached::Removed),
+            DomainEvent::DeviceRemovalFailed(kept) if kept == alias => {
+                return Err(Error::GuestRefused { alias: alias.to_owned() });
+            }
+            DomainEvent::Lifecycle(Lifecycle::Stopped) => return Ok(Detached::DomainGone),
+            DomainEvent::Disconnected => {
+                return Err(at.failed("detach", alias)(LibvirtError::NoConnect {
+                    endpoint: at.domain.to_owned(),
+                    message: "the connection broke while the guest was asked".into(),
+                }));
+            }
+            DomainEvent::Recheck => {
+                if let Some(end) = look(at, alias).await? {
+                    return Ok(end);
+                }
+            }
+            DomainEvent::Lifecycle(_)
+            | DomainEvent::DeviceAdded(_)
+            | DomainEvent::DeviceRemoved(_)
+            | DomainEvent::DeviceRemovalFailed(_) => {}
+        }
+    }
+}
+
+/// Looks for itself when no event came; `None` when the disk is still there, or cannot be seen now.
+async fn look(at: &At<'_>, alias: &str) -> Result<Option<Detached>, Error> {
+    match at.connection.info(at.domain, at.left()).await {
+        Ok(None) => return Ok(Some(Detached::DomainGone)),
+        Ok(Some(info)) if info.state == DomainState::Shutoff => {
+            return Ok(Some(Detached::DomainGone));
+        }
+        Ok(Some(_)) => {}
+        Err(source) if source.is_disconnect() => return Err(at.failed("query", at.domain)(source)),
+        // Slow or odd just now: the deadline of the whole ends it.
+        Err(_) => return Ok(None),
+    }
+    match at.read(Definition::Live).await {
+        Ok(domain) if domain.disk(alias).is_none() => {}
+        Ok(_) | Err(_) => return Ok(None),
+    }
+    // Only now that the XML no longer has it: to ask a guest again and again would be rude.
+    Ok(match request(at, alias).await? {
+        Requested::Missing => Some(Detached::Removed),
+        Requested::NoDomain => Some(Detached::DomainGone),
+        Requested::Asked => None,
+    })
+}
+
+/// Takes the disk out of the persistent definition; whether it was there. Not by way of its XML: one
+/// that cannot be read must not keep a disk from going.
+async fn forget(at: &At<'_>, alias: &str) -> Result<bool, Error> {
+    match at.connection.detach_alias(at.domain, alias, Affect::CONFIG, at.left()).await {
+        Ok(()) => Ok(true),
+        // A definition that was undefined meanwhile has no disk either.
+        Err(
+            LibvirtError::DeviceMissing { .. }
+            | LibvirtError::NoDomain { .. }
+            | LibvirtError::NotRunning { .. },
+        ) => Ok(false),
+        Err(source) => Err(at.failed("detach from the definition", alias)(source)),
+    }
+}
+
+#[cfg(test)]
+#[path = "apply_tests.rs"]
+mod tests;

@@ -1,0 +1,557 @@
+//! What has to be done to a domain so that it has a disk: pure, from its XML alone.
+//!
+//! Everything is placed explicitly (target name, controller, address), so that what libvirt made of
+//! it can be compared, and nothing that is still being removed is taken.
+
+use std::collections::BTreeSet;
+
+use crate::reason::Reason;
+use crate::types::{Bus, CacheMode, Serial, VolumeName};
+
+use super::xml::{Disk, Domain, DriveAddress, PciAddress};
+
+/// The highest SCSI target of a virtio-scsi controller (QEMU, `VIRTIO_SCSI_MAX_TARGET`).
+const MAX_SCSI_TARGET: u32 = 255;
+/// The highest LUN behind one (QEMU, `VIRTIO_SCSI_MAX_LUN`).
+const MAX_SCSI_UNIT: u32 = 16_383;
+/// The model of a controller that we add: plain `virtio-scsi` is modern behind a PCIe root port and
+/// transitional on conventional PCI.
+pub const CONTROLLER_MODEL: &str = "virtio-scsi";
+
+/// What QEMU does on an I/O error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorPolicy {
+    /// Pause the guest.
+    Stop,
+    /// Hand it to the guest.
+    Report,
+    /// Pause when space ran out, hand on otherwise.
+    Enospace,
+    /// Pretend that it did not happen.
+    Ignore,
+}
+
+impl ErrorPolicy {
+    /// libvirt's name of it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Report => "report",
+            Self::Enospace => "enospace",
+            Self::Ignore => "ignore",
+        }
+    }
+}
+
+/// A disk as it should be in the domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DesiredDisk {
+    /// The volume that it is; its alias is [`super::alias`] of this.
+    pub volume: VolumeName,
+    /// The block device's path as QEMU sees it.
+    pub source: String,
+    /// Its serial.
+    pub serial: Serial,
+    /// Its bus.
+    pub bus: Bus,
+    /// Its cache mode.
+    pub cache: CacheMode,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Others may write too.
+    pub shareable: bool,
+    /// What to do on an I/O error; QEMU's default where `None`.
+    pub error_policy: Option<ErrorPolicy>,
+    /// The node is ours and its owner right already: libvirt is told to leave it alone. False on a
+    /// plain libvirt host, where libvirt has to make the device accessible itself.
+    pub keep_owner: bool,
+}
+
+/// The definitions that a change is for, both with the disk afterwards.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Views {
+    /// The running domain; `None` when it does not run.
+    pub live: Option<Domain>,
+    /// The persistent definition; `None` when that is to be left alone.
+    pub config: Option<Domain>,
+}
+
+impl Views {
+    fn all(&self) -> impl Iterator<Item = &Domain> {
+        self.live.iter().chain(&self.config)
+    }
+}
+
+/// An address for a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskAddress {
+    /// On a SCSI controller.
+    Drive(DriveAddress),
+    /// On PCI.
+    Pci(PciAddress),
+}
+
+/// Which of the two definitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Needs {
+    /// The running domain.
+    pub live: bool,
+    /// The persistent definition.
+    pub config: bool,
+}
+
+impl Needs {
+    /// Whether there is anything to do.
+    pub const fn any(self) -> bool {
+        self.live || self.config
+    }
+}
+
+/// A virtio-scsi controller that has to be there first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewController {
+    /// Its index among SCSI controllers.
+    pub index: u32,
+    /// Its address.
+    pub address: PciAddress,
+    /// Where it is missing.
+    pub needs: Needs,
+}
+
+/// Where a disk goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placement {
+    /// Its target name.
+    pub target: String,
+    /// Its address.
+    pub address: DiskAddress,
+    /// A controller to add before.
+    pub controller: Option<NewController>,
+    /// Where the disk is missing.
+    pub needs: Needs,
+    /// Whether to write `<seclabel model='dac' relabel='no'/>`.
+    pub dac_keep: bool,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Plan {
+    /// The disk is there as wanted.
+    Already {
+        /// Its target name.
+        target: String,
+    },
+    /// The disk has to be added.
+    Attach(Placement),
+}
+
+/// The disk cannot be added.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The serial is longer than a guest sees on this bus.
+    #[error(
+        "serial {serial:?} is longer than the {max} characters that bus {bus} shows; give a shorter one with --serial"
+    )]
+    SerialTooLong {
+        /// The serial.
+        serial: Serial,
+        /// The bus.
+        bus: Bus,
+        /// Its limit.
+        max: usize,
+    },
+    /// Another disk has that serial.
+    #[error(
+        "serial {serial:?} is in the domain already, at disk {target}; the guest would take the two for one"
+    )]
+    SerialInUse {
+        /// The serial.
+        serial: Serial,
+        /// Target name of the disk that has it.
+        target: String,
+    },
+    /// Another disk has that source.
+    #[error("source {path} is in the domain already, as disk {target}")]
+    SourceInUse {
+        /// The path.
+        path: String,
+        /// Target name of the disk that has it.
+        target: String,
+    },
+    /// The volume's disk is there, but is another.
+    #[error(
+        "disk {target} ({alias}) is there with {field} {found:?} instead of {wanted:?}; remove the volume first"
+    )]
+    Differs {
+        /// Its alias.
+        alias: String,
+        /// Its target name.
+        target: String,
+        /// In what it differs.
+        field: &'static str,
+        /// What is there.
+        found: String,
+        /// What was wanted.
+        wanted: String,
+    },
+    /// Somebody else's disk has the volume's name.
+    #[error("disk {target} has the alias {alias}, but lunplug did not put it there")]
+    NotHotplugged {
+        /// The alias.
+        alias: String,
+        /// Its target name.
+        target: String,
+    },
+    /// There is no place left.
+    #[error("no free {what} for a disk on bus {bus}: {taken} of {total} are taken")]
+    NoFreeAddress {
+        /// The bus.
+        bus: Bus,
+        /// What kind of place there is none of.
+        what: &'static str,
+        /// How many there are.
+        total: usize,
+        /// How many of them are taken.
+        taken: usize,
+    },
+    /// The place that the disk has in one definition is taken in the other.
+    #[error(
+        "disk {target} has its place in one of the domain's definitions, but in the other that is taken"
+    )]
+    PlaceTaken {
+        /// Its target name.
+        target: String,
+    },
+    /// A controller is of a model that we do not know.
+    #[error(
+        "the domain's only SCSI controllers are of a model that lunplug does not know: index {index}, model {model:?}"
+    )]
+    UnknownController {
+        /// Its index.
+        index: u32,
+        /// Its model.
+        model: String,
+    },
+    /// Neither the running domain nor its definition can be changed.
+    #[error("the domain does not run, and its definition is not to be changed")]
+    NothingToChange,
+}
+
+impl PlanError {
+    /// The stable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::SerialTooLong { .. } => Reason::InvalidSerial,
+            Self::SerialInUse { .. } => Reason::SerialInUse,
+            Self::SourceInUse { .. } => Reason::SourceInUse,
+            Self::Differs { .. } => Reason::VolumeExists,
+            Self::NotHotplugged { .. } => Reason::NotHotplugged,
+            Self::NoFreeAddress { .. } | Self::PlaceTaken { .. } => Reason::NoFreeAddress,
+            Self::UnknownController { .. } => Reason::DomainXmlUnsupported,
+            Self::NothingToChange => Reason::VmNotRunning,
+        }
+    }
+}
+
+/// Plans one disk. `pending` are target names that are being removed: still taken, though they may
+/// be gone from the XML.
+pub fn plan(
+    views: &Views,
+    desired: &DesiredDisk,
+    pending: &BTreeSet<String>,
+) -> Result<Plan, PlanError> {
+    let max = desired.bus.max_serial();
+    if desired.serial.as_str().len() > max {
+        return Err(PlanError::SerialTooLong {
+            serial: desired.serial.clone(),
+            bus: desired.bus,
+            max,
+        });
+    }
+    if views.all().next().is_none() {
+        return Err(PlanError::NothingToChange);
+    }
+    let alias = super::alias(&desired.volume);
+    for view in views.all() {
+        refuse_clashes(view, desired, &alias)?;
+    }
+    let found = |view: &Option<Domain>| view.as_ref().and_then(|v| v.disk(&alias)).cloned();
+    let (live, config) = (found(&views.live), found(&views.config));
+    let needs = Needs {
+        live: views.live.is_some() && live.is_none(),
+        config: views.config.is_some() && config.is_none(),
+    };
+    let existing = live.or(config);
+    // The running domain says whether the DAC driver is at work; a definition mostly does not.
+    let dac_keep = desired.keep_owner && views.all().next().is_some_and(|v| v.dac_relabels);
+    match existing {
+        Some(disk) if !needs.any() => Ok(Plan::Already { target: disk.target }),
+        Some(disk) => complete(views, disk, needs, dac_keep).map(Plan::Attach),
+        None => {
+            let target = free_target(views, desired.bus, pending);
+            let (address, controller) = match desired.bus {
+                Bus::Scsi => place_scsi(views, needs)?,
+                Bus::Virtio => (DiskAddress::Pci(free_slot(views, desired.bus)?), None),
+            };
+            Ok(Plan::Attach(Placement { target, address, controller, needs, dac_keep }))
+        }
+    }
+}
+
+fn refuse_clashes(view: &Domain, desired: &DesiredDisk, alias: &str) -> Result<(), PlanError> {
+    for disk in &view.disks {
+        if disk.alias.as_deref() == Some(alias) {
+            refuse_difference(disk, desired, alias)?;
+            continue;
+        }
+        if let Some(theirs) = foreign_alias(disk, &desired.volume) {
+            return Err(PlanError::NotHotplugged {
+                alias: theirs.into(),
+                target: disk.target.clone(),
+            });
+        }
+        if visible_serial(disk).as_deref() == Some(desired.serial.as_str()) {
+            return Err(PlanError::SerialInUse {
+                serial: desired.serial.clone(),
+                target: disk.target.clone(),
+            });
+        }
+        if disk.source.as_deref() == Some(desired.source.as_str()) {
+            return Err(PlanError::SourceInUse {
+                path: desired.source.clone(),
+                target: disk.target.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn refuse_difference(disk: &Disk, desired: &DesiredDisk, alias: &str) -> Result<(), PlanError> {
+    let flag = |set: bool| if set { "yes" } else { "no" };
+    let pairs = [
+        ("source", disk.source.as_deref().unwrap_or(""), desired.source.as_str()),
+        ("serial", disk.serial.as_deref().unwrap_or(""), desired.serial.as_str()),
+        ("bus", disk.bus.as_str(), desired.bus.as_str()),
+        ("readonly", flag(disk.readonly), flag(desired.read_only)),
+        ("shareable", flag(disk.shareable), flag(desired.shareable)),
+    ];
+    match pairs.iter().find(|(_, found, wanted)| found != wanted) {
+        None => Ok(()),
+        Some((field, found, wanted)) => Err(PlanError::Differs {
+            alias: alias.into(),
+            target: disk.target.clone(),
+            field,
+            found: (*found).into(),
+            wanted: (*wanted).into(),
+        }),
+    }
+}
+
+/// The alias of somebody else's disk that goes by this volume's name: KubeVirt calls the disk of a
+/// volume `ua-<volume>`.
+fn foreign_alias<'a>(disk: &'a Disk, volume: &VolumeName) -> Option<&'a str> {
+    disk.alias
+        .as_deref()
+        .filter(|alias| alias.strip_prefix("ua-").unwrap_or(alias) == volume.as_str())
+}
+
+/// Somebody else's disk that goes by this volume's name, when ours is not there.
+pub fn not_ours<'a>(domain: &'a Domain, volume: &VolumeName) -> Option<&'a Disk> {
+    if domain.disk(&super::alias(volume)).is_some() {
+        return None;
+    }
+    domain.disks.iter().find(|d| foreign_alias(d, volume).is_some())
+}
+
+/// What a guest takes for the disk's serial. Without one, libvirt has `drive-<alias>` stand in VPD
+/// page 0x83 on scsi (`qemu_command.c`); one that is too long is cut by QEMU.
+fn visible_serial(disk: &Disk) -> Option<String> {
+    match &disk.serial {
+        Some(serial) => {
+            let max = if disk.bus == "scsi" { Bus::Scsi } else { Bus::Virtio }.max_serial();
+            Some(serial.chars().take(max).collect())
+        }
+        None if disk.bus == "scsi" => disk.alias.as_ref().map(|alias| format!("drive-{alias}")),
+        None => None,
+    }
+}
+
+/// Gives a disk that is in one definition the same place in the other.
+fn complete(
+    views: &Views,
+    disk: Disk,
+    needs: Needs,
+    dac_keep: bool,
+) -> Result<Placement, PlanError> {
+    let lacking = if needs.live { &views.live } else { &views.config };
+    let taken = || PlanError::PlaceTaken { target: disk.target.clone() };
+    let lacking = lacking.as_ref().ok_or_else(taken)?;
+    let mut controller = None;
+    let address = match (disk.drive, disk.pci) {
+        (Some(drive), _) => {
+            match lacking.scsi.iter().find(|c| c.index == drive.controller) {
+                Some(c) if c.is_virtio() == Some(true) => {}
+                Some(_) => return Err(taken()),
+                None => {
+                    let address = free_slot(views, Bus::Scsi)?;
+                    controller = Some(NewController { index: drive.controller, address, needs });
+                }
+            }
+            if lacking.scsi_used.contains(&drive) {
+                return Err(taken());
+            }
+            DiskAddress::Drive(drive)
+        }
+        (None, Some(pci)) if !lacking.pci_used.contains(&pci) => DiskAddress::Pci(pci),
+        (None, _) => return Err(taken()),
+    };
+    if lacking.disks.iter().any(|d| d.target == disk.target) {
+        return Err(taken());
+    }
+    Ok(Placement { target: disk.target, address, controller, needs, dac_keep })
+}
+
+fn free_target(views: &Views, bus: Bus, pending: &BTreeSet<String>) -> String {
+    let prefix = match bus {
+        Bus::Scsi => "sd",
+        Bus::Virtio => "vd",
+    };
+    let taken = |name: &String| {
+        pending.contains(name) || views.all().any(|v| v.disks.iter().any(|d| &d.target == name))
+    };
+    (0..)
+        .map(|n| format!("{prefix}{}", letters(n)))
+        .find(|name| !taken(name))
+        .expect("there are more names than disks")
+}
+
+/// 0 is `a`, 25 `z`, 26 `aa`: as the kernel and libvirt number disks.
+fn letters(mut n: u32) -> String {
+    let mut name = Vec::new();
+    loop {
+        name.push(char::from(b'a' + u8::try_from(n % 26).unwrap_or(0)));
+        if n < 26 {
+            return name.iter().rev().collect();
+        }
+        n = n / 26 - 1;
+    }
+}
+
+/// A free place on a virtio-scsi controller that all views have, or on one to be added.
+fn place_scsi(
+    views: &Views,
+    needs: Needs,
+) -> Result<(DiskAddress, Option<NewController>), PlanError> {
+    let mut virtio: BTreeSet<u32> = BTreeSet::new();
+    let mut other: BTreeSet<u32> = BTreeSet::new();
+    let mut unknown = None;
+    for controller in views.all().flat_map(|v| &v.scsi) {
+        match controller.is_virtio() {
+            Some(true) => {
+                virtio.insert(controller.index);
+            }
+            Some(false) => {
+                other.insert(controller.index);
+            }
+            None => {
+                other.insert(controller.index);
+                unknown = Some(controller);
+            }
+        }
+    }
+    for &index in virtio.difference(&other) {
+        let Some(address) = free_drive(views, index) else { continue };
+        let lacks = |view: &Option<Domain>| {
+            view.as_ref().is_some_and(|v| v.scsi.iter().all(|c| c.index != index))
+        };
+        let missing = Needs { live: lacks(&views.live), config: lacks(&views.config) };
+        let controller = if missing.any() {
+            Some(NewController { index, address: free_slot(views, Bus::Scsi)?, needs: missing })
+        } else {
+            None
+        };
+        return Ok((DiskAddress::Drive(address), controller));
+    }
+    if let (true, Some(c)) = (virtio.is_empty(), unknown) {
+        return Err(PlanError::UnknownController {
+            index: c.index,
+            model: c.model.clone().unwrap_or_default(),
+        });
+    }
+    // Also none that a device refers to though it is not there.
+    other.extend(views.all().flat_map(|v| &v.scsi_used).map(|a| a.controller));
+    let index = (0..).find(|i| !virtio.contains(i) && !other.contains(i)).unwrap_or(u32::MAX);
+    let controller = NewController { index, address: free_slot(views, Bus::Scsi)?, needs };
+    let address = DriveAddress { controller: index, bus: 0, target: 0, unit: 0 };
+    Ok((DiskAddress::Drive(address), Some(controller)))
+}
+
+/// A free place on a virtio-scsi controller: a target of its own and LUN 0, as long as there are
+/// targets.
+///
+/// A guest scans that the most reliably: on a hotplug event for LUN 0 Linux scans the whole target
+/// (`virtscsi_handle_transport_reset`), at boot it looks for LUN 0 of every target first, and a
+/// driver that goes by REPORT LUNS of LUN 0 finds one that is never pulled from under a neighbour.
+/// libvirt itself places disks at target 0, units 0 to 15, so those stay apart from ours. Only when
+/// all 256 targets are taken do further LUNs of a target come into use.
+fn free_drive(views: &Views, controller: u32) -> Option<DriveAddress> {
+    let used: BTreeSet<(u32, u32)> = views
+        .all()
+        .flat_map(|v| &v.scsi_used)
+        .filter(|a| a.controller == controller)
+        .map(|a| (a.target, a.unit))
+        .collect();
+    let busy: BTreeSet<u32> = used.iter().map(|(target, _)| *target).collect();
+    let at = |target, unit| DriveAddress { controller, bus: 0, target, unit };
+    (0..=MAX_SCSI_TARGET).find(|t| !busy.contains(t)).map(|t| at(t, 0)).or_else(|| {
+        (1..=MAX_SCSI_UNIT)
+            .flat_map(|unit| (0..=MAX_SCSI_TARGET).map(move |target| (target, unit)))
+            .find(|place| !used.contains(place))
+            .map(|(target, unit)| at(target, unit))
+    })
+}
+
+/// A PCI slot that can be plugged into while the guest runs: the one slot of a PCIe root or
+/// downstream port, or a slot of a conventional PCI bus. On pcie-root itself nothing can.
+fn free_slot(views: &Views, bus: Bus) -> Result<PciAddress, PlanError> {
+    let used: BTreeSet<(u32, u32)> = views
+        .all()
+        .flat_map(|v| &v.pci_used)
+        .filter(|a| a.domain == 0)
+        .map(|a| (a.bus, a.slot))
+        .collect();
+    let mut slots: Option<BTreeSet<(u32, u32)>> = None;
+    for view in views.all() {
+        let here: BTreeSet<_> = view.pci.iter().flat_map(pluggable_slots).collect();
+        slots = Some(match slots {
+            None => here,
+            Some(before) => before.intersection(&here).copied().collect(),
+        });
+    }
+    let slots = slots.unwrap_or_default();
+    match slots.iter().find(|slot| !used.contains(slot)) {
+        Some(&(bus, slot)) => Ok(PciAddress { domain: 0, bus, slot, function: 0 }),
+        None => Err(PlanError::NoFreeAddress {
+            bus,
+            what: "PCI slot or PCIe root port that can be plugged into",
+            total: slots.len(),
+            taken: slots.len(),
+        }),
+    }
+}
+
+fn pluggable_slots(controller: &super::xml::PciController) -> Vec<(u32, u32)> {
+    let slots = match controller.model.as_str() {
+        _ if !controller.hotplug => 0..0,
+        "pcie-root-port" | "pcie-switch-downstream-port" => 0..1,
+        // Slot 1 is the PIIX3 and slot 2 the first video card's, also where the XML has none.
+        "pci-root" => 3..32,
+        "pci-bridge" => 1..32,
+        _ => 0..0,
+    };
+    slots.map(|slot| (controller.index, slot)).collect()
+}
+
+#[cfg(test)]
+#[path = "diff_tests.rs"]
+mod tests;

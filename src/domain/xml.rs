@@ -1,0 +1,546 @@
+//! Reading a domain's XML: only what is needed to place and find disks, in the case it is written in.
+//!
+//! What is not known is skipped, unless a disk could not be placed safely without it: then the
+//! error names the element. Element and attribute names are those of libvirt's
+//! docs/formatdomain.rst.
+
+use std::collections::BTreeSet;
+
+use quick_xml::Reader;
+use quick_xml::events::{BytesStart, Event};
+use serde::Deserialize;
+
+/// A domain's XML cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum XmlError {
+    /// It is not well-formed, or not a domain.
+    #[error("the domain's XML cannot be read")]
+    Malformed(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Something is in it that keeps a disk from being placed safely.
+    #[error("the domain's XML has {element} that lunplug cannot work with: {why}")]
+    Unsupported {
+        /// The element, e.g. `<disk> sda`.
+        element: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+}
+
+/// A PCI address in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PciAddress {
+    /// PCI domain; 0 but on exotic machines.
+    pub domain: u32,
+    /// Bus: the index of the PCI controller.
+    pub bus: u32,
+    /// Slot (device number).
+    pub slot: u32,
+    /// Function.
+    pub function: u32,
+}
+
+/// An address on a SCSI (or SATA, IDE) controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DriveAddress {
+    /// Index of the controller among those of its type.
+    pub controller: u32,
+    /// Channel; 0 on virtio-scsi.
+    pub bus: u32,
+    /// SCSI target.
+    pub target: u32,
+    /// LUN behind it.
+    pub unit: u32,
+}
+
+/// A disk of the domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// Its alias, when it has one (an inactive definition's disk may not).
+    pub alias: Option<String>,
+    /// Target name, e.g. `sda`.
+    pub target: String,
+    /// Bus as written: `scsi`, `virtio`, `sata`, ...
+    pub bus: String,
+    /// `disk`, `lun`, `cdrom`, `floppy`.
+    pub device: String,
+    /// What the serial element holds, in its case.
+    pub serial: Option<String>,
+    /// `dev` or `file` of the source; `None` for network sources and empty drives.
+    pub source: Option<String>,
+    /// The guest may not write.
+    pub readonly: bool,
+    /// Others may write too.
+    pub shareable: bool,
+    /// Its address, where it is of the `drive` kind.
+    pub drive: Option<DriveAddress>,
+    /// Its address, where it is of the `pci` kind.
+    pub pci: Option<PciAddress>,
+}
+
+/// A SCSI controller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScsiController {
+    /// Its index.
+    pub index: u32,
+    /// Its model as written.
+    pub model: Option<String>,
+}
+
+impl ScsiController {
+    /// Whether it is a virtio-scsi controller: `Some(false)` for a model known to be another,
+    /// `None` for one that we do not know.
+    pub fn is_virtio(&self) -> Option<bool> {
+        match self.model.as_deref()? {
+            "virtio-scsi" | "virtio-transitional" | "virtio-non-transitional" => Some(true),
+            "buslogic" | "lsilogic" | "lsisas1068" | "lsisas1078" | "vmpvscsi" | "ibmvscsi"
+            | "ncr53c90" | "dc390" | "am53c974" => Some(false),
+            _ => None,
+        }
+    }
+}
+
+/// A PCI controller: a bus that devices may be plugged into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PciController {
+    /// Its index, which is the number of its bus.
+    pub index: u32,
+    /// Its model as written.
+    pub model: String,
+    /// Not switched off by `<target hotplug='off'/>`.
+    pub hotplug: bool,
+}
+
+/// What a domain's XML says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Domain {
+    /// Its name.
+    pub name: String,
+    /// The machine type, e.g. `pc-q35-10.0`.
+    pub machine: String,
+    /// All disks, in the order of the XML.
+    pub disks: Vec<Disk>,
+    /// All SCSI controllers.
+    pub scsi: Vec<ScsiController>,
+    /// All PCI controllers.
+    pub pci: Vec<PciController>,
+    /// PCI addresses that a device has, of whatever kind it is.
+    pub pci_used: BTreeSet<PciAddress>,
+    /// SCSI addresses that a device has, disks and host devices.
+    pub scsi_used: BTreeSet<DriveAddress>,
+    /// The guest agent's channel: `None` when there is none, else whether the guest opened it
+    /// (unknown in an inactive definition, then false).
+    pub agent_connected: Option<bool>,
+    /// libvirt's DAC driver manages this domain's files: only then may a disk say that its owner is
+    /// to be left alone (with `relabel='no'` for the whole domain libvirt refuses that, and without
+    /// the driver, as in a session daemon, a domain that says so can no longer be started;
+    /// `security_manager.c`, `virSecurityManagerCheckAllLabel`).
+    pub dac_relabels: bool,
+}
+
+impl Domain {
+    /// The disk of this alias.
+    pub fn disk(&self, alias: &str) -> Option<&Disk> {
+        self.disks.iter().find(|d| d.alias.as_deref() == Some(alias))
+    }
+}
+
+/// Reads a domain's XML.
+pub fn parse(xml: &str) -> Result<Domain, XmlError> {
+    let raw: RawDomain =
+        quick_xml::de::from_str(xml).map_err(|e| XmlError::Malformed(Box::new(e)))?;
+    let used = addresses(xml)?;
+    let mut scsi_used = used.drive;
+    let mut disks = Vec::with_capacity(raw.devices.disk.len());
+    for disk in raw.devices.disk {
+        let disk = disk.check()?;
+        if disk.bus == "scsi" {
+            let address = disk.drive.ok_or_else(|| XmlError::Unsupported {
+                element: format!("<disk> {}", disk.target),
+                why: "a disk on bus scsi without an address",
+            })?;
+            scsi_used.insert(address);
+        }
+        disks.push(disk);
+    }
+    let (mut scsi, mut pci) = (Vec::new(), Vec::new());
+    for controller in raw.devices.controller {
+        let index = controller.index()?;
+        match controller.kind.as_str() {
+            "scsi" => scsi.push(ScsiController { index, model: controller.model }),
+            "pci" => pci.push(PciController {
+                index,
+                model: controller.model.unwrap_or_default(),
+                hotplug: controller.targets.iter().all(|t| t.hotplug.as_deref() != Some("off")),
+            }),
+            _ => {}
+        }
+    }
+    let agent = |c: &RawChannel| {
+        c.target.iter().find(|t| t.name.as_deref() == Some("org.qemu.guest_agent.0")).cloned()
+    };
+    Ok(Domain {
+        name: raw.name,
+        machine: raw.os.kind.machine.unwrap_or_default(),
+        disks,
+        scsi,
+        pci,
+        pci_used: used.pci,
+        scsi_used,
+        agent_connected: raw
+            .devices
+            .channel
+            .iter()
+            .find_map(agent)
+            .map(|t| t.state.as_deref() == Some("connected")),
+        dac_relabels: raw
+            .seclabel
+            .iter()
+            .any(|s| s.model.as_deref() == Some("dac") && s.relabel.as_deref() == Some("yes")),
+    })
+}
+
+#[derive(Deserialize)]
+struct RawDomain {
+    name: String,
+    os: RawOs,
+    devices: RawDevices,
+    #[serde(default)]
+    seclabel: Vec<RawSeclabel>,
+}
+
+#[derive(Deserialize)]
+struct RawOs {
+    #[serde(rename = "type")]
+    kind: RawOsType,
+}
+
+#[derive(Deserialize)]
+struct RawOsType {
+    #[serde(rename = "@machine")]
+    machine: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawSeclabel {
+    #[serde(rename = "@model")]
+    model: Option<String>,
+    #[serde(rename = "@relabel")]
+    relabel: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawDevices {
+    #[serde(default)]
+    disk: Vec<RawDisk>,
+    #[serde(default)]
+    controller: Vec<RawController>,
+    #[serde(default)]
+    channel: Vec<RawChannel>,
+}
+
+#[derive(Deserialize)]
+struct RawDisk {
+    #[serde(rename = "@device")]
+    device: Option<String>,
+    alias: Option<RawAlias>,
+    target: Option<RawTarget>,
+    serial: Option<String>,
+    source: Option<RawSource>,
+    address: Option<RawAddress>,
+    readonly: Option<Empty>,
+    shareable: Option<Empty>,
+}
+
+#[derive(Deserialize)]
+struct Empty {}
+
+#[derive(Deserialize)]
+struct RawAlias {
+    #[serde(rename = "@name")]
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct RawTarget {
+    #[serde(rename = "@dev")]
+    dev: Option<String>,
+    #[serde(rename = "@bus")]
+    bus: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawSource {
+    #[serde(rename = "@dev")]
+    dev: Option<String>,
+    #[serde(rename = "@file")]
+    file: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawController {
+    #[serde(rename = "@type")]
+    kind: String,
+    #[serde(rename = "@index")]
+    index: Option<String>,
+    #[serde(rename = "@model")]
+    model: Option<String>,
+    #[serde(rename = "target", default)]
+    targets: Vec<RawControllerTarget>,
+}
+
+#[derive(Deserialize)]
+struct RawControllerTarget {
+    #[serde(rename = "@hotplug")]
+    hotplug: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawChannel {
+    #[serde(default)]
+    target: Vec<RawChannelTarget>,
+}
+
+#[derive(Deserialize, Clone)]
+struct RawChannelTarget {
+    #[serde(rename = "@name")]
+    name: Option<String>,
+    #[serde(rename = "@state")]
+    state: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+struct RawAddress {
+    #[serde(rename = "@type")]
+    kind: Option<String>,
+    #[serde(rename = "@controller")]
+    controller: Option<String>,
+    #[serde(rename = "@domain")]
+    domain: Option<String>,
+    #[serde(rename = "@bus")]
+    bus: Option<String>,
+    #[serde(rename = "@target")]
+    target: Option<String>,
+    #[serde(rename = "@unit")]
+    unit: Option<String>,
+    #[serde(rename = "@slot")]
+    slot: Option<String>,
+    #[serde(rename = "@function")]
+    function: Option<String>,
+}
+
+/// libvirt writes numbers of addresses in decimal or as `0x..`, and leaves zeros out at times.
+fn number(text: Option<&str>) -> Option<u32> {
+    match text {
+        None => Some(0),
+        Some(t) => match t.strip_prefix("0x") {
+            Some(hex) => u32::from_str_radix(hex, 16).ok(),
+            None => t.parse().ok(),
+        },
+    }
+}
+
+impl RawAddress {
+    fn bad(&self, of: &str) -> XmlError {
+        XmlError::Unsupported {
+            element: format!("<address type='{}'> of {of}", self.kind.as_deref().unwrap_or("")),
+            why: "its numbers cannot be read",
+        }
+    }
+
+    fn drive(&self, of: &str) -> Result<DriveAddress, XmlError> {
+        let read = || {
+            Some(DriveAddress {
+                controller: number(self.controller.as_deref())?,
+                bus: number(self.bus.as_deref())?,
+                target: number(self.target.as_deref())?,
+                unit: number(self.unit.as_deref())?,
+            })
+        };
+        read().ok_or_else(|| self.bad(of))
+    }
+
+    fn pci(&self, of: &str) -> Result<PciAddress, XmlError> {
+        let read = || {
+            Some(PciAddress {
+                domain: number(self.domain.as_deref())?,
+                bus: number(self.bus.as_deref())?,
+                slot: number(self.slot.as_deref())?,
+                function: number(self.function.as_deref())?,
+            })
+        };
+        read().ok_or_else(|| self.bad(of))
+    }
+}
+
+impl RawDisk {
+    fn check(self) -> Result<Disk, XmlError> {
+        let alias = self.alias.map(|a| a.name);
+        let unsupported = |why| XmlError::Unsupported {
+            element: format!("<disk> {}", alias.as_deref().unwrap_or("without alias")),
+            why,
+        };
+        let target = self.target.ok_or_else(|| unsupported("a disk without a target"))?;
+        let dev = target.dev.ok_or_else(|| unsupported("a disk whose target has no name"))?;
+        let bus = target.bus.ok_or_else(|| unsupported("a disk whose target has no bus"))?;
+        let drive = match &self.address {
+            Some(a) if a.kind.as_deref() == Some("drive") => Some(a.drive(&dev)?),
+            _ => None,
+        };
+        let pci = match &self.address {
+            Some(a) if a.kind.as_deref() == Some("pci") => Some(a.pci(&dev)?),
+            _ => None,
+        };
+        Ok(Disk {
+            alias,
+            target: dev,
+            bus,
+            device: self.device.unwrap_or_else(|| "disk".into()),
+            serial: self.serial.filter(|s| !s.is_empty()),
+            source: self.source.and_then(|s| s.dev.or(s.file)),
+            readonly: self.readonly.is_some(),
+            shareable: self.shareable.is_some(),
+            drive,
+            pci,
+        })
+    }
+}
+
+impl RawController {
+    fn index(&self) -> Result<u32, XmlError> {
+        number(self.index.as_deref()).ok_or_else(|| XmlError::Unsupported {
+            element: format!("<controller type='{}'>", self.kind),
+            why: "its index is not a number",
+        })
+    }
+}
+
+#[derive(Default)]
+struct Used {
+    pci: BTreeSet<PciAddress>,
+    drive: BTreeSet<DriveAddress>,
+}
+
+/// The addresses of all devices, whatever they are: `domain/devices/*/address`. Deeper ones (a host
+/// device's source) are the host's, not the guest's. Disks' drive addresses are left to the caller,
+/// who knows their bus.
+fn addresses(xml: &str) -> Result<Used, XmlError> {
+    let mut reader = Reader::from_str(xml);
+    let mut path: Vec<String> = Vec::new();
+    let mut used = Used::default();
+    loop {
+        match reader.read_event().map_err(|e| XmlError::Malformed(Box::new(e)))? {
+            Event::Start(tag) => {
+                note_address(&path, &tag, &mut used)?;
+                path.push(tag.name().as_ref().to_owned());
+            }
+            Event::Empty(tag) => note_address(&path, &tag, &mut used)?,
+            Event::End(_) => {
+                path.pop();
+            }
+            Event::Eof => return Ok(used),
+            _ => {}
+        }
+    }
+}
+
+fn note_address(path: &[String], tag: &BytesStart<'_>, used: &mut Used) -> Result<(), XmlError> {
+    let [domain, devices, device] = path else { return Ok(()) };
+    if tag.name().as_ref() != "address" || domain != "domain" || devices != "devices" {
+        return Ok(());
+    }
+    let mut raw = RawAddress::default();
+    for attribute in tag.attributes() {
+        let attribute = attribute.map_err(|e| XmlError::Malformed(Box::new(e)))?;
+        let value = Some(attribute.value.clone().into_owned());
+        match attribute.key.as_ref() {
+            "type" => raw.kind = value,
+            "controller" => raw.controller = value,
+            "domain" => raw.domain = value,
+            "bus" => raw.bus = value,
+            "target" => raw.target = value,
+            "unit" => raw.unit = value,
+            "slot" => raw.slot = value,
+            "function" => raw.function = value,
+            _ => {}
+        }
+    }
+    match raw.kind.as_deref() {
+        Some("pci") => {
+            used.pci.insert(raw.pci(device)?);
+        }
+        Some("drive") if device != "disk" => {
+            used.drive.insert(raw.drive(device)?);
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kubevirt_domain_is_read() {
+        let d = parse(include_str!("fixtures/kubevirt-q35.xml")).unwrap();
+        assert_eq!((d.name.as_str(), d.machine.as_str()), ("default_vm1", "pc-q35-rhel9.6.0"));
+        assert_eq!(d.disks.len(), 4);
+        let a = d.disk("ua-data-a").unwrap();
+        assert_eq!(a.serial.as_deref(), Some("KeepThisCASE-01"), "the case is kept");
+        assert_eq!(a.source.as_deref(), Some("/var/run/kubevirt/hotplug-disks/data-a"));
+        assert!(a.shareable && !a.readonly);
+        let cd = d.disk("ua-cd").unwrap();
+        assert_eq!((cd.device.as_str(), cd.bus.as_str()), ("cdrom", "sata"));
+        assert!(cd.readonly && cd.source.is_none());
+        assert_eq!(d.scsi.len(), 1);
+        assert_eq!(d.scsi[0].is_virtio(), Some(true));
+        let at = |target| DriveAddress { controller: 0, bus: 0, target, unit: 0 };
+        assert_eq!(
+            d.scsi_used,
+            BTreeSet::from([at(0), at(1), at(2)]),
+            "a SCSI host device counts, a SATA drive does not"
+        );
+        let port = |bus| PciAddress { domain: 0, bus, slot: 0, function: 0 };
+        assert!(d.pci_used.contains(&port(9)), "the guest's address of a host device counts");
+        assert!(!d.pci_used.contains(&port(10)), "the host's address of it does not");
+        let off: Vec<_> = d.pci.iter().filter(|p| !p.hotplug).map(|p| p.index).collect();
+        assert_eq!(off, [8]);
+        assert_eq!(d.agent_connected, Some(true));
+        assert!(d.dac_relabels);
+    }
+
+    #[test]
+    fn an_i440fx_domain_is_read() {
+        let d = parse(include_str!("fixtures/plain-i440fx.xml")).unwrap();
+        assert_eq!(d.disks[1].source, None, "a network source has no path");
+        assert_eq!(d.scsi[0].is_virtio(), Some(false));
+        assert!(d.scsi_used.is_empty(), "an IDE drive is not on SCSI");
+        assert_eq!(d.agent_connected, None);
+        assert!(!d.dac_relabels);
+    }
+
+    #[test]
+    fn what_cannot_be_placed_safely_is_named() {
+        let with = |devices: &str| {
+            parse(&format!(
+                "<domain><name>x</name><os><type machine='q35'>hvm</type></os><devices>{devices}</devices></domain>"
+            ))
+        };
+        assert!(with("<rng model='virtio'><new/></rng>").is_ok(), "unknown things are skipped");
+        for (devices, says) in [
+            ("<disk device='disk'><alias name='a1'/></disk>", "<disk> a1"),
+            ("<disk><target dev='sda'/></disk>", "no bus"),
+            ("<disk><target bus='scsi'/></disk>", "no name"),
+            ("<disk><target dev='sdq' bus='scsi'/></disk>", "<disk> sdq"),
+            ("<controller type='scsi' index='many'/>", "<controller type='scsi'>"),
+            ("<rng><address type='pci' bus='zz'/></rng>", "of rng"),
+        ] {
+            let error = with(devices).unwrap_err();
+            assert!(matches!(error, XmlError::Unsupported { .. }), "{error:?}");
+            assert!(error.to_string().contains(says), "{error} / {says}");
+        }
+        for bad in ["", "<domain>", "<network/>", "<domain><name>x</name></domain>", "no xml"] {
+            assert!(matches!(parse(bad), Err(XmlError::Malformed(_))), "{bad}");
+        }
+    }
+}

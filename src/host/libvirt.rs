@@ -1,1 +1,0 @@
-//! libvirt's connection, events and calls.

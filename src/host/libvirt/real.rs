@@ -1,0 +1,281 @@
+//! The real libvirt.
+
+use std::ffi::CString;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use virt::domain::Domain;
+use virt::sys;
+
+use super::ffi::{self, Handle};
+use super::workers::Workers;
+use super::{
+    Affect, Connection, Definition, DomainEvents, DomainInfo, DomainState, Endpoint, EventSender,
+    Hypervisor, Instance, LibvirtError, Socket, Version,
+};
+
+/// How many calls of one connection run at once. libvirt has one modifying job a domain at a time,
+/// so more would only queue up in the daemon.
+const PLACES: usize = 4;
+
+/// libvirt as it is on this host.
+#[derive(Debug, Default)]
+pub struct RealHypervisor;
+
+#[async_trait]
+impl Hypervisor for RealHypervisor {
+    async fn connect(
+        &self,
+        endpoint: &Endpoint,
+        deadline: Duration,
+    ) -> Result<Arc<dyn Connection>, LibvirtError> {
+        let name: Arc<str> = endpoint.name.as_str().into();
+        let workers = Workers::new(&name, PLACES);
+        let events = EventSender::default();
+        let alive = Arc::new(AtomicBool::new(true));
+        let handle = {
+            let (endpoint, events, alive) = (endpoint.clone(), events.clone(), Arc::clone(&alive));
+            workers
+                .run("connect", deadline, move || open(&endpoint, &events, &alive))
+                .await?
+        };
+        Ok(Arc::new(RealConnection { name, handle, workers, events, alive }))
+    }
+}
+
+/// Connects, on a worker; `endpoint` keeps the socket's descriptor open until that is done.
+fn open(
+    endpoint: &Endpoint,
+    events: &EventSender,
+    alive: &Arc<AtomicBool>,
+) -> Result<Closer, LibvirtError> {
+    ffi::start_event_loop().map_err(|message| LibvirtError::Other { code: 0, message })?;
+    let attempt = |instance| {
+        Handle::open(&uri(endpoint, instance), events.clone(), Arc::clone(alive))
+            .map_err(|e| convert(&endpoint.name, &e))
+    };
+    let opened = match attempt(endpoint.instance) {
+        Err(error) if error.is_other_instance() => attempt(endpoint.instance.other()),
+        other => other,
+    };
+    opened.map(|handle| Closer(Some(Arc::new(handle))))
+}
+
+/// The URI for an endpoint.
+fn uri(endpoint: &Endpoint, instance: Instance) -> String {
+    let socket = match &endpoint.socket {
+        Socket::Uri(uri) => return uri.clone(),
+        Socket::Path(path) => path.as_os_str().as_encoded_bytes().to_vec(),
+        Socket::Opened(fd) => format!("/proc/self/fd/{}", fd.as_raw_fd()).into_bytes(),
+    };
+    let mut uri = format!("qemu+unix:///{}?socket=", instance.as_str());
+    for byte in socket {
+        if byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte) {
+            uri.push(char::from(byte));
+        } else {
+            uri.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    uri
+}
+
+fn convert(endpoint: &str, error: &virt::error::Error) -> LibvirtError {
+    LibvirtError::from_parts(
+        endpoint,
+        error.code().to_raw(),
+        error.domain().to_raw(),
+        error.message().to_owned(),
+    )
+}
+
+/// Lets go of a connection, the last one on a thread of its own, because that may block: the daemon
+/// is told.
+struct Closer(Option<Arc<Handle>>);
+
+impl Drop for Closer {
+    fn drop(&mut self) {
+        // Only the last one closes it.
+        let Some(handle) = self.0.take().and_then(Arc::into_inner) else { return };
+        let spawned = std::thread::Builder::new()
+            .name("libvirt-close".into())
+            .spawn(move || drop(handle))
+            .map(drop);
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "no thread to close a libvirt connection on");
+        }
+    }
+}
+
+/// One connection to a real libvirt.
+struct RealConnection {
+    name: Arc<str>,
+    handle: Closer,
+    workers: Workers,
+    events: EventSender,
+    alive: Arc<AtomicBool>,
+}
+
+impl RealConnection {
+    /// Runs `work` with the connection on a worker.
+    async fn with_connect<T: Send + 'static>(
+        &self,
+        call: &'static str,
+        deadline: Duration,
+        work: impl FnOnce(&Handle) -> Result<T, virt::error::Error> + Send + 'static,
+    ) -> Result<T, LibvirtError> {
+        let Some(handle) = self.handle.0.clone() else {
+            return Err(LibvirtError::NoConnect {
+                endpoint: self.name.to_string(),
+                message: "closed".into(),
+            });
+        };
+        let name = Arc::clone(&self.name);
+        // Should the caller be gone by then, the last reference must not be dropped in between.
+        let handle = Closer(Some(handle));
+        self.workers
+            .run(call, deadline, move || match &handle.0 {
+                Some(open) => work(open).map_err(|e| convert(&name, &e)),
+                None => Err(LibvirtError::Other { code: 0, message: "closed".into() }),
+            })
+            .await
+    }
+
+    /// Runs `work` with a domain on a worker.
+    async fn with_domain<T: Send + 'static>(
+        &self,
+        call: &'static str,
+        domain: &str,
+        deadline: Duration,
+        work: impl FnOnce(&Domain) -> Result<T, virt::error::Error> + Send + 'static,
+    ) -> Result<T, LibvirtError> {
+        let domain = domain.to_owned();
+        self.with_connect(call, deadline, move |handle| {
+            work(&handle.connect().lookup_domain_by_name(&domain)?)
+        })
+        .await
+    }
+}
+
+const fn flags(affect: Affect) -> u32 {
+    (if affect.live { sys::VIR_DOMAIN_AFFECT_LIVE } else { 0 })
+        | (if affect.config { sys::VIR_DOMAIN_AFFECT_CONFIG } else { 0 })
+}
+
+fn state(state: virt::domain::DomainStateEnum) -> DomainState {
+    use virt::domain::DomainState as V;
+    match state.known() {
+        Some(V::Running | V::Blocked) => DomainState::Running,
+        Some(V::Paused | V::PMSuspended | V::Crashed | V::NoState) | None => DomainState::Paused,
+        Some(V::Shutdown | V::Shutoff) => DomainState::Shutoff,
+    }
+}
+
+#[async_trait]
+impl Connection for RealConnection {
+    async fn version(&self, deadline: Duration) -> Result<Version, LibvirtError> {
+        // virConnectGetLibVersion: major * 1,000,000 + minor * 1,000 + micro.
+        let v = self.with_connect("version", deadline, |h| h.connect().lib_version()).await?;
+        Ok(Version { major: v / 1_000_000, minor: v / 1_000 % 1_000, micro: v % 1_000 })
+    }
+
+    async fn info(
+        &self,
+        domain: &str,
+        deadline: Duration,
+    ) -> Result<Option<DomainInfo>, LibvirtError> {
+        let info = self.with_domain("info", domain, deadline, |domain| {
+            let (found, _reason) = domain.state()?;
+            let state = state(found);
+            let job = match state {
+                DomainState::Shutoff => None,
+                // Not offered by every driver; then a conflict shows by libvirt's own lock.
+                DomainState::Running | DomainState::Paused => ffi::job(domain).unwrap_or(None),
+            };
+            Ok(DomainInfo { state, persistent: domain.is_persistent()?, job })
+        });
+        match info.await {
+            Ok(info) => Ok(Some(info)),
+            Err(LibvirtError::NoDomain { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn xml(
+        &self,
+        domain: &str,
+        definition: Definition,
+        deadline: Duration,
+    ) -> Result<String, LibvirtError> {
+        let flags = match definition {
+            Definition::Live => 0,
+            Definition::Config => sys::VIR_DOMAIN_XML_INACTIVE,
+        };
+        self.with_domain("xml", domain, deadline, move |d| d.xml_desc(flags)).await
+    }
+
+    async fn attach_device(
+        &self,
+        domain: &str,
+        xml: &str,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let xml = xml.to_owned();
+        self.with_domain("attach", domain, deadline, move |d| {
+            d.attach_device_flags(&xml, flags(affect))
+        })
+        .await
+    }
+
+    async fn detach_alias(
+        &self,
+        domain: &str,
+        alias: &str,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let alias = CString::new(alias).map_err(|_| LibvirtError::DeviceMissing {
+            message: format!("an alias cannot hold NUL: {alias:?}"),
+        })?;
+        self.with_domain("detach", domain, deadline, move |d| {
+            ffi::detach_alias(d, &alias, flags(affect))
+        })
+        .await
+    }
+
+    async fn agent_command(
+        &self,
+        domain: &str,
+        command: &str,
+        deadline: Duration,
+    ) -> Result<String, LibvirtError> {
+        let command = command.to_owned();
+        // libvirt's own timeout, in seconds, comes first, so that the agent's channel is in order
+        // again when the call is given up.
+        let seconds =
+            i32::try_from(deadline.as_secs().saturating_sub(1).max(1)).unwrap_or(i32::MAX);
+        self.with_domain("agent", domain, deadline, move |d| {
+            d.qemu_agent_command(&command, seconds, 0)
+        })
+        .await
+    }
+
+    fn events(&self, domain: &str) -> DomainEvents {
+        self.events.subscribe(domain)
+    }
+
+    fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::Acquire)
+    }
+
+    fn stuck_calls(&self) -> usize {
+        self.workers.stuck()
+    }
+}
+
+#[cfg(test)]
+#[path = "real_tests.rs"]
+mod tests;

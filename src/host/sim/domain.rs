@@ -1,0 +1,363 @@
+//! A simulated domain: its XML, as text that is edited in place, and its guest.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::json;
+
+use crate::domain::xml::{self, Disk, Domain};
+use crate::host::libvirt::{Affect, Definition, DomainInfo, DomainState, Job, LibvirtError};
+
+/// How a guest takes a removal on bus virtio. On bus scsi it is not asked, as with QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Unplug {
+    /// It lets go at once.
+    #[default]
+    Acknowledge,
+    /// It refuses.
+    Refuse,
+    /// It does not answer until [`super::hypervisor::SimHypervisor::acknowledge`].
+    Silent,
+}
+
+/// A simulated guest's agent.
+#[derive(Debug, Clone, Default)]
+pub struct SimAgent {
+    /// Whether the domain has one and it is connected.
+    pub connected: bool,
+    /// What is mounted: serial of the disk to mount point.
+    pub mounted: BTreeMap<String, String>,
+    /// Devices built on disks: serial of the disk to device-mapper name.
+    pub holders: BTreeMap<String, String>,
+    /// Whole answers to commands, instead of those made from the above.
+    pub scripted: BTreeMap<String, String>,
+}
+
+/// A simulated domain.
+#[derive(Debug, Clone)]
+pub struct SimDomain {
+    name: String,
+    live: Option<String>,
+    config: Option<String>,
+    /// The guest is held.
+    pub paused: bool,
+    /// What has the domain to itself.
+    pub job: Option<Job>,
+    /// How the guest takes removals.
+    pub unplug: Unplug,
+    /// Its agent.
+    pub agent: SimAgent,
+    unanswered: BTreeSet<String>,
+}
+
+impl SimDomain {
+    /// A running domain from its XML; `persistent` gives it the same as its definition.
+    pub fn from_xml(name: &str, xml: &str, persistent: bool) -> Self {
+        Self {
+            name: name.to_owned(),
+            live: Some(xml.to_owned()),
+            config: persistent.then(|| xml.to_owned()),
+            paused: false,
+            job: None,
+            unplug: Unplug::default(),
+            agent: SimAgent { connected: true, ..SimAgent::default() },
+            unanswered: BTreeSet::new(),
+        }
+    }
+
+    /// A running q35 domain with a boot disk, a virtio-scsi controller and eight free root ports.
+    pub fn q35(name: &str, persistent: bool) -> Self {
+        let ports: String = (1..=10)
+            .map(|i| {
+                format!(
+                    "    <controller type='pci' index='{i}' model='pcie-root-port'>\n      \
+                     <address type='pci' domain='0x0000' bus='0x00' slot='{i:#04x}' function='0x0'/>\n    \
+                     </controller>\n"
+                )
+            })
+            .collect();
+        let xml = format!(
+            "<domain type='kvm' id='1'>
+  <name>{name}</name>
+  <os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2'/>
+      <source file='/boot.qcow2'/>
+      <target dev='vda' bus='virtio'/>
+      <serial>boot</serial>
+      <alias name='ua-boot'/>
+      <address type='pci' domain='0x0000' bus='0x01' slot='0x00' function='0x0'/>
+    </disk>
+    <controller type='scsi' index='0' model='virtio-scsi'>
+      <alias name='scsi0'/>
+      <address type='pci' domain='0x0000' bus='0x02' slot='0x00' function='0x0'/>
+    </controller>
+    <controller type='pci' index='0' model='pcie-root'/>
+{ports}  </devices>
+</domain>
+"
+        );
+        Self::from_xml(name, &xml, persistent)
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// At a glance.
+    pub fn info(&self) -> DomainInfo {
+        let state = match (&self.live, self.paused) {
+            (None, _) => DomainState::Shutoff,
+            (Some(_), true) => DomainState::Paused,
+            (Some(_), false) => DomainState::Running,
+        };
+        DomainInfo { state, persistent: self.config.is_some(), job: self.job }
+    }
+
+    /// One of its definitions, as libvirt has it: of a domain that does not run, both are the
+    /// persistent one.
+    pub fn xml(&self, definition: Definition) -> String {
+        let text = match definition {
+            Definition::Live => self.live.as_ref().or(self.config.as_ref()),
+            Definition::Config => self.config.as_ref().or(self.live.as_ref()),
+        };
+        text.cloned().unwrap_or_default()
+    }
+
+    /// Stops; whether anything of it remains.
+    pub fn stop(&mut self) -> bool {
+        self.live = None;
+        self.unanswered.clear();
+        self.config.is_some()
+    }
+
+    /// Starts from the persistent definition.
+    pub fn start(&mut self) {
+        self.live.clone_from(&self.config);
+    }
+
+    /// The guest answers to a removal; whether one was pending.
+    pub fn acknowledge(&mut self, alias: &str) -> bool {
+        self.unanswered.remove(alias)
+            && self.live.as_mut().is_some_and(|xml| remove_disk(xml, alias))
+    }
+
+    /// Adds a device; its alias when it was a disk of the running domain.
+    pub fn attach(
+        &mut self,
+        device: &str,
+        affect: Affect,
+        may_open: &dyn Fn(&str) -> Result<(), String>,
+    ) -> Result<Option<String>, LibvirtError> {
+        let live = affect.live.then(|| with_device(self.running()?, device)).transpose()?;
+        let config = affect.config.then(|| with_device(self.defined()?, device)).transpose()?;
+        let mut added = None;
+        if let Some((text, disk)) = live {
+            if let Some(disk) = disk {
+                let path = disk.source.unwrap_or_default();
+                may_open(&path).map_err(|why| LibvirtError::Other {
+                    code: 1,
+                    message: format!(
+                        "internal error: unable to execute QEMU command 'blockdev-add': Could not open '{path}': {why}"
+                    ),
+                })?;
+                added = disk.alias;
+            }
+            self.live = Some(text);
+        }
+        if let Some((text, _)) = config {
+            self.config = Some(text);
+        }
+        Ok(added)
+    }
+
+    /// Asks for a disk's removal; what came of it in the running domain.
+    pub fn detach(&mut self, alias: &str, affect: Affect) -> Result<Option<Unplug>, LibvirtError> {
+        let missing = || LibvirtError::DeviceMissing {
+            message: format!("device not found: no device found with alias {alias}"),
+        };
+        let mut result = None;
+        if affect.config {
+            self.defined()?;
+            if !self.config.as_mut().is_some_and(|xml| remove_disk(xml, alias)) {
+                return Err(missing());
+            }
+        }
+        if affect.live {
+            let domain = read(self.running()?)?;
+            let bus = domain.disk(alias).ok_or_else(missing)?.bus.clone();
+            let outcome = if bus == "scsi" { Unplug::Acknowledge } else { self.unplug };
+            match outcome {
+                Unplug::Acknowledge => {
+                    if let Some(xml) = &mut self.live {
+                        remove_disk(xml, alias);
+                    }
+                }
+                Unplug::Refuse => {}
+                Unplug::Silent => {
+                    if !self.unanswered.insert(alias.to_owned()) {
+                        return Err(LibvirtError::UnplugPending {
+                            message: format!("Device {alias} is already in the process of unplug"),
+                        });
+                    }
+                }
+            }
+            result = Some(outcome);
+        }
+        Ok(result)
+    }
+
+    /// Answers a command to the guest agent.
+    pub fn agent(&self, request: &str) -> Result<String, LibvirtError> {
+        let domain = read(self.running()?)?;
+        if !self.agent.connected {
+            return Err(LibvirtError::AgentUnavailable {
+                message: "Guest agent is not responding: QEMU guest agent is not connected".into(),
+            });
+        }
+        let request: serde_json::Value = serde_json::from_str(request).unwrap_or_default();
+        let command = request["execute"].as_str().unwrap_or_default();
+        if let Some(answer) = self.agent.scripted.get(command) {
+            return Ok(answer.clone());
+        }
+        let answer = match command {
+            "guest-ping" => json!({"return": {}}),
+            "guest-get-fsinfo" => json!({"return": self.fsinfo(&domain)}),
+            "guest-get-disks" => json!({"return": self.disks(&domain)}),
+            other => json!({"error": {"class": "CommandNotFound",
+                "desc": format!("The command {other} has not been found")}}),
+        };
+        Ok(answer.to_string())
+    }
+
+    fn fsinfo(&self, domain: &Domain) -> Vec<serde_json::Value> {
+        let mut list = Vec::new();
+        for disk in &domain.disks {
+            let Some(at) = disk.serial.as_ref().and_then(|s| self.agent.mounted.get(s)) else {
+                continue;
+            };
+            list.push(json!({
+                "name": format!("{}1", disk.target), "mountpoint": at, "type": "ext4",
+                "disk": [address(disk, &format!("/dev/{}1", disk.target))],
+            }));
+        }
+        list
+    }
+
+    fn disks(&self, domain: &Domain) -> Vec<serde_json::Value> {
+        let mut list = Vec::new();
+        for disk in domain.disks.iter().filter(|d| d.device == "disk") {
+            let node = format!("/dev/{}", disk.target);
+            list.push(json!({"name": node, "partition": false, "dependencies": [],
+                "address": address(disk, &node)}));
+            let serial = disk.serial.as_deref().unwrap_or_default();
+            if self.agent.mounted.contains_key(serial) {
+                list.push(json!({"name": format!("{node}1"), "partition": true,
+                    "dependencies": [node]}));
+            }
+            if let Some(name) = self.agent.holders.get(serial) {
+                list.push(json!({"name": format!("/dev/dm-{}", list.len()), "partition": false,
+                    "dependencies": [node], "alias": name}));
+            }
+        }
+        list
+    }
+
+    /// The sources that QEMU has open.
+    pub fn open_paths(&self) -> Vec<String> {
+        let disks = self.live.as_deref().and_then(|x| read(x).ok()).map(|d| d.disks);
+        disks.into_iter().flatten().filter_map(|d| d.source).collect()
+    }
+
+    /// Its disks, one a line, in both definitions.
+    pub fn snapshot(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (which, text) in [("live", &self.live), ("config", &self.config)] {
+            let disks = text.as_deref().and_then(|x| read(x).ok()).map(|d| d.disks);
+            lines.extend(disks.into_iter().flatten().map(|d| {
+                format!(
+                    "{which} {} {} serial={} source={}",
+                    d.target,
+                    d.alias.unwrap_or_default(),
+                    d.serial.unwrap_or_default(),
+                    d.source.unwrap_or_default()
+                )
+            }));
+        }
+        lines
+    }
+
+    fn running(&self) -> Result<&str, LibvirtError> {
+        self.live.as_deref().ok_or_else(|| LibvirtError::NotRunning {
+            message: "Requested operation is not valid: domain is not running".into(),
+        })
+    }
+
+    fn defined(&self) -> Result<&str, LibvirtError> {
+        self.config.as_deref().ok_or_else(|| LibvirtError::NotRunning {
+            message: "Requested operation is not valid: transient domains do not have any persistent config".into(),
+        })
+    }
+}
+
+fn address(disk: &Disk, dev: &str) -> serde_json::Value {
+    let serial = disk.serial.as_deref().unwrap_or_default();
+    let serial = match disk.bus.as_str() {
+        "scsi" => format!("0QEMU_QEMU_HARDDISK_{serial}"),
+        _ => serial.to_owned(),
+    };
+    json!({"serial": serial, "bus-type": disk.bus, "dev": dev, "bus": 0, "target": 0, "unit": 0,
+        "pci-controller": {"domain": 0, "bus": 0, "slot": 0, "function": 0}})
+}
+
+fn refused(message: String) -> LibvirtError {
+    LibvirtError::Other { code: 27, message }
+}
+
+fn read(text: &str) -> Result<Domain, LibvirtError> {
+    xml::parse(text).map_err(|e| refused(e.to_string()))
+}
+
+/// The XML with one more device, and that as a disk if it is one; refused where libvirt refuses.
+fn with_device(text: &str, device: &str) -> Result<(String, Option<Disk>), LibvirtError> {
+    let before = read(text)?;
+    let new = text.replacen("</devices>", &format!("{device}\n  </devices>"), 1);
+    let after = read(&new)?;
+    let grew = (after.pci_used.len() - before.pci_used.len())
+        + (after.scsi_used.len() - before.scsi_used.len());
+    if grew != 1 {
+        return Err(refused("XML error: the device's address is missing or in use".into()));
+    }
+    let Some(disk) = after.disks.last().filter(|_| after.disks.len() > before.disks.len()) else {
+        let index = after.scsi.last().map(|c| c.index);
+        if before.scsi.iter().any(|c| Some(c.index) == index) {
+            return Err(refused("operation failed: target scsi:0 already exists".into()));
+        }
+        return Ok((new, None));
+    };
+    if before.disks.iter().any(|d| d.target == disk.target) {
+        return Err(refused(format!("operation failed: target {} already exists", disk.target)));
+    }
+    if before.disks.iter().any(|d| d.alias == disk.alias) {
+        return Err(refused("XML error: non unique alias detected".into()));
+    }
+    if let Some(at) = disk.drive.filter(|_| disk.bus == "scsi")
+        && before.scsi.iter().all(|c| c.index != at.controller)
+    {
+        return Err(refused(format!("internal error: no SCSI controller {}", at.controller)));
+    }
+    let disk = disk.clone();
+    Ok((new, Some(disk)))
+}
+
+/// Cuts a disk out of the XML; whether it was there.
+fn remove_disk(text: &mut String, alias: &str) -> bool {
+    const END: &str = "</disk>";
+    let Some(at) = text.find(&format!("<alias name='{alias}'/>")) else { return false };
+    let (Some(from), Some(to)) = (text[..at].rfind("<disk "), text[at..].find(END)) else {
+        return false;
+    };
+    text.replace_range(from..at + to + END.len(), "");
+    true
+}

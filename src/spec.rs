@@ -147,11 +147,23 @@ impl VolumeSpec {
     }
 }
 
+/// How an addition is to be made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AddOptions {
+    /// Take another identity than the one recorded at the volume's first attach.
+    pub accept_new_identity: bool,
+    /// Check, and change nothing.
+    pub dry_run: bool,
+}
+
 /// How a removal is to be made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RemoveOptions {
     /// Go on although the guest uses the disk, or cannot be asked.
     pub force: bool,
+    /// Check, and change nothing; so never stored.
+    #[serde(skip)]
+    pub dry_run: bool,
 }
 
 /// How far a volume is. The order is that of an attach, then of a detach.

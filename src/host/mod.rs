@@ -5,8 +5,10 @@
 pub mod block;
 pub mod bpf;
 pub mod cmd;
+pub mod facts;
 pub mod iscsidb;
 pub mod libvirt;
+pub mod listen;
 pub mod lock;
 pub mod multipathd;
 pub mod nodes;

@@ -1,0 +1,152 @@
+//! What the API talks to: all VMs of this node and their volumes.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use tokio::sync::broadcast;
+
+use crate::reason::Reason;
+use crate::spec::{AddOptions, RemoveOptions, VmSpec, VolumeSpec, VolumeStatus};
+use crate::types::{Outcome, VmId, VolumeKey};
+
+/// All VMs of this node and their volumes. Calls return when the wish is durable; what becomes of
+/// it is told by [`Volumes::watch`].
+#[async_trait]
+pub trait Volumes: Send + Sync {
+    /// Makes a VM known. The same again is [`Outcome::Already`]; other particulars are
+    /// [`Reason::VmExists`].
+    async fn register_vm(&self, spec: VmSpec) -> Result<Outcome<VmInfo>, Refusal>;
+
+    /// Forgets a VM; an unknown one is [`Outcome::Already`], one with volumes
+    /// [`Reason::VmHasVolumes`].
+    async fn unregister_vm(&self, id: &VmId) -> Result<Outcome, Refusal>;
+
+    /// All VMs, in the order of their names.
+    async fn list_vms(&self) -> Vec<VmInfo>;
+
+    /// Wants a volume. Returns when the wish is durable, not when the volume is ready.
+    async fn add_volume(
+        &self,
+        vm: &VmId,
+        spec: VolumeSpec,
+        options: AddOptions,
+    ) -> Result<Outcome<VolumeStatus>, Refusal>;
+
+    /// Wants a volume no more. Returns when the wish is durable, not when the volume is gone.
+    /// Asked again, it starts a removal anew that was refused: the status returned then carries
+    /// no reason of an attempt before.
+    async fn remove_volume(
+        &self,
+        key: &VolumeKey,
+        options: RemoveOptions,
+    ) -> Result<Outcome<VolumeStatus>, Refusal>;
+
+    /// One volume as it is now.
+    async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal>;
+
+    /// All volumes, or one VM's, ordered by key.
+    async fn list_volumes(&self, vm: Option<&VmId>) -> Vec<VolumeStatus>;
+
+    /// Every change from now on, the end ([`crate::spec::Phase::Gone`]) included. A subscriber
+    /// subscribes first and lists then; `generation` says what the list already had, so it must
+    /// keep growing when a name is removed and added again. A change is in the list before it is
+    /// sent.
+    fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>>;
+
+    /// What this node is.
+    async fn node(&self) -> NodeInfo;
+}
+
+/// A wish that was not granted; nothing was changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// Why.
+    pub reason: Reason,
+    /// The request's field that is to blame, in the contract's spelling (`volume.serial`), where
+    /// one is.
+    pub field: Option<String>,
+    /// What happened, with the value. What to do is the reason's remedy.
+    pub message: String,
+}
+
+impl Refusal {
+    /// A refusal that no single field is to blame for.
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self { reason, field: None, message: message.into() }
+    }
+
+    /// Names the field to blame.
+    #[must_use]
+    pub fn field(mut self, field: impl Into<String>) -> Self {
+        self.field = Some(field.into());
+        self
+    }
+}
+
+/// How a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum VmState {
+    /// Not known yet.
+    Unknown,
+    /// Its domain runs.
+    Running,
+    /// Its domain does not run.
+    Stopped,
+    /// Its pod or libvirt cannot be reached.
+    Unreachable,
+}
+
+/// A VM as it was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmInfo {
+    /// As registered.
+    pub spec: VmSpec,
+    /// How it is.
+    pub state: VmState,
+    /// In that state since.
+    pub since: Timestamp,
+    /// How many volumes it has, those being removed included.
+    pub volumes: u32,
+    /// The pod's directory on the host.
+    pub pod_dir: Option<PathBuf>,
+    /// The cgroup that grants are made for.
+    pub cgroup: Option<PathBuf>,
+    /// The hotplug directory on the host.
+    pub hotplug_dir: Option<PathBuf>,
+    /// The hotplug directory as QEMU sees it.
+    pub hotplug_dir_in_pod: Option<PathBuf>,
+    /// Why it cannot be served; `None` when all is well.
+    pub reason: Option<Reason>,
+    /// The reason in words.
+    pub message: String,
+}
+
+/// What a node is and can do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeInfo {
+    /// The node's name.
+    pub name: String,
+    /// lunplugd's version.
+    pub version: String,
+    /// The kernel's release.
+    pub kernel: String,
+    /// The boot's id.
+    pub boot_id: String,
+    /// The iSCSI initiator name, where there is one.
+    pub initiator_name: Option<String>,
+    /// multipathd answers.
+    pub multipathd: bool,
+    /// How devices can be allowed in a VM's cgroup, e.g. `cgroup2-override`.
+    pub grants: Vec<String>,
+    /// Nothing here is real. Told to people; nothing decides by it.
+    pub simulated: bool,
+    /// The one VM that this daemon serves, in its sidecar form.
+    pub only_vm: Option<VmId>,
+    /// At most so many VMs.
+    pub max_vms: u32,
+    /// At most so many volumes a VM.
+    pub max_volumes_per_vm: u32,
+}

@@ -15,7 +15,9 @@ use crate::config::{Log, LogFormat};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The level is not one.
-    #[error("log level {0:?} is malformed: give error, warn, info, debug, trace, or MODULE=LEVEL,...")]
+    #[error(
+        "log level {0:?} is malformed: give error, warn, info, debug, trace, or MODULE=LEVEL,..."
+    )]
     Level(String, #[source] ParseError),
     /// No journal.
     #[error("the journal cannot be reached: set log.format to text or json")]

@@ -74,7 +74,8 @@ fn pod_place(pod: v1::PodPlace) -> Result<VmPlace, Refusal> {
     let uid_ok = [32, 36].contains(&pod.uid.len())
         && pod.uid.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c) || c == b'-');
     if !uid_ok {
-        let rule = "the pod's metadata.uid: 36 of 0-9, a-f and '-', or the 32 hex digits of a static pod";
+        let rule =
+            "the pod's metadata.uid: 36 of 0-9, a-f and '-', or the 32 hex digits of a static pod";
         return Err(malformed("vm.pod.uid", &Malformed::new("pod UID", &pod.uid, rule)));
     }
     Ok(VmPlace::Pod {
@@ -111,7 +112,11 @@ fn plain(
         && !path.contains('\0')
         && Path::new(&path).has_root() == rooted
         && Path::new(&path).components().all(|c| names(&c));
-    if ok { Ok(Some(path.into())) } else { Err(malformed(field, &Malformed::new("path", &path, rule))) }
+    if ok {
+        Ok(Some(path.into()))
+    } else {
+        Err(malformed(field, &Malformed::new("path", &path, rule)))
+    }
 }
 
 /// A volume to add, defaults filled in, the rules between fields checked.
@@ -170,7 +175,8 @@ fn iscsi_source(iscsi: v1::IscsiSource) -> Result<IscsiSource, Refusal> {
         target: parse(&field("target"), &iscsi.target)?,
         portals: portals_of(iscsi.portals.iter().map(String::as_str))
             .map_err(|error| malformed(field("portals"), &error))?,
-        lun: Lun::try_from(u64::from(iscsi.lun)).map_err(|error| malformed(field("lun"), &error))?,
+        lun: Lun::try_from(u64::from(iscsi.lun))
+            .map_err(|error| malformed(field("lun"), &error))?,
     })
 }
 

@@ -137,7 +137,9 @@ pub(super) fn keys() -> Vec<(String, Value)> {
     for (name, value) in defaults {
         match value {
             Value::Table(section) => {
-                keys.extend(section.into_iter().map(|(key, value)| (format!("{name}.{key}"), value)));
+                keys.extend(
+                    section.into_iter().map(|(key, value)| (format!("{name}.{key}"), value)),
+                );
             }
             value => keys.push((name, value)),
         }

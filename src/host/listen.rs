@@ -22,7 +22,9 @@ pub const MAX_SOCKET_PATH: usize = 107;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The path does not fit in an address.
-    #[error("socket path {0} is longer than {MAX_SOCKET_PATH} bytes: set `socket` to a shorter one")]
+    #[error(
+        "socket path {0} is longer than {MAX_SOCKET_PATH} bytes: set `socket` to a shorter one"
+    )]
     TooLong(PathBuf),
     /// Somebody serves there.
     #[error("another lunplugd serves {0}: stop it, or set `socket` to another path")]

@@ -1,1 +1,290 @@
 //! Configuration: file, environment, flags.
+//!
+//! One precedence: built-in defaults, then the file (`/etc/lunplug/lunplugd.toml`), then the
+//! environment (`LUNPLUG_` and the key in capitals, `.` as `_`: `LUNPLUG_LOG_LEVEL`), then flags;
+//! the later wins, key by key. `lunplugd --check-config` prints what came of it.
+//! `dist/lunplugd.toml` documents every key.
+
+mod layers;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::VmId;
+
+pub use layers::{DEFAULT_PATH, Error, Layers, Loaded};
+
+/// Everything that can be set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The API's socket. Unless set: `lunplugd.sock` in `run_dir`, in the sidecar's form
+    /// `NAMESPACE_NAME.sock`.
+    pub socket: PathBuf,
+    /// The group that the socket belongs to; empty: that of the process.
+    pub socket_group: String,
+    /// Uids that may call, besides root and the daemon's own.
+    pub allowed_uids: Vec<u32>,
+    /// Durable state: what is wanted, and identities.
+    pub state_dir: PathBuf,
+    /// State of this boot: effects, locks, ownership.
+    pub run_dir: PathBuf,
+    /// kubelet's directory, where the pods' volumes are.
+    pub kubelet_root: PathBuf,
+    /// This node's name; the host's unless set.
+    pub node_name: String,
+    /// What becomes of a removal when nobody can say whether the guest uses the disk.
+    pub guest_unproven: GuestUnproven,
+    /// Logs.
+    pub log: Log,
+    /// How long things may take.
+    pub deadlines: Deadlines,
+    /// iSCSI sessions that lunplug makes.
+    pub iscsi: Iscsi,
+    /// How much there may be.
+    pub limits: Limits,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            socket: PathBuf::new(),
+            socket_group: String::new(),
+            allowed_uids: Vec::new(),
+            state_dir: "/var/lib/lunplug".into(),
+            run_dir: "/run/lunplug".into(),
+            kubelet_root: "/var/lib/kubelet".into(),
+            node_name: String::new(),
+            guest_unproven: GuestUnproven::default(),
+            log: Log::default(),
+            deadlines: Deadlines::default(),
+            iscsi: Iscsi::default(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// What becomes of a removal when nobody can say whether the guest uses the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestUnproven {
+    /// It is refused with GUEST_UNPROVEN unless forced.
+    #[default]
+    Refuse,
+    /// It goes on, and the result says that it was unproven.
+    Allow,
+}
+
+/// Logs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// Where and in which form.
+    pub format: LogFormat,
+    /// What: a level, or directives as `info,lunplug::connector=debug`.
+    pub level: String,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::default(), level: "info".into() }
+    }
+}
+
+/// Where logs go and in which form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// To the journal when systemd connected stderr to it, text otherwise.
+    #[default]
+    Auto,
+    /// Lines for people, to stderr.
+    Text,
+    /// One JSON object a line, to stderr.
+    Json,
+    /// To the journal, with fields.
+    Journald,
+}
+
+/// How long things may take. After that they are abandoned, with DEADLINE_EXCEEDED, and tried
+/// again where that can help.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Deadlines {
+    /// One attempt to attach a volume, from login to the guest.
+    #[serde(with = "friendly")]
+    pub attach: Duration,
+    /// One attempt to detach a volume, the guest's answer not counted.
+    #[serde(with = "friendly")]
+    pub detach: Duration,
+    /// One call to libvirt.
+    #[serde(with = "friendly")]
+    pub libvirt_call: Duration,
+    /// One child process, e.g. iscsiadm.
+    #[serde(with = "friendly")]
+    pub command: Duration,
+    /// The guest agent's answer.
+    #[serde(with = "friendly")]
+    pub agent: Duration,
+    /// The guest's answer to the request to let a disk go; after that the volume waits in
+    /// Detaching with DETACH_UNACKNOWLEDGED, and the answer still counts when it comes.
+    #[serde(with = "friendly")]
+    pub guest_unplug: Duration,
+    /// One call into the kernel that can get stuck: scan, delete, flush.
+    #[serde(with = "friendly")]
+    pub kernel_call: Duration,
+    /// One exchange with multipathd.
+    #[serde(with = "friendly")]
+    pub multipathd: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        let s = Duration::from_secs;
+        Self {
+            attach: s(120),
+            detach: s(120),
+            libvirt_call: s(30),
+            command: s(60),
+            agent: s(5),
+            guest_unplug: s(30),
+            kernel_call: s(30),
+            multipathd: s(10),
+        }
+    }
+}
+
+/// iSCSI sessions that lunplug makes. Other sessions are never changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Iscsi {
+    /// With more than one path: how long a dead path holds its I/O before it is failed over.
+    #[serde(with = "friendly")]
+    pub replacement_timeout_multipath: Duration,
+    /// With a single path: how long I/O waits for the path to come back before it fails.
+    #[serde(with = "friendly")]
+    pub replacement_timeout_single: Duration,
+    /// One login.
+    #[serde(with = "friendly")]
+    pub login_timeout: Duration,
+    /// How often a first login is tried.
+    pub login_retries: u32,
+    /// Between two NOP-Outs.
+    #[serde(with = "friendly")]
+    pub noop_interval: Duration,
+    /// Waiting for the answer to one.
+    #[serde(with = "friendly")]
+    pub noop_timeout: Duration,
+}
+
+impl Default for Iscsi {
+    fn default() -> Self {
+        let s = Duration::from_secs;
+        Self {
+            replacement_timeout_multipath: s(10),
+            replacement_timeout_single: s(120),
+            login_timeout: s(10),
+            login_retries: 2,
+            noop_interval: s(5),
+            noop_timeout: s(5),
+        }
+    }
+}
+
+/// How much there may be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Registered VMs.
+    pub max_vms: u32,
+    /// Volumes of one VM.
+    pub max_volumes_per_vm: u32,
+    /// Attaches and detaches at work at once, over all VMs.
+    pub max_parallel: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_vms: 500, max_volumes_per_vm: 128, max_parallel: 32 }
+    }
+}
+
+impl Config {
+    /// Fills in what depends on the host and on the daemon's form.
+    pub fn resolve(&mut self, only_vm: Option<&VmId>, hostname: &str) {
+        if self.socket.as_os_str().is_empty() {
+            self.socket = self.run_dir.join(match only_vm {
+                // '_' cannot be in a name, so no two VMs meet.
+                Some(vm) => format!("{}_{}.sock", vm.namespace(), vm.name()),
+                None => "lunplugd.sock".into(),
+            });
+        }
+        if self.node_name.is_empty() {
+            hostname.trim().clone_into(&mut self.node_name);
+        }
+    }
+
+    /// What no single value's type can express.
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        let paths = [
+            ("state_dir", &self.state_dir),
+            ("run_dir", &self.run_dir),
+            ("kubelet_root", &self.kubelet_root),
+            ("socket", &self.socket),
+        ];
+        for (key, path) in paths {
+            let unset = key == "socket" && path.as_os_str().is_empty();
+            if !unset && !path.is_absolute() {
+                return Err((key, format!("{path:?} is not an absolute path")));
+            }
+        }
+        // What the kernel reports for every uid that has no mapping (user_namespaces(7)).
+        if let Some(uid) = self.allowed_uids.iter().find(|&&uid| [65534, u32::MAX].contains(&uid)) {
+            let message = format!("uid {uid} stands for any unknown user and cannot be allowed");
+            return Err(("allowed_uids", message));
+        }
+        for (key, limit) in [
+            ("limits.max_vms", self.limits.max_vms),
+            ("limits.max_volumes_per_vm", self.limits.max_volumes_per_vm),
+            ("limits.max_parallel", self.limits.max_parallel),
+        ] {
+            if limit == 0 {
+                return Err((key, "0 allows nothing: give at least 1".into()));
+            }
+        }
+        if let Err(error) = crate::telemetry::filter(&self.log.level) {
+            return Err(("log.level", error.to_string()));
+        }
+        Ok(())
+    }
+}
+
+/// Durations as people write them: `30s`, `1m 30s`, `500ms`; whole milliseconds, more than 0 and at
+/// most a day.
+mod friendly {
+    use std::time::Duration;
+
+    use jiff::SignedDuration;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        let value = SignedDuration::try_from(*value).map_err(serde::ser::Error::custom)?;
+        to.collect_str(&format_args!("{value:#}"))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(from)?;
+        let day = Duration::from_secs(24 * 60 * 60);
+        text.parse::<SignedDuration>()
+            .ok()
+            .and_then(|value| Duration::try_from(value).ok())
+            .filter(|value| !value.is_zero() && *value <= day)
+            .ok_or_else(|| {
+                D::Error::custom(format!(
+                    "duration {text:?} is malformed: write it as 30s, 500ms or 1m 30s, more than 0 and at most a day"
+                ))
+            })
+    }
+}

@@ -187,6 +187,11 @@ reasons! {
 }
 
 impl Reason {
+    /// The reason of that code; `None` for one of a newer version.
+    pub fn from_code(code: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|reason| reason.code() == code)
+    }
+
     /// Whether trying again, unchanged, can help by itself.
     pub const fn is_transient(self) -> bool {
         matches!(self.kind(), Kind::Unavailable | Kind::Deadline)

@@ -22,7 +22,7 @@ pub struct Malformed {
 }
 
 impl Malformed {
-    fn new(what: &'static str, value: &str, rule: &'static str) -> Self {
+    pub(crate) fn new(what: &'static str, value: &str, rule: &'static str) -> Self {
         // A hostile value must not be able to fill a log line.
         Self { what, value: value.chars().take(256).collect(), rule }
     }

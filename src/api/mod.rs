@@ -1,1 +1,25 @@
 //! The gRPC service: validates, converts, maps errors, and nothing else.
+//!
+//! ```text
+//! unix socket -> auth (who calls) -> service -> convert (wire to types) -> vm::facade::Volumes
+//!                                       ^                                        |
+//!                                       +------ status (refusal to gRPC) <-------+
+//! ```
+
+pub mod auth;
+pub mod convert;
+pub mod server;
+mod service;
+pub mod status;
+mod watch;
+
+pub use service::Service;
+
+/// What `proto/lunplug/v1` generates. Its documentation is the contract's own.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod v1 {
+    tonic::include_proto!("lunplug.v1");
+
+    /// The contract's descriptors, for gRPC reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lunplug.bin"));
+}

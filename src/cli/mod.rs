@@ -1,1 +1,165 @@
-//! The commands of `lunplug`, one file each.
+//! The commands of `lunplug`, one file each. Results go to stdout, progress and errors to stderr.
+
+mod add;
+mod client;
+mod describe;
+mod failure;
+mod file;
+mod list;
+mod node;
+mod output;
+mod remove;
+mod vm;
+mod wait;
+mod watch;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+pub use client::Client;
+pub use failure::{Exit, Failure};
+pub use output::Format;
+
+use crate::types::VmId;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done, or found done
+  1  failed: damaged data, or a bug
+  2  the request is wrong (usage, names, values)
+  3  no such VM or volume
+  4  it clashes with what exists
+  5  somebody has to act first (VM not running, disk in use by the guest, login refused, ...)
+  6  not now, or not within --timeout; lunplugd goes on with it
+  7  not allowed
+  8  called off
+docs/errors.md explains every reason.";
+
+/// Hot-plugs SAN volumes into running KVM virtual machines, by the lunplugd of this node.
+#[derive(Debug, Parser)]
+#[command(name = "lunplug", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// lunplugd's socket.
+    #[arg(
+        long,
+        global = true,
+        env = "LUNPLUG_SOCKET",
+        value_name = "PATH",
+        default_value = "/run/lunplug/lunplugd.sock"
+    )]
+    socket: PathBuf,
+    /// How to print results.
+    #[arg(
+        short,
+        long,
+        global = true,
+        env = "LUNPLUG_OUTPUT",
+        value_enum,
+        default_value_t = Format::Table
+    )]
+    output: Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Plug a volume into a VM.
+    #[command(after_help = EXIT_CODES)]
+    Addvolume(Box<add::Args>),
+    /// Take a volume from a VM.
+    #[command(after_help = EXIT_CODES)]
+    Removevolume(remove::Args),
+    /// List volumes.
+    List(list::Args),
+    /// Show everything about one volume.
+    Describe(describe::Args),
+    /// Register, list and unregister VMs.
+    #[command(subcommand)]
+    Vm(vm::Command),
+    /// Show the node.
+    Node,
+    /// Follow the changes of volumes.
+    Watch(watch::Args),
+}
+
+/// Names a VM.
+#[derive(Debug, clap::Args)]
+struct VmArg {
+    /// The VM: NAME, or NAMESPACE/NAME.
+    #[arg(value_name = "VM")]
+    vm: String,
+    #[command(flatten)]
+    namespace: Namespace,
+}
+
+/// The namespace of a VM.
+#[derive(Debug, clap::Args)]
+struct Namespace {
+    /// The VM's namespace [default: default].
+    #[arg(short, long, env = "LUNPLUG_NAMESPACE")]
+    namespace: Option<String>,
+}
+
+impl Namespace {
+    /// The VM of that name; one that is written NAMESPACE/NAME has its namespace with it.
+    fn vm(&self, text: &str) -> Result<VmId, Failure> {
+        let vm = match (&self.namespace, text.contains('/')) {
+            (Some(namespace), false) => VmId::new(namespace, text),
+            _ => text.parse(),
+        };
+        vm.map_err(|error| Failure::malformed("vm", &error))
+    }
+}
+
+impl VmArg {
+    fn id(&self) -> Result<VmId, Failure> {
+        self.namespace.vm(&self.vm)
+    }
+}
+
+/// Where a command writes.
+pub struct Screen<'a> {
+    /// Results.
+    pub out: &'a mut (dyn Write + Send),
+    /// Progress and errors.
+    pub err: &'a mut (dyn Write + Send),
+    /// A person watches: progress moves (on the process's own stderr).
+    pub live: bool,
+}
+
+/// Runs one command and writes its error, if it has one.
+pub async fn run(cli: Cli, screen: &mut Screen<'_>) -> Exit {
+    let format = cli.output;
+    match dispatch(cli, screen).await {
+        Ok(()) => Exit::Ok,
+        Err(failure) => {
+            // Nowhere is left to complain to.
+            let _ = failure.write(format, screen.err);
+            failure.exit
+        }
+    }
+}
+
+async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
+    let format = cli.output;
+    let socket = cli.socket;
+    match cli.command {
+        Command::Addvolume(args) => add::run(*args, &socket, format, screen).await,
+        Command::Removevolume(args) => remove::run(args, &socket, format, screen).await,
+        Command::List(args) => list::run(args, &socket, format, screen).await,
+        Command::Describe(args) => describe::run(args, &socket, format, screen).await,
+        Command::Vm(command) => vm::run(command, &socket, format, screen).await,
+        Command::Node => node::run(&socket, format, screen).await,
+        Command::Watch(args) => watch::run(args, &socket, format, screen).await,
+    }
+}
+
+impl From<io::Error> for Failure {
+    /// Writing the result failed, e.g. into a closed pipe.
+    fn from(error: io::Error) -> Self {
+        Failure::plain(Exit::Failed, format!("cannot write the result: {error}"))
+    }
+}

@@ -16,7 +16,7 @@ use crate::types::{Outcome, VmId, VolumeKey};
 #[async_trait]
 pub trait Volumes: Send + Sync {
     /// Makes a VM known. The same again is [`Outcome::Already`]; other particulars are
-    /// [`Reason::VmExists`] unless the VM has no volumes.
+    /// [`Reason::VmExists`].
     async fn register_vm(&self, spec: VmSpec) -> Result<Outcome<VmInfo>, Refusal>;
 
     /// Forgets a VM; an unknown one is [`Outcome::Already`], one with volumes

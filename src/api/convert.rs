@@ -1,0 +1,402 @@
+//! From the wire to types and back. Every error names the field, the value and what is right.
+
+use std::path::{Component, Path, PathBuf};
+
+use jiff::Timestamp;
+
+use super::status::malformed;
+use super::v1;
+use crate::reason::Reason;
+use crate::source::portals_of;
+use crate::spec::{
+    DeviceStatus, IscsiSource, MultipathPolicy, Phase, Source, VmPlace, VmSpec, VolumeSpec,
+    VolumeStatus,
+};
+use crate::types::{Bus, CacheMode, Lun, Malformed, Serial, VmId, VolumeKey, VolumeName};
+use crate::vm::facade::{NodeInfo, Refusal, VmInfo, VmState};
+
+fn missing(field: &str, reason: Reason, what: &str) -> Refusal {
+    Refusal::new(reason, format!("{field} is missing: give {what}")).field(field)
+}
+
+fn unknown_value(field: &str, value: i32, rule: &'static str) -> Refusal {
+    malformed(field, &Malformed::new("value", &value.to_string(), rule))
+}
+
+fn parse<T: std::str::FromStr<Err = Malformed>>(field: &str, value: &str) -> Result<T, Refusal> {
+    value.parse().map_err(|error| malformed(field, &error))
+}
+
+/// A VM's name, which must be there.
+pub fn vm_id(field: &str, id: Option<&v1::VmId>) -> Result<VmId, Refusal> {
+    let id = id.ok_or_else(|| missing(field, Reason::InvalidName, "the VM's name"))?;
+    VmId::new(&id.namespace, &id.name).map_err(|error| {
+        let part = if error.what == "VM namespace" { "namespace" } else { "name" };
+        malformed(format!("{field}.{part}"), &error)
+    })
+}
+
+/// One volume of one VM.
+pub fn volume_key(vm: Option<&v1::VmId>, volume: &str) -> Result<VolumeKey, Refusal> {
+    Ok(VolumeKey { vm: vm_id("vm", vm)?, volume: parse("volume", volume)? })
+}
+
+/// A VM to register.
+pub fn vm_spec(spec: Option<v1::VmSpec>) -> Result<VmSpec, Refusal> {
+    let spec = spec.ok_or_else(|| missing("vm", Reason::InvalidName, "the VM"))?;
+    let id = vm_id("vm.id", spec.id.as_ref())?;
+    let domain = match spec.domain {
+        name if name.is_empty() => format!("{}_{}", id.namespace(), id.name()),
+        name => domain_name(name)?,
+    };
+    let place = match spec.place {
+        Some(v1::vm_spec::Place::Pod(pod)) => pod_place(pod)?,
+        Some(v1::vm_spec::Place::Host(host)) => VmPlace::Host {
+            libvirt_socket: absolute("vm.host.libvirt_socket", host.libvirt_socket)?,
+        },
+        None => {
+            let what = "vm.pod (--pod-uid) or vm.host (--host)";
+            return Err(missing("vm.place", Reason::InvalidOption, what));
+        }
+    };
+    Ok(VmSpec { id, domain, place })
+}
+
+fn domain_name(name: String) -> Result<String, Refusal> {
+    if name.len() > 255 || name.contains(|c: char| c == '/' || c.is_control()) {
+        let rule = "libvirt's name of the domain: at most 255 bytes, no '/' or control characters";
+        return Err(malformed("vm.domain", &Malformed::new("domain", &name, rule)));
+    }
+    Ok(name)
+}
+
+fn pod_place(pod: v1::PodPlace) -> Result<VmPlace, Refusal> {
+    let uid_ok = [32, 36].contains(&pod.uid.len())
+        && pod.uid.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c) || c == b'-');
+    if !uid_ok {
+        let rule =
+            "the pod's metadata.uid: 36 of 0-9, a-f and '-', or the 32 hex digits of a static pod";
+        return Err(malformed("vm.pod.uid", &Malformed::new("pod UID", &pod.uid, rule)));
+    }
+    Ok(VmPlace::Pod {
+        uid: pod.uid,
+        cgroup: absolute("vm.pod.cgroup", pod.cgroup)?,
+        hotplug_dir: beneath("vm.pod.hotplug_dir", pod.hotplug_dir)?,
+        hotplug_dir_in_pod: absolute("vm.pod.hotplug_dir_in_pod", pod.hotplug_dir_in_pod)?,
+        libvirt_socket: beneath("vm.pod.libvirt_socket", pod.libvirt_socket)?,
+    })
+}
+
+/// An absolute path without `.` and `..`; `None` when empty.
+fn absolute(field: &str, path: String) -> Result<Option<PathBuf>, Refusal> {
+    plain(field, path, true, "an absolute path without '..'")
+}
+
+/// A path that stays beneath the directory it is opened in; `None` when empty. (The kernel checks
+/// it again when it is opened, symlinks included.)
+fn beneath(field: &str, path: String) -> Result<Option<PathBuf>, Refusal> {
+    plain(field, path, false, "a path relative to the pod's directory, without '..'")
+}
+
+fn plain(
+    field: &str,
+    path: String,
+    rooted: bool,
+    rule: &'static str,
+) -> Result<Option<PathBuf>, Refusal> {
+    if path.is_empty() {
+        return Ok(None);
+    }
+    let names = |c: &Component<'_>| matches!(c, Component::Normal(_) | Component::RootDir);
+    let ok = path.len() < 4096
+        && !path.contains('\0')
+        && Path::new(&path).has_root() == rooted
+        && Path::new(&path).components().all(|c| names(&c));
+    if ok {
+        Ok(Some(path.into()))
+    } else {
+        Err(malformed(field, &Malformed::new("path", &path, rule)))
+    }
+}
+
+/// A volume to add, defaults filled in, the rules between fields checked.
+pub fn volume_spec(spec: Option<v1::VolumeSpec>) -> Result<VolumeSpec, Refusal> {
+    let spec = spec.ok_or_else(|| missing("volume", Reason::InvalidName, "the volume"))?;
+    let name: VolumeName = parse("volume.name", &spec.name)?;
+    disk_type(spec.disk_type)?;
+    let spec = VolumeSpec {
+        bus: bus(spec.bus)?,
+        serial: serial(&spec.serial, &name)?,
+        source: source(spec.source)?,
+        cache: cache(spec.cache)?,
+        read_only: spec.read_only,
+        shareable: spec.shareable,
+        persist: spec.persist,
+        multipath: multipath(spec.multipath)?,
+        expect_wwid: optional("volume.wwid", &spec.wwid)?,
+        expect_size: size(spec.size_bytes)?,
+        name,
+    };
+    spec.check().map_err(|(field, error)| malformed(format!("volume.{field}"), &error))?;
+    Ok(spec)
+}
+
+fn optional<T: std::str::FromStr<Err = Malformed>>(
+    field: &str,
+    value: &str,
+) -> Result<Option<T>, Refusal> {
+    if value.is_empty() { Ok(None) } else { parse(field, value).map(Some) }
+}
+
+fn serial(given: &str, name: &VolumeName) -> Result<Serial, Refusal> {
+    if !given.is_empty() {
+        return parse("volume.serial", given);
+    }
+    name.as_str().parse().map_err(|_| {
+        let rule = "it defaults to the volume's name, which is longer than 36 characters (bus virtio: 20): give another with --serial";
+        malformed("volume.serial", &Malformed::new("serial", name.as_str(), rule))
+    })
+}
+
+fn source(source: Option<v1::Source>) -> Result<Source, Refusal> {
+    match source.and_then(|source| source.kind) {
+        Some(v1::source::Kind::Iscsi(iscsi)) => iscsi_source(iscsi).map(Source::Iscsi),
+        None => Err(missing(
+            "volume.source",
+            Reason::InvalidSource,
+            "its kind, e.g. iscsi (a kind of a newer version is not known here)",
+        )),
+    }
+}
+
+fn iscsi_source(iscsi: v1::IscsiSource) -> Result<IscsiSource, Refusal> {
+    let field = |name: &str| format!("volume.source.iscsi.{name}");
+    Ok(IscsiSource {
+        target: parse(&field("target"), &iscsi.target)?,
+        portals: portals_of(iscsi.portals.iter().map(String::as_str))
+            .map_err(|error| malformed(field("portals"), &error))?,
+        lun: Lun::try_from(u64::from(iscsi.lun))
+            .map_err(|error| malformed(field("lun"), &error))?,
+    })
+}
+
+fn bus(value: i32) -> Result<Bus, Refusal> {
+    match v1::Bus::try_from(value) {
+        Ok(v1::Bus::Unspecified | v1::Bus::Scsi) => Ok(Bus::Scsi),
+        Ok(v1::Bus::Virtio) => Ok(Bus::Virtio),
+        Err(_) => Err(unknown_value("volume.bus", value, "scsi (1) or virtio (2)")),
+    }
+}
+
+fn disk_type(value: i32) -> Result<(), Refusal> {
+    match v1::DiskType::try_from(value) {
+        Ok(v1::DiskType::Unspecified | v1::DiskType::Disk) => Ok(()),
+        Ok(v1::DiskType::Lun) => {
+            let message = "volume.disk_type: lun is not offered yet, only disk";
+            Err(Refusal::new(Reason::Unsupported, message).field("volume.disk_type"))
+        }
+        Err(_) => Err(unknown_value("volume.disk_type", value, "disk (1)")),
+    }
+}
+
+fn cache(value: i32) -> Result<CacheMode, Refusal> {
+    match v1::CacheMode::try_from(value) {
+        Ok(v1::CacheMode::Unspecified | v1::CacheMode::None) => Ok(CacheMode::None),
+        Ok(v1::CacheMode::Writethrough) => Ok(CacheMode::Writethrough),
+        Ok(v1::CacheMode::Writeback) => Ok(CacheMode::Writeback),
+        Err(_) => {
+            let rule = "none (1), writethrough (2) or writeback (3)";
+            Err(unknown_value("volume.cache", value, rule))
+        }
+    }
+}
+
+fn multipath(value: i32) -> Result<MultipathPolicy, Refusal> {
+    use v1::MultipathPolicy as Wire;
+    match Wire::try_from(value) {
+        Ok(Wire::Unspecified | Wire::Preferred) => Ok(MultipathPolicy::Preferred),
+        Ok(Wire::Required) => Ok(MultipathPolicy::Required),
+        Ok(Wire::Off) => Ok(MultipathPolicy::Off),
+        Err(_) => {
+            let rule = "preferred (1), required (2) or off (3)";
+            Err(unknown_value("volume.multipath", value, rule))
+        }
+    }
+}
+
+fn size(bytes: u64) -> Result<Option<u64>, Refusal> {
+    if !bytes.is_multiple_of(512) {
+        let rule = "a size in bytes, a multiple of 512";
+        let error = Malformed::new("size", &bytes.to_string(), rule);
+        return Err(malformed("volume.size_bytes", &error));
+    }
+    Ok((bytes > 0).then_some(bytes))
+}
+
+// From types to the wire.
+
+fn time(at: Timestamp) -> prost_types::Timestamp {
+    // jiff's nanosecond has the sign of the whole; the wire's is never negative.
+    let nanos = at.as_nanosecond();
+    let second = 1_000_000_000;
+    prost_types::Timestamp {
+        seconds: i64::try_from(nanos.div_euclid(second)).expect("jiff ends in the year 9999"),
+        nanos: i32::try_from(nanos.rem_euclid(second)).expect("less than a second"),
+    }
+}
+
+fn path(path: &Option<PathBuf>) -> String {
+    path.as_deref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// A VM's name on the wire.
+pub fn wire_vm_id(id: &VmId) -> v1::VmId {
+    v1::VmId { namespace: id.namespace().into(), name: id.name().into() }
+}
+
+/// A VM on the wire.
+pub fn wire_vm(vm: &VmInfo) -> v1::Vm {
+    let place = match &vm.spec.place {
+        VmPlace::Pod { uid, cgroup, hotplug_dir, hotplug_dir_in_pod, libvirt_socket } => {
+            v1::vm_spec::Place::Pod(v1::PodPlace {
+                uid: uid.clone(),
+                cgroup: path(cgroup),
+                hotplug_dir: path(hotplug_dir),
+                hotplug_dir_in_pod: path(hotplug_dir_in_pod),
+                libvirt_socket: path(libvirt_socket),
+            })
+        }
+        VmPlace::Host { libvirt_socket } => {
+            v1::vm_spec::Place::Host(v1::HostPlace { libvirt_socket: path(libvirt_socket) })
+        }
+    };
+    v1::Vm {
+        spec: Some(v1::VmSpec {
+            id: Some(wire_vm_id(&vm.spec.id)),
+            domain: vm.spec.domain.clone(),
+            place: Some(place),
+        }),
+        state: match vm.state {
+            VmState::Unknown => v1::VmState::Unspecified,
+            VmState::Running => v1::VmState::Running,
+            VmState::Stopped => v1::VmState::Stopped,
+            VmState::Unreachable => v1::VmState::Unreachable,
+        }
+        .into(),
+        since: Some(time(vm.since)),
+        volumes: vm.volumes,
+        pod_dir: path(&vm.pod_dir),
+        cgroup: path(&vm.cgroup),
+        hotplug_dir: path(&vm.hotplug_dir),
+        hotplug_dir_in_pod: path(&vm.hotplug_dir_in_pod),
+        reason: vm.reason.map(|r| r.code().into()).unwrap_or_default(),
+        message: vm.message.clone(),
+    }
+}
+
+/// A source on the wire.
+pub fn wire_source(source: &Source) -> v1::Source {
+    let kind = match source {
+        Source::Iscsi(s) => v1::source::Kind::Iscsi(v1::IscsiSource {
+            target: s.target.to_string(),
+            portals: s.portals.iter().map(ToString::to_string).collect(),
+            lun: u32::from(s.lun.get()),
+        }),
+    };
+    v1::Source { kind: Some(kind) }
+}
+
+/// A volume as asked for on the wire, with every default filled in.
+pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
+    v1::VolumeSpec {
+        name: spec.name.to_string(),
+        source: Some(wire_source(&spec.source)),
+        serial: spec.serial.to_string(),
+        bus: match spec.bus {
+            Bus::Scsi => v1::Bus::Scsi,
+            Bus::Virtio => v1::Bus::Virtio,
+        }
+        .into(),
+        disk_type: v1::DiskType::Disk.into(),
+        cache: match spec.cache {
+            CacheMode::None => v1::CacheMode::None,
+            CacheMode::Writethrough => v1::CacheMode::Writethrough,
+            CacheMode::Writeback => v1::CacheMode::Writeback,
+        }
+        .into(),
+        read_only: spec.read_only,
+        shareable: spec.shareable,
+        persist: spec.persist,
+        multipath: match spec.multipath {
+            MultipathPolicy::Preferred => v1::MultipathPolicy::Preferred,
+            MultipathPolicy::Required => v1::MultipathPolicy::Required,
+            MultipathPolicy::Off => v1::MultipathPolicy::Off,
+        }
+        .into(),
+        wwid: spec.expect_wwid.as_ref().map(ToString::to_string).unwrap_or_default(),
+        size_bytes: spec.expect_size.unwrap_or_default(),
+    }
+}
+
+/// A phase on the wire.
+pub fn wire_phase(phase: Phase) -> v1::Phase {
+    match phase {
+        Phase::Pending => v1::Phase::Pending,
+        Phase::Bound => v1::Phase::Bound,
+        Phase::AttachedToNode => v1::Phase::AttachedToNode,
+        Phase::MountedToPod => v1::Phase::MountedToPod,
+        Phase::Ready => v1::Phase::Ready,
+        Phase::Detaching => v1::Phase::Detaching,
+        Phase::UnmountedFromPod => v1::Phase::UnmountedFromPod,
+        Phase::Gone => v1::Phase::Gone,
+    }
+}
+
+/// A volume on the wire.
+pub fn wire_volume(volume: &VolumeStatus) -> v1::Volume {
+    v1::Volume {
+        vm: Some(wire_vm_id(&volume.key.vm)),
+        spec: Some(wire_spec(&volume.spec)),
+        phase: wire_phase(volume.phase).into(),
+        since: Some(time(volume.since)),
+        trouble: volume.reason.map(|reason| v1::Trouble {
+            reason: reason.code().into(),
+            message: volume.message.clone(),
+            remedy: reason.remedy().into(),
+            transient: reason.is_transient(),
+            retry_at: volume.retry_at.map(time),
+        }),
+        device: volume.device.as_ref().map(wire_device),
+        target: volume.target.clone().unwrap_or_default(),
+        generation: volume.generation,
+    }
+}
+
+fn wire_device(device: &DeviceStatus) -> v1::Device {
+    v1::Device {
+        dev: device.dev.to_string(),
+        wwid: device.wwid.to_string(),
+        size_bytes: device.size,
+        map: device.map.clone().unwrap_or_default(),
+        paths: device.paths,
+    }
+}
+
+/// A node on the wire.
+pub fn wire_node(node: &NodeInfo) -> v1::Node {
+    v1::Node {
+        name: node.name.clone(),
+        version: node.version.clone(),
+        kernel: node.kernel.clone(),
+        boot_id: node.boot_id.clone(),
+        initiator_name: node.initiator_name.clone().unwrap_or_default(),
+        multipathd: node.multipathd,
+        grants: node.grants.clone(),
+        simulated: node.simulated,
+        only_vm: node.only_vm.as_ref().map(wire_vm_id),
+        limits: Some(v1::Limits {
+            max_vms: node.max_vms,
+            max_volumes_per_vm: node.max_volumes_per_vm,
+        }),
+    }
+}

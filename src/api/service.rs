@@ -1,0 +1,220 @@
+//! The calls: each validates, asks the façade and converts what it says.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+use tracing::{Instrument, Span, info_span};
+
+use super::convert;
+use super::status::{self, About};
+use super::v1::{self, lunplug_service_server::LunplugService};
+use crate::reason::Reason;
+use crate::spec::{AddOptions, RemoveOptions};
+use crate::types::{Outcome, VmId};
+use crate::vm::facade::{Refusal, Volumes};
+
+/// Serves `lunplug.v1.LunplugService`.
+pub struct Service {
+    volumes: Arc<dyn Volumes>,
+    stopping: watch::Receiver<bool>,
+}
+
+impl Service {
+    /// `stopping` turns true when streams have to end.
+    pub fn new(volumes: Arc<dyn Volumes>, stopping: watch::Receiver<bool>) -> Self {
+        Self { volumes, stopping }
+    }
+
+    /// Of a filter: the VM must be registered, or a typing error would look like "no volumes".
+    async fn filter(&self, vm: Option<&v1::VmId>) -> Result<Option<VmId>, Refusal> {
+        let Some(vm) = vm else { return Ok(None) };
+        let vm = convert::vm_id("vm", Some(vm))?;
+        if self.volumes.list_vms().await.iter().any(|known| known.spec.id == vm) {
+            return Ok(Some(vm));
+        }
+        Err(Refusal::new(Reason::VmNotFound, format!("no VM {vm} is registered here")).field("vm"))
+    }
+
+    async fn add(&self, request: v1::AddVolumeRequest) -> Result<v1::AddVolumeResponse, Refusal> {
+        let vm = convert::vm_id("vm", request.vm.as_ref())?;
+        let spec = convert::volume_spec(request.volume)?;
+        let options = AddOptions {
+            accept_new_identity: request.accept_new_identity,
+            dry_run: request.dry_run,
+        };
+        let outcome = self.volumes.add_volume(&vm, spec, options).await?;
+        let (volume, changed) = split(outcome);
+        Ok(v1::AddVolumeResponse { volume: Some(convert::wire_volume(&volume)), changed })
+    }
+
+    async fn remove(
+        &self,
+        request: v1::RemoveVolumeRequest,
+    ) -> Result<v1::RemoveVolumeResponse, Refusal> {
+        let key = convert::volume_key(request.vm.as_ref(), &request.volume)?;
+        let options = RemoveOptions { force: request.force, dry_run: request.dry_run };
+        let outcome = self.volumes.remove_volume(&key, options).await?;
+        let (volume, changed) = split(outcome);
+        Ok(v1::RemoveVolumeResponse { volume: Some(convert::wire_volume(&volume)), changed })
+    }
+}
+
+fn split<T>(outcome: Outcome<T>) -> (T, bool) {
+    let changed = outcome.changed();
+    (outcome.into_inner(), changed)
+}
+
+/// What a call is about as the caller wrote it, valid or not: an error must be able to say it.
+fn about(vm: Option<&v1::VmId>, volume: &str) -> About {
+    let vm = vm.map(|vm| match vm.namespace.as_str() {
+        "" => format!("default/{}", vm.name),
+        namespace => format!("{namespace}/{}", vm.name),
+    });
+    About { vm: vm.unwrap_or_default(), volume: volume.to_owned() }
+}
+
+/// One span a call. The operation's id ties the log lines of one call together, also those of the
+/// handler that goes on with it.
+fn span(call: &'static str, about: &About) -> Span {
+    let operation = uuid::Uuid::new_v4().simple().to_string();
+    info_span!("rpc", call, vm = about.vm, volume = about.volume, operation)
+}
+
+/// Runs a call in its span and turns a refusal into a status.
+async fn answer<T>(
+    call: &'static str,
+    about: About,
+    work: impl Future<Output = Result<T, Refusal>>,
+) -> Result<Response<T>, Status> {
+    let span = span(call, &about);
+    async {
+        match work.await {
+            Ok(response) => Ok(Response::new(response)),
+            Err(refusal) => {
+                let (reason, field) = (refusal.reason.code(), refusal.field.as_deref());
+                tracing::info!(reason, field, "refused: {refusal}");
+                Err(status::status(&refusal, &about))
+            }
+        }
+    }
+    .instrument(span)
+    .await
+}
+
+#[tonic::async_trait]
+impl LunplugService for Service {
+    async fn register_vm(
+        &self,
+        request: Request<v1::RegisterVmRequest>,
+    ) -> Result<Response<v1::RegisterVmResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref().and_then(|vm| vm.id.as_ref()), "");
+        answer("RegisterVm", about, async {
+            let spec = convert::vm_spec(request.vm)?;
+            let (vm, changed) = split(self.volumes.register_vm(spec).await?);
+            Ok(v1::RegisterVmResponse { vm: Some(convert::wire_vm(&vm)), changed })
+        })
+        .await
+    }
+
+    async fn unregister_vm(
+        &self,
+        request: Request<v1::UnregisterVmRequest>,
+    ) -> Result<Response<v1::UnregisterVmResponse>, Status> {
+        let request = request.into_inner();
+        answer("UnregisterVm", about(request.vm.as_ref(), ""), async {
+            let vm = convert::vm_id("vm", request.vm.as_ref())?;
+            let changed = self.volumes.unregister_vm(&vm).await?.changed();
+            Ok(v1::UnregisterVmResponse { changed })
+        })
+        .await
+    }
+
+    async fn list_vms(
+        &self,
+        _: Request<v1::ListVmsRequest>,
+    ) -> Result<Response<v1::ListVmsResponse>, Status> {
+        answer("ListVms", About::default(), async {
+            let vms = self.volumes.list_vms().await.iter().map(convert::wire_vm).collect();
+            Ok(v1::ListVmsResponse { vms })
+        })
+        .await
+    }
+
+    async fn add_volume(
+        &self,
+        request: Request<v1::AddVolumeRequest>,
+    ) -> Result<Response<v1::AddVolumeResponse>, Status> {
+        let request = request.into_inner();
+        let name = request.volume.as_ref().map(|v| v.name.as_str()).unwrap_or_default();
+        let about = about(request.vm.as_ref(), name);
+        answer("AddVolume", about, self.add(request)).await
+    }
+
+    async fn remove_volume(
+        &self,
+        request: Request<v1::RemoveVolumeRequest>,
+    ) -> Result<Response<v1::RemoveVolumeResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), &request.volume);
+        answer("RemoveVolume", about, self.remove(request)).await
+    }
+
+    async fn get_volume(
+        &self,
+        request: Request<v1::GetVolumeRequest>,
+    ) -> Result<Response<v1::GetVolumeResponse>, Status> {
+        let request = request.into_inner();
+        answer("GetVolume", about(request.vm.as_ref(), &request.volume), async {
+            let key = convert::volume_key(request.vm.as_ref(), &request.volume)?;
+            let volume = self.volumes.get_volume(&key).await?;
+            Ok(v1::GetVolumeResponse { volume: Some(convert::wire_volume(&volume)) })
+        })
+        .await
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<v1::ListVolumesRequest>,
+    ) -> Result<Response<v1::ListVolumesResponse>, Status> {
+        let request = request.into_inner();
+        answer("ListVolumes", about(request.vm.as_ref(), ""), async {
+            let vm = self.filter(request.vm.as_ref()).await?;
+            let volumes = self.volumes.list_volumes(vm.as_ref()).await;
+            Ok(v1::ListVolumesResponse {
+                volumes: volumes.iter().map(convert::wire_volume).collect(),
+            })
+        })
+        .await
+    }
+
+    type WatchVolumesStream =
+        Pin<Box<dyn Stream<Item = Result<v1::WatchVolumesResponse, Status>> + Send>>;
+
+    async fn watch_volumes(
+        &self,
+        request: Request<v1::WatchVolumesRequest>,
+    ) -> Result<Response<Self::WatchVolumesStream>, Status> {
+        let request = request.into_inner();
+        answer("WatchVolumes", about(request.vm.as_ref(), ""), async {
+            let vm = self.filter(request.vm.as_ref()).await?;
+            let stream = super::watch::stream(self.volumes.clone(), vm, self.stopping.clone());
+            Ok(Box::pin(stream) as Self::WatchVolumesStream)
+        })
+        .await
+    }
+
+    async fn get_node(
+        &self,
+        _: Request<v1::GetNodeRequest>,
+    ) -> Result<Response<v1::GetNodeResponse>, Status> {
+        answer("GetNode", About::default(), async {
+            let node = self.volumes.node().await;
+            Ok(v1::GetNodeResponse { node: Some(convert::wire_node(&node)) })
+        })
+        .await
+    }
+}

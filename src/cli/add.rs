@@ -1,0 +1,173 @@
+//! `lunplug addvolume`.
+
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::client::{connect, timed};
+use super::failure::{Exit, Failure};
+use super::file::{self, SourceFile, VolumeFile};
+use super::output::{self, Format};
+use super::wait::{Goal, wait};
+use super::{Screen, VmArg};
+use crate::api::convert::wire_vm_id;
+use crate::api::v1;
+
+/// How to wait.
+#[derive(Debug, clap::Args)]
+pub(super) struct Waiting {
+    /// Return as soon as the wish is durable.
+    #[arg(long)]
+    no_wait: bool,
+    /// Wait so long at most, e.g. 30s or 2m; lunplugd goes on afterwards.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
+    timeout: Duration,
+    /// Check everything, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl Waiting {
+    /// The daemon's answer, or, if that is wanted, the end of what it began.
+    pub(super) async fn end(
+        &self,
+        socket: &Path,
+        client: super::Client,
+        goal: Goal,
+        volume: v1::Volume,
+        screen: &mut Screen<'_>,
+    ) -> Result<v1::Volume, Failure> {
+        if self.dry_run {
+            writeln!(screen.err, "dry run: nothing was changed")?;
+        }
+        if self.dry_run || self.no_wait {
+            return Ok(volume);
+        }
+        wait(socket, client, goal, volume, self.timeout, screen).await
+    }
+
+    pub(super) fn dry_run(&self) -> bool {
+        self.dry_run
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    text.parse::<jiff::SignedDuration>()
+        .ok()
+        .and_then(|value| Duration::try_from(value).ok())
+        .filter(|value| *value <= Duration::from_secs(7 * 24 * 3600))
+        .ok_or_else(|| "write it as 30s, 2m or 1h 30m, at most 7 days".into())
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    vm: VmArg,
+    /// The volume's name: a DNS-1123 label, at most 63 characters.
+    #[arg(long, value_name = "NAME", required_unless_present = "file")]
+    volume_name: Option<String>,
+    /// Where the data lives: iscsi://PORTAL[,PORTAL]/IQN/LUN.
+    #[arg(long, value_name = "URL", required_unless_present = "file")]
+    source: Option<String>,
+    /// Read the volume from a file, YAML or JSON, `-` for stdin; flags win over it.
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// The serial that the guest sees, at most 36 characters (bus virtio: 20) [default: the
+    /// volume's name].
+    #[arg(long)]
+    serial: Option<String>,
+    /// none, writethrough or writeback [default: none].
+    #[arg(long, value_name = "MODE")]
+    cache: Option<String>,
+    /// scsi or virtio [default: scsi].
+    #[arg(long)]
+    bus: Option<String>,
+    /// disk [default: disk].
+    #[arg(long, value_name = "TYPE")]
+    disk_type: Option<String>,
+    /// Also in the VM's persistent definition, so that it is there after a restart.
+    #[arg(long)]
+    persist: bool,
+    /// Several VMs may have it at once; needs cache none.
+    #[arg(long)]
+    shareable: bool,
+    /// The guest may not write.
+    #[arg(long)]
+    read_only: bool,
+    /// The identity that the LUN must have: naa.HEX, eui.HEX, t10.TEXT.
+    #[arg(long)]
+    wwid: Option<String>,
+    /// The size that the LUN must have: bytes, or with a unit as 10Gi.
+    #[arg(long)]
+    size: Option<String>,
+    /// Take the LUN although it is not the one that this volume was before.
+    #[arg(long)]
+    accept_new_identity: bool,
+    /// preferred, required or off [default: preferred].
+    #[arg(long, value_name = "POLICY")]
+    multipath: Option<String>,
+    #[command(flatten)]
+    waiting: Waiting,
+}
+
+impl Args {
+    /// The file's volume, if there is one, with the flags on top.
+    fn volume(&self) -> Result<VolumeFile, Failure> {
+        let mut volume = match &self.file {
+            Some(path) => read(path)?,
+            None => VolumeFile::default(),
+        };
+        let set = |to: &mut String, from: &Option<String>| {
+            if let Some(text) = from {
+                to.clone_from(text);
+            }
+        };
+        set(&mut volume.name, &self.volume_name);
+        set(&mut volume.serial, &self.serial);
+        set(&mut volume.cache, &self.cache);
+        set(&mut volume.bus, &self.bus);
+        set(&mut volume.disk_type, &self.disk_type);
+        set(&mut volume.wwid, &self.wwid);
+        set(&mut volume.multipath, &self.multipath);
+        if let Some(url) = &self.source {
+            volume.source = Some(SourceFile::Url(url.clone()));
+        }
+        if let Some(size) = &self.size {
+            volume.size_bytes = file::size(size).map_err(|e| Failure::malformed("size", &e))?;
+        }
+        volume.persist |= self.persist;
+        volume.shareable |= self.shareable;
+        volume.read_only |= self.read_only;
+        Ok(volume)
+    }
+}
+
+fn read(path: &Path) -> Result<VolumeFile, Failure> {
+    let text = if path == Path::new("-") {
+        let mut text = String::new();
+        std::io::stdin().read_to_string(&mut text).map(|_| text)
+    } else {
+        std::fs::read_to_string(path)
+    };
+    let wrong = |error: String| Failure::plain(Exit::Usage, format!("{}: {error}", path.display()));
+    VolumeFile::parse(&text.map_err(|e| wrong(e.to_string()))?).map_err(|e| wrong(e.to_string()))
+}
+
+pub(super) async fn run(
+    args: Args,
+    socket: &Path,
+    format: Format,
+    screen: &mut Screen<'_>,
+) -> Result<(), Failure> {
+    let request = v1::AddVolumeRequest {
+        vm: Some(wire_vm_id(&args.vm.id()?)),
+        volume: Some(args.volume()?.to_wire()?),
+        accept_new_identity: args.accept_new_identity,
+        dry_run: args.waiting.dry_run(),
+    };
+    let mut client = connect(socket).await?;
+    let answer = client.add_volume(timed(request)).await?.into_inner();
+    let volume = answer.volume.unwrap_or_default();
+    let volume = args.waiting.end(socket, client, Goal::Ready, volume, screen).await?;
+    Ok(output::volume(format, &volume, screen.out)?)
+}

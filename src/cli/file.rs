@@ -1,0 +1,319 @@
+//! A volume as people write it in a file and as results show it: the contract's fields, in YAML or
+//! JSON. A source may also be its URL.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use super::failure::Failure;
+use crate::api::{convert, v1};
+use crate::spec::Source;
+use crate::types::{Bus, CacheMode, Malformed};
+
+/// A volume's fields; what is not given has the contract's default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct VolumeFile {
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) source: Option<SourceFile>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) serial: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) bus: String,
+    #[serde(alias = "diskType", skip_serializing_if = "String::is_empty")]
+    pub(super) disk_type: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) cache: String,
+    #[serde(alias = "readOnly")]
+    pub(super) read_only: bool,
+    pub(super) shareable: bool,
+    pub(super) persist: bool,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) multipath: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) wwid: String,
+    #[serde(alias = "sizeBytes", skip_serializing_if = "is_zero")]
+    pub(super) size_bytes: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+/// A source: its URL, or the fields of its kind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub(super) enum SourceFile {
+    Url(String),
+    Kind(SourceKind),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum SourceKind {
+    Iscsi(IscsiFile),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct IscsiFile {
+    target: String,
+    portals: Vec<String>,
+    lun: u32,
+}
+
+impl<'de> Deserialize<'de> for SourceFile {
+    // By hand: serde's untagged enums cannot say what is wrong.
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = SourceFile;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(
+                    "a URL (iscsi://PORTAL[,PORTAL]/IQN/LUN) or iscsi: {target, portals, lun}",
+                )
+            }
+            fn visit_str<E>(self, url: &str) -> Result<SourceFile, E> {
+                Ok(SourceFile::Url(url.into()))
+            }
+            fn visit_map<M: MapAccess<'de>>(self, map: M) -> Result<SourceFile, M::Error> {
+                /// As a struct, for YAML has a tag, not a map, for an enum.
+                #[derive(Deserialize)]
+                #[serde(deny_unknown_fields)]
+                struct Kinds {
+                    iscsi: IscsiFile,
+                }
+                let kinds = Kinds::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(SourceFile::Kind(SourceKind::Iscsi(kinds.iscsi)))
+            }
+        }
+        from.deserialize_any(Either)
+    }
+}
+
+impl VolumeFile {
+    /// Reads YAML, of which JSON is a part.
+    pub(super) fn parse(text: &str) -> Result<Self, serde_yaml_ng::Error> {
+        serde_yaml_ng::from_str(text)
+    }
+
+    /// The contract's form. Words are read here, values are left for the daemon to judge.
+    pub(super) fn to_wire(&self) -> Result<v1::VolumeSpec, Failure> {
+        let source = match &self.source {
+            None => None,
+            Some(SourceFile::Url(url)) => {
+                Some(convert::wire_source(&word::<Source>("source", url)?))
+            }
+            Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
+                let IscsiFile { target, portals, lun } = s.clone();
+                let iscsi = v1::IscsiSource { target, portals, lun };
+                Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(iscsi)) })
+            }
+        };
+        Ok(v1::VolumeSpec {
+            name: self.name.clone(),
+            source,
+            serial: self.serial.clone(),
+            bus: bus(&self.bus)?.into(),
+            disk_type: disk_type(&self.disk_type)?.into(),
+            cache: cache(&self.cache)?.into(),
+            read_only: self.read_only,
+            shareable: self.shareable,
+            persist: self.persist,
+            multipath: multipath(&self.multipath)?.into(),
+            wwid: self.wwid.clone(),
+            size_bytes: self.size_bytes,
+        })
+    }
+
+    /// From the contract's form; what a newer daemon says and we do not know is left out.
+    pub(super) fn from_wire(spec: &v1::VolumeSpec) -> Self {
+        let source = spec.source.clone().and_then(|source| source.kind).map(|kind| match kind {
+            v1::source::Kind::Iscsi(v1::IscsiSource { target, portals, lun }) => {
+                SourceFile::Kind(SourceKind::Iscsi(IscsiFile { target, portals, lun }))
+            }
+        });
+        Self {
+            name: spec.name.clone(),
+            source,
+            serial: spec.serial.clone(),
+            bus: plain(spec.bus().as_str_name(), "BUS_"),
+            disk_type: plain(spec.disk_type().as_str_name(), "DISK_TYPE_"),
+            cache: plain(spec.cache().as_str_name(), "CACHE_MODE_"),
+            read_only: spec.read_only,
+            shareable: spec.shareable,
+            persist: spec.persist,
+            multipath: plain(spec.multipath().as_str_name(), "MULTIPATH_POLICY_"),
+            wwid: spec.wwid.clone(),
+            size_bytes: spec.size_bytes,
+        }
+    }
+
+    /// The source as a URL; empty when it is not known.
+    pub(super) fn source_url(&self) -> String {
+        match &self.source {
+            None => String::new(),
+            Some(SourceFile::Url(url)) => url.clone(),
+            Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
+                format!("iscsi://{}/{}/{}", s.portals.join(","), s.target, s.lun)
+            }
+        }
+    }
+}
+
+/// An enum's word without its prefix: `CACHE_MODE_NONE` is `none`; unspecified is nothing.
+pub(super) fn plain(name: &str, prefix: &str) -> String {
+    match name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase() {
+        word if word == "unspecified" => String::new(),
+        word => word,
+    }
+}
+
+fn word<T: FromStr<Err = Malformed>>(field: &str, text: &str) -> Result<T, Failure> {
+    text.parse().map_err(|error| Failure::malformed(field, &error))
+}
+
+fn bus(text: &str) -> Result<v1::Bus, Failure> {
+    Ok(match text {
+        "" => v1::Bus::Unspecified,
+        text => match word::<Bus>("bus", text)? {
+            Bus::Scsi => v1::Bus::Scsi,
+            Bus::Virtio => v1::Bus::Virtio,
+        },
+    })
+}
+
+fn cache(text: &str) -> Result<v1::CacheMode, Failure> {
+    Ok(match text {
+        "" => v1::CacheMode::Unspecified,
+        text => match word::<CacheMode>("cache", text)? {
+            CacheMode::None => v1::CacheMode::None,
+            CacheMode::Writethrough => v1::CacheMode::Writethrough,
+            CacheMode::Writeback => v1::CacheMode::Writeback,
+        },
+    })
+}
+
+fn disk_type(text: &str) -> Result<v1::DiskType, Failure> {
+    match text {
+        "" => Ok(v1::DiskType::Unspecified),
+        "disk" => Ok(v1::DiskType::Disk),
+        "lun" => Ok(v1::DiskType::Lun),
+        _ => {
+            Err(Failure::malformed("disk_type", &Malformed::new("disk type", text, "disk or lun")))
+        }
+    }
+}
+
+fn multipath(text: &str) -> Result<v1::MultipathPolicy, Failure> {
+    match text {
+        "" => Ok(v1::MultipathPolicy::Unspecified),
+        "preferred" => Ok(v1::MultipathPolicy::Preferred),
+        "required" => Ok(v1::MultipathPolicy::Required),
+        "off" => Ok(v1::MultipathPolicy::Off),
+        _ => {
+            let rule = "preferred, required or off";
+            Err(Failure::malformed("multipath", &Malformed::new("multipath policy", text, rule)))
+        }
+    }
+}
+
+/// A size: bytes, or with a unit of K, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024).
+pub(super) fn size(text: &str) -> Result<u64, Malformed> {
+    let wrong = || {
+        let rule = "bytes, or a number with K, M, G, T, Ki, Mi, Gi or Ti, e.g. 10Gi";
+        Malformed::new("size", text, rule)
+    };
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor: u64 = match unit {
+        "" => 1,
+        "K" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        "T" => 1_000_000_000_000,
+        "Ki" => 1 << 10,
+        "Mi" => 1 << 20,
+        "Gi" => 1 << 30,
+        "Ti" => 1 << 40,
+        _ => return Err(wrong()),
+    };
+    number.parse::<u64>().ok().and_then(|n| n.checked_mul(factor)).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Exit;
+
+    const FULL: &str = "
+name: data
+source: {iscsi: {target: 'iqn.2001-04.com.example:a', portals: [10.0.0.1], lun: 3}}
+serial: Data-1
+bus: virtio
+disk_type: disk
+cache: none
+read_only: true
+multipath: required
+size_bytes: 1024
+";
+
+    #[test]
+    fn yaml_json_and_either_form_of_a_source_are_read() {
+        let full = VolumeFile::parse(FULL).unwrap();
+        let wire = full.to_wire().unwrap();
+        assert_eq!((wire.bus(), wire.read_only), (v1::Bus::Virtio, true));
+        assert_eq!(VolumeFile::from_wire(&wire), full);
+        let json = serde_json::to_string(&full).unwrap();
+        assert_eq!(VolumeFile::parse(&json).unwrap(), full);
+        let yaml = serde_yaml_ng::to_string(&full.source).unwrap();
+        assert!(yaml.contains("iqn.2001-04"), "{yaml}");
+        let url = VolumeFile::parse(
+            "{name: data, readOnly: true, source: 'iscsi://10.0.0.1/iqn.2001-04.com.example:a/3'}",
+        )
+        .unwrap()
+        .to_wire()
+        .unwrap();
+        let v1::source::Kind::Iscsi(iscsi) = url.source.unwrap().kind.unwrap();
+        assert_eq!(iscsi.portals, ["10.0.0.1:3260"]);
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_file_is_named() {
+        for (text, words) in [
+            ("name: a\ncolour: red", "colour"),
+            ("source: {iscsi: {target: a, portals: [], lun: 0, user: x}}", "user"),
+            ("source: {nfs: {}}", "nfs"),
+            ("source: 5", "a URL"),
+        ] {
+            let error = VolumeFile::parse(text).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        for (text, field) in [
+            ("bus: ide", "bus"),
+            ("cache: unsafe", "cache"),
+            ("disk_type: floppy", "disk_type"),
+            ("multipath: maybe", "multipath"),
+            ("source: x", "source"),
+        ] {
+            let failure = VolumeFile::parse(text).unwrap().to_wire().unwrap_err();
+            assert_eq!((failure.field.as_str(), failure.exit), (field, Exit::Usage));
+        }
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in [("512", 512), ("10Gi", 10 << 30), ("2K", 2000), ("0", 0)] {
+            assert_eq!(size(text).unwrap(), bytes);
+        }
+        for text in ["", "Gi", "-1", "1.5G", "99999999999Ti", "1gb"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! What this process is and what the system has, as asked at start.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::unistd::{AccessFlags, access, geteuid};
+
+use crate::preflight::Facts;
+
+/// The inode of the host's PID namespace: the same on every Linux since 3.8 (`PROC_PID_INIT_INO`,
+/// include/linux/proc_ns.h). `/proc/1` cannot tell: in a namespace of its own it is the
+/// container's.
+const HOST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+
+/// Where programs are looked for when PATH does not have them: services often run without sbin.
+const SBIN: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin";
+
+/// The system this process runs on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct System;
+
+impl Facts for System {
+    fn euid(&self) -> u32 {
+        geteuid().as_raw()
+    }
+
+    fn has_program(&self, name: &str) -> bool {
+        let path = std::env::var("PATH").unwrap_or_default();
+        let mut directories = path.split(':').chain(SBIN.split(':')).filter(|d| !d.is_empty());
+        directories.any(|directory| {
+            let program: PathBuf = [directory, name].iter().collect();
+            program.is_file() && access(&program, AccessFlags::X_OK).is_ok()
+        })
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        path.exists()
+    }
+
+    fn writable_dir(&self, path: &Path) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o755).create(path)?;
+        Ok(access(path, AccessFlags::W_OK | AccessFlags::X_OK)?)
+    }
+
+    fn writable_fs(&self, path: &Path) -> bool {
+        statvfs(path).is_ok_and(|fs| !fs.flags().contains(FsFlags::ST_RDONLY))
+    }
+
+    fn in_host_pid_namespace(&self) -> bool {
+        fs::metadata("/proc/self/ns/pid").is_ok_and(|ns| ns.ino() == HOST_PID_NAMESPACE)
+    }
+
+    fn in_net_namespace_of_pid_1(&self) -> bool {
+        let inode = |path| fs::metadata(path).map(|ns| ns.ino()).ok();
+        inode("/proc/1/ns/net").is_some_and(|host| inode("/proc/self/ns/net") == Some(host))
+    }
+}
+
+/// This host's name.
+pub fn hostname() -> String {
+    // An unnamed host is no reason not to start.
+    fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_or_else(|_| "localhost".into(), |name| name.trim().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_is_found() {
+        assert!(System.has_program("sh"));
+        assert!(!System.has_program("no-such-program"));
+        assert!(!hostname().is_empty());
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("a/b");
+        System.writable_dir(&deep).unwrap();
+        assert!(deep.is_dir());
+        assert!(System.writable_fs(&deep));
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert!(System.writable_dir(&dir.path().join("file")).is_err());
+    }
+}

@@ -1,0 +1,184 @@
+//! What must be there before lunplugd starts: each lack is one line that names the package or the
+//! setting. Not asked of a simulated host, which needs none of it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::config::Config;
+
+/// What is looked at. The real one is [`crate::host::facts::System`].
+pub trait Facts {
+    /// The effective uid.
+    fn euid(&self) -> u32;
+    /// Whether a program can be found.
+    fn has_program(&self, name: &str) -> bool;
+    /// Whether a file or directory is there.
+    fn exists(&self, path: &Path) -> bool;
+    /// Makes the directory if it is missing, and says whether it can be written to.
+    fn writable_dir(&self, path: &Path) -> io::Result<()>;
+    /// Whether files can be written on the filesystem of that path.
+    fn writable_fs(&self, path: &Path) -> bool;
+    /// Whether this process is in the host's PID namespace.
+    fn in_host_pid_namespace(&self) -> bool;
+    /// Whether this process is in the network namespace of PID 1.
+    fn in_net_namespace_of_pid_1(&self) -> bool;
+}
+
+/// Something is missing.
+#[derive(Debug, thiserror::Error)]
+pub enum Lack {
+    /// Not root.
+    #[error(
+        "lunplugd must run as root, and is uid {0}: start it by systemd or sudo (or try --sim, which needs no root)"
+    )]
+    Root(u32),
+    /// A directory.
+    #[error(
+        "{key} {path} cannot be written to ({why}): correct it, or set {key} to another directory"
+    )]
+    Directory {
+        /// The configuration's key.
+        key: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        why: io::Error,
+    },
+    /// A program.
+    #[error("{program} is missing: install the package {package}")]
+    Program {
+        /// The program.
+        program: &'static str,
+        /// What brings it.
+        package: &'static str,
+    },
+    /// The initiator's name.
+    #[error(
+        "{0} is missing: install the package open-iscsi (Fedora, RHEL: iscsi-initiator-utils), or mount the host's /etc/iscsi into the pod"
+    )]
+    InitiatorName(PathBuf),
+    /// The PID namespace.
+    #[error("lunplugd is not in the host's PID namespace: set hostPID: true in its pod")]
+    PidNamespace,
+    /// The network namespace.
+    #[error("lunplugd is not in the host's network namespace: set hostNetwork: true in its pod")]
+    NetNamespace,
+    /// sysfs.
+    #[error("/sys is read-only: run the container privileged, or mount the host's /sys read-write")]
+    Sysfs,
+}
+
+/// Everything that is missing.
+pub fn check(config: &Config, facts: &dyn Facts) -> Vec<Lack> {
+    let mut lacks = Vec::new();
+    let euid = facts.euid();
+    if euid != 0 {
+        // Whatever else is missing may be for want of root: say only this.
+        return vec![Lack::Root(euid)];
+    }
+    for (key, path) in [("state_dir", &config.state_dir), ("run_dir", &config.run_dir)] {
+        if let Err(why) = facts.writable_dir(path) {
+            lacks.push(Lack::Directory { key, path: path.clone(), why });
+        }
+    }
+    if !facts.in_host_pid_namespace() {
+        lacks.push(Lack::PidNamespace);
+    } else if !facts.in_net_namespace_of_pid_1() {
+        // Only now PID 1 is the host's: iSCSI's netlink and kernel uevents are the host network's.
+        lacks.push(Lack::NetNamespace);
+    }
+    if !facts.writable_fs(Path::new("/sys")) {
+        lacks.push(Lack::Sysfs);
+    }
+    if !facts.has_program("iscsiadm") {
+        let package = "open-iscsi (Fedora, RHEL: iscsi-initiator-utils)";
+        lacks.push(Lack::Program { program: "iscsiadm", package });
+    } else {
+        let initiator = Path::new("/etc/iscsi/initiatorname.iscsi");
+        if !facts.exists(initiator) {
+            lacks.push(Lack::InitiatorName(initiator.into()));
+        }
+    }
+    lacks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A host with everything, less what is named.
+    #[derive(Default)]
+    struct Host {
+        euid: u32,
+        without: &'static [&'static str],
+    }
+
+    impl Host {
+        fn has(&self, what: &str) -> bool {
+            !self.without.contains(&what)
+        }
+    }
+
+    impl Facts for Host {
+        fn euid(&self) -> u32 {
+            self.euid
+        }
+        fn has_program(&self, name: &str) -> bool {
+            self.has(name)
+        }
+        fn exists(&self, path: &Path) -> bool {
+            self.has(path.to_str().unwrap())
+        }
+        fn writable_dir(&self, path: &Path) -> io::Result<()> {
+            let refused = || io::Error::from(io::ErrorKind::ReadOnlyFilesystem);
+            self.has(path.to_str().unwrap()).then_some(()).ok_or_else(refused)
+        }
+        fn writable_fs(&self, path: &Path) -> bool {
+            self.has(path.to_str().unwrap())
+        }
+        fn in_host_pid_namespace(&self) -> bool {
+            self.has("pid")
+        }
+        fn in_net_namespace_of_pid_1(&self) -> bool {
+            self.has("net")
+        }
+    }
+
+    fn lines(euid: u32, without: &'static [&'static str]) -> Vec<String> {
+        let host = Host { euid, without };
+        check(&Config::default(), &host).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_host_with_everything_lacks_nothing() {
+        assert_eq!(lines(0, &[]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn each_lack_is_one_line_that_says_what_to_do() {
+        for (without, words) in [
+            (&["iscsiadm"] as &[_], "install the package open-iscsi"),
+            (&["/etc/iscsi/initiatorname.iscsi"], "initiatorname.iscsi is missing"),
+            (&["/run/lunplug"], "set run_dir to another"),
+            (&["/var/lib/lunplug"], "set state_dir to another"),
+            (&["/sys"], "mount the host's /sys read-write"),
+            (&["pid"], "hostPID: true"),
+            (&["net"], "hostNetwork: true"),
+            // Without the host's PID 1 there is nothing to compare the network with.
+            (&["pid", "net"], "hostPID: true"),
+        ] {
+            let lines = lines(0, without);
+            assert_eq!(lines.len(), 1, "{lines:?}");
+            assert!(lines[0].contains(words), "{lines:?}");
+            assert!(!lines[0].contains('\n'));
+        }
+        assert_eq!(lines(0, &["/sys", "iscsiadm", "net"]).len(), 3);
+    }
+
+    #[test]
+    fn without_root_nothing_else_is_said() {
+        let lines = lines(1000, &["iscsiadm", "/sys"]);
+        assert_eq!(lines.len(), 1);
+        assert!(lines[0].contains("uid 1000"));
+    }
+}

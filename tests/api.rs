@@ -1,0 +1,322 @@
+//! The API as a client meets it: real socket, real wire, façade in memory.
+
+mod common;
+
+use common::{POD, Server, URL};
+use lunplug::api::auth::AllowedPeers;
+use lunplug::api::convert::{wire_source, wire_vm_id};
+use lunplug::api::v1::{self, watch_volumes_response::Event};
+use lunplug::reason::Reason;
+use lunplug::spec::{Phase, Source};
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+fn vm(name: &str) -> Option<v1::VmId> {
+    Some(wire_vm_id(&name.parse().unwrap()))
+}
+
+fn raw_vm(namespace: &str, name: &str) -> Option<v1::VmId> {
+    Some(v1::VmId { namespace: namespace.into(), name: name.into() })
+}
+
+fn pod() -> v1::PodPlace {
+    v1::PodPlace { uid: POD.into(), ..v1::PodPlace::default() }
+}
+
+fn registration(name: &str, pod: v1::PodPlace) -> v1::RegisterVmRequest {
+    let place = Some(v1::vm_spec::Place::Pod(pod));
+    v1::RegisterVmRequest { vm: Some(v1::VmSpec { id: vm(name), domain: String::new(), place }) }
+}
+
+fn iscsi(change: impl FnOnce(&mut v1::IscsiSource)) -> Option<v1::Source> {
+    let mut source = wire_source(&URL.parse::<Source>().unwrap());
+    let Some(v1::source::Kind::Iscsi(iscsi)) = &mut source.kind else { unreachable!() };
+    change(iscsi);
+    Some(source)
+}
+
+fn addition(vm_name: &str, change: impl FnOnce(&mut v1::VolumeSpec)) -> v1::AddVolumeRequest {
+    let mut volume =
+        v1::VolumeSpec { name: "data".into(), source: iscsi(|_| {}), ..v1::VolumeSpec::default() };
+    change(&mut volume);
+    v1::AddVolumeRequest { vm: vm(vm_name), volume: Some(volume), ..Default::default() }
+}
+
+/// The reason and the field that a status names.
+fn blame(status: &Status) -> (Reason, String) {
+    let details = status.get_error_details();
+    let info = details.error_info().unwrap_or_else(|| panic!("no ErrorInfo: {status:?}"));
+    assert_eq!(info.domain, "lunplug");
+    assert!(details.localized_message().is_some_and(|m| !m.message.is_empty()));
+    let field = info.metadata.get("field").cloned().unwrap_or_default();
+    if status.code() == Code::InvalidArgument {
+        let violations = &details.bad_request().unwrap().field_violations;
+        assert_eq!(violations[0].field, field);
+        assert!(!violations[0].description.is_empty());
+    }
+    (Reason::from_code(&info.reason).unwrap(), field)
+}
+
+#[tokio::test]
+async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    client.register_vm(registration("a", pod())).await.unwrap();
+    let long = "x".repeat(40);
+    let cases: Vec<(v1::AddVolumeRequest, Reason, &str)> = vec![
+        (v1::AddVolumeRequest::default(), Reason::InvalidName, "vm"),
+        (v1::AddVolumeRequest { vm: vm("a"), ..Default::default() }, Reason::InvalidName, "volume"),
+        (addition("a", |v| v.name = "Data".into()), Reason::InvalidName, "volume.name"),
+        (addition("a", |v| v.source = None), Reason::InvalidSource, "volume.source"),
+        (
+            addition("a", |v| v.source = Some(v1::Source { kind: None })),
+            Reason::InvalidSource,
+            "volume.source",
+        ),
+        (
+            addition("a", |v| v.source = iscsi(|s| s.target = "disk".into())),
+            Reason::InvalidIqn,
+            "volume.source.iscsi.target",
+        ),
+        (
+            addition("a", |v| v.source = iscsi(|s| s.portals.clear())),
+            Reason::InvalidPortal,
+            "volume.source.iscsi.portals",
+        ),
+        (
+            addition("a", |v| v.source = iscsi(|s| s.portals[1] = "host:1".into())),
+            Reason::InvalidPortal,
+            "volume.source.iscsi.portals",
+        ),
+        (
+            addition("a", |v| v.source = iscsi(|s| s.lun = 16384)),
+            Reason::InvalidLun,
+            "volume.source.iscsi.lun",
+        ),
+        (addition("a", |v| v.serial = "a b".into()), Reason::InvalidSerial, "volume.serial"),
+        (addition("a", |v| v.serial = long.clone()), Reason::InvalidSerial, "volume.serial"),
+        // The default, taken from the name, must fit as well.
+        (addition("a", |v| v.name = long.clone()), Reason::InvalidSerial, "volume.serial"),
+        (
+            addition("a", |v| {
+                v.set_bus(v1::Bus::Virtio);
+                v.name = "x".repeat(21);
+            }),
+            Reason::InvalidSerial,
+            "volume.serial",
+        ),
+        (addition("a", |v| v.bus = 99), Reason::InvalidOption, "volume.bus"),
+        (addition("a", |v| v.cache = 99), Reason::InvalidOption, "volume.cache"),
+        (addition("a", |v| v.disk_type = 99), Reason::InvalidOption, "volume.disk_type"),
+        (
+            addition("a", |v| v.set_disk_type(v1::DiskType::Lun)),
+            Reason::Unsupported,
+            "volume.disk_type",
+        ),
+        (addition("a", |v| v.multipath = 99), Reason::InvalidOption, "volume.multipath"),
+        (
+            addition("a", |v| {
+                v.shareable = true;
+                v.set_cache(v1::CacheMode::Writeback);
+            }),
+            Reason::InvalidOption,
+            "volume.cache",
+        ),
+        (addition("a", |v| v.wwid = "naa.1".into()), Reason::InvalidWwid, "volume.wwid"),
+        (addition("a", |v| v.size_bytes = 1000), Reason::InvalidOption, "volume.size_bytes"),
+        (addition("b", |_| {}), Reason::VmNotFound, "vm"),
+    ];
+    for (request, reason, field) in cases {
+        let status = client.add_volume(request.clone()).await.unwrap_err();
+        assert_eq!(blame(&status), (reason, field.to_owned()), "{request:?}\n{status}");
+    }
+    assert_eq!(
+        client.list_volumes(v1::ListVolumesRequest::default()).await.unwrap().into_inner().volumes,
+        []
+    );
+}
+
+#[tokio::test]
+async fn every_wrong_vm_is_refused_with_its_reason_and_field() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    let host = |socket: &str| v1::RegisterVmRequest {
+        vm: Some(v1::VmSpec {
+            id: vm("a"),
+            domain: String::new(),
+            place: Some(v1::vm_spec::Place::Host(v1::HostPlace { libvirt_socket: socket.into() })),
+        }),
+    };
+    let place = |change: &dyn Fn(&mut v1::PodPlace)| {
+        let mut pod = pod();
+        change(&mut pod);
+        registration("a", pod)
+    };
+    let mut no_place = registration("a", pod());
+    no_place.vm.as_mut().unwrap().place = None;
+    let mut domain = registration("a", pod());
+    domain.vm.as_mut().unwrap().domain = "../x".into();
+    let mut name = registration("a", pod());
+    name.vm.as_mut().unwrap().id = raw_vm("ns", "Big");
+    for (request, reason, field) in [
+        (v1::RegisterVmRequest::default(), Reason::InvalidName, "vm"),
+        (name, Reason::InvalidName, "vm.id.name"),
+        (no_place, Reason::InvalidOption, "vm.place"),
+        (domain, Reason::InvalidOption, "vm.domain"),
+        (place(&|p| p.uid = "../../etc".into()), Reason::InvalidOption, "vm.pod.uid"),
+        (place(&|p| p.cgroup = "kubepods".into()), Reason::PathNotAllowed, "vm.pod.cgroup"),
+        (
+            place(&|p| p.hotplug_dir = "a/../..".into()),
+            Reason::PathNotAllowed,
+            "vm.pod.hotplug_dir",
+        ),
+        (place(&|p| p.hotplug_dir = "/dev".into()), Reason::PathNotAllowed, "vm.pod.hotplug_dir"),
+        (
+            place(&|p| p.hotplug_dir_in_pod = "x".into()),
+            Reason::PathNotAllowed,
+            "vm.pod.hotplug_dir_in_pod",
+        ),
+        (
+            place(&|p| p.libvirt_socket = "/run/libvirt/libvirt-sock".into()),
+            Reason::PathNotAllowed,
+            "vm.pod.libvirt_socket",
+        ),
+        (host("libvirt-sock"), Reason::PathNotAllowed, "vm.host.libvirt_socket"),
+    ] {
+        let status = client.register_vm(request.clone()).await.unwrap_err();
+        assert_eq!(blame(&status), (reason, field.to_owned()), "{request:?}\n{status}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_unknown_or_clashes_is_told_apart() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    assert!(client.register_vm(registration("a", pod())).await.unwrap().into_inner().changed);
+    assert!(!client.register_vm(registration("a", pod())).await.unwrap().into_inner().changed);
+    let other = v1::PodPlace { uid: POD.replace('0', "1"), ..pod() };
+    let status = client.register_vm(registration("a", other)).await.unwrap_err();
+    assert_eq!((status.code(), blame(&status).0), (Code::AlreadyExists, Reason::VmExists));
+
+    let added = client.add_volume(addition("a", |_| {})).await.unwrap().into_inner();
+    assert!(added.changed);
+    let spec = added.volume.unwrap().spec.unwrap();
+    assert_eq!((spec.serial.as_str(), spec.bus()), ("data", v1::Bus::Scsi), "defaults are shown");
+    assert!(!client.add_volume(addition("a", |_| {})).await.unwrap().into_inner().changed);
+    let status = client.add_volume(addition("a", |v| v.read_only = true)).await.unwrap_err();
+    assert_eq!((status.code(), blame(&status).0), (Code::AlreadyExists, Reason::VolumeExists));
+    let metadata = status.get_error_details().error_info().unwrap().metadata.clone();
+    assert_eq!((metadata["vm"].as_str(), metadata["volume"].as_str()), ("default/a", "data"));
+
+    let status = client.unregister_vm(v1::UnregisterVmRequest { vm: vm("a") }).await.unwrap_err();
+    assert_eq!((status.code(), blame(&status).0), (Code::FailedPrecondition, Reason::VmHasVolumes));
+    let unknown = v1::GetVolumeRequest { vm: vm("a"), volume: "no".into() };
+    let status = client.get_volume(unknown).await.unwrap_err();
+    assert_eq!((status.code(), blame(&status).0), (Code::NotFound, Reason::VolumeNotFound));
+    for status in [
+        client.list_volumes(v1::ListVolumesRequest { vm: vm("no") }).await.unwrap_err(),
+        client.watch_volumes(v1::WatchVolumesRequest { vm: vm("no") }).await.unwrap_err(),
+    ] {
+        assert_eq!(blame(&status), (Reason::VmNotFound, "vm".into()));
+    }
+}
+
+#[tokio::test]
+async fn a_watch_lists_follows_filters_and_says_when_it_lost_something() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    for name in ["a", "b"] {
+        client.register_vm(registration(name, pod())).await.unwrap();
+        client.add_volume(addition(name, |_| {})).await.unwrap();
+    }
+    let request = v1::WatchVolumesRequest { vm: vm("a") };
+    let mut stream = client.watch_volumes(request).await.unwrap().into_inner();
+    let mut next = async || stream.message().await.unwrap().unwrap().event.unwrap();
+    let Event::Snapshot(first) = next().await else { panic!("the list comes first") };
+    assert!(!first.events_lost);
+    assert_eq!(first.volumes.len(), 1);
+
+    let of = |name: &str| server.memory.get(&format!("default/{name}/data")).unwrap();
+    server.memory.publish(of("b"), Phase::Bound, None);
+    server.memory.publish(of("a"), Phase::Ready, None);
+    let Event::Changed(changed) = next().await else { panic!("a change") };
+    assert_eq!((changed.vm, changed.phase), (vm("a"), v1::Phase::Ready.into()));
+
+    // More changes than the server keeps, without a chance to send any of them.
+    for _ in 0..100 {
+        server.memory.publish(of("a"), Phase::Ready, Some(Reason::MapFailed));
+    }
+    let newest = of("a").generation;
+    let snapshot = loop {
+        if let Event::Snapshot(snapshot) = next().await {
+            break snapshot;
+        }
+    };
+    assert!(snapshot.events_lost);
+    assert_eq!(snapshot.volumes[0].generation, newest);
+
+    server.memory.publish(of("a"), Phase::Gone, None);
+    let gone = loop {
+        // What was still kept when the list was made is older and not sent again.
+        match next().await {
+            Event::Changed(changed) => break changed,
+            Event::Snapshot(_) => {}
+        }
+    };
+    assert_eq!((gone.phase(), gone.generation), (v1::Phase::Gone, newest + 1));
+}
+
+#[tokio::test]
+async fn stopping_ends_watches_and_the_server_with_a_reason() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    let request = v1::WatchVolumesRequest::default();
+    let mut stream = client.watch_volumes(request).await.unwrap().into_inner();
+    stream.message().await.unwrap();
+    server.stop.send(true).unwrap();
+    let status = stream.message().await.unwrap_err();
+    assert_eq!((status.code(), blame(&status).0), (Code::Unavailable, Reason::ShuttingDown));
+    assert!(status.get_error_details().retry_info().is_some());
+    server.task.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_peer_that_is_not_allowed_gets_nothing_at_all() {
+    let other = nix::unistd::geteuid().as_raw() + 1;
+    let server = Server::start_for(AllowedPeers::exactly([other]));
+    let mut client = server.client().await;
+    let status = client.get_node(v1::GetNodeRequest {}).await.unwrap_err();
+    assert_eq!((status.code(), blame(&status).0), (Code::PermissionDenied, Reason::PeerNotAllowed));
+    let mut health = tonic_health::pb::health_client::HealthClient::new(server.channel().await);
+    let request = tonic_health::pb::HealthCheckRequest::default();
+    assert_eq!(health.check(request).await.unwrap_err().code(), Code::PermissionDenied);
+    let (exit, _, err) = server.run("node").await;
+    assert_eq!(exit, 7, "{err}");
+}
+
+#[tokio::test]
+async fn health_and_reflection_are_served() {
+    use tonic_reflection::pb::v1::ServerReflectionRequest;
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+    let server = Server::start();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(server.channel().await);
+    let service = "lunplug.v1.LunplugService".to_owned();
+    let request = tonic_health::pb::HealthCheckRequest { service: service.clone() };
+    let answer = health.check(request).await.unwrap().into_inner();
+    assert_eq!(answer.status(), tonic_health::pb::health_check_response::ServingStatus::Serving);
+
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::FileContainingSymbol(service)),
+    };
+    let mut answers = ServerReflectionClient::new(server.channel().await)
+        .server_reflection_info(tokio_stream::once(request))
+        .await
+        .unwrap()
+        .into_inner();
+    let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
+    assert!(matches!(answer, MessageResponse::FileDescriptorResponse(_)), "{answer:?}");
+}

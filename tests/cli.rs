@@ -1,0 +1,168 @@
+//! The command line against a server: what it prints, where, and how it exits.
+
+mod common;
+
+use common::{POD, Server, URL};
+use lunplug::reason::Reason;
+use lunplug::spec::Phase;
+
+async fn with_vm() -> Server {
+    let server = Server::start();
+    let (exit, out, err) = server.run(&format!("vm register a --pod-uid {POD}")).await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(out.contains("default/a") && out.contains("default_a"), "{out}");
+    server
+}
+
+fn add(more: &str) -> String {
+    format!("addvolume a --volume-name data --source {URL} {more}")
+}
+
+const ATTACH: &[(Phase, Option<Reason>)] = &[
+    (Phase::Bound, None),
+    (Phase::Pending, Some(Reason::PortalUnreachable)),
+    (Phase::Bound, None),
+    (Phase::AttachedToNode, None),
+    (Phase::MountedToPod, None),
+    (Phase::Ready, None),
+];
+
+#[tokio::test]
+async fn a_volume_is_added_shown_and_removed() {
+    let server = with_vm().await;
+    server.memory.script(ATTACH);
+    let (exit, out, err) = server.run(&add("-o json")).await;
+    assert_eq!(exit, 0, "{err}");
+    let volume: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(volume["phase"], "Ready");
+    assert_eq!(volume["vm"], "default/a");
+    assert_eq!(volume["device"]["dev"], "253:7");
+    assert_eq!(volume["spec"]["serial"], "data");
+    assert_eq!(volume["spec"]["source"]["iscsi"]["lun"], 3);
+    assert!(err.lines().last().unwrap().contains("Ready"), "the last phase is shown: {err}");
+
+    let (exit, out, _) = server.run("list").await;
+    assert_eq!(exit, 0);
+    let rows: Vec<Vec<&str>> = out.lines().map(|l| l.split_whitespace().collect()).collect();
+    assert_eq!(rows[0][..3], ["VM", "VOLUME", "PHASE"]);
+    assert_eq!(rows[1][..6], ["default/a", "data", "Ready", "sda", "1Gi", "2"]);
+    let (_, out, _) = server.run("list -n other").await;
+    assert_eq!(out.lines().count(), 1, "{out}");
+    let (_, out, _) = server.run("describe a data").await;
+    assert!(out.contains("naa.6001405123456789"), "{out}");
+    assert!(out.contains("iscsi://10.0.0.1:3260,10.0.0.2:3260/iqn.2001-04.com.example:a/3"));
+
+    let (exit, _, err) = server.run("vm unregister a").await;
+    assert_eq!(exit, 4, "{err}");
+    assert!(err.contains("VM_HAS_VOLUMES"), "{err}");
+
+    server.memory.script(&[(Phase::UnmountedFromPod, None), (Phase::Gone, None)]);
+    let (exit, out, err) = server.run("removevolume a --volume-name data -o yaml").await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(out.contains("phase: Gone"), "{out}");
+    let (exit, _, err) = server.run("removevolume a --volume-name data").await;
+    assert_eq!(exit, 3, "{err}");
+    assert!(err.contains("error: VOLUME_NOT_FOUND: no volume default/a/data"), "{err}");
+    let (exit, _, _) = server.run("vm unregister a").await;
+    assert_eq!(exit, 0);
+    let (exit, _, err) = server.run("vm unregister a").await;
+    assert_eq!((exit, err.trim()), (0, "it was not registered"));
+}
+
+#[tokio::test]
+async fn a_reason_to_act_ends_the_wait_and_one_that_passes_does_not() {
+    let server = with_vm().await;
+    server.memory.script(&[(Phase::Bound, None), (Phase::Pending, Some(Reason::LoginRefused))]);
+    let (exit, out, err) = server.run(&add("")).await;
+    assert_eq!((exit, out.as_str()), (5, ""), "{err}");
+    assert!(err.contains("error: LOGIN_REFUSED: it is so\n  what to do: "), "{err}");
+
+    // It is still wanted, and in trouble that passes: only --timeout ends the wait.
+    let status = server.memory.get("default/a/data").unwrap();
+    server.memory.publish(status, Phase::Pending, Some(Reason::PortalUnreachable));
+    let (exit, _, err) = server.run(&add("--timeout 0s")).await;
+    assert_eq!(exit, 6, "{err}");
+    assert!(err.contains("still Pending after 0s (PORTAL_UNREACHABLE: it is so)"), "{err}");
+    let (exit, out, _) = server.run(&add("--no-wait")).await;
+    assert_eq!(exit, 0);
+    assert!(out.contains("PORTAL_UNREACHABLE"), "{out}");
+
+    server.memory.script(&[(Phase::Detaching, Some(Reason::InUseByGuest))]);
+    let (exit, _, err) = server.run("removevolume a --volume-name data").await;
+    assert_eq!(exit, 5, "{err}");
+    assert!(err.contains("IN_USE_BY_GUEST") && err.contains("--force"), "{err}");
+}
+
+#[tokio::test]
+async fn a_dry_run_changes_nothing_and_says_so() {
+    let server = with_vm().await;
+    let (exit, out, err) = server.run(&add("--dry-run")).await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(out.contains("Pending") && err.contains("nothing was changed"), "{out}{err}");
+    assert!(server.memory.get("default/a/data").is_none());
+}
+
+#[tokio::test]
+async fn a_volume_comes_from_a_file_and_flags_win_over_it() {
+    let server = with_vm().await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), format!("{{name: data, serial: A, bus: virtio, source: '{URL}'}}"))
+        .unwrap();
+    let path = file.path().display();
+    let line = format!("addvolume a -f {path} --serial B --size 1Gi --no-wait -o json");
+    let (exit, out, err) = server.run(&line).await;
+    assert_eq!(exit, 0, "{err}");
+    let volume: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(volume["spec"]["serial"], "B");
+    assert_eq!(volume["spec"]["bus"], "virtio");
+    assert_eq!(volume["spec"]["size_bytes"], 1 << 30);
+
+    std::fs::write(file.path(), "name: data\ncolour: red").unwrap();
+    let (exit, _, err) = server.run(&format!("addvolume a -f {path}")).await;
+    assert_eq!(exit, 2, "{err}");
+    assert!(err.contains("colour"), "{err}");
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_said_with_reason_and_exit_code() {
+    let server = with_vm().await;
+    let url = |url: &str| format!("addvolume a --volume-name data --source {url}");
+    for (line, exit, reason) in [
+        (url("iscsi://10.0.0.1/iqn.2001-04.com.example:a"), 2, "INVALID_SOURCE"),
+        (url("iscsi://x/iqn.2001-04.com.example:a/1"), 2, "INVALID_PORTAL"),
+        (url("iscsi://10.0.0.1/disk/1"), 2, "INVALID_IQN"),
+        (url("iscsi://10.0.0.1/iqn.2001-04.com.example:a/x"), 2, "INVALID_LUN"),
+        (add("--cache unsafe"), 2, "INVALID_OPTION"),
+        (add("--bus ide"), 2, "INVALID_OPTION"),
+        (add("--bus virtio --serial abcdefghijklmnopqrstu"), 2, "INVALID_SERIAL"),
+        (add("--wwid 5"), 2, "INVALID_WWID"),
+        (add("--size many"), 2, "INVALID_OPTION"),
+        (add("--disk-type lun"), 5, "UNSUPPORTED"),
+        (add("").replace("addvolume a", "addvolume b"), 3, "VM_NOT_FOUND"),
+        (add("").replace("addvolume a", "addvolume B"), 2, "INVALID_NAME"),
+        ("list b".into(), 3, "VM_NOT_FOUND"),
+        ("describe a data".into(), 3, "VOLUME_NOT_FOUND"),
+    ] {
+        let (code, out, err) = server.run(&line).await;
+        assert_eq!((code, out.as_str()), (exit, ""), "{line}: {err}");
+        assert!(err.starts_with(&format!("error: {reason}: ")), "{line}: {err}");
+        let (_, _, err) = server.run(&format!("{line} -o json")).await;
+        let json: serde_json::Value = serde_json::from_str(&err).unwrap();
+        assert_eq!(json["error"]["reason"], reason);
+        assert!(json["error"]["remedy"].is_string());
+    }
+}
+
+#[tokio::test]
+async fn node_and_vms_are_shown_and_a_daemon_that_is_not_there() {
+    let server = with_vm().await;
+    let (_, out, _) = server.run("node").await;
+    assert!(out.contains("cgroup2-override") && out.contains("nothing is real"), "{out}");
+    let (_, out, _) = server.run("vm list -o json").await;
+    let vms: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(vms[0]["pod_uid"], POD);
+    assert_eq!(vms[0]["state"], "running");
+    let (exit, _, err) = server.run("node --socket /nonexistent/s.sock").await;
+    assert_eq!(exit, 6, "{err}");
+    assert!(err.contains("what to do: Start lunplugd"), "{err}");
+}

@@ -1,0 +1,279 @@
+//! A façade in memory, and a server on a temporary socket.
+#![allow(dead_code, unreachable_pub)] // each test uses its own part
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use clap::Parser;
+use jiff::Timestamp;
+use lunplug::api::auth::AllowedPeers;
+use lunplug::api::server;
+use lunplug::api::v1::lunplug_service_client::LunplugServiceClient;
+use lunplug::cli::{self, Cli, Screen};
+use lunplug::host::listen::Socket;
+use lunplug::reason::Reason;
+use lunplug::spec::*;
+use lunplug::types::*;
+use lunplug::vm::facade::*;
+use tokio::sync::{broadcast, watch};
+use tonic::transport::{Channel, Endpoint};
+
+/// A façade that remembers, and moves volumes along a script.
+pub struct Memory {
+    vms: Mutex<BTreeMap<VmId, VmSpec>>,
+    volumes: Mutex<BTreeMap<VolumeKey, VolumeStatus>>,
+    changes: broadcast::Sender<Arc<VolumeStatus>>,
+    /// The phases, with their reasons, that follow each add or remove.
+    script: Mutex<Vec<(Phase, Option<Reason>)>>,
+}
+
+impl Memory {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            vms: Mutex::default(),
+            volumes: Mutex::default(),
+            changes: broadcast::channel(16).0,
+            script: Mutex::default(),
+        })
+    }
+
+    pub fn script(&self, steps: &[(Phase, Option<Reason>)]) {
+        *self.script.lock().unwrap() = steps.to_vec();
+    }
+
+    /// Changes a volume and tells it.
+    pub fn publish(&self, mut status: VolumeStatus, phase: Phase, reason: Option<Reason>) {
+        status.phase = phase;
+        status.reason = reason;
+        status.message = reason.map(|_| "it is so".into()).unwrap_or_default();
+        status.since = Timestamp::now();
+        status.generation += 1;
+        let mut volumes = self.volumes.lock().unwrap();
+        if phase == Phase::Gone {
+            volumes.remove(&status.key);
+        } else {
+            volumes.insert(status.key.clone(), status.clone());
+        }
+        let _ = self.changes.send(Arc::new(status));
+    }
+
+    pub fn get(&self, key: &str) -> Option<VolumeStatus> {
+        let (vm, volume) = key.rsplit_once('/').unwrap();
+        let key = VolumeKey { vm: vm.parse().unwrap(), volume: volume.parse().unwrap() };
+        self.volumes.lock().unwrap().get(&key).cloned()
+    }
+
+    fn play(self: &Arc<Self>, key: VolumeKey) {
+        let steps = std::mem::take(&mut *self.script.lock().unwrap());
+        let memory = self.clone();
+        tokio::spawn(async move {
+            for (phase, reason) in steps {
+                tokio::task::yield_now().await;
+                let status = memory.volumes.lock().unwrap().get(&key).cloned();
+                memory.publish(status.expect("the script knows the volume"), phase, reason);
+            }
+        });
+    }
+}
+
+pub struct Facade(pub Arc<Memory>);
+
+#[async_trait]
+impl Volumes for Facade {
+    async fn register_vm(&self, spec: VmSpec) -> Result<Outcome<VmInfo>, Refusal> {
+        let mut vms = self.0.vms.lock().unwrap();
+        let info = info(&spec);
+        match vms.get(&spec.id) {
+            Some(known) if *known == spec => Ok(Outcome::Already(info)),
+            Some(_) => Err(Refusal::new(Reason::VmExists, "it is registered otherwise")),
+            None => {
+                vms.insert(spec.id.clone(), spec);
+                Ok(Outcome::Done(info))
+            }
+        }
+    }
+
+    async fn unregister_vm(&self, id: &VmId) -> Result<Outcome, Refusal> {
+        if self.0.volumes.lock().unwrap().keys().any(|key| key.vm == *id) {
+            return Err(Refusal::new(Reason::VmHasVolumes, format!("VM {id} has volumes")));
+        }
+        let known = self.0.vms.lock().unwrap().remove(id).is_some();
+        Ok(if known { Outcome::Done(()) } else { Outcome::Already(()) })
+    }
+
+    async fn list_vms(&self) -> Vec<VmInfo> {
+        self.0.vms.lock().unwrap().values().map(info).collect()
+    }
+
+    async fn add_volume(
+        &self,
+        vm: &VmId,
+        spec: VolumeSpec,
+        options: AddOptions,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        if !self.0.vms.lock().unwrap().contains_key(vm) {
+            return Err(Refusal::new(Reason::VmNotFound, format!("no VM {vm}")).field("vm"));
+        }
+        let key = VolumeKey { vm: vm.clone(), volume: spec.name.clone() };
+        if let Some(known) = self.0.volumes.lock().unwrap().get(&key) {
+            return if known.spec == spec {
+                Ok(Outcome::Already(known.clone()))
+            } else {
+                let refusal = Refusal::new(Reason::VolumeExists, format!("{key} exists"));
+                Err(refusal.field("volume.name"))
+            };
+        }
+        let status = status(key.clone(), spec);
+        if !options.dry_run {
+            self.0.publish(status.clone(), Phase::Pending, None);
+            self.0.play(key);
+        }
+        Ok(Outcome::Done(status))
+    }
+
+    async fn remove_volume(
+        &self,
+        key: &VolumeKey,
+        options: RemoveOptions,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        let status = self.get_volume(key).await?;
+        if options.dry_run {
+            return Ok(Outcome::Done(status));
+        }
+        self.0.publish(status, Phase::Detaching, None);
+        let status = self.get_volume(key).await?;
+        self.0.play(key.clone());
+        Ok(Outcome::Done(status))
+    }
+
+    async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal> {
+        let found = self.0.volumes.lock().unwrap().get(key).cloned();
+        found.ok_or_else(|| {
+            Refusal::new(Reason::VolumeNotFound, format!("no volume {key}")).field("volume")
+        })
+    }
+
+    async fn list_volumes(&self, vm: Option<&VmId>) -> Vec<VolumeStatus> {
+        let volumes = self.0.volumes.lock().unwrap();
+        volumes.values().filter(|v| vm.is_none_or(|vm| v.key.vm == *vm)).cloned().collect()
+    }
+
+    fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>> {
+        self.0.changes.subscribe()
+    }
+
+    async fn node(&self) -> NodeInfo {
+        NodeInfo {
+            name: "node-1".into(),
+            version: "0.0.0".into(),
+            kernel: "6.12".into(),
+            boot_id: "b".into(),
+            initiator_name: Some("iqn.2001-04.com.example:node-1".into()),
+            multipathd: true,
+            grants: vec!["cgroup2-override".into()],
+            simulated: true,
+            only_vm: None,
+            max_vms: 1,
+            max_volumes_per_vm: 2,
+        }
+    }
+}
+
+fn info(spec: &VmSpec) -> VmInfo {
+    VmInfo {
+        spec: spec.clone(),
+        state: VmState::Running,
+        since: Timestamp::now(),
+        volumes: 0,
+        pod_dir: None,
+        cgroup: None,
+        hotplug_dir: None,
+        hotplug_dir_in_pod: None,
+        reason: None,
+        message: String::new(),
+    }
+}
+
+fn status(key: VolumeKey, spec: VolumeSpec) -> VolumeStatus {
+    VolumeStatus {
+        key,
+        spec,
+        phase: Phase::Pending,
+        reason: None,
+        message: String::new(),
+        since: Timestamp::now(),
+        retry_at: None,
+        device: Some(DeviceStatus {
+            dev: "253:7".parse().unwrap(),
+            wwid: "naa.6001405123456789".parse().unwrap(),
+            size: 1 << 30,
+            map: Some("mpatha".into()),
+            paths: 2,
+        }),
+        target: Some("sda".into()),
+        generation: 0,
+    }
+}
+
+/// A server on a temporary socket, stopped with the test.
+pub struct Server {
+    pub memory: Arc<Memory>,
+    pub socket: PathBuf,
+    pub stop: watch::Sender<bool>,
+    pub task: tokio::task::JoinHandle<Result<(), server::Error>>,
+    _dir: tempfile::TempDir,
+    _socket: Socket,
+}
+
+impl Server {
+    pub fn start() -> Self {
+        Self::start_for(AllowedPeers::new([], nix::unistd::geteuid().as_raw()))
+    }
+
+    pub fn start_for(peers: AllowedPeers) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        let (socket, listener) = Socket::bind(&path, None).unwrap();
+        let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+        let memory = Memory::new();
+        let (stop, stopping) = watch::channel(false);
+        let facade = Arc::new(Facade(memory.clone()));
+        let task = tokio::spawn(server::serve(facade, peers, listener, stopping));
+        Self { memory, socket: path, stop, task, _dir: dir, _socket: socket }
+    }
+
+    pub async fn channel(&self) -> Channel {
+        let path = self.socket.clone();
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move {
+                let stream = tokio::net::UnixStream::connect(path).await?;
+                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+            }
+        });
+        Endpoint::from_static("http://test").connect_with_connector(connector).await.unwrap()
+    }
+
+    pub async fn client(&self) -> LunplugServiceClient<Channel> {
+        LunplugServiceClient::new(self.channel().await)
+    }
+
+    /// Runs a command line; gives exit code, stdout and stderr.
+    pub async fn run(&self, line: &str) -> (u8, String, String) {
+        let socket = self.socket.to_str().unwrap();
+        let words = ["lunplug", "--socket", socket].into_iter().chain(line.split_whitespace());
+        let cli = Cli::try_parse_from(words).unwrap();
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let mut screen = Screen { out: &mut out, err: &mut err, live: false };
+        let exit = cli::run(cli, &mut screen).await;
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (exit as u8, text(out), text(err))
+    }
+}
+
+pub const URL: &str = "iscsi://10.0.0.1,10.0.0.2/iqn.2001-04.com.example:a/3";
+
+/// The pod of the tests' VMs.
+pub const POD: &str = "0e6ab16c-2c4f-4b6f-9c0f-0123456789ab";

@@ -15,6 +15,7 @@ pub mod mounts;
 pub mod multipathd;
 pub mod nodes;
 pub mod poddir;
+pub mod pods;
 pub mod procs;
 pub mod sim;
 pub mod sysfs;

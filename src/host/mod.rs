@@ -17,6 +17,7 @@ pub mod mounts;
 pub mod multipathd;
 pub mod nodes;
 pub mod poddir;
+pub mod pods;
 pub mod procs;
 pub mod sim;
 pub mod storage;

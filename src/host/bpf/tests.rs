@@ -141,18 +141,22 @@ struct Host {
     root: PathBuf,
     overrides: BpfOverrides,
     _alone: MutexGuard<'static, ()>,
+    _machine: std::fs::File,
 }
 
 impl Host {
     fn new() -> Self {
         let alone = ROOT.lock().unwrap_or_else(PoisonError::into_inner);
+        let machine = std::fs::File::create(std::env::temp_dir().join("lunplug-test-bpf.lock"))
+            .expect("a lock file for other runs of these tests");
+        machine.lock().expect("a lock on it");
         let overrides = BpfOverrides::new();
         let root = overrides.shared.root().expect("cgroup2 is mounted").path().to_owned();
         assert!(
             overrides.shared.find().expect("root can be queried").is_empty(),
             "a lunplug is installed on this machine; not testing under it"
         );
-        Self { root, overrides, _alone: alone }
+        Self { root, overrides, _alone: alone, _machine: machine }
     }
 }
 

@@ -1,1 +1,0 @@
-//! The simulated pods: directories, processes, cgroups and grants.

@@ -1,0 +1,327 @@
+//! The doors to the simulated pods. Fault points: `pods.dir`, `pods.socket`, `nodes.create`,
+//! `nodes.remove`, `nodes.observe`, `grants.install`, `grants.grant`, `grants.revoke`, `grants.list`,
+//! `procs.list`, `procs.inspect`.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use nix::libc;
+
+use super::{SimEntry, SimPod, SimPods, State, V1_ROOT, V2_ROOT};
+use crate::host::grants::{
+    Access, CgroupRef, DeviceLists, Entry, GrantStoreError, Hierarchy, ListChange, OverrideStatus,
+    Overrides,
+};
+use crate::host::nodes::{NODE_MODE, NodeError, NodeOwner, Nodes, Seen};
+use crate::host::poddir::{
+    EndpointPlace, HotplugDir, Inode, LibvirtEndpoint, PathError, PodDir, PodDirs, check_uid, plain,
+};
+use crate::host::procs::{DirView, Membership, ProcessId, ProcessInfo, Procs};
+use crate::types::{DevNum, Outcome, VolumeName};
+
+fn outcome(changed: bool) -> Outcome {
+    if changed { Outcome::Done(()) } else { Outcome::Already(()) }
+}
+
+/// A simulated pod's UID is the last part of its directory.
+fn uid(pod: &PodDir) -> String {
+    pod.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+impl State {
+    fn pod(&self, dir: &PodDir) -> Result<&SimPod, PathError> {
+        self.pods.get(&uid(dir)).ok_or_else(|| PathError::PodGone(dir.path.clone()))
+    }
+
+    /// What openat2 finds beneath the pod's directory.
+    fn entry(&self, dir: &PodDir, rel: &Path) -> Result<SimEntry, PathError> {
+        plain(rel)?;
+        let pod = self.pod(dir)?;
+        let path = dir.path.join(rel);
+        let symlink = |p: &&Path| pod.entries.get(*p) == Some(&SimEntry::Symlink);
+        if rel.ancestors().any(|p| symlink(&p)) {
+            return Err(PathError::Unsafe { path, why: "there is a symlink in it" });
+        }
+        pod.entries.get(rel).copied().ok_or(PathError::Missing(path))
+    }
+
+    /// The pod of a hotplug directory, if that is still the one that was found.
+    fn hotplug(&mut self, dir: &HotplugDir) -> Result<&mut SimPod, NodeError> {
+        match self.entry(&dir.pod, &dir.rel) {
+            Ok(SimEntry::Dir) => {}
+            Ok(_) => {
+                let path = dir.pod.path.join(&dir.rel);
+                return Err(NodeError::Dir(PathError::Unsafe { path, why: "not a directory" }));
+            }
+            Err(e) => return Err(NodeError::Dir(e)),
+        }
+        let gone = || NodeError::Dir(PathError::PodGone(dir.pod.path.clone()));
+        self.pods.get_mut(&uid(&dir.pod)).ok_or_else(gone)
+    }
+
+    fn process(&self, id: ProcessId) -> Option<(&SimPod, &ProcessInfo)> {
+        self.pods.values().find_map(|pod| Some((pod, pod.process(id)?)))
+    }
+}
+
+/// Each pod's hotplug directory is its own inode.
+fn inode(pod: &SimPod) -> Inode {
+    Inode { dev: 0, ino: pod.pod_cgroup.id }
+}
+
+#[async_trait]
+impl PodDirs for SimPods {
+    async fn pod(&self, kubelet_root: &Path, uid: &str) -> Result<PodDir, PathError> {
+        self.faults.pass("pods.dir", uid).await?;
+        check_uid(uid)?;
+        let dir = PodDir { path: kubelet_root.join("pods").join(uid) };
+        self.lock().pod(&dir)?;
+        Ok(dir)
+    }
+
+    async fn hotplug(&self, pod: &PodDir, path: &Path) -> Result<HotplugDir, PathError> {
+        self.faults.pass("pods.dir", &path.to_string_lossy()).await?;
+        let state = self.lock();
+        match state.entry(pod, path)? {
+            SimEntry::Dir => {
+                let inode = inode(state.pod(pod)?);
+                Ok(HotplugDir { pod: pod.clone(), rel: path.to_owned(), inode })
+            }
+            _ => Err(PathError::Unsafe { path: pod.path.join(path), why: "not a directory" }),
+        }
+    }
+
+    async fn socket(&self, pod: &PodDir, path: &Path) -> Result<LibvirtEndpoint, PathError> {
+        self.faults.pass("pods.socket", &path.to_string_lossy()).await?;
+        match self.lock().entry(pod, path)? {
+            SimEntry::Socket => Ok(LibvirtEndpoint {
+                place: EndpointPlace::Pod { pod: pod.clone(), rel: path.to_owned() },
+            }),
+            _ => Err(PathError::Unsafe { path: pod.path.join(path), why: "it is not a socket" }),
+        }
+    }
+
+    async fn host_socket(&self, path: &Path) -> Result<LibvirtEndpoint, PathError> {
+        self.faults.pass("pods.socket", &path.to_string_lossy()).await?;
+        if !self.lock().host_sockets.contains(path) {
+            return Err(PathError::Missing(path.to_owned()));
+        }
+        Ok(LibvirtEndpoint { place: EndpointPlace::Host { path: path.to_owned() } })
+    }
+}
+
+#[async_trait]
+impl Nodes for SimPods {
+    async fn ensure(
+        &self,
+        dir: &HotplugDir,
+        name: &VolumeName,
+        dev: DevNum,
+        owner: NodeOwner,
+    ) -> Result<Outcome, NodeError> {
+        self.faults.pass("nodes.create", name.as_str()).await?;
+        let mut state = self.lock();
+        let pod = state.hotplug(dir)?;
+        let wanted = Seen::Node { dev, owner, mode: NODE_MODE };
+        match pod.nodes.get(name) {
+            Some(Seen::Directory) => Err(NodeError::Refused {
+                dir: dir.to_string(),
+                name: name.to_string(),
+                why: "a directory is in its place",
+            }),
+            Some(seen) if *seen == wanted => Ok(Outcome::Already(())),
+            _ => {
+                pod.nodes.insert(name.clone(), wanted);
+                Ok(Outcome::Done(()))
+            }
+        }
+    }
+
+    async fn remove(
+        &self,
+        dir: &HotplugDir,
+        name: &VolumeName,
+        expect: Option<DevNum>,
+    ) -> Result<Outcome, NodeError> {
+        self.faults.pass("nodes.remove", name.as_str()).await?;
+        let mut state = self.lock();
+        let pod = state.hotplug(dir)?;
+        match pod.nodes.get(name) {
+            Some(Seen::Node { dev, .. }) if expect.is_none_or(|e| e == *dev) => {
+                pod.nodes.remove(name);
+                Ok(Outcome::Done(()))
+            }
+            _ => Ok(Outcome::Already(())),
+        }
+    }
+
+    async fn observe(
+        &self,
+        dir: &HotplugDir,
+        name: &VolumeName,
+    ) -> Result<Option<Seen>, NodeError> {
+        self.faults.pass("nodes.observe", name.as_str()).await?;
+        Ok(self.lock().hotplug(dir)?.nodes.get(name).copied())
+    }
+}
+
+#[async_trait]
+impl Overrides for SimPods {
+    async fn install(&self) -> Result<Outcome<OverrideStatus>, GrantStoreError> {
+        self.faults.pass("grants.install", "").await?;
+        let changed = !std::mem::replace(&mut self.lock().installed, true);
+        let status = OverrideStatus { program: 1, after_ours: Vec::new() };
+        Ok(if changed { Outcome::Done(status) } else { Outcome::Already(status) })
+    }
+
+    async fn put(
+        &self,
+        cgroup: &CgroupRef,
+        dev: DevNum,
+        access: Access,
+    ) -> Result<Outcome, GrantStoreError> {
+        self.faults.pass("grants.grant", &format!("{cgroup} {dev}")).await?;
+        let mut state = self.lock();
+        if state.cgroup_path(cgroup.id).as_deref() != Some(cgroup.path.as_path()) {
+            return Err(GrantStoreError::Gone(cgroup.path.clone()));
+        }
+        state.installed = true;
+        Ok(outcome(state.grants.insert((cgroup.id, dev), access) != Some(access)))
+    }
+
+    async fn take(&self, cgroup: u64, dev: DevNum) -> Result<Outcome, GrantStoreError> {
+        let detail = format!("{} {dev}", self.lock().cgroup_name(cgroup));
+        self.faults.pass("grants.revoke", &detail).await?;
+        Ok(outcome(self.lock().grants.remove(&(cgroup, dev)).is_some()))
+    }
+
+    async fn entries(&self) -> Result<Vec<Entry>, GrantStoreError> {
+        self.faults.pass("grants.list", "").await?;
+        let state = self.lock();
+        let entry = |(&(cgroup, dev), &access): (&(u64, DevNum), &Access)| Entry {
+            cgroup,
+            dev,
+            access,
+            path: state.cgroup_path(cgroup),
+        };
+        Ok(state.grants.iter().map(entry).collect())
+    }
+
+    async fn uninstall(&self) -> Result<Outcome, GrantStoreError> {
+        self.faults.pass("grants.install", "").await?;
+        let mut state = self.lock();
+        state.grants.clear();
+        Ok(outcome(std::mem::replace(&mut state.installed, false)))
+    }
+}
+
+#[async_trait]
+impl DeviceLists for SimPods {
+    async fn missing(
+        &self,
+        cgroup: &CgroupRef,
+        dev: DevNum,
+        access: Access,
+    ) -> Result<Vec<ListChange>, GrantStoreError> {
+        self.faults.pass("grants.list", &format!("{cgroup} {dev}")).await?;
+        let added = access.without(self.lock().allowed(cgroup, dev));
+        let change = ListChange { cgroup: cgroup.clone(), added };
+        Ok(if added == Access::NONE { Vec::new() } else { vec![change] })
+    }
+
+    async fn allow(&self, change: &ListChange, dev: DevNum) -> Result<Outcome, GrantStoreError> {
+        self.faults.pass("grants.grant", &format!("{} {dev}", change.cgroup)).await?;
+        let mut state = self.lock();
+        if state.cgroup_path(change.cgroup.id).is_none() {
+            return Err(GrantStoreError::Gone(change.cgroup.path.clone()));
+        }
+        let has = state.lists.entry((change.cgroup.path.clone(), dev)).or_insert(Access::NONE);
+        let covered = has.covers(change.added);
+        *has = has.with(change.added);
+        Ok(outcome(!covered))
+    }
+
+    async fn deny(
+        &self,
+        change: &ListChange,
+        dev: DevNum,
+        _spare_children: bool,
+    ) -> Result<Outcome, GrantStoreError> {
+        self.faults.pass("grants.revoke", &format!("{} {dev}", change.cgroup)).await?;
+        let mut state = self.lock();
+        let key = (change.cgroup.path.clone(), dev);
+        let has = state.lists.remove(&key).unwrap_or(Access::NONE);
+        let left = has.without(change.added);
+        if left != Access::NONE {
+            state.lists.insert(key, left);
+        }
+        Ok(outcome(left != has))
+    }
+
+    async fn allowed(&self, cgroup: &CgroupRef, dev: DevNum) -> Result<Access, GrantStoreError> {
+        self.faults.pass("grants.list", &format!("{cgroup} {dev}")).await?;
+        Ok(self.lock().allowed(cgroup, dev))
+    }
+}
+
+fn not_found() -> io::Error {
+    io::Error::from_raw_os_error(libc::ENOENT)
+}
+
+#[async_trait]
+impl Procs for SimPods {
+    async fn pod_cgroups(&self, uid: &str) -> io::Result<Vec<CgroupRef>> {
+        self.faults.pass("procs.list", uid).await?;
+        Ok(self.lock().pods.get(uid).map(|pod| pod.pod_cgroup.clone()).into_iter().collect())
+    }
+
+    async fn cgroup(&self, path: &Path) -> io::Result<CgroupRef> {
+        self.faults.pass("procs.list", &path.to_string_lossy()).await?;
+        if let Some(root) = self.roots().into_iter().find(|r| r.dir == path) {
+            return Ok(CgroupRef { path: root.dir, hierarchy: root.hierarchy, id: 1 });
+        }
+        self.lock().cgroups().find(|c| c.path == path).cloned().ok_or_else(not_found)
+    }
+
+    async fn members(&self, cgroup: &CgroupRef) -> io::Result<Vec<u32>> {
+        self.faults.pass("procs.list", &cgroup.to_string()).await?;
+        let state = self.lock();
+        let inside = |p: &&ProcessInfo| p.cgroups.iter().any(|m| m.dir.starts_with(&cgroup.path));
+        Ok(state.pods.values().flat_map(|p| &p.processes).filter(inside).map(|p| p.id.pid).collect())
+    }
+
+    async fn inspect(&self, pid: u32) -> io::Result<Option<ProcessInfo>> {
+        self.faults.pass("procs.inspect", &pid.to_string()).await?;
+        let state = self.lock();
+        Ok(state.pods.values().flat_map(|p| &p.processes).find(|p| p.id.pid == pid).cloned())
+    }
+
+    async fn is_alive(&self, id: ProcessId) -> io::Result<bool> {
+        self.faults.pass("procs.inspect", &id.pid.to_string()).await?;
+        Ok(self.lock().process(id).is_some())
+    }
+
+    async fn sees(&self, id: ProcessId, dir: &Path) -> io::Result<DirView> {
+        self.faults.pass("procs.inspect", &dir.to_string_lossy()).await?;
+        let state = self.lock();
+        let (pod, _) = state.process(id).ok_or_else(not_found)?;
+        if dir != pod.hotplug_in_pod {
+            return Err(not_found());
+        }
+        let mut inode = inode(pod);
+        inode.dev += u64::from(pod.another_dir);
+        Ok(DirView { inode, nodev: pod.nodev, uid: pod.idmap, gid: pod.idmap })
+    }
+
+    async fn own(&self) -> io::Result<Vec<Membership>> {
+        let dir = PathBuf::from(V2_ROOT).join("system.slice/lunplugd.service");
+        Ok(vec![Membership { hierarchy: Hierarchy::V2, dir }])
+    }
+
+    fn roots(&self) -> Vec<Membership> {
+        [(Hierarchy::V1, V1_ROOT), (Hierarchy::V2, V2_ROOT)]
+            .map(|(hierarchy, dir)| Membership { hierarchy, dir: dir.into() })
+            .to_vec()
+    }
+}

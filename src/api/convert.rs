@@ -349,6 +349,7 @@ pub fn wire_phase(phase: Phase) -> v1::Phase {
         Phase::Detaching => v1::Phase::Detaching,
         Phase::UnmountedFromPod => v1::Phase::UnmountedFromPod,
         Phase::Gone => v1::Phase::Gone,
+        Phase::Failed => v1::Phase::Failed,
     }
 }
 

@@ -174,6 +174,7 @@ pub(super) fn phase(phase: v1::Phase) -> &'static str {
         v1::Phase::Detaching => P::Detaching.as_str(),
         v1::Phase::UnmountedFromPod => P::UnmountedFromPod.as_str(),
         v1::Phase::Gone => P::Gone.as_str(),
+        v1::Phase::Failed => P::Failed.as_str(),
     }
 }
 

@@ -37,6 +37,7 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
         }),
         rundir: Arc::new(BoundedRunDir(doors.rundir, ms(settings.file_ms))),
         iscsidb: Arc::new(BoundedIscsiDb(doors.iscsidb, ms(settings.file_ms))),
+        stuck: doors.stuck,
     }
 }
 

@@ -310,7 +310,11 @@ mod tests {
             (&[], None, "NO_UNIQUE_IDENTITY"),
             // The target port's own name (association 1) says nothing about the LUN.
             (&[(0x13, &NAA6)], None, "NO_UNIQUE_IDENTITY"),
-            (&[(8, b"naa.6001400501020304050607080910abcd\0")], None, "naa.6001400501020304050607080910abcd"),
+            (
+                &[(8, b"naa.6001400501020304050607080910abcd\0")],
+                None,
+                "naa.6001400501020304050607080910abcd",
+            ),
             (&[(8, b"iqn.2003-01.org.x:1,L,0x0000\0")], None, "NO_UNIQUE_IDENTITY"),
         ];
         for (list, pg80, expected) in cases {
@@ -322,7 +326,11 @@ mod tests {
     fn the_kernels_reading_must_be_on_the_page() {
         let p = page(&[(3, &NAA6)]);
         assert_eq!(wwid_of(&p, None, Some(&naa6())), naa6());
-        assert_eq!(wwid_of(&p, None, Some("naa.6001405ffffffffffffffffffffffffff")), naa6(), "not a WWID: too long");
+        assert_eq!(
+            wwid_of(&p, None, Some("naa.6001405ffffffffffffffffffffffffff")),
+            naa6(),
+            "not a WWID: too long"
+        );
         assert_eq!(wwid_of(&p, None, Some("naa.5001405fffffffff")), "IDENTITY_MISMATCH");
         assert_eq!(wwid_of(&p, None, Some("t10.LIO-ORG something")), naa6());
     }

@@ -35,7 +35,7 @@ pub enum LockError {
 }
 
 /// The door to this boot's shared state: locks and files that a node daemon and sidecars share.
-/// Names are relative, of `[A-Za-z0-9._-]` and `/`.
+/// Names are relative, of `[A-Za-z0-9._:-]` and `/`.
 #[async_trait]
 pub trait RunDir: Send + Sync {
     /// Takes the lock `name` (an OFD write lock, so that threads and processes exclude each other).
@@ -64,13 +64,13 @@ pub(super) fn check_name(name: &str) -> io::Result<()> {
         !p.is_empty()
             && p != "."
             && p != ".."
-            && p.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c))
+            && p.bytes().all(|c| c.is_ascii_alphanumeric() || b"._:-".contains(&c))
     };
     if name.split('/').all(part) {
         return Ok(());
     }
     Err(io::Error::new(
         io::ErrorKind::InvalidInput,
-        format!("run file name {name:?}: use relative paths of A-Z, a-z, 0-9, '.', '_' and '-'"),
+        format!("run file name {name:?}: use relative paths of A-Z, a-z, 0-9, '.', '_', ':' and '-'"),
     ))
 }

@@ -97,7 +97,10 @@ impl Inner {
 
     /// A map that multipathd made above our paths, though the lease does not know it (the attach
     /// was cut short, or there was not to be one): it goes with them if it lies on them alone.
-    async fn map_above(&self, user: &User) -> Result<Option<crate::connector::lease::MapLease>, Error> {
+    async fn map_above(
+        &self,
+        user: &User,
+    ) -> Result<Option<crate::connector::lease::MapLease>, Error> {
         let sysfs = &*self.doors.sysfs;
         let mut names = Vec::new();
         let mut found = None;
@@ -116,9 +119,9 @@ impl Inner {
                 }
             }
         }
-        Ok(found.filter(|m| m.slaves.iter().all(|s| names.contains(s))).map(|m| {
-            crate::connector::lease::MapLease { uuid: m.uuid, made: true }
-        }))
+        Ok(found
+            .filter(|m| m.slaves.iter().all(|s| names.contains(s)))
+            .map(|m| crate::connector::lease::MapLease { uuid: m.uuid, made: true }))
     }
 
     async fn flush_paths(&self, user: &User, options: DetachOptions) -> Result<(), Error> {

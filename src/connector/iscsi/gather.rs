@@ -119,10 +119,15 @@ impl Inner {
             let (inner, target) = (self.clone(), job.source.target.clone());
             let progress = all.progress.get(&portal).cloned();
             all.waiting.push(portal);
-            let wait = async move { (portal, inner.await_session(&target, portal, progress).await) };
+            let wait =
+                async move { (portal, inner.await_session(&target, portal, progress).await) };
             all.sessions.spawn(wait.in_current_span());
         }
-        let pause = if all.queue.is_empty() { Duration::from_secs(3600) } else { ms(self.settings.next_portal_ms) };
+        let pause = if all.queue.is_empty() {
+            Duration::from_secs(3600)
+        } else {
+            ms(self.settings.next_portal_ms)
+        };
         Ok(Instant::now() + pause)
     }
 
@@ -211,9 +216,7 @@ impl Inner {
                 let hctl = session.hctl(job.source.lun.scsi());
                 match self.drop_path(job, hctl).await {
                     Ok(()) => Err(cause),
-                    Err(undo) => {
-                        Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) })
-                    }
+                    Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
                 }
             }
         }

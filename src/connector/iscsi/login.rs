@@ -329,7 +329,12 @@ impl Inner {
         Ok(changed)
     }
 
-    async fn settle_portal(&self, target: &Iqn, portal: Portal, made: &Made) -> Result<bool, Error> {
+    async fn settle_portal(
+        &self,
+        target: &Iqn,
+        portal: Portal,
+        made: &Made,
+    ) -> Result<bool, Error> {
         let sysfs = &*self.doors.sysfs;
         let at_portal = async || -> Result<Vec<Session>, Error> {
             let all = session::of_target(sysfs, target).await?;

@@ -116,7 +116,8 @@ impl Connector for IscsiConnector {
         options: DetachOptions,
     ) -> Result<Outcome, Error> {
         let Source::Iscsi(source) = source;
-        let span = tracing::info_span!("detach", %owner, target = %source.target, lun = %source.lun);
+        let span =
+            tracing::info_span!("detach", %owner, target = %source.target, lun = %source.lun);
         async {
             let _lun = self.inner.lun_lock(source).await?;
             self.inner.release(owner, source, options).await
@@ -174,9 +175,7 @@ impl Inner {
                 let force = DetachOptions { force: true };
                 match self.release(&job.owner, source, force).await {
                     Ok(_) => Err(cause),
-                    Err(undo) => {
-                        Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) })
-                    }
+                    Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
                 }
             }
         }
@@ -353,7 +352,12 @@ impl Inner {
     }
 
     /// Writes down that it is attached; a single path needs no other portal any more.
-    async fn complete(&self, job: &Job, gathered: &Gathered, found: &Attachment) -> Result<(), Error> {
+    async fn complete(
+        &self,
+        job: &Job,
+        gathered: &Gathered,
+        found: &Attachment,
+    ) -> Result<(), Error> {
         let used: Vec<String> = gathered.used.iter().map(Portal::to_string).collect();
         self.leases
             .update::<Made, _>(job.source.target.as_str(), |lease| {

@@ -34,7 +34,8 @@ impl Inner {
     }
 
     async fn is_there(&self, dir: &str) -> Result<bool, Error> {
-        let entries = self.doors.sysfs.entries(dir).await.map_err(Error::io(format!("listing {dir}")))?;
+        let entries =
+            self.doors.sysfs.entries(dir).await.map_err(Error::io(format!("listing {dir}")))?;
         Ok(!entries.is_empty())
     }
 
@@ -59,9 +60,8 @@ impl Inner {
         if let Some(disk) = disk.filter(|d| d.size > 0)
             && raw_wwid == before
         {
-            let verdict = identity.and_then(|id| {
-                judge(&hctl.to_string(), &job.expect, &id, disk.size).map(|()| id)
-            });
+            let verdict = identity
+                .and_then(|id| judge(&hctl.to_string(), &job.expect, &id, disk.size).map(|()| id));
             match verdict {
                 Ok(identity) => {
                     let path = ScsiPath { hctl, dir: dir.into(), disk, raw_wwid, identity };

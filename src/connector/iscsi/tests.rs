@@ -124,8 +124,13 @@ async fn two_portals_are_one_map_of_two_paths() {
     assert!(got.device.map.is_some());
     assert_eq!(got.device.paths, 2);
     assert_eq!(san.sim.lun_of(got.device.dev), Some((target(), lun(1))));
-    assert_eq!(san.connector.inner.doors.commands.started(), 4, "two records, one update, one login");
-    let timeout = san.sim.record_setting(&target(), portal(3), "node.session.timeo.replacement_timeout");
+    assert_eq!(
+        san.connector.inner.doors.commands.started(),
+        4,
+        "two records, one update, one login"
+    );
+    let timeout =
+        san.sim.record_setting(&target(), portal(3), "node.session.timeo.replacement_timeout");
     assert_eq!(timeout.as_deref(), Some("5"));
     // Again: the same, nothing done.
     let again = san.connector.attach(&r).await.expect("attached");
@@ -154,7 +159,11 @@ async fn five_luns_at_once_share_the_sessions_and_the_last_one_logs_out() {
     let started = san.connector.inner.doors.commands.started();
     assert_eq!(started, 4);
     let got = san.attach(&request("v5", 256, &[2, 3])).await;
-    assert_eq!(san.connector.inner.doors.commands.started(), started, "no process for a session that is there");
+    assert_eq!(
+        san.connector.inner.doors.commands.started(),
+        started,
+        "no process for a session that is there"
+    );
     assert!(hctls(&got).iter().all(|h| h.ends_with(":0:0:16640")), "{got:?}");
     for n in 0..5 {
         san.detach(&format!("v{n}"), n, &[2, 3]).await.expect("detached");
@@ -334,7 +343,10 @@ async fn the_same_lun_twice_is_refused_unless_both_share_it() {
     assert!(error.to_string().contains("ns/vm/a"), "{error}");
     // The same LUN by another number.
     san.sim.add_lun(&target(), lun(9), SimLun::new(wwid(1), GIB));
-    assert_eq!(san.connector.attach(&request("b", 9, &[2, 3])).await.expect_err("same").reason(), Reason::SourceInUse);
+    assert_eq!(
+        san.connector.attach(&request("b", 9, &[2, 3])).await.expect_err("same").reason(),
+        Reason::SourceInUse
+    );
     let mut second = request("b", 1, &[2, 3]);
     second.shareable = true;
     assert_eq!(san.attach(&second).await.device.dev, got.device.dev);
@@ -342,7 +354,10 @@ async fn the_same_lun_twice_is_refused_unless_both_share_it() {
     let left = san.connector.observe(&owner("b"), &second.source).await.expect("read");
     assert_eq!(left.expect("still there").device.dev, got.device.dev);
     san.detach("b", 1, &[2, 3]).await.expect("detached");
-    assert_eq!((san.count("session"), san.count("disk"), san.count("dm"), san.count("run")), (0, 0, 0, 0));
+    assert_eq!(
+        (san.count("session"), san.count("disk"), san.count("dm"), san.count("run")),
+        (0, 0, 0, 0)
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -268,8 +268,7 @@ mod tests {
         let read = |text: &str| LibvirtError::from_parts("sock", 1, 10, text.to_owned());
         let missing = read("internal error: no device found with alias ua-lunplug-a");
         assert!(matches!(missing, LibvirtError::DeviceMissing { .. }));
-        let other =
-            read("internal error: unexpected qemu URI path '/system', try qemu:///session");
+        let other = read("internal error: unexpected qemu URI path '/system', try qemu:///session");
         assert!(other.is_other_instance());
         assert!(!missing.is_other_instance());
     }

@@ -38,9 +38,7 @@ impl Hypervisor for RealHypervisor {
         let alive = Arc::new(AtomicBool::new(true));
         let handle = {
             let (endpoint, events, alive) = (endpoint.clone(), events.clone(), Arc::clone(&alive));
-            workers
-                .run("connect", deadline, move || open(&endpoint, &events, &alive))
-                .await?
+            workers.run("connect", deadline, move || open(&endpoint, &events, &alive)).await?
         };
         Ok(Arc::new(RealConnection { name, handle, workers, events, alive }))
     }

@@ -107,5 +107,8 @@ async fn an_opened_socket_is_reached_though_its_path_was_replaced() {
 #[test]
 fn a_path_is_escaped_in_the_uri() {
     let endpoint = Endpoint::path(PathBuf::from("/run/a b&mode=x?#%"), Instance::System);
-    assert_eq!(uri(&endpoint, Instance::System), "qemu+unix:///system?socket=/run/a%20b%26mode%3Dx%3F%23%25");
+    assert_eq!(
+        uri(&endpoint, Instance::System),
+        "qemu+unix:///system?socket=/run/a%20b%26mode%3Dx%3F%23%25"
+    );
 }

@@ -288,7 +288,13 @@ impl Procs for SimPods {
         self.faults.pass("procs.list", &cgroup.to_string()).await?;
         let state = self.lock();
         let inside = |p: &&ProcessInfo| p.cgroups.iter().any(|m| m.dir.starts_with(&cgroup.path));
-        Ok(state.pods.values().flat_map(|p| &p.processes).filter(inside).map(|p| p.id.pid).collect())
+        Ok(state
+            .pods
+            .values()
+            .flat_map(|p| &p.processes)
+            .filter(inside)
+            .map(|p| p.id.pid)
+            .collect())
     }
 
     async fn inspect(&self, pid: u32) -> io::Result<Option<ProcessInfo>> {

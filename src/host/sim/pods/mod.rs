@@ -127,9 +127,13 @@ impl SimPods {
         pod.processes.push(ProcessInfo {
             id: ProcessId { pid, start: u64::from(pid) * 100 },
             exe: "/usr/bin/qemu-system-x86_64".into(),
-            args: ["/usr/bin/qemu-system-x86_64", "-name", &format!("guest={domain},debug-threads=on")]
-                .map(str::to_owned)
-                .to_vec(),
+            args: [
+                "/usr/bin/qemu-system-x86_64",
+                "-name",
+                &format!("guest={domain},debug-threads=on"),
+            ]
+            .map(str::to_owned)
+            .to_vec(),
             uid: 64055,
             gid: 107,
             cgroups: vec![Membership { hierarchy: pod.cgroup.hierarchy, dir }],
@@ -189,11 +193,9 @@ impl SimPods {
             let _ = writeln!(text, "pod {uid} processes={}", pod.processes.len());
             for (name, seen) in &pod.nodes {
                 let _ = match seen {
-                    Seen::Node { dev, owner, mode } => writeln!(
-                        text,
-                        "  node {name} {dev} {}:{} {mode:o}",
-                        owner.uid, owner.gid
-                    ),
+                    Seen::Node { dev, owner, mode } => {
+                        writeln!(text, "  node {name} {dev} {}:{} {mode:o}", owner.uid, owner.gid)
+                    }
                     other => writeln!(text, "  entry {name} {other:?}"),
                 };
             }

@@ -95,3 +95,21 @@ async fn it_serves_until_told_to_stop_and_leaves_no_socket() {
     drop(socket);
     assert!(!config.socket.exists());
 }
+
+#[test]
+fn faults_are_read_from_yaml_and_json() {
+    use lunplug::host::sim::FaultAction;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let yaml = "- point: libvirt.attach\n  times: 1\n  action: {fail: 'no'}\n- point: sysfs.write\n  detail: scan\n  action: hang\n";
+    let json = r#"[{"point": "libvirt.attach", "times": 1, "action": {"fail": "no"}},
+        {"point": "sysfs.write", "detail": "scan", "action": "hang"}]"#;
+    for text in [yaml, json] {
+        std::fs::write(file.path(), text).unwrap();
+        let faults = daemon::read_faults(file.path()).unwrap();
+        assert_eq!(faults[0].action, FaultAction::Fail("no".into()));
+        assert_eq!((faults[1].detail.as_str(), &faults[1].action), ("scan", &FaultAction::Hang));
+    }
+    std::fs::write(file.path(), "- point: x\n  action: explode\n").unwrap();
+    let error = daemon::read_faults(file.path()).unwrap_err();
+    assert!(std::error::Error::source(&error).unwrap().to_string().contains("explode"));
+}

@@ -8,7 +8,7 @@
 
 use std::future::Future;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use crate::api::server;
 use crate::config::Config;
 use crate::host::facts::System;
 use crate::host::listen::{self, Socket};
+use crate::host::sim::Fault;
 use crate::preflight::{self, Facts as _};
 use crate::types::VmId;
 use crate::vm::facade::Volumes;
@@ -32,8 +33,7 @@ pub struct Form {
     pub only_vm: Option<VmId>,
     /// On a simulated host.
     pub simulated: bool,
-    /// A file of faults for the simulated host, a list of [`crate::host::sim::Fault`] in YAML or
-    /// JSON.
+    /// A file of faults for the simulated host, see [`read_faults`].
     pub faults: Option<PathBuf>,
 }
 
@@ -98,6 +98,19 @@ pub async fn run(config: Config, form: Form) -> Result<(), Error> {
 /// knows which is which.
 async fn open(_config: &Config, _form: &Form) -> Result<Arc<dyn Volumes>, Error> {
     Err(Error::NoVolumes)
+}
+
+/// Reads the faults to inject into the simulated host: a list of [`Fault`], e.g.
+/// `[{point: libvirt.attach, times: 1, action: {fail: "no"}}, {point: sysfs.write, action: hang}]`.
+pub fn read_faults(path: &Path) -> Result<Vec<Fault>, Error> {
+    let text = std::fs::read_to_string(path);
+    // By way of JSON's model, in which an action is a map and needs no YAML tag.
+    let faults = text.and_then(|text| {
+        serde_yaml_ng::from_str::<serde_json::Value>(&text)
+            .map_err(io::Error::other)
+            .and_then(|value| serde_json::from_value(value).map_err(io::Error::other))
+    });
+    faults.map_err(|source| Error::Faults { path: path.into(), source })
 }
 
 /// Makes the API's socket and its directory.

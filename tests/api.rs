@@ -1,4 +1,5 @@
 //! The API as a client meets it: real socket, real wire, façade in memory.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

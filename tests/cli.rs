@@ -1,4 +1,5 @@
 //! The command line against a server: what it prints, where, and how it exits.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

@@ -92,7 +92,10 @@ async fn answer<T>(
     let span = span(call, &about);
     async {
         match work.await {
-            Ok(response) => Ok(Response::new(response)),
+            Ok(response) => {
+                tracing::debug!("answered");
+                Ok(Response::new(response))
+            }
             Err(refusal) => {
                 let (reason, field) = (refusal.reason.code(), refusal.field.as_deref());
                 tracing::info!(reason, field, "refused: {refusal}");

@@ -113,7 +113,11 @@ pub fn malformed_reason(what: &str) -> Reason {
 }
 
 fn shortened(text: &str) -> &str {
-    &text[..text.floor_char_boundary(MAX_MESSAGE)]
+    let mut end = MAX_MESSAGE.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 #[cfg(test)]

@@ -132,7 +132,15 @@ impl Wait {
         let request = v1::WatchVolumesRequest { vm: self.last.vm.clone() };
         let mut stream = match client.watch_volumes(request).await {
             Ok(stream) => stream.into_inner(),
-            Err(status) => return gone_or_failed(status),
+            Err(status) => {
+                let failure = Failure::from(status.clone());
+                if self.goal == Goal::Gone && failure.reason == Reason::VmNotFound.code() {
+                    // The whole VM was forgotten meanwhile, which takes that its volumes are gone.
+                    self.look(None, shown)?;
+                    return Ok(Some(Ok(())));
+                }
+                return gone_or_failed(status);
+            }
         };
         loop {
             let event = match stream.message().await {

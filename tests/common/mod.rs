@@ -2,7 +2,7 @@
 #![allow(dead_code, unreachable_pub)] // each test uses its own part
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -245,15 +245,7 @@ impl Server {
     }
 
     pub async fn channel(&self) -> Channel {
-        let path = self.socket.clone();
-        let connector = tower::service_fn(move |_| {
-            let path = path.clone();
-            async move {
-                let stream = tokio::net::UnixStream::connect(path).await?;
-                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
-            }
-        });
-        Endpoint::from_static("http://test").connect_with_connector(connector).await.unwrap()
+        channel(&self.socket).await
     }
 
     pub async fn client(&self) -> LunplugServiceClient<Channel> {
@@ -271,6 +263,19 @@ impl Server {
         let text = |bytes| String::from_utf8(bytes).unwrap();
         (exit as u8, text(out), text(err))
     }
+}
+
+/// A connection to that socket.
+pub async fn channel(socket: &Path) -> Channel {
+    let path = socket.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move {
+            let stream = tokio::net::UnixStream::connect(path).await?;
+            Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+        }
+    });
+    Endpoint::from_static("http://test").connect_with_connector(connector).await.unwrap()
 }
 
 pub const URL: &str = "iscsi://10.0.0.1,10.0.0.2/iqn.2001-04.com.example:a/3";

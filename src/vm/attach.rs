@@ -1,0 +1,221 @@
+//! The way of an attach, and its undoing when it fails.
+//!
+//! ```text
+//! place ─► host ─► node ─► grant ─► disk ─► Ready
+//!   │        │       │        │       │
+//!   └────────┴───────┴────────┴───────┴──► failed: detach::unwind, from wherever it came to
+//! ```
+//! Each step is written to the effects before it is made, and each finds itself done when it was: so
+//! this same way is walked after a restart.
+
+use super::actor::AttachFailure;
+use super::detach::{self, Unwind};
+use super::discover::{Place, PodPlace};
+use super::failure::Failure;
+use super::ways::Ways;
+use crate::cgroup::Access;
+use crate::connector::{AttachRequest, Attachment, Expect};
+use crate::domain::{self, DesiredDisk};
+use crate::journal::{DiskEffect, Effects, NodeEffect, StoredVolume};
+use crate::reason::Reason;
+use crate::spec::{Phase, VolumeSpec};
+use crate::types::{DevNum, VolumeKey};
+
+/// Attaches a volume, or finds it attached; publishes each phase.
+pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), AttachFailure> {
+    let failed = |failure| AttachFailure { failure, kept: true };
+    let key = ways.key(&volume.spec.name);
+    let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
+    let had_disk = effects.disk.as_ref().is_some_and(|d| d.target.is_some());
+    let mut way = Way { ways, key, volume, effects };
+    let limit = ways.settings().attach;
+    let failure = match tokio::time::timeout(limit, way.walk()).await {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(failure)) => failure,
+        // Cut off half way, as a crash would: the effects say how far it came.
+        Err(_) => Failure::new(Reason::DeadlineExceeded, format!("the attach took longer than {limit:?}")),
+    };
+    if had_disk {
+        // The guest has used the disk; whatever is wrong now, it is not taken away for that.
+        return Err(AttachFailure { failure, kept: true });
+    }
+    tracing::info!(reason = %failure.reason, message = failure.message, "undoing the attach");
+    let undone = detach::unwind(ways, &way.key, &mut way.effects, Unwind::Failed).await;
+    match undone {
+        Ok(()) => Err(AttachFailure { failure, kept: false }),
+        Err(undo) => {
+            // What is left is in the effects; the next try, or the removal, goes on from there.
+            let failure = Failure { reason: undo.reason, ..failure.and_undo(&undo) };
+            Err(AttachFailure { failure, kept: false })
+        }
+    }
+}
+
+/// The effects to go on from: those of this incarnation, once any of an earlier one are undone.
+async fn begun(ways: &Ways, key: &VolumeKey, spec: &VolumeSpec) -> Result<Effects, Failure> {
+    let fresh = ways.effects.begin(ways.incarnation(), spec);
+    let Some(mut effects) = ways.effects.get(key).await? else { return Ok(fresh) };
+    if effects.incarnation == ways.incarnation() {
+        return Ok(effects);
+    }
+    detach::unwind(ways, key, &mut effects, Unwind::Failed).await?;
+    ways.effects.delete(key).await?;
+    Ok(fresh)
+}
+
+/// One attach on its way.
+struct Way<'a> {
+    ways: &'a Ways,
+    key: VolumeKey,
+    volume: &'a StoredVolume,
+    effects: Effects,
+}
+
+impl Way<'_> {
+    async fn walk(&mut self) -> Result<(), Failure> {
+        let place = self.ways.place().await?;
+        let attachment = self.host().await?;
+        let dev = attachment.device.dev;
+        let source = match &place.pod {
+            Some(pod) => {
+                self.node(pod, dev).await?;
+                self.grant(pod, dev).await?;
+                pod.dir_in_pod.join(self.key.volume.as_str()).to_string_lossy().into_owned()
+            }
+            // libvirt itself makes the device accessible to QEMU. The link is the kernel's number
+            // in another spelling: it cannot lead to another device than the one just verified.
+            None => format!("/dev/block/{dev}"),
+        };
+        self.ways.board.phase(&self.key, Phase::MountedToPod);
+        self.disk(&place, source).await
+    }
+
+    /// Writes the effects; called before each is made.
+    async fn note(&self) -> Result<(), Failure> {
+        Ok(self.ways.effects.put(&self.key, &self.effects).await?)
+    }
+
+    /// One verified block device on the host, and its identity remembered.
+    #[tracing::instrument(name = "host", skip_all)]
+    async fn host(&mut self) -> Result<Attachment, Failure> {
+        let spec = &self.volume.spec;
+        let source = spec.source.key();
+        let recorded = self.ways.desired.identity(&self.key, &source).await?;
+        self.effects.host = true;
+        self.note().await?;
+        self.ways.board.phase(&self.key, Phase::Bound);
+        let request = AttachRequest {
+            owner: self.key.clone(),
+            source: spec.source.clone(),
+            expect: Expect {
+                wwid: spec.expect_wwid.clone(),
+                size: spec.expect_size,
+                recorded: recorded.clone(),
+                accept_new_identity: self.volume.accept_new_identity,
+            },
+            multipath: spec.multipath,
+            shareable: spec.shareable,
+        };
+        let attachment = self.ways.host.connector.attach(&request).await?.into_inner();
+        self.refuse_exchanged(&attachment)?;
+        self.effects.device = Some(attachment.clone());
+        self.note().await?;
+        if recorded.as_ref() != Some(&attachment.device.wwid) || self.volume.accept_new_identity {
+            self.ways.desired.put_identity(&self.key, &source, &attachment.device.wwid).await?;
+        }
+        self.ways.board.update(&self.key, |status| status.device = Some(attachment.device.clone()));
+        self.ways.board.phase(&self.key, Phase::AttachedToNode);
+        Ok(attachment)
+    }
+
+    /// A guest that has the disk has it by the device that it was given then: a device that was made
+    /// anew since cannot be put under it.
+    fn refuse_exchanged(&self, now: &Attachment) -> Result<(), Failure> {
+        let Some(then) = self.effects.device.as_ref().filter(|_| self.effects.disk.is_some()) else {
+            return Ok(());
+        };
+        if (then.device.dev, then.diskseq) == (now.device.dev, now.diskseq) {
+            return Ok(());
+        }
+        let message = format!(
+            "the guest was given device {} and that is {} now: remove the volume and add it again",
+            then.device.dev, now.device.dev
+        );
+        Err(Failure::new(Reason::DeviceHeld, message))
+    }
+
+    /// The block node in the pod's hotplug directory.
+    #[tracing::instrument(name = "node", skip_all)]
+    async fn node(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
+        self.effects.node = Some(NodeEffect { dev });
+        self.note().await?;
+        self.ways.nodes.ensure(&pod.hotplug, &self.key.volume, dev, pod.owner).await?;
+        Ok(())
+    }
+
+    /// The container may open it.
+    #[tracing::instrument(name = "grant", skip_all)]
+    async fn grant(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
+        let grants = &self.ways.host.grants;
+        if let Some(old) = self.effects.grant.take_if(|g| g.cgroup != pod.cgroup || g.dev != dev) {
+            // The container was made anew in its pod.
+            grants.revoke(&old).await?;
+        }
+        let record = match self.effects.grant.take() {
+            Some(record) => record,
+            None => {
+                let access = if self.volume.spec.read_only { Access::READ } else { Access::READ_WRITE };
+                grants.prepare(&pod.cgroup, dev, access).await?
+            }
+        };
+        self.effects.grant = Some(record.clone());
+        self.note().await?;
+        grants.grant(&record).await?;
+        Ok(())
+    }
+
+    /// The guest has it.
+    #[tracing::instrument(name = "disk", skip_all)]
+    async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
+        let (ways, spec) = (self.ways, &self.volume.spec);
+        let target = self.effects.disk.take().and_then(|d| d.target);
+        let alias = domain::alias(&spec.name);
+        self.effects.disk = Some(DiskEffect { alias, bus: spec.bus, target });
+        self.note().await?;
+        let connection = ways.libvirt().await?;
+        let desired = desired_disk(spec, source, place.pod.is_some());
+        let attached = {
+            let leaving = ways.turn.lock().await;
+            let limit = ways.settings().libvirt;
+            domain::attach(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit).await?
+        };
+        let target = attached.into_inner().target;
+        if let Some(disk) = &mut self.effects.disk {
+            disk.target = Some(target.clone());
+        }
+        self.note().await?;
+        ways.board.update(&self.key, |status| {
+            status.target = Some(target);
+            status.phase = Phase::Ready;
+            status.reason = None;
+            status.message.clear();
+            status.retry_at = None;
+        });
+        Ok(())
+    }
+}
+
+/// The disk as libvirt is to have it. In a pod the node's owner is right already (`keep_owner`).
+pub(super) fn desired_disk(spec: &VolumeSpec, source: String, keep_owner: bool) -> DesiredDisk {
+    DesiredDisk {
+        volume: spec.name.clone(),
+        source,
+        serial: spec.serial.clone(),
+        bus: spec.bus,
+        cache: spec.cache,
+        read_only: spec.read_only,
+        shareable: spec.shareable,
+        error_policy: None,
+        keep_owner,
+    }
+}

@@ -1,0 +1,90 @@
+//! What is checked against the domain and the guest before a request is taken. Changes nothing.
+
+use super::attach::desired_disk;
+use super::facade::Refusal;
+use super::failure::Failure;
+use super::ways::Ways;
+use crate::domain::{self, Usage};
+use crate::host::libvirt::{Definition, DomainState};
+use crate::reason::Reason;
+use crate::spec::{RemoveOptions, VolumeSpec};
+use crate::types::{Bus, VolumeName};
+
+/// Whether the domain could take the disk: it runs, its place is proven, its XML is understood, there
+/// is a free address, and nothing there has the name or the serial.
+pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
+    let place = ways.place().await?;
+    let source = match &place.pod {
+        Some(pod) => pod.dir_in_pod.join(spec.name.as_str()).to_string_lossy().into_owned(),
+        // Which device it will be is not known yet; no disk has this one.
+        None => "/dev/block/0:0".to_owned(),
+    };
+    let connection = ways.libvirt().await?;
+    let desired = desired_disk(spec, source, place.pod.is_some());
+    let leaving = ways.turn.lock().await;
+    let limit = ways.settings().libvirt;
+    domain::check(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit)
+        .await
+        .map_err(|error| Refusal::from(Failure::from(error)))
+}
+
+/// Whether a volume may be taken from the guest.
+pub(super) async fn remove(
+    ways: &Ways,
+    name: &VolumeName,
+    known: Option<&VolumeSpec>,
+    options: RemoveOptions,
+) -> Result<(), Refusal> {
+    let Some(spec) = known else { return Err(unknown(ways, name).await) };
+    let effects = ways.effects.get(&ways.key(name)).await.map_err(Failure::from)?;
+    let attached = effects.is_some_and(|e| e.disk.is_some_and(|d| d.target.is_some()));
+    if options.force || !attached {
+        return Ok(());
+    }
+    let runs = match ways.domain_state().await {
+        Ok(state) => matches!(state, Some(DomainState::Running | DomainState::Paused)),
+        Err(failure) if failure.reason == Reason::PodGone => false,
+        Err(failure) => return Err(failure.into()),
+    };
+    if !runs {
+        return Ok(());
+    }
+    let connection = ways.libvirt().await?;
+    let limit = ways.settings().agent;
+    match domain::usage(&*connection, &ways.vm.domain, &spec.serial, spec.bus, limit).await {
+        Usage::Free => Ok(()),
+        Usage::InUse(by) => {
+            let message = format!("the guest uses volume {name}: {}", by.join(", "));
+            Err(Refusal::new(Reason::InUseByGuest, message))
+        }
+        // On PCI the guest itself acknowledges or refuses the removal.
+        Usage::Unproven(_) if spec.bus == Bus::Virtio => Ok(()),
+        Usage::Unproven(why) if ways.settings().allow_unproven => {
+            tracing::warn!(volume = %name, why, "removing a disk that the guest may be using");
+            Ok(())
+        }
+        Usage::Unproven(why) => {
+            let message = format!("nobody can say whether the guest uses volume {name}: {why}");
+            Err(Refusal::new(Reason::GuestUnproven, message))
+        }
+    }
+}
+
+/// The refusal for a name that the handler does not know: somebody else's disk, or nothing at all.
+async fn unknown(ways: &Ways, name: &VolumeName) -> Refusal {
+    if let Ok(Some(theirs)) = theirs(ways, name).await {
+        let message = format!("disk {theirs} of that name was not hot-plugged by lunplug");
+        return Refusal::new(Reason::NotHotplugged, message).field("volume");
+    }
+    let message = format!("VM {} has no volume {name}", ways.vm.id);
+    Refusal::new(Reason::VolumeNotFound, message).field("volume")
+}
+
+/// The target name of somebody else's disk that goes by this name.
+async fn theirs(ways: &Ways, name: &VolumeName) -> Result<Option<String>, Failure> {
+    let connection = ways.libvirt().await?;
+    let xml = connection.xml(&ways.vm.domain, Definition::Live, ways.settings().libvirt).await?;
+    // What cannot be read has no disk that we know of.
+    let Ok(domain) = domain::xml::parse(&xml) else { return Ok(None) };
+    Ok(domain::diff::not_ours(&domain, name).map(|disk| disk.target.clone()))
+}

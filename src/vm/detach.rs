@@ -1,0 +1,134 @@
+//! The way back, from wherever an attach came to.
+//!
+//! ```text
+//! disk (QEMU has let go) ─► grant ─► node ─► UnMountedFromPod ─► flush, map, paths, session ─► Gone
+//! ```
+//! Nothing later is touched before QEMU has let go. Each effect is struck from the journal after it
+//! was undone, so that a crash repeats one step at most, and each step finds itself done.
+
+use super::discover::{self, DiscoverError};
+use super::failure::Failure;
+use super::ways::Ways;
+use crate::connector::DetachOptions;
+use crate::domain;
+use crate::host::poddir::PathError;
+use crate::journal::Effects;
+use crate::reason::Reason;
+use crate::spec::{Phase, RemoveOptions};
+use crate::types::{VolumeKey, VolumeName};
+
+/// Why the way back is walked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unwind {
+    /// The volume is wanted no more: phases are published.
+    Removed(RemoveOptions),
+    /// Its attach failed: it goes back to where it was.
+    Failed,
+}
+
+/// Detaches a volume; publishes each phase.
+pub(super) async fn detach(ways: &Ways, name: &VolumeName, options: RemoveOptions) -> Result<(), Failure> {
+    let key = ways.key(name);
+    let Some(mut effects) = ways.effects.get(&key).await? else { return Ok(()) };
+    let limit = ways.settings().detach + ways.settings().guest_unplug;
+    let walked = unwind(ways, &key, &mut effects, Unwind::Removed(options));
+    tokio::time::timeout(limit, walked).await.unwrap_or_else(|_| {
+        Err(Failure::new(Reason::DeadlineExceeded, format!("the detach took longer than {limit:?}")))
+    })
+}
+
+/// Undoes everything in `effects`.
+pub(super) async fn unwind(
+    ways: &Ways,
+    key: &VolumeKey,
+    effects: &mut Effects,
+    why: Unwind,
+) -> Result<(), Failure> {
+    let reached_guest = effects.disk.is_some();
+    disk(ways, key, effects).await?;
+    grant(ways, key, effects).await?;
+    node(ways, key, effects).await?;
+    if why != Unwind::Failed {
+        ways.board.phase(key, Phase::UnmountedFromPod);
+    }
+    let force = match why {
+        Unwind::Removed(options) => options.force,
+        // No guest has written anything that a failed flush could lose.
+        Unwind::Failed => !reached_guest,
+    };
+    host(ways, key, effects, DetachOptions { force }).await?;
+    if why == Unwind::Failed {
+        ways.board.update(key, |status| {
+            status.device = None;
+            status.target = None;
+        });
+    }
+    Ok(())
+}
+
+#[tracing::instrument(name = "disk", skip_all)]
+async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
+    let Some(disk) = &effects.disk else { return Ok(()) };
+    let target = disk.target.clone();
+    if let Some(target) = &target {
+        ways.turn.lock().await.insert(target.clone());
+    }
+    let detached = match ways.libvirt().await {
+        Ok(connection) => {
+            let limit = ways.settings().guest_unplug;
+            let done = domain::detach(&*connection, &ways.vm.domain, &key.volume, limit).await;
+            done.map(drop).map_err(Failure::from)
+        }
+        // The pod took its QEMU with it.
+        Err(failure) if failure.reason == Reason::PodGone => Ok(()),
+        Err(failure) => Err(failure),
+    };
+    if let Some(target) = &target {
+        // Gone, or still in the XML where every plan sees it.
+        ways.turn.lock().await.remove(target);
+    }
+    detached?;
+    effects.disk = None;
+    Ok(ways.effects.put(key, effects).await?)
+}
+
+#[tracing::instrument(name = "grant", skip_all)]
+async fn grant(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
+    let Some(record) = &effects.grant else { return Ok(()) };
+    ways.host.grants.revoke(record).await?;
+    effects.grant = None;
+    Ok(ways.effects.put(key, effects).await?)
+}
+
+#[tracing::instrument(name = "node", skip_all)]
+async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
+    let Some(node) = &effects.node else { return Ok(()) };
+    let found = discover::hotplug_dir(&ways.host.pods, &ways.settings().discover, &ways.vm.place).await;
+    match found {
+        Ok(Some(dir)) => {
+            ways.nodes.remove(&dir, &key.volume, Some(node.dev)).await?;
+        }
+        Ok(None) => {}
+        Err(
+            DiscoverError::Pod(PathError::PodGone(_)) | DiscoverError::Hotplug(PathError::Missing(_)),
+        ) => {}
+        Err(error) => return Err(error.into()),
+    }
+    effects.node = None;
+    Ok(ways.effects.put(key, effects).await?)
+}
+
+#[tracing::instrument(name = "host", skip_all)]
+async fn host(
+    ways: &Ways,
+    key: &VolumeKey,
+    effects: &mut Effects,
+    options: DetachOptions,
+) -> Result<(), Failure> {
+    if effects.host {
+        ways.host.connector.detach(key, &effects.spec.source, options).await?;
+    }
+    ways.effects.delete(key).await?;
+    *effects = ways.effects.begin(&effects.incarnation, &effects.spec);
+    Ok(())
+}

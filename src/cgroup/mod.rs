@@ -77,9 +77,7 @@ impl CgroupError {
             GrantStoreError::KernelTooOld { .. } => Reason::KernelTooOld,
             GrantStoreError::Refused { .. } => Reason::CgroupRefused,
             GrantStoreError::Gone(_) => Reason::VmNotRunning,
-            GrantStoreError::Io { source, .. }
-                if source.kind() == std::io::ErrorKind::TimedOut =>
-            {
+            GrantStoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::TimedOut => {
                 Reason::DeadlineExceeded
             }
             GrantStoreError::NoRoot
@@ -120,9 +118,11 @@ impl Grants {
     ) -> Result<GrantRecord> {
         let lists = match cgroup.hierarchy {
             Hierarchy::V2 => Vec::new(),
-            Hierarchy::V1 => self.lists.missing(cgroup, dev, access).await.map_err(|source| {
-                CgroupError::Grant { cgroup: cgroup.clone(), dev, source }
-            })?,
+            Hierarchy::V1 => self
+                .lists
+                .missing(cgroup, dev, access)
+                .await
+                .map_err(|source| CgroupError::Grant { cgroup: cgroup.clone(), dev, source })?,
         };
         Ok(GrantRecord { cgroup: cgroup.clone(), dev, access, lists })
     }
@@ -130,8 +130,7 @@ impl Grants {
     /// Makes the grant.
     pub async fn grant(&self, record: &GrantRecord) -> Result<Outcome> {
         let GrantRecord { cgroup, dev, access, .. } = record;
-        let error =
-            |source| CgroupError::Grant { cgroup: cgroup.clone(), dev: *dev, source };
+        let error = |source| CgroupError::Grant { cgroup: cgroup.clone(), dev: *dev, source };
         match cgroup.hierarchy {
             Hierarchy::V2 => self.overrides.put(cgroup, *dev, *access).await.map_err(error),
             Hierarchy::V1 => {
@@ -147,8 +146,7 @@ impl Grants {
     /// Takes the grant back. A cgroup that is gone took its grants with it.
     pub async fn revoke(&self, record: &GrantRecord) -> Result<Outcome> {
         let GrantRecord { cgroup, dev, .. } = record;
-        let error =
-            |source| CgroupError::Revoke { cgroup: cgroup.clone(), dev: *dev, source };
+        let error = |source| CgroupError::Revoke { cgroup: cgroup.clone(), dev: *dev, source };
         match cgroup.hierarchy {
             Hierarchy::V2 => self.overrides.take(cgroup.id, *dev).await.map_err(error),
             Hierarchy::V1 => {

@@ -7,10 +7,10 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::host::nodes::{NodeError, Nodes, Seen};
 pub use crate::host::nodes::{NODE_MODE, NodeOwner};
-use crate::host::poddir::PathError;
+use crate::host::nodes::{NodeError, Nodes, Seen};
 pub use crate::host::poddir::HotplugDir;
+use crate::host::poddir::PathError;
 use crate::reason::Reason;
 use crate::types::{DevNum, Outcome, VolumeName};
 

@@ -53,7 +53,7 @@ pub enum PathError {
 
 impl From<io::Error> for PathError {
     fn from(source: io::Error) -> Self {
-        Self::Io { path: PathBuf::new(), source }
+        Self::Io { path: "a path beneath the pod".into(), source }
     }
 }
 
@@ -87,12 +87,18 @@ pub struct HotplugDir {
     pub(in crate::host) pod: PodDir,
     pub(in crate::host) rel: PathBuf,
     pub(in crate::host) inode: Inode,
+    pub(in crate::host) owner: (u32, u32),
 }
 
 impl HotplugDir {
     /// Which directory it is, to be compared with what QEMU sees.
     pub fn inode(&self) -> Inode {
         self.inode
+    }
+
+    /// Its uid and gid in the host's view, to be compared with QEMU's.
+    pub fn owner(&self) -> (u32, u32) {
+        self.owner
     }
 }
 
@@ -126,8 +132,17 @@ impl fmt::Display for LibvirtEndpoint {
 }
 
 impl LibvirtEndpoint {
-    /// Opens and verifies the socket. Blocks. Hold the result only while connecting.
-    pub(in crate::host) fn open(&self) -> Result<PinnedSocket> {
+    /// The UID of the pod that it is in; `None` on the host itself.
+    pub fn pod_uid(&self) -> Option<&str> {
+        match &self.place {
+            EndpointPlace::Pod { pod, .. } => pod.path.file_name()?.to_str(),
+            EndpointPlace::Host { .. } => None,
+        }
+    }
+
+    /// Opens and verifies the socket. Blocks. To be held only while connecting: a descriptor in a
+    /// pod's volume keeps kubelet from unmounting it.
+    pub fn open(&self) -> Result<PinnedSocket> {
         match &self.place {
             EndpointPlace::Pod { pod, rel } => {
                 let fd = open_beneath(&open_pod(pod)?, rel, &pod.path, OFlag::empty())?;
@@ -151,10 +166,9 @@ impl LibvirtEndpoint {
 
 /// A socket that was verified and cannot be exchanged while this lives.
 #[derive(Debug)]
-pub(in crate::host) struct PinnedSocket {
+pub struct PinnedSocket {
     fd: OwnedFd,
-    /// Whose socket file it is: root's for a system libvirt, another's for a session one.
-    pub(in crate::host) owner: u32,
+    owner: u32,
 }
 
 impl PinnedSocket {
@@ -167,8 +181,13 @@ impl PinnedSocket {
         Ok(Self { fd: file.into(), owner: meta.uid() })
     }
 
-    /// The path to connect to, in this process.
-    pub(in crate::host) fn path(&self) -> PathBuf {
+    /// Whose socket file it is: root's for a system libvirt, another's for a session one.
+    pub fn owner(&self) -> u32 {
+        self.owner
+    }
+
+    /// The path to connect to, in this process and while this lives.
+    pub fn path(&self) -> PathBuf {
         proc_path(&self.fd)
     }
 }
@@ -208,7 +227,7 @@ impl PodDirs for HostPodDirs {
             let fd = open_beneath(&open_pod(&pod)?, &rel, &pod.path, OFlag::O_DIRECTORY)?;
             let meta = File::from(fd).metadata()?;
             let inode = Inode { dev: meta.dev(), ino: meta.ino() };
-            Ok(HotplugDir { pod, rel, inode })
+            Ok(HotplugDir { pod, rel, inode, owner: (meta.uid(), meta.gid()) })
         })
         .await
     }
@@ -281,7 +300,9 @@ fn refuse(errno: Errno, path: &Path) -> PathError {
         Errno::ENOENT => PathError::Missing(path),
         Errno::ELOOP => PathError::Unsafe { path, why: "there is a symlink in it" },
         Errno::EXDEV => PathError::Unsafe { path, why: "it leads out of the pod's directory" },
-        Errno::ENOTDIR => PathError::Unsafe { path, why: "there is no directory where one must be" },
+        Errno::ENOTDIR => {
+            PathError::Unsafe { path, why: "there is no directory where one must be" }
+        }
         errno => PathError::Io { path, source: errno.into() },
     }
 }

@@ -1,1 +1,3 @@
 //! One handler for each VM.
+
+pub mod discover;

@@ -47,9 +47,8 @@ pub(super) fn name(text: &str) -> Name {
 fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is a live, exclusively borrowed struct of the size that is passed; the callers
     // put only pointers into it that stay valid for the call, with the lengths the kernel is told.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>())
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
@@ -163,7 +162,7 @@ pub(super) fn map_keys<const K: usize>(map: &OwnedFd) -> io::Result<Vec<Bytes<K>
     // The kernel starts over when the last key was deleted meanwhile, so the walk is bounded.
     for _ in 0..1 << 18 {
         let mut next = [0u8; K];
-        let from = last.as_ref().map_or(0, |key| pointer(key));
+        let from = last.as_ref().map_or(0, pointer);
         let mut attr = elem(map, from, pointer_mut(&mut next));
         if absent(bpf(MAP_GET_NEXT_KEY, &mut attr))?.is_none() {
             break;

@@ -59,9 +59,8 @@ pub(super) fn memberships(lines: &str, roots: &[Membership]) -> Vec<Membership> 
 /// with `-podUID.slice`, the UID's dashes as underscores (systemd driver).
 pub(super) fn is_pod(name: &str, uid: &str) -> bool {
     let slice = uid.replace('-', "_");
-    let own = |name: &str| {
-        name.strip_prefix("pod").is_some_and(|rest| rest == uid || rest == slice)
-    };
+    let own =
+        |name: &str| name.strip_prefix("pod").is_some_and(|rest| rest == uid || rest == slice);
     match name.strip_suffix(".slice") {
         Some(stem) => own(stem.rsplit('-').next().unwrap_or(stem)),
         None => own(name),

@@ -66,7 +66,8 @@ fn a_pods_cgroup_has_kubelets_spellings_and_no_other() {
 #[test]
 fn a_pod_is_found_in_every_layout_and_not_inside_another_pod() {
     let slice = UID.replace('-', "_");
-    let systemd = format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{slice}.slice");
+    let systemd =
+        format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{slice}.slice");
     let kind = format!("system.slice/docker-1.scope/kubelet/kubepods/besteffort/pod{UID}");
     for layout in [systemd, kind, format!("kubepods/pod{UID}")] {
         let root = tempfile::tempdir().expect("a temporary directory");
@@ -167,7 +168,8 @@ async fn root_a_nodev_mount_in_a_mount_namespace_is_seen() {
         return;
     }
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let script = "mount --bind \"$1\" \"$1\" && mount -o remount,bind,nodev \"$1\" && echo in && exec cat";
+    let script =
+        "mount --bind \"$1\" \"$1\" && mount -o remount,bind,nodev \"$1\" && echo in && exec cat";
     let child = Command::new("unshare")
         .args(["-m", "sh", "-c", script, "sh"])
         .arg(dir.path())

@@ -239,6 +239,19 @@ pub async fn endpoint(
     }
 }
 
+/// Finds the hotplug directory as the host sees it, `None` on a plain libvirt host. Enough to remove
+/// nodes when the VM has ended; to make one, [`discover`] has to prove more.
+pub async fn hotplug_dir(
+    doors: &PodDoors,
+    settings: &Settings,
+    place: &VmPlace,
+) -> Result<Option<HotplugDir>> {
+    let VmPlace::Pod { uid, hotplug_dir, .. } = place else { return Ok(None) };
+    let pod = pod_dir(doors, settings, uid).await?;
+    let rel = hotplug_dir.as_deref().unwrap_or(Path::new(HOTPLUG_DIR));
+    doors.dirs.hotplug(&pod, rel).await.map(Some).map_err(DiscoverError::Hotplug)
+}
+
 /// Finds all of a VM whose QEMU runs `domain`.
 pub async fn discover(
     doors: &PodDoors,
@@ -247,12 +260,11 @@ pub async fn discover(
     domain: &str,
 ) -> Result<Place> {
     let libvirt = endpoint(doors, settings, place).await?;
-    let VmPlace::Pod { uid, cgroup, hotplug_dir, hotplug_dir_in_pod, .. } = place else {
+    let hotplug = hotplug_dir(doors, settings, place).await?;
+    let (VmPlace::Pod { uid, cgroup, hotplug_dir_in_pod, .. }, Some(hotplug)) = (place, hotplug)
+    else {
         return Ok(Place { libvirt, pod: None });
     };
-    let pod = pod_dir(doors, settings, uid).await?;
-    let rel = hotplug_dir.as_deref().unwrap_or(Path::new(HOTPLUG_DIR));
-    let hotplug = doors.dirs.hotplug(&pod, rel).await.map_err(DiscoverError::Hotplug)?;
     let dir_in_pod =
         hotplug_dir_in_pod.clone().unwrap_or_else(|| PathBuf::from(HOTPLUG_DIR_IN_POD));
     if !dir_in_pod.is_absolute() || dir_in_pod.components().any(|c| c == Component::ParentDir) {

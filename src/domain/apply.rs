@@ -238,6 +238,25 @@ pub async fn attach(
     }
 }
 
+/// Whether a disk could be attached now, by its plan; changes nothing.
+pub async fn check(
+    connection: &dyn Connection,
+    domain: &str,
+    desired: &DesiredDisk,
+    persist: bool,
+    pending: &BTreeSet<String>,
+    deadline: Duration,
+) -> Result<(), Error> {
+    let at = At { connection, domain, until: Instant::now() + deadline };
+    let views = at.views(persist).await?;
+    let planned = diff::plan(&views, desired, pending);
+    planned.map(drop).map_err(|source| Error::Plan {
+        volume: desired.volume.clone(),
+        domain: domain.to_owned(),
+        source,
+    })
+}
+
 const fn affect(needs: Needs) -> Affect {
     Affect { live: needs.live, config: needs.config }
 }

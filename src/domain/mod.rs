@@ -17,7 +17,7 @@ pub mod guest;
 pub mod template;
 pub mod xml;
 
-pub use apply::{Attached, Detached, Error, attach, detach};
+pub use apply::{Attached, Detached, Error, attach, check, detach};
 pub use diff::{DesiredDisk, ErrorPolicy};
 pub use guest::{Usage, usage};
 

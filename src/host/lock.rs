@@ -71,6 +71,8 @@ pub(super) fn check_name(name: &str) -> io::Result<()> {
     }
     Err(io::Error::new(
         io::ErrorKind::InvalidInput,
-        format!("run file name {name:?}: use relative paths of A-Z, a-z, 0-9, '.', '_', ':' and '-'"),
+        format!(
+            "run file name {name:?}: use relative paths of A-Z, a-z, 0-9, '.', '_', ':' and '-'"
+        ),
     ))
 }

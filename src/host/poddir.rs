@@ -10,12 +10,14 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
 use super::blocking::blocking;
+use super::libvirt::{Endpoint, Instance};
 
 /// A path beneath a pod is not what it must be.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +55,7 @@ pub enum PathError {
 
 impl From<io::Error> for PathError {
     fn from(source: io::Error) -> Self {
-        Self::Io { path: PathBuf::new(), source }
+        Self::Io { path: "a path beneath the pod".into(), source }
     }
 }
 
@@ -87,12 +89,18 @@ pub struct HotplugDir {
     pub(in crate::host) pod: PodDir,
     pub(in crate::host) rel: PathBuf,
     pub(in crate::host) inode: Inode,
+    pub(in crate::host) owner: (u32, u32),
 }
 
 impl HotplugDir {
     /// Which directory it is, to be compared with what QEMU sees.
     pub fn inode(&self) -> Inode {
         self.inode
+    }
+
+    /// Its uid and gid in the host's view, to be compared with QEMU's.
+    pub fn owner(&self) -> (u32, u32) {
+        self.owner
     }
 }
 
@@ -126,8 +134,17 @@ impl fmt::Display for LibvirtEndpoint {
 }
 
 impl LibvirtEndpoint {
-    /// Opens and verifies the socket. Blocks. Hold the result only while connecting.
-    pub(in crate::host) fn open(&self) -> Result<PinnedSocket> {
+    /// The UID of the pod that it is in; `None` on the host itself.
+    pub fn pod_uid(&self) -> Option<&str> {
+        match &self.place {
+            EndpointPlace::Pod { pod, .. } => pod.path.file_name()?.to_str(),
+            EndpointPlace::Host { .. } => None,
+        }
+    }
+
+    /// Opens and verifies the socket. Blocks. To be held only while connecting: a descriptor in a
+    /// pod's volume keeps kubelet from unmounting it.
+    fn open(&self) -> Result<PinnedSocket> {
         match &self.place {
             EndpointPlace::Pod { pod, rel } => {
                 let fd = open_beneath(&open_pod(pod)?, rel, &pod.path, OFlag::empty())?;
@@ -153,8 +170,7 @@ impl LibvirtEndpoint {
 #[derive(Debug)]
 pub(in crate::host) struct PinnedSocket {
     fd: OwnedFd,
-    /// Whose socket file it is: root's for a system libvirt, another's for a session one.
-    pub(in crate::host) owner: u32,
+    owner: u32,
 }
 
 impl PinnedSocket {
@@ -165,11 +181,6 @@ impl PinnedSocket {
             return Err(PathError::Unsafe { path: path.to_owned(), why: "it is not a socket" });
         }
         Ok(Self { fd: file.into(), owner: meta.uid() })
-    }
-
-    /// The path to connect to, in this process.
-    pub(in crate::host) fn path(&self) -> PathBuf {
-        proc_path(&self.fd)
     }
 }
 
@@ -187,6 +198,10 @@ pub trait PodDirs: Send + Sync {
 
     /// The host's own libvirt socket.
     async fn host_socket(&self, path: &Path) -> Result<LibvirtEndpoint>;
+
+    /// Verifies the socket anew and pins it, so that it is this one that is connected to, whatever
+    /// the pod does to its path meanwhile. Hold the result only while connecting.
+    async fn pin(&self, endpoint: &LibvirtEndpoint) -> Result<Endpoint>;
 }
 
 /// The pods' directories of this host.
@@ -208,7 +223,7 @@ impl PodDirs for HostPodDirs {
             let fd = open_beneath(&open_pod(&pod)?, &rel, &pod.path, OFlag::O_DIRECTORY)?;
             let meta = File::from(fd).metadata()?;
             let inode = Inode { dev: meta.dev(), ino: meta.ino() };
-            Ok(HotplugDir { pod, rel, inode })
+            Ok(HotplugDir { pod, rel, inode, owner: (meta.uid(), meta.gid()) })
         })
         .await
     }
@@ -227,6 +242,17 @@ impl PodDirs for HostPodDirs {
         }
         let endpoint = LibvirtEndpoint { place: EndpointPlace::Host { path: path.to_owned() } };
         blocking("opening the libvirt socket", move || endpoint.open().map(|_| endpoint)).await
+    }
+
+    async fn pin(&self, endpoint: &LibvirtEndpoint) -> Result<Endpoint> {
+        let endpoint = endpoint.clone();
+        blocking("opening the libvirt socket", move || {
+            let socket = endpoint.open()?;
+            // Root's is a system libvirt, another user's a session one.
+            let instance = if socket.owner == 0 { Instance::System } else { Instance::Session };
+            Ok(Endpoint::opened(endpoint.to_string(), Arc::new(socket.fd), instance))
+        })
+        .await
     }
 }
 

@@ -84,7 +84,7 @@ pub trait Procs: Send + Sync {
     async fn is_alive(&self, id: ProcessId) -> io::Result<bool>;
 
     /// A directory as that process sees it: absolute in its root, symlinks followed within that.
-    /// `NotFound` when the directory is not there, or the process is gone.
+    /// `ENOENT` when the directory is not there, `ESRCH` when the process is gone.
     async fn sees(&self, id: ProcessId, dir: &Path) -> io::Result<DirView>;
 
     /// The cgroups that this process itself is in.

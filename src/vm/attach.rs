@@ -33,7 +33,9 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
         Ok(Ok(())) => return Ok(()),
         Ok(Err(failure)) => failure,
         // Cut off half way, as a crash would: the effects say how far it came.
-        Err(_) => Failure::new(Reason::DeadlineExceeded, format!("the attach took longer than {limit:?}")),
+        Err(_) => {
+            Failure::new(Reason::DeadlineExceeded, format!("the attach took longer than {limit:?}"))
+        }
     };
     if had_disk {
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
@@ -131,7 +133,8 @@ impl Way<'_> {
     /// A guest that has the disk has it by the device that it was given then: a device that was made
     /// anew since cannot be put under it.
     fn refuse_exchanged(&self, now: &Attachment) -> Result<(), Failure> {
-        let Some(then) = self.effects.device.as_ref().filter(|_| self.effects.disk.is_some()) else {
+        let Some(then) = self.effects.device.as_ref().filter(|_| self.effects.disk.is_some())
+        else {
             return Ok(());
         };
         if (then.device.dev, then.diskseq) == (now.device.dev, now.diskseq) {
@@ -164,7 +167,8 @@ impl Way<'_> {
         let record = match self.effects.grant.take() {
             Some(record) => record,
             None => {
-                let access = if self.volume.spec.read_only { Access::READ } else { Access::READ_WRITE };
+                let access =
+                    if self.volume.spec.read_only { Access::READ } else { Access::READ_WRITE };
                 grants.prepare(&pod.cgroup, dev, access).await?
             }
         };
@@ -187,7 +191,8 @@ impl Way<'_> {
         let attached = {
             let leaving = ways.turn.lock().await;
             let limit = ways.settings().libvirt;
-            domain::attach(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit).await?
+            domain::attach(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit)
+                .await?
         };
         let target = attached.into_inner().target;
         if let Some(disk) = &mut self.effects.disk {

@@ -27,13 +27,20 @@ pub(super) enum Unwind {
 }
 
 /// Detaches a volume; publishes each phase.
-pub(super) async fn detach(ways: &Ways, name: &VolumeName, options: RemoveOptions) -> Result<(), Failure> {
+pub(super) async fn detach(
+    ways: &Ways,
+    name: &VolumeName,
+    options: RemoveOptions,
+) -> Result<(), Failure> {
     let key = ways.key(name);
     let Some(mut effects) = ways.effects.get(&key).await? else { return Ok(()) };
     let limit = ways.settings().detach + ways.settings().guest_unplug;
     let walked = unwind(ways, &key, &mut effects, Unwind::Removed(options));
     tokio::time::timeout(limit, walked).await.unwrap_or_else(|_| {
-        Err(Failure::new(Reason::DeadlineExceeded, format!("the detach took longer than {limit:?}")))
+        Err(Failure::new(
+            Reason::DeadlineExceeded,
+            format!("the detach took longer than {limit:?}"),
+        ))
     })
 }
 
@@ -103,14 +110,16 @@ async fn grant(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<()
 #[tracing::instrument(name = "node", skip_all)]
 async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
     let Some(node) = &effects.node else { return Ok(()) };
-    let found = discover::hotplug_dir(&ways.host.pods, &ways.settings().discover, &ways.vm.place).await;
+    let found =
+        discover::hotplug_dir(&ways.host.pods, &ways.settings().discover, &ways.vm.place).await;
     match found {
         Ok(Some(dir)) => {
             ways.nodes.remove(&dir, &key.volume, Some(node.dev)).await?;
         }
         Ok(None) => {}
         Err(
-            DiscoverError::Pod(PathError::PodGone(_)) | DiscoverError::Hotplug(PathError::Missing(_)),
+            DiscoverError::Pod(PathError::PodGone(_))
+            | DiscoverError::Hotplug(PathError::Missing(_)),
         ) => {}
         Err(error) => return Err(error.into()),
     }

@@ -61,4 +61,12 @@ macro_rules! failures {
     };
 }
 
-failures!(crate::journal::Error);
+failures!(
+    crate::journal::Error,
+    crate::connector::Error,
+    crate::devnode::DevNodeError,
+    crate::cgroup::CgroupError,
+    crate::domain::Error,
+    crate::host::libvirt::LibvirtError,
+    super::discover::DiscoverError,
+);

@@ -16,7 +16,12 @@
 //! of different volumes runs side by side, libvirt work of one VM in order.
 
 pub mod actor;
+mod attach;
+mod checks;
+mod detach;
+pub mod discover;
 pub mod facade;
 pub mod failure;
 pub mod plan;
 pub mod publish;
+pub mod ways;

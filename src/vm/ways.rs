@@ -74,9 +74,24 @@ pub struct Ways {
 
 impl Ways {
     /// The ways of `vm`.
-    pub fn new(vm: VmSpec, host: Host, board: Board, desired: Desired, effects: EffectsStore) -> Self {
+    pub fn new(
+        vm: VmSpec,
+        host: Host,
+        board: Board,
+        desired: Desired,
+        effects: EffectsStore,
+    ) -> Self {
         let nodes = DevNodes::new(host.pods.nodes.clone());
-        Self { vm, host, nodes, board, desired, effects, link: Mutex::default(), turn: Mutex::default() }
+        Self {
+            vm,
+            host,
+            nodes,
+            board,
+            desired,
+            effects,
+            link: Mutex::default(),
+            turn: Mutex::default(),
+        }
     }
 
     pub(super) fn settings(&self) -> &WaySettings {
@@ -101,7 +116,8 @@ impl Ways {
         if let Some(connection) = link.as_ref().filter(|c| c.is_alive()) {
             return Ok(connection.clone());
         }
-        let found = discover::endpoint(&self.host.pods, &self.settings().discover, &self.vm.place).await?;
+        let found =
+            discover::endpoint(&self.host.pods, &self.settings().discover, &self.vm.place).await?;
         let endpoint = self.host.pods.dirs.pin(&found).await;
         let endpoint = endpoint.map_err(|source| discover::DiscoverError::Socket(source))?;
         let connection = self.host.hypervisor.connect(&endpoint, self.settings().libvirt).await?;
@@ -121,7 +137,8 @@ impl Ways {
         match self.domain_state().await? {
             Some(DomainState::Running | DomainState::Paused) => {}
             Some(DomainState::Shutoff) | None => {
-                let message = format!("domain {} of VM {} does not run", self.vm.domain, self.vm.id);
+                let message =
+                    format!("domain {} of VM {} does not run", self.vm.domain, self.vm.id);
                 return Err(Failure::new(Reason::VmNotRunning, message));
             }
         }
@@ -155,7 +172,9 @@ impl Ways {
         discover::endpoint(&self.host.pods, &self.settings().discover, &self.vm.place).await?;
         match self.place().await {
             // It may be registered before it runs, and before its libvirt answers.
-            Err(f) if [Reason::VmNotRunning, Reason::LibvirtUnreachable].contains(&f.reason) => Ok(()),
+            Err(f) if [Reason::VmNotRunning, Reason::LibvirtUnreachable].contains(&f.reason) => {
+                Ok(())
+            }
             other => other.map(drop),
         }
     }

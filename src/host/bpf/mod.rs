@@ -125,9 +125,10 @@ impl Shared {
         self.ours.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Our programs at the root, in the order of their attachment.
+    /// Our programs at the root, in the order of their attachment; none on a host without cgroup2.
     fn find(&self) -> Result<Vec<Ours>> {
-        let root = self.root()?.open().map_err(io_error("opening the cgroup root"))?;
+        let Some(root) = &self.root else { return Ok(Vec::new()) };
+        let root = root.open().map_err(io_error("opening the cgroup root"))?;
         let ids = sys::prog_query(&root, false)
             .map_err(io_error("querying the device programs at the cgroup root"))?;
         let mut found = Vec::new();
@@ -210,8 +211,8 @@ impl Shared {
     /// Attaches a program where there was none. Another process may do so at the same moment: the
     /// first in the kernel's order stays, and the other takes its own away again.
     fn attach_first(&self) -> Result<Ours> {
-        let new = Self::load(None)?;
         let root = self.root()?.open()?;
+        let new = Self::load(None)?;
         sys::prog_attach(&root, &new.prog).map_err(io_error("attaching the device program"))?;
         let mut found = self.find()?;
         match found.first() {
@@ -277,12 +278,15 @@ impl Shared {
         let mut ours = self.lock();
         *ours = None;
         let found = self.find()?;
+        if found.is_empty() {
+            return Ok(Outcome::Already(()));
+        }
         let root = self.root()?.open()?;
         for program in &found {
             sys::prog_detach(&root, &program.prog)
                 .map_err(io_error("detaching the device program"))?;
         }
-        Ok(if found.is_empty() { Outcome::Already(()) } else { Outcome::Done(()) })
+        Ok(Outcome::Done(()))
     }
 }
 

@@ -162,7 +162,7 @@ pub(super) fn map_keys<const K: usize>(map: &OwnedFd) -> io::Result<Vec<Bytes<K>
     // The kernel starts over when the last key was deleted meanwhile, so the walk is bounded.
     for _ in 0..1 << 18 {
         let mut next = [0u8; K];
-        let from = last.as_ref().map_or(0, |key| pointer(key));
+        let from = last.as_ref().map_or(0, pointer);
         let mut attr = elem(map, from, pointer_mut(&mut next));
         if absent(bpf(MAP_GET_NEXT_KEY, &mut attr))?.is_none() {
             break;

@@ -175,7 +175,7 @@ fn root_a_grant_opens_the_device_and_its_revoke_closes_it() {
     let container = TestCgroup::new(&host.root, "lunplug-test-container");
     let sibling = TestCgroup::new(&host.root, "lunplug-test-sibling");
     let nested = TestCgroup::new(&container.path, "nested");
-    let _runtime = container.deny_all();
+    let runtime = container.deny_all();
     let _other = sibling.deny_all();
     let mut inside = Prober::new(&container);
     let mut beside = Prober::new(&sibling);
@@ -202,6 +202,9 @@ fn root_a_grant_opens_the_device_and_its_revoke_closes_it() {
     assert!(store.take(cgroup.id, LOOP).expect("revoked").changed());
     assert!(!store.take(cgroup.id, LOOP).expect("revoked").changed());
     assert!(!inside.opens() && !below.opens());
+
+    container.detach(&runtime);
+    assert!(inside.can("mknod ./made b 7 6"), "it was the runtime's rule that refused it");
 }
 
 #[test]
@@ -343,5 +346,70 @@ fn an_unknown_helper_means_an_old_kernel() {
     match load_error((source, log)) {
         GrantStoreError::KernelTooOld { log, .. } => assert_eq!(log, "invalid func unknown#186"),
         other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_host_without_cgroup2_has_no_grants_and_can_make_none() {
+    let overrides = BpfOverrides::with_root(None);
+    let store = &overrides.shared;
+    assert!(store.entries().expect("none").is_empty());
+    assert!(!store.take(1, LOOP).expect("nothing").changed());
+    assert!(!store.uninstall().expect("nothing").changed());
+    assert!(matches!(store.install(), Err(GrantStoreError::NoRoot)));
+}
+
+#[test]
+fn root_the_grants_of_the_real_host_are_made_listed_and_collected() {
+    if !is_root("root_the_grants_of_the_real_host_are_made_listed_and_collected") {
+        return;
+    }
+    let host = Host::new();
+    let container = TestCgroup::new(&host.root, "lunplug-test-grants");
+    let _runtime = container.deny_all();
+    let mut inside = Prober::new(&container);
+    let doors = crate::host::pods::PodDoors::real(std::path::Path::new("/proc"));
+    let grants = crate::cgroup::Grants::new(doors.overrides, doors.lists);
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let cgroup = runtime.block_on(doors.procs.cgroup(&container.path)).expect("it is one");
+    assert_eq!(cgroup, container.cgroup());
+    runtime.block_on(async {
+        grants.install().await.expect("installed");
+        let record = grants.prepare(&cgroup, LOOP, Access::READ_WRITE).await.expect("prepared");
+        assert!(grants.grant(&record).await.expect("granted").changed());
+        assert_eq!(grants.observe(&cgroup, LOOP).await.expect("seen"), Access::READ_WRITE);
+        assert_eq!(grants.collect_dead().await.expect("none are dead"), 0);
+    });
+    assert!(inside.opens());
+    drop((inside, container));
+    assert_eq!(runtime.block_on(grants.collect_dead()).expect("collected"), 1);
+    assert!(runtime.block_on(grants.list()).expect("empty").is_empty());
+    assert!(runtime.block_on(grants.uninstall()).expect("gone").changed());
+}
+
+#[test]
+fn root_several_that_install_at_once_share_one_program() {
+    if !is_root("root_several_that_install_at_once_share_one_program") {
+        return;
+    }
+    let host = Host::new();
+    let container = TestCgroup::new(&host.root, "lunplug-test-race");
+    for _ in 0..20 {
+        let start = std::sync::Barrier::new(4);
+        std::thread::scope(|scope| {
+            for minor in 0..4 {
+                let (start, cgroup) = (&start, container.cgroup());
+                scope.spawn(move || {
+                    let mine = BpfOverrides::new();
+                    start.wait();
+                    let dev = DevNum { major: 7, minor };
+                    mine.shared.put(&cgroup, dev, Access::READ).expect("granted");
+                });
+            }
+        });
+        let store = &host.overrides.shared;
+        assert_eq!(store.find().expect("readable").len(), 1);
+        assert_eq!(store.entries().expect("readable").len(), 4, "all in the one map");
+        store.uninstall().expect("for the next round");
     }
 }

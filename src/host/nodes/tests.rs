@@ -30,7 +30,7 @@ impl Pod {
         std::fs::create_dir_all(&path).expect("directories can be made");
         let meta = std::fs::metadata(&path).expect("it exists");
         let inode = Inode { dev: meta.dev(), ino: meta.ino() };
-        let dir = HotplugDir { pod, rel, inode };
+        let dir = HotplugDir { pod, rel, inode, owner: (0, 0) };
         Some(Self { _root: root, path, dir, name: "vol-1".parse().expect("a label") })
     }
 

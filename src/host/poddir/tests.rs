@@ -2,6 +2,7 @@ use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 
 use super::*;
+use crate::host::libvirt::Socket;
 
 /// A kubelet root with one pod.
 fn kubelet() -> (tempfile::TempDir, PathBuf) {
@@ -22,8 +23,10 @@ async fn a_socket_is_found_and_can_be_connected_to() {
     let pod = found(&root).await;
     let endpoint = HostPodDirs.socket(&pod, Path::new("volumes/runtime/sock")).await;
     let endpoint = endpoint.expect("it is a socket");
-    let pinned = endpoint.open().expect("still there");
-    std::os::unix::net::UnixStream::connect(pinned.path()).expect("connected through the fd");
+    let pinned = HostPodDirs.pin(&endpoint).await.expect("still there");
+    let Socket::Opened(fd) = &pinned.socket else { panic!("it goes by descriptor: {pinned:?}") };
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    std::os::unix::net::UnixStream::connect(path).expect("connected through the fd");
 }
 
 #[tokio::test]
@@ -58,7 +61,8 @@ async fn a_socket_that_is_exchanged_later_is_noticed() {
     drop(listener);
     std::fs::remove_file(&sock).expect("the pod may");
     symlink(root.path().join("host-sock"), &sock).expect("the pod may");
-    assert!(matches!(endpoint.open(), Err(PathError::Unsafe { .. })));
+    let pinned = HostPodDirs.pin(&endpoint).await;
+    assert!(matches!(pinned, Err(PathError::Unsafe { .. })), "{pinned:?}");
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@ use crate::host::grants::{
     Access, CgroupRef, DeviceLists, Entry, GrantStoreError, Hierarchy, ListChange, OverrideStatus,
     Overrides,
 };
+use crate::host::libvirt::{Endpoint, Instance};
 use crate::host::nodes::{NODE_MODE, NodeError, NodeOwner, Nodes, Seen};
 use crate::host::poddir::{
     EndpointPlace, HotplugDir, Inode, LibvirtEndpoint, PathError, PodDir, PodDirs, check_uid, plain,
@@ -86,7 +87,8 @@ impl PodDirs for SimPods {
         match state.entry(pod, path)? {
             SimEntry::Dir => {
                 let inode = inode(state.pod(pod)?);
-                Ok(HotplugDir { pod: pod.clone(), rel: path.to_owned(), inode })
+                let (pod, rel) = (pod.clone(), path.to_owned());
+                Ok(HotplugDir { pod, rel, inode, owner: (0, 0) })
             }
             _ => Err(PathError::Unsafe { path: pod.path.join(path), why: "not a directory" }),
         }
@@ -108,6 +110,15 @@ impl PodDirs for SimPods {
             return Err(PathError::Missing(path.to_owned()));
         }
         Ok(LibvirtEndpoint { place: EndpointPlace::Host { path: path.to_owned() } })
+    }
+
+    async fn pin(&self, endpoint: &LibvirtEndpoint) -> Result<Endpoint, PathError> {
+        let found = match &endpoint.place {
+            EndpointPlace::Pod { pod, rel } => self.socket(pod, rel).await?,
+            EndpointPlace::Host { path } => self.host_socket(path).await?,
+        };
+        // The simulated hypervisor knows its libvirts by name.
+        Ok(Endpoint::path(found.to_string(), Instance::Session))
     }
 }
 
@@ -288,19 +299,28 @@ impl Procs for SimPods {
         self.faults.pass("procs.list", &cgroup.to_string()).await?;
         let state = self.lock();
         let inside = |p: &&ProcessInfo| p.cgroups.iter().any(|m| m.dir.starts_with(&cgroup.path));
-        Ok(state
+        let mut pids: Vec<u32> = state
             .pods
             .values()
             .flat_map(|p| &p.processes)
             .filter(inside)
             .map(|p| p.id.pid)
-            .collect())
+            .collect();
+        let hidden = |p: &SimPod| p.hidden && p.cgroup.path.starts_with(&cgroup.path);
+        pids.extend(state.pods.values().any(hidden).then_some(0));
+        Ok(pids)
     }
 
     async fn inspect(&self, pid: u32) -> io::Result<Option<ProcessInfo>> {
         self.faults.pass("procs.inspect", &pid.to_string()).await?;
-        let state = self.lock();
-        Ok(state.pods.values().flat_map(|p| &p.processes).find(|p| p.id.pid == pid).cloned())
+        let mut state = self.lock();
+        let find = |pod: &'_ mut SimPod| {
+            let process = pod.processes.iter_mut().find(|p| p.id.pid == pid)?;
+            let now = process.clone();
+            process.id.start += u64::from(pod.restarts);
+            Some(now)
+        };
+        Ok(state.pods.values_mut().find_map(find))
     }
 
     async fn is_alive(&self, id: ProcessId) -> io::Result<bool> {
@@ -311,7 +331,8 @@ impl Procs for SimPods {
     async fn sees(&self, id: ProcessId, dir: &Path) -> io::Result<DirView> {
         self.faults.pass("procs.inspect", &dir.to_string_lossy()).await?;
         let state = self.lock();
-        let (pod, _) = state.process(id).ok_or_else(not_found)?;
+        let gone = || io::Error::from_raw_os_error(libc::ESRCH);
+        let (pod, _) = state.process(id).ok_or_else(gone)?;
         if dir != pod.hotplug_in_pod {
             return Err(not_found());
         }

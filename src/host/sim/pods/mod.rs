@@ -19,6 +19,7 @@ use nix::libc;
 use super::Faults;
 use crate::host::grants::{Access, CgroupRef, Hierarchy};
 use crate::host::nodes::{NODE_MODE, NodeOwner, Seen};
+use crate::host::poddir::LibvirtEndpoint;
 use crate::host::pods::PodDoors;
 use crate::host::procs::{Membership, ProcessId, ProcessInfo};
 use crate::types::{DevNum, VolumeName};
@@ -57,6 +58,10 @@ pub struct SimPod {
     pub another_dir: bool,
     /// By how much QEMU's mount of it shifts uids and gids (an idmapped mount).
     pub idmap: u32,
+    /// It also has processes that lunplug does not see (another PID namespace).
+    pub hidden: bool,
+    /// Its processes' numbers go to other processes as soon as they were looked at.
+    pub restarts: bool,
     /// The pod's processes.
     pub processes: Vec<ProcessInfo>,
     /// The container's cgroup.
@@ -163,6 +168,16 @@ impl SimPods {
         state.pods.get(uid).is_some_and(|pod| state.allowed(&pod.cgroup, dev).covers(access))
     }
 
+    /// [`SimPods::open`] in the pod in which that libvirt listens.
+    pub fn open_at(
+        &self,
+        libvirt: &LibvirtEndpoint,
+        path: &Path,
+        access: Access,
+    ) -> io::Result<DevNum> {
+        self.open(libvirt.pod_uid().unwrap_or_default(), path, access)
+    }
+
     /// What open(2) of `path` (as QEMU sees it) gives in that pod: the device, or the errno that the
     /// kernel would give.
     pub fn open(&self, uid: &str, path: &Path, access: Access) -> io::Result<DevNum> {
@@ -260,6 +275,8 @@ fn new_pod(uid: &str, hierarchy: Hierarchy, number: u32) -> SimPod {
         nodev: false,
         another_dir: false,
         idmap: 0,
+        hidden: false,
+        restarts: false,
         processes: Vec::new(),
         cgroup,
         pod_cgroup: CgroupRef { path, hierarchy, id },

@@ -13,7 +13,7 @@ use crate::host::cmd::Tool;
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
 use crate::host::sysfs::Sysfs;
-use crate::types::{DevNum, Outcome};
+use crate::types::{DevNum, Outcome, Wwid};
 
 use super::error::Error;
 use super::identity::Identity;
@@ -302,5 +302,39 @@ pub(crate) async fn take_off(
         let asked = doors.multipathd.ask(&format!("del path {}", path.disk.name)).await;
         asked.map_err(Error::Multipathd)?;
     }
-    remove(doors, settings, &map.uuid).await.map(drop)
+    remove(doors, settings, &map.uuid).await?;
+    forget(&*doors.multipathd, &map.uuid).await
+}
+
+/// Takes one path out of a map that goes on without it: somebody else's map of the same LUN. The
+/// last path of a map is left in it, and whoever wants to delete it finds the map as its holder.
+pub(crate) async fn part(
+    doors: &StorageDoors,
+    settings: &Settings,
+    name: &str,
+    block_dir: &str,
+) -> Result<(), Error> {
+    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    for holder in scsi::holders(&*doors.sysfs, block_dir).await? {
+        let Some(map) = read(&*doors.sysfs, &holder).await? else { continue };
+        if !map.uuid.starts_with("mpath-") || map.slaves.iter().all(|s| s == name) {
+            continue;
+        }
+        let asked = doors.multipathd.ask(&format!("del path {name}")).await;
+        asked.map_err(Error::Multipathd)?;
+        while scsi::holders(&*doors.sysfs, block_dir).await?.contains(&holder) {
+            if !wait.next().await {
+                break; // It is named as the holder by whoever looks next.
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Has multipath forget the LUN of a map that was ours, in its own spelling.
+pub(crate) async fn forget(multipathd: &dyn Multipathd, uuid: &str) -> Result<(), Error> {
+    match uuid.strip_prefix("mpath-").map(str::parse::<Wwid>) {
+        Some(Ok(wwid)) => multipathd.forget(&wwid).await.map(drop).map_err(Error::Multipathd),
+        _ => Ok(()), // Not a WWID that we could have attached.
+    }
 }

@@ -3,7 +3,7 @@
 use super::Inner;
 use super::login::Made;
 use crate::connector::error::Error;
-use crate::connector::lease::{Lease, PathLease, Seen, User};
+use crate::connector::lease::{Lease, MapLease, PathLease, Seen, User};
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::connector::{DetachOptions, multipath, scsi};
@@ -70,10 +70,13 @@ impl Inner {
             Some(map) => multipath::by_uuid(&*self.doors.sysfs, &map.uuid).await?,
             None => None,
         };
+        let made = map.as_ref().is_some_and(|m| m.made);
         match &map_device {
             Some(map) => {
-                self.refuse_held(&map.name, &map.dir(), map.dev, &[]).await?;
-                if options.force {
+                if made {
+                    self.refuse_held(&map.name, &map.dir(), map.dev).await?;
+                }
+                if made && options.force {
                     multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
                 }
                 self.flush(map.dev, options).await?;
@@ -86,18 +89,16 @@ impl Inner {
         for path in user.paths.iter().filter(|p| p.made) {
             self.delete_path(path).await?;
         }
-        if let (Some(map), Some(wwid)) = (&map, &user.wwid)
-            && map.made
-        {
-            // Last: as long as it had a path, multipathd could have written them again.
-            self.doors.multipathd.forget(wwid).await.map_err(Error::Multipathd)?;
+        // Last: as long as it had a path, multipathd could have written them again.
+        match map.filter(|m| m.made) {
+            Some(map) => multipath::forget(&*self.doors.multipathd, &map.uuid).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// A map that multipathd made above our paths, though the lease does not know it (the attach
     /// was cut short, or there was not to be one): it goes with them if it lies on them alone.
-    async fn map_above(&self, user: &User) -> Result<Option<crate::connector::lease::MapLease>, Error> {
+    async fn map_above(&self, user: &User) -> Result<Option<MapLease>, Error> {
         let sysfs = &*self.doors.sysfs;
         let mut names = Vec::new();
         let mut found = None;
@@ -117,7 +118,7 @@ impl Inner {
             }
         }
         Ok(found.filter(|m| m.slaves.iter().all(|s| names.contains(s))).map(|m| {
-            crate::connector::lease::MapLease { uuid: m.uuid, made: true }
+            MapLease { uuid: m.uuid, made: true }
         }))
     }
 
@@ -129,7 +130,8 @@ impl Inner {
                 _ => continue,
             }
             let block = format!("{}/block/{}", path.dir, seen.name);
-            self.refuse_held(&seen.name, &block, seen.dev, &[]).await?;
+            multipath::part(&self.doors, &self.settings, &seen.name, &block).await?;
+            self.refuse_held(&seen.name, &block, seen.dev).await?;
             // What was never given away has nothing of anybody's to be written out.
             if user.attachment.is_some() {
                 self.flush(seen.dev, options).await?;
@@ -143,9 +145,8 @@ impl Inner {
         name: &str,
         block: &str,
         dev: DevNum,
-        ours: &[String],
     ) -> Result<(), Error> {
-        match scsi::await_unheld(&self.doors, &self.settings, block, dev, ours).await? {
+        match scsi::await_unheld(&self.doors, &self.settings, block, dev, &[]).await? {
             None => Ok(()),
             Some(holder) => Err(Error::DeviceHeld { device: name.into(), holder }),
         }
@@ -181,7 +182,8 @@ impl Inner {
             },
         };
         let block = format!("{}/block/{}", path.dir, seen.name);
-        self.refuse_held(&format!("{} ({})", seen.name, path.hctl), &block, seen.dev, &[]).await?;
+        multipath::part(&self.doors, &self.settings, &seen.name, &block).await?;
+        self.refuse_held(&format!("{} ({})", seen.name, path.hctl), &block, seen.dev).await?;
         scsi::delete(&self.doors, &self.settings, path.hctl, &path.dir, &seen).await?;
         Ok(())
     }

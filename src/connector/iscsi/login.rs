@@ -153,7 +153,7 @@ impl Inner {
     }
 
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> Result<(), Error> {
-        tracing::warn!(%target, portal = %record.portal, "replacing a damaged node record");
+        tracing::warn!(%target, portal = %record.portal, "removing a damaged node record");
         self.doors.iscsidb.remove_corrupt(target, record).await.map_err(|source| {
             Error::RecordCorrupt {
                 target: target.to_string(),
@@ -356,13 +356,24 @@ impl Inner {
                 .await?;
         }
         if made.records.contains(&portal) && at_portal().await?.iter().all(|s| !s.is_plain()) {
-            self.iscsiadm(target).delete_record(portal).await?;
-            changed = true;
+            changed |= self.delete_record(target, portal).await?;
             self.leases
                 .update::<Made, _>(target.as_str(), |l| l.made.records.remove(&portal))
                 .await?;
         }
         Ok(changed)
+    }
+
+    /// Removes our record, whatever state it is in; `false` when there is none.
+    async fn delete_record(&self, target: &Iqn, portal: Portal) -> Result<bool, Error> {
+        let found = self.doors.iscsidb.records(target).await;
+        let found = found.map_err(Error::io(format!("reading the records of {target}")))?;
+        match found.iter().find(|r| r.portal == portal && r.iface == "default") {
+            None => return Ok(false),
+            Some(record) if record.corrupt => self.remove_corrupt(target, record).await?,
+            Some(_) => self.iscsiadm(target).delete_record(portal).await?,
+        }
+        Ok(true)
     }
 
     async fn log_out(&self, target: &Iqn, session: &Session) -> Result<(), Error> {

@@ -142,6 +142,7 @@ impl Inner {
             }
             if multipath::read(sysfs, &holder).await?.is_some_and(|m| m.slaves.is_empty()) {
                 multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
+                multipath::forget(&*self.doors.multipathd, &map.uuid).await?;
             }
         }
         Ok(())

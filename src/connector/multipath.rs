@@ -179,18 +179,36 @@ pub(crate) async fn ensure(
     }
 }
 
-/// Tells multipathd of each path. What it answers is a hint (`blacklisted` comes as success).
-pub(crate) async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Result<(), Error> {
+/// Tells multipathd of each path; says whether it took all of them. What it answers is a hint
+/// (`blacklisted` comes as success).
+pub(crate) async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Result<bool, Error> {
+    let mut taken = true;
     for path in paths {
         match multipathd.ask(&format!("add path {}", path.disk.name)).await {
             Ok(_) => {}
             Err(MultipathdError::Refused { command, answer }) => {
                 tracing::debug!(%command, %answer, "multipathd did not take the path");
+                taken = false;
             }
             Err(e) => return Err(Error::Multipathd(e)),
         }
     }
-    Ok(())
+    Ok(taken)
+}
+
+/// Has multipathd decide now whether it makes a map of a single path, rather than a moment after
+/// the path was given away. Before udev has seen the path it may not know it: then once more.
+pub(crate) async fn decide(
+    doors: &StorageDoors,
+    settings: &Settings,
+    paths: &[ScsiPath],
+) -> Result<(), Error> {
+    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_nudge_ms));
+    if nudge(&*doors.multipathd, paths).await? {
+        return Ok(());
+    }
+    while above(&*doors.sysfs, paths).await? == Above::Nothing && wait.next().await {}
+    nudge(&*doors.multipathd, paths).await.map(drop)
 }
 
 /// Every slave must be one of the verified paths, or prove to be the same LUN: it may be another

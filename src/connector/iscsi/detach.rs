@@ -61,7 +61,7 @@ impl Inner {
     }
 
     /// Flushes and removes the map and the paths that are ours.
-    async fn remove_device(&self, user: &User, options: DetachOptions) -> Result<(), Error> {
+    pub(super) async fn remove_device(&self, user: &User, options: DetachOptions) -> Result<(), Error> {
         let map = match &user.map {
             Some(map) => Some(map.clone()),
             None => self.map_above(user).await?,
@@ -130,8 +130,10 @@ impl Inner {
                 _ => continue,
             }
             let block = format!("{}/block/{}", path.dir, seen.name);
-            multipath::part(&self.doors, &self.settings, &seen.name, &block).await?;
-            self.refuse_held(&seen.name, &block, seen.dev).await?;
+            if path.made {
+                multipath::part(&self.doors, &self.settings, &seen.name, &block).await?;
+                self.refuse_held(&seen.name, &block, seen.dev).await?;
+            }
             // What was never given away has nothing of anybody's to be written out.
             if user.attachment.is_some() {
                 self.flush(seen.dev, options).await?;
@@ -165,7 +167,7 @@ impl Inner {
     }
 
     /// Deletes a path of ours if it is still the one that it was, and nobody holds it.
-    pub(super) async fn delete_path(&self, path: &PathLease) -> Result<(), Error> {
+    async fn delete_path(&self, path: &PathLease) -> Result<(), Error> {
         let sysfs = &*self.doors.sysfs;
         let Some(disk) = scsi::disk(sysfs, &path.dir).await? else {
             return self.delete_diskless(path).await;

@@ -71,6 +71,22 @@ struct Job {
     multipath: bool,
 }
 
+impl Job {
+    /// The owner's entry in the lease, before anything was made.
+    fn user(&self) -> User {
+        User {
+            owner: self.owner.clone(),
+            lun: self.source.lun,
+            shareable: self.shareable,
+            routes: self.source.portals.iter().map(Portal::to_string).collect(),
+            wwid: None,
+            paths: Vec::new(),
+            map: None,
+            attachment: None,
+        }
+    }
+}
+
 impl IscsiConnector {
     /// A connector over these doors.
     pub fn new(doors: StorageDoors, settings: Settings) -> Self {
@@ -229,24 +245,14 @@ impl Inner {
 
     /// Enters the owner into the lease; what an earlier try made stays known.
     async fn intend(&self, job: &Job) -> Result<(), Error> {
-        let routes: Vec<String> = job.source.portals.iter().map(Portal::to_string).collect();
         self.leases
             .update::<Made, _>(job.source.target.as_str(), |lease| {
                 match lease.user_mut(&job.owner) {
                     Some(user) => {
                         user.shareable = job.shareable;
-                        user.routes = routes;
+                        user.routes = job.user().routes;
                     }
-                    None => lease.users.push(User {
-                        owner: job.owner.clone(),
-                        lun: job.source.lun,
-                        shareable: job.shareable,
-                        routes,
-                        wwid: None,
-                        paths: Vec::new(),
-                        map: None,
-                        attachment: None,
-                    }),
+                    None => lease.users.push(job.user()),
                 }
             })
             .await
@@ -269,14 +275,15 @@ impl Inner {
             let lease: Lease<Made> = self.leases.load(&c.target).await?;
             Ok(lease.user(&c.owner).is_some_and(|u| u.wwid.as_ref().is_none_or(|w| w == wwid)))
         };
-        self.leases.claim(wwid, claim, |c| is_live(c)).await?;
+        // In the lease first, so that a detach finds the claim whatever happens in between.
         self.leases
             .update::<Made, _>(job.source.target.as_str(), |lease| {
                 if let Some(user) = lease.user_mut(&job.owner) {
                     user.wwid = Some(wwid.clone());
                 }
             })
-            .await
+            .await?;
+        self.leases.claim(wwid, claim, |c| is_live(c)).await
     }
 
     /// The map above the paths where there is to be one. With policy `off` a map that multipathd
@@ -304,8 +311,7 @@ impl Inner {
             return Ok(None);
         }
         if job.policy != MultipathPolicy::Off {
-            // Have multipathd decide now, rather than a moment after the path was given away.
-            multipath::nudge(&*self.doors.multipathd, paths).await?;
+            multipath::decide(&self.doors, &self.settings, paths).await?;
         }
         match multipath::above(&*self.doors.sysfs, paths).await? {
             Above::Nothing => Ok(None),

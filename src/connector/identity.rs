@@ -295,7 +295,8 @@ mod tests {
         let naa5 = [0x50, 1, 2, 3, 4, 5, 6, 7];
         let naa3 = [0x30, 1, 2, 3, 4, 5, 6, 7];
         let s = serial("abc-123");
-        let cases: &[(&[(u8, &[u8])], Option<&[u8]>, &str)] = &[
+        type Case<'a> = (&'a [(u8, &'a [u8])], Option<&'a [u8]>, &'a str);
+        let cases: &[Case<'_>] = &[
             (&[(1, t10), (3, &NAA6)], Some(&s), &naa6()),
             (&[(3, &NAA6), (1, t10)], Some(&s), &naa6()),
             (&[(2, &eui8), (3, &naa5)], None, "naa.5001020304050607"),
@@ -310,7 +311,11 @@ mod tests {
             (&[], None, "NO_UNIQUE_IDENTITY"),
             // The target port's own name (association 1) says nothing about the LUN.
             (&[(0x13, &NAA6)], None, "NO_UNIQUE_IDENTITY"),
-            (&[(8, b"naa.6001400501020304050607080910abcd\0")], None, "naa.6001400501020304050607080910abcd"),
+            (
+                &[(8, b"naa.6001400501020304050607080910abcd\0")],
+                None,
+                "naa.6001400501020304050607080910abcd",
+            ),
             (&[(8, b"iqn.2003-01.org.x:1,L,0x0000\0")], None, "NO_UNIQUE_IDENTITY"),
         ];
         for (list, pg80, expected) in cases {
@@ -322,7 +327,11 @@ mod tests {
     fn the_kernels_reading_must_be_on_the_page() {
         let p = page(&[(3, &NAA6)]);
         assert_eq!(wwid_of(&p, None, Some(&naa6())), naa6());
-        assert_eq!(wwid_of(&p, None, Some("naa.6001405ffffffffffffffffffffffffff")), naa6(), "not a WWID: too long");
+        assert_eq!(
+            wwid_of(&p, None, Some("naa.6001405ffffffffffffffffffffffffff")),
+            naa6(),
+            "not a WWID: too long"
+        );
         assert_eq!(wwid_of(&p, None, Some("naa.5001405fffffffff")), "IDENTITY_MISMATCH");
         assert_eq!(wwid_of(&p, None, Some("t10.LIO-ORG something")), naa6());
     }

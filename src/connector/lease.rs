@@ -217,7 +217,12 @@ impl Leases {
 
     /// Says that `wwid` is `claim.owner`'s, or who else has it. A claim whose owner's lease no
     /// longer knows it is void (`is_live` says so): it is of a detach that was cut short.
-    pub(crate) async fn claim<F, Fut>(&self, wwid: &Wwid, claim: Claim, is_live: F) -> Result<(), Error>
+    pub(crate) async fn claim<F, Fut>(
+        &self,
+        wwid: &Wwid,
+        claim: Claim,
+        is_live: F,
+    ) -> Result<(), Error>
     where
         F: Fn(Claim) -> Fut + Send,
         Fut: Future<Output = Result<bool, Error>> + Send,
@@ -310,9 +315,9 @@ pub(crate) fn file_name(name: &str) -> String {
     }
     if out.len() > 200 {
         // FNV-1a, 64 bits, told from a plain name by the `_-`: names that long are rare.
-        let hash = name
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
+        });
         out.truncate(180);
         let _ = write!(out, "_-{hash:016x}");
     }

@@ -127,7 +127,8 @@ pub(crate) async fn above(sysfs: &dyn Sysfs, paths: &[ScsiPath]) -> Result<Above
                 Some(m) if m.uuid.is_empty() => whole = false,
                 Some(m) if m.is_of(&path.identity) && map.is_none() => map = Some(m),
                 Some(m) if m.uuid.starts_with("mpath-") => {
-                    let problem = format!("is not {} ({}): the path {} is in it", m.name, m.uuid, path.hctl);
+                    let problem =
+                        format!("is not {} ({}): the path {} is in it", m.name, m.uuid, path.hctl);
                     return Err(Error::Map { wwid: path.identity.wwid.clone(), problem });
                 }
                 Some(m) => return Err(held(format!("{holder} ({})", m.name))),

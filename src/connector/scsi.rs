@@ -12,12 +12,12 @@ use crate::host::storage::StorageDoors;
 use crate::host::sysfs::{Guard, Guarded, Sysfs, is_gone};
 use crate::types::{DevNum, Malformed};
 
+use super::PathStatus;
 use super::error::Error;
 use super::identity::{Identity, IdentityError, identify};
 use super::lease::Seen;
 use super::settings::{Settings, ms};
 use super::wait::Wait;
-use super::PathStatus;
 
 /// A SCSI address. The LUN is the number as the kernel writes it (see [`crate::types::Lun::scsi`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -105,11 +105,7 @@ pub(crate) struct ScsiPath {
 impl ScsiPath {
     /// For the attachment.
     pub(crate) fn status(&self) -> PathStatus {
-        PathStatus {
-            hctl: self.hctl.to_string(),
-            dev: self.disk.dev,
-            name: self.disk.name.clone(),
-        }
+        PathStatus { hctl: self.hctl.to_string(), dev: self.disk.dev, name: self.disk.name.clone() }
     }
 
     /// For the lease.
@@ -276,7 +272,9 @@ pub(crate) async fn delete(
     let path = format!("{dir}/delete");
     match sysfs.write_guarded(&path, "1", &guards).await {
         Ok(Guarded::Written) => {}
-        Ok(Guarded::Refused { guard, found }) if guard.path.ends_with("/wwid") && found.is_some() => {
+        Ok(Guarded::Refused { guard, found })
+            if guard.path.ends_with("/wwid") && found.is_some() =>
+        {
             return Err(Error::Path {
                 at: hctl.to_string(),
                 problem: format!("it is {} now, not {}", found.unwrap_or_default(), guard.expect),

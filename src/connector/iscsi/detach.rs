@@ -4,6 +4,7 @@ use super::Inner;
 use super::login::Made;
 use crate::connector::error::Error;
 use crate::connector::lease::{Lease, MapLease, PathLease, Seen, User};
+use crate::connector::multipath::Map;
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::connector::{DetachOptions, multipath, scsi};
@@ -61,7 +62,11 @@ impl Inner {
     }
 
     /// Flushes and removes the map and the paths that are ours.
-    pub(super) async fn remove_device(&self, user: &User, options: DetachOptions) -> Result<(), Error> {
+    pub(super) async fn remove_device(
+        &self,
+        user: &User,
+        options: DetachOptions,
+    ) -> Result<(), Error> {
         let map = match &user.map {
             Some(map) => Some(map.clone()),
             None => self.map_above(user).await?,
@@ -71,17 +76,14 @@ impl Inner {
             None => None,
         };
         let made = map.as_ref().is_some_and(|m| m.made);
-        match &map_device {
-            Some(map) => {
-                if made {
-                    self.refuse_held(&map.name, &map.dir(), map.dev).await?;
-                }
-                if made && options.force {
-                    multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
-                }
-                self.flush(map.dev, options).await?;
+        let swapped = self.swapped(user).await?;
+        if let Some(error) = swapped {
+            if !options.force {
+                return Err(error);
             }
-            None => self.flush_paths(user, options).await?,
+            tracing::warn!(%error, "it goes without a flush, as forced");
+        } else {
+            self.flush_device(user, map_device.as_ref(), made, options).await?;
         }
         if let Some(map) = map.as_ref().filter(|m| m.made) {
             multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
@@ -93,6 +95,46 @@ impl Inner {
         match map.filter(|m| m.made) {
             Some(map) => multipath::forget(&*self.doors.multipathd, &map.uuid).await,
             None => Ok(()),
+        }
+    }
+
+    /// A path that is still the device that it was, but shows another LUN.
+    async fn swapped(&self, user: &User) -> Result<Option<Error>, Error> {
+        let sysfs = &*self.doors.sysfs;
+        for path in &user.paths {
+            let Some(seen) = &path.seen else { continue };
+            match scsi::disk(sysfs, &path.dir).await? {
+                Some(disk) if disk.diskseq == seen.diskseq => {}
+                _ => continue,
+            }
+            let found = scsi::raw_wwid(sysfs, &path.dir).await?;
+            if found != seen.wwid {
+                let (at, was) = (path.hctl.to_string(), seen.wwid.clone());
+                return Ok(Some(Error::Swapped { at, was, found }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Writes out what the host has in its cache of the device, which nobody may hold.
+    async fn flush_device(
+        &self,
+        user: &User,
+        map: Option<&Map>,
+        made: bool,
+        options: DetachOptions,
+    ) -> Result<(), Error> {
+        match map {
+            Some(map) => {
+                if made {
+                    self.refuse_held(&map.name, &map.dir(), map.dev).await?;
+                }
+                if made && options.force {
+                    multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
+                }
+                self.flush(map.dev, options).await
+            }
+            None => self.flush_paths(user, options).await,
         }
     }
 
@@ -117,9 +159,9 @@ impl Inner {
                 }
             }
         }
-        Ok(found.filter(|m| m.slaves.iter().all(|s| names.contains(s))).map(|m| {
-            MapLease { uuid: m.uuid, made: true }
-        }))
+        Ok(found
+            .filter(|m| m.slaves.iter().all(|s| names.contains(s)))
+            .map(|m| MapLease { uuid: m.uuid, made: true }))
     }
 
     async fn flush_paths(&self, user: &User, options: DetachOptions) -> Result<(), Error> {
@@ -142,12 +184,7 @@ impl Inner {
         Ok(())
     }
 
-    async fn refuse_held(
-        &self,
-        name: &str,
-        block: &str,
-        dev: DevNum,
-    ) -> Result<(), Error> {
+    async fn refuse_held(&self, name: &str, block: &str, dev: DevNum) -> Result<(), Error> {
         match scsi::await_unheld(&self.doors, &self.settings, block, dev, &[]).await? {
             None => Ok(()),
             Some(holder) => Err(Error::DeviceHeld { device: name.into(), holder }),
@@ -174,7 +211,8 @@ impl Inner {
         };
         let seen = match &path.seen {
             Some(seen) if seen.diskseq != disk.diskseq => return Ok(()), // Another's by now.
-            Some(seen) => seen.clone(),
+            // What it shows now: a swapped one came here only by force.
+            Some(seen) => Seen { wwid: scsi::raw_wwid(sysfs, &path.dir).await?, ..seen.clone() },
             // Announced, never seen: it was not there when the scan began, so it is of our scan.
             None => Seen {
                 wwid: scsi::raw_wwid(sysfs, &path.dir).await?,

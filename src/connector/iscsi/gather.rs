@@ -119,10 +119,15 @@ impl Inner {
             let (inner, target) = (self.clone(), job.source.target.clone());
             let progress = all.progress.get(&portal).cloned();
             all.waiting.push(portal);
-            let wait = async move { (portal, inner.await_session(&target, portal, progress).await) };
+            let wait =
+                async move { (portal, inner.await_session(&target, portal, progress).await) };
             all.sessions.spawn(wait.in_current_span());
         }
-        let pause = if all.queue.is_empty() { Duration::from_secs(3600) } else { ms(self.settings.next_portal_ms) };
+        let pause = if all.queue.is_empty() {
+            Duration::from_secs(3600)
+        } else {
+            ms(self.settings.next_portal_ms)
+        };
         Ok(Instant::now() + pause)
     }
 
@@ -198,7 +203,12 @@ impl Inner {
     }
 
     /// The path of a late session, if the volume is still there; undone if it is not the LUN.
-    async fn late_path(self: &Arc<Self>, job: &Job, portal: Portal, session: &Session) -> Result<(), Error> {
+    async fn late_path(
+        self: &Arc<Self>,
+        job: &Job,
+        portal: Portal,
+        session: &Session,
+    ) -> Result<(), Error> {
         let _lun = self.lun_lock(&job.source).await?;
         if self.attached(job).await?.is_none() {
             return Ok(());
@@ -363,6 +373,7 @@ fn is_local(error: &Error) -> bool {
         | Error::Multipathd(_)
         | Error::Flush { .. }
         | Error::Path { .. }
+        | Error::Swapped { .. }
         | Error::Command { .. }
         | Error::Tool { .. }
         | Error::RecordCorrupt { .. }

@@ -15,9 +15,11 @@
 mod detach;
 mod gather;
 mod login;
+mod observe;
 mod records;
 mod scan;
 mod session;
+mod settle;
 #[cfg(test)]
 mod tests;
 
@@ -31,7 +33,7 @@ pub use records::LoginError;
 
 use super::bounded::bounded;
 use super::error::Error;
-use super::identity::{Identity, IdentityError, judge};
+use super::identity::{Identity, IdentityError};
 use super::lease::{Claim, Lease, Leases, Made as _, MapLease, User, file_name};
 use super::multipath::{self, Above, Map};
 use super::scsi::{self, ScsiPath};
@@ -132,7 +134,8 @@ impl Connector for IscsiConnector {
         options: DetachOptions,
     ) -> Result<Outcome, Error> {
         let Source::Iscsi(source) = source;
-        let span = tracing::info_span!("detach", %owner, target = %source.target, lun = %source.lun);
+        let span =
+            tracing::info_span!("detach", %owner, target = %source.target, lun = %source.lun);
         async {
             let _lun = self.inner.lun_lock(source).await?;
             self.inner.release(owner, source, options).await
@@ -190,9 +193,7 @@ impl Inner {
                 let force = DetachOptions { force: true };
                 match self.release(&job.owner, source, force).await {
                     Ok(_) => Err(cause),
-                    Err(undo) => {
-                        Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) })
-                    }
+                    Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
                 }
             }
         }
@@ -276,14 +277,16 @@ impl Inner {
             Ok(lease.user(&c.owner).is_some_and(|u| u.wwid.as_ref().is_none_or(|w| w == wwid)))
         };
         // In the lease first, so that a detach finds the claim whatever happens in between.
-        self.leases
+        let before = self
+            .leases
             .update::<Made, _>(job.source.target.as_str(), |lease| {
-                if let Some(user) = lease.user_mut(&job.owner) {
-                    user.wwid = Some(wwid.clone());
-                }
+                lease.user_mut(&job.owner).and_then(|user| user.wwid.replace(wwid.clone()))
             })
             .await?;
-        self.leases.claim(wwid, claim, |c| is_live(c)).await
+        if let Some(other) = before.filter(|w| w != wwid) {
+            self.leases.unclaim(&other, &job.owner).await?;
+        }
+        self.leases.claim(wwid, claim, is_live).await
     }
 
     /// The map above the paths where there is to be one. With policy `off` a map that multipathd
@@ -359,7 +362,12 @@ impl Inner {
     }
 
     /// Writes down that it is attached; a single path needs no other portal any more.
-    async fn complete(&self, job: &Job, gathered: &Gathered, found: &Attachment) -> Result<(), Error> {
+    async fn complete(
+        &self,
+        job: &Job,
+        gathered: &Gathered,
+        found: &Attachment,
+    ) -> Result<(), Error> {
         let used: Vec<String> = gathered.used.iter().map(Portal::to_string).collect();
         self.leases
             .update::<Made, _>(job.source.target.as_str(), |lease| {
@@ -375,47 +383,6 @@ impl Inner {
             self.settle(&job.source.target, &job.source.portals).await?;
         }
         Ok(())
-    }
-
-    /// The attachment if it is still there and is what is expected of it.
-    async fn still_right(&self, user: &User, expect: &Expect) -> Result<Option<Attachment>, Error> {
-        let Some(found) = self.observe(user).await? else { return Ok(None) };
-        let wwid = found.device.wwid.clone();
-        let identity = Identity { all: vec![wwid.clone()], wwid };
-        // Anything else than the same goes the long way, whose judgement names all.
-        let right = judge("", expect, &identity, found.device.size).is_ok();
-        Ok(right.then_some(found))
-    }
-
-    /// What a user has, read again: the device and each path by number, sequence and identity.
-    async fn observe(&self, user: &User) -> Result<Option<Attachment>, Error> {
-        let Some(mut found) = user.attachment.clone() else { return Ok(None) };
-        let sysfs = &*self.doors.sysfs;
-        let mut there = Vec::new();
-        for path in &user.paths {
-            let Some(seen) = &path.seen else { continue };
-            match scsi::disk(sysfs, &path.dir).await? {
-                Some(disk) if disk.diskseq == seen.diskseq => {}
-                _ => continue,
-            }
-            if scsi::raw_wwid(sysfs, &path.dir).await? != seen.wwid {
-                return Ok(None);
-            }
-            there.extend(found.paths.iter().find(|p| p.hctl == path.hctl.to_string()).cloned());
-        }
-        if there.is_empty() {
-            return Ok(None);
-        }
-        if found.device.map.is_some() {
-            let Some(lease) = &user.map else { return Ok(None) };
-            let map = multipath::by_uuid(sysfs, &lease.uuid).await?;
-            if !map.is_some_and(|m| m.diskseq == found.diskseq && m.dev == found.device.dev) {
-                return Ok(None);
-            }
-        }
-        found.device.paths = u32::try_from(there.len()).unwrap_or(u32::MAX);
-        found.paths = there;
-        Ok(Some(found))
     }
 
     async fn lun_lock(&self, source: &IscsiSource) -> Result<Box<dyn LockGuard>, Error> {

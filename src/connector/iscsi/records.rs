@@ -171,7 +171,11 @@ impl Iscsiadm<'_> {
     }
 
     /// Sets our parameters in the record at `portal`, or in every record of the target.
-    pub(crate) async fn configure(&self, portal: Option<Portal>, multipath: bool) -> Result<(), Error> {
+    pub(crate) async fn configure(
+        &self,
+        portal: Option<Portal>,
+        multipath: bool,
+    ) -> Result<(), Error> {
         let pairs = parameters(self.settings, multipath);
         let mut args = vec!["-o", "update"];
         for (name, value) in &pairs {
@@ -226,7 +230,12 @@ impl Iscsiadm<'_> {
         self.doors.commands.run(Tool::Iscsiadm, &all, deadline).await
     }
 
-    fn expect(&self, out: Output, fine: &[i32], doing: impl FnOnce() -> String) -> Result<(), Error> {
+    fn expect(
+        &self,
+        out: Output,
+        fine: &[i32],
+        doing: impl FnOnce() -> String,
+    ) -> Result<(), Error> {
         match out.code {
             Some(code) if code == 0 || fine.contains(&code) => Ok(()),
             code => {

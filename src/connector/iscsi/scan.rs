@@ -28,7 +28,11 @@ pub(super) struct Proven {
 
 impl Inner {
     /// The verified path to the LUN through `session`. What it makes is in the lease before.
-    pub(super) async fn path(self: &Arc<Self>, job: &Job, session: &Session) -> Result<Proven, Error> {
+    pub(super) async fn path(
+        self: &Arc<Self>,
+        job: &Job,
+        session: &Session,
+    ) -> Result<Proven, Error> {
         let hctl = session.hctl(job.source.lun.scsi());
         let dir = session.device_dir(hctl);
         if self.is_there(&dir).await?
@@ -64,7 +68,8 @@ impl Inner {
     }
 
     async fn is_there(&self, dir: &str) -> Result<bool, Error> {
-        let entries = self.doors.sysfs.entries(dir).await.map_err(Error::io(format!("listing {dir}")))?;
+        let entries =
+            self.doors.sysfs.entries(dir).await.map_err(Error::io(format!("listing {dir}")))?;
         Ok(!entries.is_empty())
     }
 
@@ -89,9 +94,8 @@ impl Inner {
         if let Some(disk) = disk.filter(|d| d.size > 0)
             && raw_wwid == before
         {
-            let verdict = identity.and_then(|id| {
-                judge(&hctl.to_string(), &job.expect, &id, disk.size).map(|()| id)
-            });
+            let verdict = identity
+                .and_then(|id| judge(&hctl.to_string(), &job.expect, &id, disk.size).map(|()| id));
             match verdict {
                 Ok(identity) => {
                     let path = ScsiPath { hctl, dir: dir.into(), disk, raw_wwid, identity };

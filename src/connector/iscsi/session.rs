@@ -116,9 +116,8 @@ async fn target_id(sysfs: &dyn Sysfs, class: &str, dir: &str) -> std::io::Result
 
 /// The SCSI devices under a session, whoever made them.
 pub(crate) async fn devices(sysfs: &dyn Sysfs, session: &Session) -> Result<Vec<Hctl>, Error> {
-    let list = async |dir: &str| {
-        sysfs.entries(dir).await.map_err(Error::io(format!("listing {dir}")))
-    };
+    let list =
+        async |dir: &str| sysfs.entries(dir).await.map_err(Error::io(format!("listing {dir}")));
     let mut found = Vec::new();
     for target in list(&session.dir).await?.iter().filter(|t| t.starts_with("target")) {
         let entries = list(&format!("{}/{target}", session.dir)).await?;

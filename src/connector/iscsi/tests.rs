@@ -124,8 +124,13 @@ async fn two_portals_are_one_map_of_two_paths() {
     assert!(got.device.map.is_some());
     assert_eq!(got.device.paths, 2);
     assert_eq!(san.sim.lun_of(got.device.dev), Some((target(), lun(1))));
-    assert_eq!(san.connector.inner.doors.commands.started(), 4, "two records, one update, one login");
-    let timeout = san.sim.record_setting(&target(), portal(3), "node.session.timeo.replacement_timeout");
+    assert_eq!(
+        san.connector.inner.doors.commands.started(),
+        4,
+        "two records, one update, one login"
+    );
+    let timeout =
+        san.sim.record_setting(&target(), portal(3), "node.session.timeo.replacement_timeout");
     assert_eq!(timeout.as_deref(), Some("5"));
     // Again: the same, nothing done.
     let again = san.connector.attach(&r).await.expect("attached");
@@ -154,7 +159,11 @@ async fn five_luns_at_once_share_the_sessions_and_the_last_one_logs_out() {
     let started = san.connector.inner.doors.commands.started();
     assert_eq!(started, 4);
     let got = san.attach(&request("v5", 256, &[2, 3])).await;
-    assert_eq!(san.connector.inner.doors.commands.started(), started, "no process for a session that is there");
+    assert_eq!(
+        san.connector.inner.doors.commands.started(),
+        started,
+        "no process for a session that is there"
+    );
     assert!(hctls(&got).iter().all(|h| h.ends_with(":0:0:16640")), "{got:?}");
     for n in 0..5 {
         san.detach(&format!("v{n}"), n, &[2, 3]).await.expect("detached");
@@ -334,7 +343,10 @@ async fn the_same_lun_twice_is_refused_unless_both_share_it() {
     assert!(error.to_string().contains("ns/vm/a"), "{error}");
     // The same LUN by another number.
     san.sim.add_lun(&target(), lun(9), SimLun::new(wwid(1), GIB));
-    assert_eq!(san.connector.attach(&request("b", 9, &[2, 3])).await.expect_err("same").reason(), Reason::SourceInUse);
+    assert_eq!(
+        san.connector.attach(&request("b", 9, &[2, 3])).await.expect_err("same").reason(),
+        Reason::SourceInUse
+    );
     let mut second = request("b", 1, &[2, 3]);
     second.shareable = true;
     assert_eq!(san.attach(&second).await.device.dev, got.device.dev);
@@ -342,7 +354,10 @@ async fn the_same_lun_twice_is_refused_unless_both_share_it() {
     let left = san.connector.observe(&owner("b"), &second.source).await.expect("read");
     assert_eq!(left.expect("still there").device.dev, got.device.dev);
     san.detach("b", 1, &[2, 3]).await.expect("detached");
-    assert_eq!((san.count("session"), san.count("disk"), san.count("dm"), san.count("run")), (0, 0, 0, 0));
+    assert_eq!(
+        (san.count("session"), san.count("disk"), san.count("dm"), san.count("run")),
+        (0, 0, 0, 0)
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -554,7 +569,9 @@ async fn a_device_that_a_scan_brings_long_after_it_was_given_up_is_removed() {
 /// Ends the attach at each step as a kill does, and looks that a new daemon's detach cleans up.
 #[tokio::test(start_paused = true)]
 async fn after_a_kill_at_any_step_a_detach_leaves_nothing() {
-    for point in ["cmd.run", "sysfs.write", "sysfs.read", "rundir.store", "multipathd.ask", "blocks.openers"] {
+    for point in
+        ["cmd.run", "sysfs.write", "sysfs.read", "rundir.store", "multipathd.ask", "blocks.openers"]
+    {
         for skip in 0..40 {
             let san = San::new();
             let before = san.sim.snapshot();
@@ -572,5 +589,60 @@ async fn after_a_kill_at_any_step_a_detach_leaves_nothing() {
             san.detach("a", 1, &[2, 3]).await.expect("detached");
             assert_eq!(san.sim.snapshot(), before, "{point} {skip} {ended:?}");
         }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_detach_that_was_killed_at_any_step_is_finished_by_the_next() {
+    for point in [
+        "cmd.run",
+        "sysfs.write",
+        "sysfs.read",
+        "rundir.store",
+        "rundir.remove",
+        "multipathd.ask",
+        "multipathd.forget",
+        "blocks.flush",
+    ] {
+        for skip in 0..40 {
+            let san = San::new();
+            let before = san.sim.snapshot();
+            san.attach(&request("a", 1, &[2, 3])).await;
+            let stop = Fault { skip, times: Some(1), ..fault(point, "", FaultAction::Hang) };
+            san.sim.faults().inject(stop);
+            let ended =
+                tokio::time::timeout(Duration::from_millis(900), san.detach("a", 1, &[2, 3])).await;
+            san.connector.settled().await;
+            san.sim.faults().clear();
+            let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+            let san = San { sim: san.sim, connector };
+            san.detach("a", 1, &[2, 3]).await.expect("detached");
+            assert_eq!(san.sim.snapshot(), before, "{point} {skip} {ended:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lun_that_the_array_took_away_or_swapped_needs_force_to_go() {
+    for swapped in [false, true] {
+        let san = San::new();
+        let before = san.sim.snapshot();
+        let got = san.attach(&request("a", 1, &[2, 3])).await;
+        if swapped {
+            san.sim.replace_lun(&target(), lun(1), SimLun::new(wwid(99), GIB));
+            let doors = &san.connector.inner.doors;
+            for path in &got.paths {
+                let rescan = format!("bus/scsi/devices/{}/rescan", path.hctl);
+                doors.sysfs.write(&rescan, "1").await.expect("rescanned");
+            }
+            let error = san.detach("a", 1, &[2, 3]).await.expect_err("swapped");
+            assert_eq!(error.reason(), Reason::IdentityChanged, "{error}");
+        } else {
+            san.sim.remove_lun(&target(), lun(1));
+        }
+        let r = request("a", 1, &[2, 3]);
+        let force = DetachOptions { force: true };
+        san.connector.detach(&r.owner, &r.source, force).await.expect("forced");
+        assert_eq!(san.sim.snapshot(), before);
     }
 }

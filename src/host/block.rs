@@ -1,10 +1,14 @@
 //! Block devices by number: flush, exclusive probe, dm tables.
 
+mod real;
+
 use std::io;
 
 use async_trait::async_trait;
 
 use crate::types::DevNum;
+
+pub use real::RealBlocks;
 
 /// What an exclusive open showed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,9 +1,13 @@
 //! All programs that lunplug runs, resolved once.
 
+mod real;
+
 use std::io;
 use std::time::Duration;
 
 use async_trait::async_trait;
+
+pub use real::RealCommands;
 
 /// A program that may be run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,10 +1,14 @@
 //! open-iscsi's database of node records, read without its tool.
 
+mod real;
+
 use std::io;
 
 use async_trait::async_trait;
 
 use crate::types::{Iqn, Portal};
+
+pub use real::RealIscsiDb;
 
 /// One node record: a target at a portal through an interface.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,9 +1,13 @@
 //! OFD locks and small state files under /run/lunplug.
 
+mod real;
+
 use std::io;
 use std::time::Duration;
 
 use async_trait::async_trait;
+
+pub use real::RealRunDir;
 
 /// A lock that is held; dropping it releases it.
 pub trait LockGuard: Send + Sync {}

@@ -15,3 +15,4 @@ pub mod sim;
 pub mod storage;
 pub mod sysfs;
 pub mod uevent;
+mod workers;

@@ -1,10 +1,15 @@
 //! The multipath daemon, spoken to over its socket.
 
+mod files;
+mod real;
+
 use std::io;
 
 use async_trait::async_trait;
 
 use crate::types::{Outcome, Wwid};
+
+pub use real::RealMultipathd;
 
 /// multipathd could not be asked, or refused.
 #[derive(Debug, thiserror::Error)]

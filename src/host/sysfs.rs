@@ -1,8 +1,12 @@
 //! Reading and writing /sys.
 
+mod real;
+
 use std::io;
 
 use async_trait::async_trait;
+
+pub use real::RealSysfs;
 
 /// A condition on an attribute, checked between opening a file and writing to it.
 #[derive(Debug, Clone, PartialEq, Eq)]

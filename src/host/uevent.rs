@@ -1,8 +1,12 @@
 //! Kernel uevents over netlink.
 
+mod real;
+
 use std::collections::BTreeMap;
 
 use tokio::sync::broadcast;
+
+pub use real::RealUevents;
 
 /// One uevent of the kernel's own (not udev's).
 #[derive(Debug, Clone, PartialEq, Eq)]

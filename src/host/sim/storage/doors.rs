@@ -19,6 +19,13 @@ use crate::types::{DevNum, Iqn, Outcome, Wwid};
 const DEADLINE: Duration = Duration::from_secs(10);
 
 impl SimStorage {
+    /// Lets a call pass its faults; one that hangs ends as on the real host.
+    async fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
+        tokio::time::timeout(DEADLINE, self.faults().pass(point, detail))
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
     /// Carries out `work` on a task of its own: a caller that gives up does not end what the
     /// kernel does late.
     async fn detached<T, F>(&self, deadline: Duration, work: F) -> io::Result<T>
@@ -37,17 +44,17 @@ impl SimStorage {
 #[async_trait]
 impl Sysfs for SimStorage {
     async fn read(&self, path: &str) -> io::Result<Vec<u8>> {
-        self.faults().pass("sysfs.read", path).await?;
+        self.pass("sysfs.read", path).await?;
         self.world().tree.read(path)
     }
 
     async fn list(&self, dir: &str) -> io::Result<Vec<String>> {
-        self.faults().pass("sysfs.list", dir).await?;
+        self.pass("sysfs.list", dir).await?;
         self.world().tree.list(dir)
     }
 
     async fn resolve(&self, path: &str) -> io::Result<String> {
-        self.faults().pass("sysfs.resolve", path).await?;
+        self.pass("sysfs.resolve", path).await?;
         self.world().tree.resolve(path)
     }
 
@@ -204,10 +211,7 @@ impl Multipathd for SimStorage {
     }
 
     async fn forget(&self, wwid: &Wwid) -> Result<Outcome, MultipathdError> {
-        self.faults()
-            .pass("multipathd.forget", wwid.as_str())
-            .await
-            .map_err(MultipathdError::Io)?;
+        self.pass("multipathd.forget", wwid.as_str()).await.map_err(MultipathdError::Io)?;
         let there = self.world().forget(&wwid.multipath());
         Ok(if there { Outcome::Done(()) } else { Outcome::Already(()) })
     }
@@ -230,7 +234,7 @@ impl Blocks for SimStorage {
     }
 
     async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive> {
-        self.faults().pass("blocks.exclusive", &dev.to_string()).await?;
+        self.pass("blocks.exclusive", &dev.to_string()).await?;
         let world = self.world();
         match world.io_works(dev) {
             None => Err(io::Error::from_raw_os_error(nix::libc::ENXIO)),
@@ -240,7 +244,7 @@ impl Blocks for SimStorage {
     }
 
     async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
-        self.faults().pass("blocks.openers", &dev.to_string()).await?;
+        self.pass("blocks.openers", &dev.to_string()).await?;
         let world = self.world();
         Ok([&world.claims, &world.opens]
             .into_iter()
@@ -254,7 +258,7 @@ impl Blocks for SimStorage {
 #[async_trait]
 impl IscsiDb for SimStorage {
     async fn records(&self, target: &Iqn) -> io::Result<Vec<Record>> {
-        self.faults().pass("iscsidb.records", target.as_str()).await?;
+        self.pass("iscsidb.records", target.as_str()).await?;
         let world = self.world();
         let of_target = world.records.iter().filter(|((t, _, _), _)| t == target);
         Ok(of_target
@@ -267,7 +271,7 @@ impl IscsiDb for SimStorage {
     }
 
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
-        self.faults().pass("iscsidb.remove", target.as_str()).await?;
+        self.pass("iscsidb.remove", target.as_str()).await?;
         let key = (target.clone(), record.portal, record.iface.clone());
         let mut world = self.world();
         match world.records.get(&key) {

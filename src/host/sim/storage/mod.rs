@@ -12,8 +12,18 @@
 //!        | add / remove
 //!   multipathd: maps, wwids, bindings       iscsiadm: records
 //! ```
+//!
+//! Points where [`Faults`] act, with the detail that a fault is matched against:
+//! `sysfs.read`, `sysfs.list`, `sysfs.resolve`, `sysfs.write` (path); `cmd.run` (program and
+//! arguments, joined by spaces; `exit N` as the text of a failure lets the program run and end with
+//! that code); `multipathd.ask` (command), `multipathd.forget` (WWID); `blocks.flush`,
+//! `blocks.exclusive`, `blocks.openers` (major:minor); `rundir.lock`, `rundir.load`,
+//! `rundir.store`, `rundir.remove`, `rundir.list` (name); `iscsidb.records`, `iscsidb.remove`
+//! (IQN). Writes to sysfs, flushes and programs that stall are carried out late even though their
+//! caller has given up, as the kernel and iscsid do.
 
 mod array;
+mod disks;
 mod dm;
 mod doors;
 mod iscsiadm;
@@ -25,7 +35,6 @@ mod tests;
 mod tree;
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -277,11 +286,8 @@ impl SimStorage {
     /// sessions, records, disks, maps, multipath's files, run files. Counters are left out.
     pub fn snapshot(&self) -> String {
         let world = self.world();
-        let mut text = String::new();
-        let mut line = |kind: &str, what: String| {
-            // Writing to a String cannot fail.
-            let _ = writeln!(text, "{kind} {what}");
-        };
+        let mut lines = Vec::new();
+        let mut line = |kind: &str, what: String| lines.push(format!("{kind} {what}\n"));
         for s in world.sessions.values() {
             let state = if s.failed { "FAILED" } else { "LOGGED_IN" };
             line("session", format!("{} {} {} {state}", s.target, s.portal, s.iface));
@@ -312,6 +318,8 @@ impl SimStorage {
         for (name, bytes) in lock(&run).files() {
             line("run", format!("{name} {}", String::from_utf8_lossy(bytes)));
         }
-        text
+        // Not in the order of their making, which may differ where the result does not.
+        lines.sort();
+        lines.concat()
     }
 }

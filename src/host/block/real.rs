@@ -1,0 +1,284 @@
+//! Block devices of the real host.
+#![allow(unsafe_code)]
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nix::libc;
+use nix::sys::stat::{Mode, SFlag, mknod};
+
+use super::{Blocks, Exclusive};
+use crate::host::workers::Workers;
+use crate::types::DevNum;
+
+mod ioctls {
+    #![allow(missing_docs)]
+    // BLKFLSBUF, include/uapi/linux/fs.h.
+    nix::ioctl_none_bad!(blkflsbuf, 0x1261);
+}
+
+/// Real block devices.
+pub struct RealBlocks {
+    opener: Arc<Opener>,
+    proc: PathBuf,
+    workers: Workers,
+    deadline: Duration,
+}
+
+impl RealBlocks {
+    /// `nodes` is a directory of our own for device nodes that live for one open(2). It must not be
+    /// on a `nodev` mount, which systemd makes of /run: beneath /dev it is fine. `deadline` is for
+    /// one call.
+    pub fn new(nodes: impl Into<PathBuf>, deadline: Duration) -> Self {
+        Self {
+            opener: Arc::new(Opener { nodes: nodes.into(), count: AtomicU64::new(0) }),
+            proc: PathBuf::from("/proc"),
+            workers: Workers::new("lunplug-block", 64, 2),
+            deadline,
+        }
+    }
+
+    /// Calls that are past their deadline and still in the kernel.
+    pub fn stuck(&self) -> u64 {
+        self.workers.stuck()
+    }
+}
+
+/// Opens devices by number.
+struct Opener {
+    nodes: PathBuf,
+    count: AtomicU64,
+}
+
+impl Opener {
+    /// Opens read-only, so that udev, which watches for writers, does not probe the device again
+    /// when it is closed.
+    fn open(&self, dev: DevNum, flags: libc::c_int) -> io::Result<File> {
+        match self.by_node(dev, flags) {
+            Ok(file) => check(file, dev),
+            // No leave to make a node here, or not one that can be opened: use udev's link.
+            Err(e) if is_refusal(&e) => check(open(&device_link(dev), flags)?, dev),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn by_node(&self, dev: DevNum, flags: libc::c_int) -> io::Result<File> {
+        match fs::DirBuilder::new().mode(0o700).create(&self.nodes) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        let n = self.count.fetch_add(1, Ordering::Relaxed);
+        let node = self.nodes.join(format!("{dev}.{}.{n}", std::process::id()));
+        // A crash between mknod and unlink may have left the name.
+        let _ = fs::remove_file(&node);
+        mknod(&node, SFlag::S_IFBLK, Mode::S_IRUSR | Mode::S_IWUSR, dev.to_dev_t())?;
+        let opened = open(&node, flags);
+        fs::remove_file(&node)?;
+        opened
+    }
+}
+
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EPERM | libc::EACCES | libc::EROFS | libc::ENOENT | libc::ENOTDIR)
+    )
+}
+
+fn device_link(dev: DevNum) -> PathBuf {
+    PathBuf::from(format!("/dev/block/{dev}"))
+}
+
+fn open(path: &Path, flags: libc::c_int) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(flags | libc::O_CLOEXEC | libc::O_NONBLOCK)
+        .open(path)
+}
+
+/// That it is the device which was asked for, and a block device at all.
+fn check(file: File, dev: DevNum) -> io::Result<File> {
+    let meta = file.metadata()?;
+    if meta.file_type().is_block_device() && meta.rdev() == dev.to_dev_t() {
+        return Ok(file);
+    }
+    Err(io::Error::other(format!("what was opened is not the block device {dev}")))
+}
+
+fn flush(file: &File) -> io::Result<()> {
+    file.sync_all()?;
+    // SAFETY: the descriptor is open for the time of the call, and the request takes no argument.
+    unsafe { ioctls::blkflsbuf(file.as_raw_fd()) }?;
+    Ok(())
+}
+
+/// Looks at every open descriptor of every process; those that vanish meanwhile are passed over.
+fn openers(proc: &Path, dev: DevNum) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    let own = std::process::id().to_string();
+    for process in fs::read_dir(proc)? {
+        let process = process?;
+        let pid = process.file_name().to_string_lossy().into_owned();
+        if !pid.bytes().all(|c| c.is_ascii_digit()) || pid == own {
+            continue;
+        }
+        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
+        let holds = descriptors.flatten().any(|fd| {
+            // Follows the link to the open file itself; opens nothing.
+            fs::metadata(fd.path())
+                .is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == dev.to_dev_t())
+        });
+        if holds {
+            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            found.push(format!("{}[{pid}]", name.trim_end()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+#[async_trait]
+impl Blocks for RealBlocks {
+    async fn flush(&self, dev: DevNum) -> io::Result<()> {
+        let opener = self.opener.clone();
+        let call = move || flush(&opener.open(dev, 0)?);
+        self.workers.run(&dev.to_string(), self.deadline, call).await
+    }
+
+    async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive> {
+        let opener = self.opener.clone();
+        let call = move || match opener.open(dev, libc::O_EXCL) {
+            Ok(_) => Ok(Exclusive::Free),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(Exclusive::Held),
+            Err(e) => Err(e),
+        };
+        self.workers.run(&dev.to_string(), self.deadline, call).await
+    }
+
+    async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
+        let proc = self.proc.clone();
+        // A key of its own: a device that hangs does not hide who has it open.
+        self.workers.run("proc", self.deadline, move || openers(&proc, dev)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn blocks(dir: &Path) -> RealBlocks {
+        RealBlocks::new(dir.join("nodes"), LONG)
+    }
+
+    #[tokio::test]
+    async fn a_device_that_does_not_exist_is_an_error_and_leaves_no_node() {
+        let dir = tempfile::tempdir().unwrap();
+        let blocks = blocks(dir.path());
+        // Major 60 to 63 are for local use; nothing has them.
+        let none = DevNum { major: 60, minor: 7 };
+        assert!(blocks.exclusive(none).await.is_err());
+        assert!(blocks.flush(none).await.is_err());
+        let left = fs::read_dir(dir.path().join("nodes")).map_or(0, Iterator::count);
+        assert_eq!(left, 0);
+        assert!(blocks.openers(none).await.unwrap().is_empty());
+    }
+
+    #[test]
+    fn another_file_is_not_taken_for_the_device() {
+        let file = File::open("/dev/null").unwrap();
+        assert!(check(file, DevNum { major: 1, minor: 3 }).is_err());
+    }
+
+    /// A loop device on a file of 1 MiB; detached when dropped.
+    struct Loop(File);
+
+    mod loop_ioctls {
+        // include/uapi/linux/loop.h.
+        nix::ioctl_none_bad!(get_free, 0x4C82);
+        nix::ioctl_write_int_bad!(set_fd, 0x4C00);
+        nix::ioctl_none_bad!(clr_fd, 0x4C01);
+    }
+
+    impl Loop {
+        fn new(dir: &Path) -> (Self, DevNum) {
+            let backing = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(dir.join("disk"))
+                .unwrap();
+            backing.set_len(1 << 20).unwrap();
+            let control = File::options().read(true).write(true).open("/dev/loop-control").unwrap();
+            // SAFETY: both descriptors are open, and these requests take an integer or nothing.
+            let n = unsafe { loop_ioctls::get_free(control.as_raw_fd()) }.unwrap();
+            let dev = DevNum { major: 7, minor: u32::try_from(n).unwrap() };
+            let node = dir.join("loop");
+            mknod(&node, SFlag::S_IFBLK, Mode::S_IRUSR | Mode::S_IWUSR, dev.to_dev_t()).unwrap();
+            let device = File::options().read(true).write(true).open(&node).unwrap();
+            // SAFETY: as above; the kernel takes its own reference to the backing file.
+            unsafe { loop_ioctls::set_fd(device.as_raw_fd(), backing.as_raw_fd()) }.unwrap();
+            (Self(device), dev)
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            // SAFETY: the descriptor is open and the request takes nothing.
+            let _ = unsafe { loop_ioctls::clr_fd(self.0.as_raw_fd()) };
+        }
+    }
+
+    #[tokio::test]
+    async fn root_a_real_device_is_flushed_and_probed_by_number() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: loop devices need root");
+            return;
+        }
+        // Not beneath /tmp, which may be mounted nodev.
+        let dir = tempfile::tempdir_in("/dev").unwrap();
+        let blocks = blocks(dir.path());
+        let (_device, dev) = Loop::new(dir.path());
+        blocks.flush(dev).await.unwrap();
+        assert_eq!(blocks.exclusive(dev).await.unwrap(), Exclusive::Free);
+        let holder = open(&dir.path().join("loop"), libc::O_EXCL).unwrap();
+        assert_eq!(blocks.exclusive(dev).await.unwrap(), Exclusive::Held);
+        drop(holder);
+        assert_eq!(blocks.exclusive(dev).await.unwrap(), Exclusive::Free);
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .stdin(File::open(dir.path().join("loop")).unwrap())
+            .spawn()
+            .unwrap();
+        let expected = format!("sleep[{}]", child.id());
+        let openers = blocks.openers(dev).await.unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(openers, [expected]);
+        assert_eq!(fs::read_dir(dir.path().join("nodes")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn openers_are_found_in_proc() {
+        let Some(dev) = fs::read_dir("/dev/block").ok().and_then(|d| d.flatten().next()) else {
+            eprintln!("skipped: no block device here");
+            return;
+        };
+        let number: DevNum = dev.file_name().to_string_lossy().parse().unwrap();
+        let proc = tempfile::tempdir().unwrap();
+        let process = proc.path().join("4242");
+        fs::create_dir_all(process.join("fd")).unwrap();
+        fs::write(process.join("comm"), "qemu-system-x86\n").unwrap();
+        std::os::unix::fs::symlink(dev.path(), process.join("fd/9")).unwrap();
+        fs::create_dir_all(proc.path().join("sys/fd")).unwrap();
+        assert_eq!(openers(proc.path(), number).unwrap(), ["qemu-system-x86[4242]"]);
+    }
+}

@@ -1,0 +1,256 @@
+//! open-iscsi's node records on disk.
+//!
+//! `nodes/IQN/ADDRESS,PORT,TPGT/IFACE` is a record; older versions, and records whose portal group
+//! is not known, have the file `nodes/IQN/ADDRESS,PORT` (usr/idbm.c, `idbm_rec_write`). IPv6
+//! addresses stand without brackets.
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::{IscsiDb, Record};
+use crate::host::workers::Workers;
+use crate::types::{Iqn, Portal};
+
+/// A local file system; only one in trouble takes this long.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// A record is a few kilobytes; nothing behind this is looked at.
+const MAX_RECORD: u64 = 1 << 20;
+
+/// How often and how long apart the database's lock is tried; iscsiadm itself tries 3000 times.
+const LOCK_TRIES: u32 = 100;
+const LOCK_RETRY: Duration = Duration::from_millis(10);
+
+/// The real database.
+pub struct RealIscsiDb {
+    nodes: PathBuf,
+    locks: PathBuf,
+    workers: Workers,
+}
+
+impl RealIscsiDb {
+    /// Where distributions have the records: Debian below /etc, the others below /var/lib.
+    pub const PLACES: [&'static str; 2] = ["/etc/iscsi/nodes", "/var/lib/iscsi/nodes"];
+
+    /// The records in `nodes`; it need not be there yet.
+    pub fn new(nodes: impl Into<PathBuf>) -> Self {
+        Self {
+            nodes: nodes.into(),
+            locks: PathBuf::from("/run/lock/iscsi"),
+            workers: Workers::new("lunplug-iscsidb", 4, 4),
+        }
+    }
+
+    /// The same with the database's lock in another directory.
+    pub fn with_locks(self, locks: impl Into<PathBuf>) -> Self {
+        Self { locks: locks.into(), ..self }
+    }
+
+    /// The records where this distribution has them. Before the first record there may be no
+    /// directory: then Debian's place, unless only the other's parent is there.
+    pub fn find() -> Self {
+        let places = Self::PLACES.map(PathBuf::from);
+        let found = places
+            .iter()
+            .find(|p| p.is_dir())
+            .or_else(|| places.iter().rev().find(|p| p.parent().is_some_and(Path::is_dir)));
+        Self::new(found.unwrap_or(&places[0]))
+    }
+}
+
+/// One record and its file.
+struct Found {
+    record: Record,
+    file: PathBuf,
+}
+
+/// `ADDRESS,PORT` with or without `,TPGT`.
+fn portal(name: &str) -> Option<Portal> {
+    let mut fields = name.split(',');
+    let ip: IpAddr = fields.next()?.trim_matches(['[', ']']).parse().ok()?;
+    let port: u16 = fields.next()?.parse().ok()?;
+    SocketAddr::new(ip, port).to_string().parse().ok()
+}
+
+fn is_corrupt(file: &Path) -> bool {
+    let named = |text: &str| {
+        let value = |line: &str| {
+            line.trim().strip_prefix("node.name")?.trim().strip_prefix('=').map(str::len)
+        };
+        text.lines().any(|line| value(line).is_some_and(|len| len > 1))
+    };
+    match fs::metadata(file) {
+        Ok(meta) if meta.is_file() && meta.len() <= MAX_RECORD => {
+            !fs::read(file).is_ok_and(|bytes| named(&String::from_utf8_lossy(&bytes)))
+        }
+        _ => true,
+    }
+}
+
+fn entries(dir: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+    let read = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut names = Vec::new();
+    for entry in read {
+        let entry = entry?;
+        names.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
+    }
+    Ok(names)
+}
+
+fn find(nodes: &Path, target: &Iqn) -> io::Result<Vec<Found>> {
+    let mut found = Vec::new();
+    for (name, path) in entries(&nodes.join(target.as_str()))? {
+        // Whatever else lies there is not a record.
+        let Some(portal) = portal(&name) else { continue };
+        let files =
+            if path.is_dir() { entries(&path)? } else { vec![("default".to_owned(), path)] };
+        for (iface, file) in files {
+            let corrupt = is_corrupt(&file);
+            found.push(Found { record: Record { portal, iface, corrupt }, file });
+        }
+    }
+    found.sort_by(|a, b| {
+        (&a.record.portal, &a.record.iface).cmp(&(&b.record.portal, &b.record.iface))
+    });
+    Ok(found)
+}
+
+/// open-iscsi's lock of the database: the hard link `lock.write` to `lock` (usr/idbm.c,
+/// `idbm_lock`). While iscsiadm writes a record it is empty for a moment, and not corrupt.
+struct DbLock(PathBuf);
+
+impl DbLock {
+    fn take(dir: &Path) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let (file, link) = (dir.join("lock"), dir.join("lock.write"));
+        fs::OpenOptions::new().write(true).create(true).truncate(false).open(&file)?;
+        for _ in 0..LOCK_TRIES {
+            match fs::hard_link(&file, &link) {
+                Ok(()) => return Ok(Self(link)),
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(e),
+            }
+            // Nothing tells when the link goes away.
+            std::thread::sleep(LOCK_RETRY);
+        }
+        Err(io::Error::new(
+            io::ErrorKind::WouldBlock,
+            format!(
+                "the iSCSI database is locked; if no iscsiadm runs, one was killed: remove {}",
+                link.display()
+            ),
+        ))
+    }
+}
+
+impl Drop for DbLock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn remove_corrupt(nodes: &Path, locks: &Path, target: &Iqn, record: &Record) -> io::Result<()> {
+    let _lock = DbLock::take(locks)?;
+    for found in find(nodes, target)? {
+        if (found.record.portal, &found.record.iface) != (record.portal, &record.iface) {
+            continue;
+        }
+        if !found.record.corrupt {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{} is a whole record; iscsiadm removes it", found.file.display()),
+            ));
+        }
+        fs::remove_file(&found.file)?;
+        // The directories go when they are empty; one that is not stays.
+        for dir in found.file.ancestors().skip(1).take_while(|d| *d != nodes) {
+            if fs::remove_dir(dir).is_err() {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl IscsiDb for RealIscsiDb {
+    async fn records(&self, target: &Iqn) -> io::Result<Vec<Record>> {
+        let (nodes, target) = (self.nodes.clone(), target.clone());
+        let call = move || Ok(find(&nodes, &target)?.into_iter().map(|f| f.record).collect());
+        self.workers.run("nodes", DEADLINE, call).await
+    }
+
+    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
+        let (nodes, target, record) = (self.nodes.clone(), target.clone(), record.clone());
+        let locks = self.locks.clone();
+        let call = move || remove_corrupt(&nodes, &locks, &target, &record);
+        self.workers.run("nodes", DEADLINE, call).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const IQN: &str = "iqn.2026-01.example.array:t1";
+
+    fn put(dir: &Path, path: &str, text: &str) {
+        let file = dir.join(IQN).join(path);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, text).unwrap();
+    }
+
+    #[tokio::test]
+    async fn both_layouts_are_read_and_corrupt_records_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let whole = format!("# BEGIN RECORD 2.1.11\nnode.name = {IQN}\n# END RECORD\n");
+        put(dir.path(), "127.0.0.3,3260,1/default", "");
+        put(dir.path(), "127.0.0.3,3260,1/iface0", &whole);
+        put(dir.path(), "127.0.0.2,3260", &whole);
+        put(dir.path(), "fd00::1,3261,-1/default", "node.name = \nnode.tpgt = 1\n");
+        put(dir.path(), "README", "not a record");
+        let locks = tempfile::tempdir().unwrap();
+        let db = RealIscsiDb::new(dir.path()).with_locks(locks.path());
+        let target: Iqn = IQN.parse().unwrap();
+        let records = db.records(&target).await.unwrap();
+        let seen: Vec<String> =
+            records.iter().map(|r| format!("{} {} {}", r.portal, r.iface, r.corrupt)).collect();
+        assert_eq!(
+            seen,
+            [
+                "127.0.0.2:3260 default false",
+                "127.0.0.3:3260 default true",
+                "127.0.0.3:3260 iface0 false",
+                "[fd00::1]:3261 default true"
+            ]
+        );
+        let whole = db.remove_corrupt(&target, &records[0]).await.unwrap_err();
+        assert_eq!(whole.kind(), io::ErrorKind::InvalidInput);
+        // A record that was repaired since it was read is not touched.
+        let lie = Record { corrupt: true, ..records[2].clone() };
+        assert!(db.remove_corrupt(&target, &lie).await.is_err());
+        db.remove_corrupt(&target, &records[1]).await.unwrap();
+        db.remove_corrupt(&target, &records[1]).await.unwrap();
+        db.remove_corrupt(&target, &records[3]).await.unwrap();
+        assert_eq!(db.records(&target).await.unwrap().len(), 2);
+        assert!(!locks.path().join("lock.write").exists(), "the database is unlocked again");
+        fs::write(locks.path().join("lock.write"), "").unwrap();
+        let locked = db.remove_corrupt(&target, &records[0]).await.unwrap_err();
+        assert_eq!(locked.kind(), io::ErrorKind::WouldBlock);
+        assert!(!dir.path().join(IQN).join("fd00::1,3261,-1").exists());
+        assert!(dir.path().join(IQN).join("127.0.0.3,3260,1").exists());
+    }
+
+    #[tokio::test]
+    async fn no_directory_means_no_records() {
+        let db = RealIscsiDb::new("/nonexistent/nodes");
+        assert!(db.records(&IQN.parse().unwrap()).await.unwrap().is_empty());
+    }
+}

@@ -1,0 +1,222 @@
+//! The kernel's /sys.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::{Guard, Guarded, Sysfs, is_gone};
+use crate::host::workers::Workers;
+
+/// Real sysfs below a base directory, `/sys` but for tests.
+pub struct RealSysfs {
+    base: PathBuf,
+    reads: Workers,
+    writes: Workers,
+    deadline: Duration,
+}
+
+impl RealSysfs {
+    /// `deadline` is for a write; reads get the same.
+    pub fn new(base: impl Into<PathBuf>, deadline: Duration) -> Self {
+        Self {
+            base: base.into(),
+            reads: Workers::new("lunplug-sysfs-r", 16, 4),
+            // Two for each device: the kernel serialises scans of one host anyway.
+            writes: Workers::new("lunplug-sysfs-w", 64, 2),
+            deadline,
+        }
+    }
+
+    /// Calls that are past their deadline and still in the kernel.
+    pub fn stuck(&self) -> u64 {
+        self.reads.stuck() + self.writes.stuck()
+    }
+
+    fn path(&self, path: &str) -> io::Result<PathBuf> {
+        below(&self.base, path)
+    }
+}
+
+/// Joins a relative path; `..` and absolute ones are refused.
+fn below(base: &Path, path: &str) -> io::Result<PathBuf> {
+    if path.starts_with('/') || path.split('/').any(|part| part == "..") {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("path {path:?} must be relative to /sys and without '..'"),
+        ));
+    }
+    Ok(base.join(path))
+}
+
+/// What a call may block on: the SCSI device in the path, else what its third component names
+/// (a host, a session, a block device).
+fn key(path: &str) -> String {
+    let parts: Vec<&str> = path.split('/').collect();
+    let hctl = |part: &&str| {
+        part.split(':').count() == 4
+            && part.split(':').all(|n| !n.is_empty() && n.bytes().all(|c| c.is_ascii_digit()))
+    };
+    match parts.iter().find(|part| hctl(part)) {
+        Some(device) => (*device).to_owned(),
+        None => parts[..parts.len().min(3)].join("/"),
+    }
+}
+
+fn write_through(base: &Path, path: &Path, value: &str, guards: &[Guard]) -> io::Result<Guarded> {
+    // Neither created nor truncated: a device that is gone must not leave a file behind in tests,
+    // and sysfs knows no truncation.
+    let mut file: File = OpenOptions::new().write(true).open(path)?;
+    for guard in guards {
+        let found = match fs::read(below(base, &guard.path)?) {
+            Ok(bytes) => Some(String::from_utf8_lossy(&bytes).trim().to_owned()),
+            Err(e) if is_gone(&e) => None,
+            Err(e) => return Err(e),
+        };
+        if found.as_deref() != Some(guard.expect.trim()) {
+            return Ok(Guarded::Refused { guard: guard.clone(), found });
+        }
+    }
+    // One write(2): sysfs takes each as a whole value.
+    let written = file.write(value.as_bytes())?;
+    if written != value.len() {
+        return Err(io::Error::new(
+            io::ErrorKind::WriteZero,
+            "the kernel took a part of the value",
+        ));
+    }
+    Ok(Guarded::Written)
+}
+
+#[async_trait]
+impl Sysfs for RealSysfs {
+    async fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        let full = self.path(path)?;
+        self.reads.run(&key(path), self.deadline, move || fs::read(full)).await
+    }
+
+    async fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        let full = self.path(dir)?;
+        let call = move || {
+            let mut names = Vec::new();
+            for entry in fs::read_dir(full)? {
+                names.push(entry?.file_name().to_string_lossy().into_owned());
+            }
+            names.sort();
+            Ok(names)
+        };
+        self.reads.run(&key(dir), self.deadline, call).await
+    }
+
+    async fn resolve(&self, path: &str) -> io::Result<String> {
+        let (base, full) = (self.base.clone(), self.path(path)?);
+        let call = move || {
+            let real = full.canonicalize()?;
+            let inside = real
+                .strip_prefix(base.canonicalize()?)
+                .map_err(|_| io::Error::other(format!("{} leads out of /sys", full.display())))?;
+            Ok(inside.to_string_lossy().into_owned())
+        };
+        self.reads.run(&key(path), self.deadline, call).await
+    }
+
+    async fn write(&self, path: &str, value: &str) -> io::Result<()> {
+        match self.write_guarded(path, value, &[]).await? {
+            Guarded::Written => Ok(()),
+            Guarded::Refused { .. } => Err(io::Error::other("refused without a guard")),
+        }
+    }
+
+    async fn write_guarded(
+        &self,
+        path: &str,
+        value: &str,
+        guards: &[Guard],
+    ) -> io::Result<Guarded> {
+        let (base, full) = (self.base.clone(), self.path(path)?);
+        let (value, guards) = (value.to_owned(), guards.to_vec());
+        let call = move || write_through(&base, &full, &value, &guards);
+        self.writes.run(&key(path), self.deadline, call).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(60);
+
+    fn tree() -> (tempfile::TempDir, RealSysfs) {
+        let dir = tempfile::tempdir().unwrap();
+        let device = dir.path().join("devices/host2/2:0:0:1");
+        fs::create_dir_all(&device).unwrap();
+        fs::write(device.join("wwid"), "naa.6001\n").unwrap();
+        fs::write(device.join("delete"), "").unwrap();
+        fs::create_dir_all(dir.path().join("class/scsi_device")).unwrap();
+        let link = dir.path().join("class/scsi_device/2:0:0:1");
+        std::os::unix::fs::symlink("../../devices/host2/2:0:0:1", link).unwrap();
+        let sysfs = RealSysfs::new(dir.path(), DEADLINE);
+        (dir, sysfs)
+    }
+
+    #[test]
+    fn each_device_and_each_host_has_its_own_places() {
+        let dir = "devices/platform/host2/session1";
+        assert_eq!(key(&format!("{dir}/target2:0:0/2:0:0:1/delete")), "2:0:0:1");
+        assert_eq!(key("class/scsi_device/2:0:0:1/device/rescan"), "2:0:0:1");
+        assert_eq!(key("class/scsi_host/host2/scan"), "class/scsi_host/host2");
+        assert_eq!(key(dir), "devices/platform/host2");
+        assert_eq!(key("block"), "block");
+    }
+
+    #[tokio::test]
+    async fn reads_lists_and_resolves() {
+        let (_dir, sysfs) = tree();
+        let device = "class/scsi_device/2:0:0:1";
+        assert_eq!(sysfs.text(&format!("{device}/wwid")).await.unwrap().unwrap(), "naa.6001");
+        assert_eq!(sysfs.text(&format!("{device}/nothing")).await.unwrap(), None);
+        assert_eq!(sysfs.list(device).await.unwrap(), ["delete", "wwid"]);
+        assert!(sysfs.entries("class/none").await.unwrap().is_empty());
+        assert_eq!(sysfs.resolve(device).await.unwrap(), "devices/host2/2:0:0:1");
+        assert!(sysfs.read("../etc/passwd").await.is_err());
+        assert!(sysfs.read("/etc/passwd").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_guard_that_does_not_hold_stops_the_write() {
+        let (dir, sysfs) = tree();
+        let delete = "class/scsi_device/2:0:0:1/delete";
+        let guard = |expect: &str| Guard {
+            path: "class/scsi_device/2:0:0:1/wwid".into(),
+            expect: expect.into(),
+        };
+        let written = || fs::read_to_string(dir.path().join(delete)).unwrap();
+        let refused = sysfs.write_guarded(delete, "1", &[guard("naa.6002")]).await.unwrap();
+        assert_eq!(
+            refused,
+            Guarded::Refused { guard: guard("naa.6002"), found: Some("naa.6001".into()) }
+        );
+        assert_eq!(written(), "");
+        let both = [guard("naa.6001"), guard(" naa.6001\n")];
+        assert_eq!(sysfs.write_guarded(delete, "1", &both).await.unwrap(), Guarded::Written);
+        assert_eq!(written(), "1");
+        let gone = sysfs.write("class/scsi_device/9:0:0:1/delete", "1").await.unwrap_err();
+        assert!(is_gone(&gone));
+    }
+
+    #[tokio::test]
+    async fn a_write_that_the_kernel_keeps_is_abandoned() {
+        let (dir, _) = tree();
+        // Opening a FIFO for writing waits for a reader, as a write to `delete` may for I/O.
+        let fifo = dir.path().join("stuck");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        let sysfs = RealSysfs::new(dir.path(), Duration::from_millis(50));
+        let late = sysfs.write("stuck", "1").await.unwrap_err();
+        assert_eq!(late.kind(), io::ErrorKind::TimedOut);
+        // A reader lets the abandoned call go on.
+        nix::fcntl::open(&fifo, nix::fcntl::OFlag::O_NONBLOCK, nix::sys::stat::Mode::empty())
+            .unwrap();
+    }
+}

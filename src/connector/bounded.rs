@@ -28,6 +28,7 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
             write: ms(settings.sysfs_write_ms),
         }),
         uevents: doors.uevents,
+        stuck: doors.stuck,
         commands: Arc::new(BoundedCommands(doors.commands)),
         multipathd: Arc::new(BoundedMultipathd(doors.multipathd, ms(settings.multipathd_ms))),
         blocks: Arc::new(BoundedBlocks {

@@ -195,6 +195,9 @@ impl Error {
             Self::RecordCorrupt { .. } | Self::LeaseCorrupt { .. } => Reason::RecordCorrupt,
             Self::Lock(e) => match e {
                 LockError::TimedOut { .. } => Reason::DeadlineExceeded,
+                LockError::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
+                    Reason::DeadlineExceeded
+                }
                 LockError::Io { .. } => Reason::StateStoreFailed,
             },
             Self::Io { source, .. } => match source.kind() {

@@ -333,7 +333,9 @@ impl Inner {
         }
     }
 
-    /// Nobody but our own map may hold a path, and nobody at all the device that is given away.
+    /// Nobody but our own map may hold a path, and nobody at all the device that is given away. A
+    /// guest may have it open where it is shared, or was attached before; nothing may be stacked
+    /// on it even then.
     async fn refuse_holders(
         &self,
         job: &Job,
@@ -341,20 +343,25 @@ impl Inner {
         map: Option<&Map>,
     ) -> Result<(), Error> {
         let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
-        if lease.other(&job.owner, job.source.lun).is_some() {
-            return Ok(()); // Shared: the other's guest has it open, as agreed.
-        }
+        let attached = lease.user(&job.owner).is_some_and(|u| u.attachment.is_some());
+        let in_use = attached || lease.other(&job.owner, job.source.lun).is_some();
+        let holder = async |block: &str, dev, ours: &[String]| {
+            if in_use {
+                scsi::stacked(&*self.doors.sysfs, block, ours).await
+            } else {
+                scsi::holder(&self.doors, block, dev, ours).await
+            }
+        };
         let ours: Vec<String> = map.iter().map(|m| m.kernel.clone()).collect();
         for path in paths {
             let block = format!("{}/block/{}", path.dir, path.disk.name);
-            let held = scsi::holder(&self.doors, &block, path.disk.dev, &ours).await?;
-            if let Some(holder) = held {
+            if let Some(holder) = holder(&block, path.disk.dev, &ours).await? {
                 let device = format!("{} ({})", path.disk.name, path.hctl);
                 return Err(Error::DeviceHeld { device, holder });
             }
         }
         if let Some(map) = map
-            && let Some(holder) = scsi::holder(&self.doors, &map.dir(), map.dev, &[]).await?
+            && let Some(holder) = holder(&map.dir(), map.dev, &[]).await?
         {
             return Err(Error::DeviceHeld { device: map.name.clone(), holder });
         }

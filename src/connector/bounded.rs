@@ -28,6 +28,7 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
             write: ms(settings.sysfs_write_ms),
         }),
         uevents: doors.uevents,
+        stuck: doors.stuck,
         commands: Arc::new(BoundedCommands(doors.commands)),
         multipathd: Arc::new(BoundedMultipathd(doors.multipathd, ms(settings.multipathd_ms))),
         blocks: Arc::new(BoundedBlocks {
@@ -37,7 +38,6 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
         }),
         rundir: Arc::new(BoundedRunDir(doors.rundir, ms(settings.file_ms))),
         iscsidb: Arc::new(BoundedIscsiDb(doors.iscsidb, ms(settings.file_ms))),
-        stuck: doors.stuck,
     }
 }
 

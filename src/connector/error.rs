@@ -101,6 +101,16 @@ pub enum Error {
         /// What was found.
         problem: String,
     },
+    /// A path of ours shows another LUN by now, so that nothing may be written to it.
+    #[error("the path at {at} was {was} and shows {found} now; nothing was flushed or removed")]
+    Swapped {
+        /// SCSI address.
+        at: String,
+        /// The identity that it was attached with.
+        was: String,
+        /// What it shows.
+        found: String,
+    },
     /// A program could not be run.
     #[error("{doing}")]
     Command {
@@ -172,6 +182,7 @@ impl Error {
             Self::SourceInUse { .. } => Reason::SourceInUse,
             Self::StaleDeviceHeld { .. } => Reason::StaleDeviceHeld,
             Self::DeviceHeld { .. } | Self::Path { .. } => Reason::DeviceHeld,
+            Self::Swapped { .. } => Reason::IdentityChanged,
             Self::MultipathUnavailable(_) => Reason::MultipathUnavailable,
             Self::Map { .. } | Self::Multipathd(_) => Reason::MapFailed,
             Self::Flush { .. } => Reason::FlushFailed,
@@ -184,6 +195,9 @@ impl Error {
             Self::RecordCorrupt { .. } | Self::LeaseCorrupt { .. } => Reason::RecordCorrupt,
             Self::Lock(e) => match e {
                 LockError::TimedOut { .. } => Reason::DeadlineExceeded,
+                LockError::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
+                    Reason::DeadlineExceeded
+                }
                 LockError::Io { .. } => Reason::StateStoreFailed,
             },
             Self::Io { source, .. } => match source.kind() {

@@ -295,7 +295,8 @@ mod tests {
         let naa5 = [0x50, 1, 2, 3, 4, 5, 6, 7];
         let naa3 = [0x30, 1, 2, 3, 4, 5, 6, 7];
         let s = serial("abc-123");
-        let cases: &[(&[(u8, &[u8])], Option<&[u8]>, &str)] = &[
+        type Case<'a> = (&'a [(u8, &'a [u8])], Option<&'a [u8]>, &'a str);
+        let cases: &[Case<'_>] = &[
             (&[(1, t10), (3, &NAA6)], Some(&s), &naa6()),
             (&[(3, &NAA6), (1, t10)], Some(&s), &naa6()),
             (&[(2, &eui8), (3, &naa5)], None, "naa.5001020304050607"),

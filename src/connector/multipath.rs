@@ -13,7 +13,7 @@ use crate::host::cmd::Tool;
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
 use crate::host::sysfs::Sysfs;
-use crate::types::{DevNum, Outcome};
+use crate::types::{DevNum, Outcome, Wwid};
 
 use super::error::Error;
 use super::identity::Identity;
@@ -180,18 +180,36 @@ pub(crate) async fn ensure(
     }
 }
 
-/// Tells multipathd of each path. What it answers is a hint (`blacklisted` comes as success).
-pub(crate) async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Result<(), Error> {
+/// Tells multipathd of each path; says whether it took all of them. What it answers is a hint
+/// (`blacklisted` comes as success).
+pub(crate) async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Result<bool, Error> {
+    let mut taken = true;
     for path in paths {
         match multipathd.ask(&format!("add path {}", path.disk.name)).await {
             Ok(_) => {}
             Err(MultipathdError::Refused { command, answer }) => {
                 tracing::debug!(%command, %answer, "multipathd did not take the path");
+                taken = false;
             }
             Err(e) => return Err(Error::Multipathd(e)),
         }
     }
-    Ok(())
+    Ok(taken)
+}
+
+/// Has multipathd decide now whether it makes a map of a single path, rather than a moment after
+/// the path was given away. Before udev has seen the path it may not know it: then once more.
+pub(crate) async fn decide(
+    doors: &StorageDoors,
+    settings: &Settings,
+    paths: &[ScsiPath],
+) -> Result<(), Error> {
+    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_nudge_ms));
+    if nudge(&*doors.multipathd, paths).await? {
+        return Ok(());
+    }
+    while above(&*doors.sysfs, paths).await? == Above::Nothing && wait.next().await {}
+    nudge(&*doors.multipathd, paths).await.map(drop)
 }
 
 /// Every slave must be one of the verified paths, or prove to be the same LUN: it may be another
@@ -303,5 +321,39 @@ pub(crate) async fn take_off(
         let asked = doors.multipathd.ask(&format!("del path {}", path.disk.name)).await;
         asked.map_err(Error::Multipathd)?;
     }
-    remove(doors, settings, &map.uuid).await.map(drop)
+    remove(doors, settings, &map.uuid).await?;
+    forget(&*doors.multipathd, &map.uuid).await
+}
+
+/// Takes one path out of a map that goes on without it: somebody else's map of the same LUN. The
+/// last path of a map is left in it, and whoever wants to delete it finds the map as its holder.
+pub(crate) async fn part(
+    doors: &StorageDoors,
+    settings: &Settings,
+    name: &str,
+    block_dir: &str,
+) -> Result<(), Error> {
+    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    for holder in scsi::holders(&*doors.sysfs, block_dir).await? {
+        let Some(map) = read(&*doors.sysfs, &holder).await? else { continue };
+        if !map.uuid.starts_with("mpath-") || map.slaves.iter().all(|s| s == name) {
+            continue;
+        }
+        let asked = doors.multipathd.ask(&format!("del path {name}")).await;
+        asked.map_err(Error::Multipathd)?;
+        while scsi::holders(&*doors.sysfs, block_dir).await?.contains(&holder) {
+            if !wait.next().await {
+                break; // It is named as the holder by whoever looks next.
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Has multipath forget the LUN of a map that was ours, in its own spelling.
+pub(crate) async fn forget(multipathd: &dyn Multipathd, uuid: &str) -> Result<(), Error> {
+    match uuid.strip_prefix("mpath-").map(str::parse::<Wwid>) {
+        Some(Ok(wwid)) => multipathd.forget(&wwid).await.map(drop).map_err(Error::Multipathd),
+        _ => Ok(()), // Not a WWID that we could have attached.
+    }
 }

@@ -185,15 +185,14 @@ pub(crate) async fn holder(
     dev: DevNum,
     ours: &[String],
 ) -> Result<Option<String>, Error> {
-    let stacked = holders(&*doors.sysfs, block_dir).await?;
-    if let Some(name) = stacked.iter().find(|n| !ours.contains(n)) {
-        return Ok(Some(describe(&*doors.sysfs, name).await?));
+    if let Some(name) = stacked(&*doors.sysfs, block_dir, ours).await? {
+        return Ok(Some(name));
     }
     let openers = openers(doors, dev).await?;
     if let Some(opener) = openers.into_iter().next() {
         return Ok(Some(opener));
     }
-    if !stacked.is_empty() {
+    if !holders(&*doors.sysfs, block_dir).await?.is_empty() {
         return Ok(None); // Our own map has claimed it, so an exclusive open says nothing.
     }
     match doors.blocks.exclusive(dev).await {
@@ -204,6 +203,18 @@ pub(crate) async fn holder(
             Err(Error::io(format!("probing {dev}"))(e))
         }
         Err(_) => Ok(None),
+    }
+}
+
+/// What is stacked upon a disk, but for `ours`.
+pub(crate) async fn stacked(
+    sysfs: &dyn Sysfs,
+    block_dir: &str,
+    ours: &[String],
+) -> Result<Option<String>, Error> {
+    match holders(sysfs, block_dir).await?.iter().find(|n| !ours.contains(n)) {
+        Some(name) => describe(sysfs, name).await.map(Some),
+        None => Ok(None),
     }
 }
 

@@ -3,7 +3,8 @@
 use super::Inner;
 use super::login::Made;
 use crate::connector::error::Error;
-use crate::connector::lease::{Lease, PathLease, Seen, User};
+use crate::connector::lease::{Lease, MapLease, PathLease, Seen, User};
+use crate::connector::multipath::Map;
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::connector::{DetachOptions, multipath, scsi};
@@ -61,7 +62,11 @@ impl Inner {
     }
 
     /// Flushes and removes the map and the paths that are ours.
-    async fn remove_device(&self, user: &User, options: DetachOptions) -> Result<(), Error> {
+    pub(super) async fn remove_device(
+        &self,
+        user: &User,
+        options: DetachOptions,
+    ) -> Result<(), Error> {
         let map = match &user.map {
             Some(map) => Some(map.clone()),
             None => self.map_above(user).await?,
@@ -70,15 +75,15 @@ impl Inner {
             Some(map) => multipath::by_uuid(&*self.doors.sysfs, &map.uuid).await?,
             None => None,
         };
-        match &map_device {
-            Some(map) => {
-                self.refuse_held(&map.name, &map.dir(), map.dev, &[]).await?;
-                if options.force {
-                    multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
-                }
-                self.flush(map.dev, options).await?;
+        let made = map.as_ref().is_some_and(|m| m.made);
+        let swapped = self.swapped(user).await?;
+        if let Some(error) = swapped {
+            if !options.force {
+                return Err(error);
             }
-            None => self.flush_paths(user, options).await?,
+            tracing::warn!(%error, "it goes without a flush, as forced");
+        } else {
+            self.flush_device(user, map_device.as_ref(), made, options).await?;
         }
         if let Some(map) = map.as_ref().filter(|m| m.made) {
             multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
@@ -86,21 +91,56 @@ impl Inner {
         for path in user.paths.iter().filter(|p| p.made) {
             self.delete_path(path).await?;
         }
-        if let (Some(map), Some(wwid)) = (&map, &user.wwid)
-            && map.made
-        {
-            // Last: as long as it had a path, multipathd could have written them again.
-            self.doors.multipathd.forget(wwid).await.map_err(Error::Multipathd)?;
+        // Last: as long as it had a path, multipathd could have written them again.
+        match map.filter(|m| m.made) {
+            Some(map) => multipath::forget(&*self.doors.multipathd, &map.uuid).await,
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// A path that is still the device that it was, but shows another LUN.
+    async fn swapped(&self, user: &User) -> Result<Option<Error>, Error> {
+        let sysfs = &*self.doors.sysfs;
+        for path in &user.paths {
+            let Some(seen) = &path.seen else { continue };
+            match scsi::disk(sysfs, &path.dir).await? {
+                Some(disk) if disk.diskseq == seen.diskseq => {}
+                _ => continue,
+            }
+            let found = scsi::raw_wwid(sysfs, &path.dir).await?;
+            if found != seen.wwid {
+                let (at, was) = (path.hctl.to_string(), seen.wwid.clone());
+                return Ok(Some(Error::Swapped { at, was, found }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Writes out what the host has in its cache of the device, which nobody may hold.
+    async fn flush_device(
+        &self,
+        user: &User,
+        map: Option<&Map>,
+        made: bool,
+        options: DetachOptions,
+    ) -> Result<(), Error> {
+        match map {
+            Some(map) => {
+                if made {
+                    self.refuse_held(&map.name, &map.dir(), map.dev).await?;
+                }
+                if made && options.force {
+                    multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
+                }
+                self.flush(map.dev, options).await
+            }
+            None => self.flush_paths(user, options).await,
+        }
     }
 
     /// A map that multipathd made above our paths, though the lease does not know it (the attach
     /// was cut short, or there was not to be one): it goes with them if it lies on them alone.
-    async fn map_above(
-        &self,
-        user: &User,
-    ) -> Result<Option<crate::connector::lease::MapLease>, Error> {
+    async fn map_above(&self, user: &User) -> Result<Option<MapLease>, Error> {
         let sysfs = &*self.doors.sysfs;
         let mut names = Vec::new();
         let mut found = None;
@@ -121,7 +161,7 @@ impl Inner {
         }
         Ok(found
             .filter(|m| m.slaves.iter().all(|s| names.contains(s)))
-            .map(|m| crate::connector::lease::MapLease { uuid: m.uuid, made: true }))
+            .map(|m| MapLease { uuid: m.uuid, made: true }))
     }
 
     async fn flush_paths(&self, user: &User, options: DetachOptions) -> Result<(), Error> {
@@ -132,7 +172,10 @@ impl Inner {
                 _ => continue,
             }
             let block = format!("{}/block/{}", path.dir, seen.name);
-            self.refuse_held(&seen.name, &block, seen.dev, &[]).await?;
+            if path.made {
+                multipath::part(&self.doors, &self.settings, &seen.name, &block).await?;
+                self.refuse_held(&seen.name, &block, seen.dev).await?;
+            }
             // What was never given away has nothing of anybody's to be written out.
             if user.attachment.is_some() {
                 self.flush(seen.dev, options).await?;
@@ -141,14 +184,8 @@ impl Inner {
         Ok(())
     }
 
-    async fn refuse_held(
-        &self,
-        name: &str,
-        block: &str,
-        dev: DevNum,
-        ours: &[String],
-    ) -> Result<(), Error> {
-        match scsi::await_unheld(&self.doors, &self.settings, block, dev, ours).await? {
+    async fn refuse_held(&self, name: &str, block: &str, dev: DevNum) -> Result<(), Error> {
+        match scsi::await_unheld(&self.doors, &self.settings, block, dev, &[]).await? {
             None => Ok(()),
             Some(holder) => Err(Error::DeviceHeld { device: name.into(), holder }),
         }
@@ -167,14 +204,15 @@ impl Inner {
     }
 
     /// Deletes a path of ours if it is still the one that it was, and nobody holds it.
-    pub(super) async fn delete_path(&self, path: &PathLease) -> Result<(), Error> {
+    async fn delete_path(&self, path: &PathLease) -> Result<(), Error> {
         let sysfs = &*self.doors.sysfs;
         let Some(disk) = scsi::disk(sysfs, &path.dir).await? else {
             return self.delete_diskless(path).await;
         };
         let seen = match &path.seen {
             Some(seen) if seen.diskseq != disk.diskseq => return Ok(()), // Another's by now.
-            Some(seen) => seen.clone(),
+            // What it shows now: a swapped one came here only by force.
+            Some(seen) => Seen { wwid: scsi::raw_wwid(sysfs, &path.dir).await?, ..seen.clone() },
             // Announced, never seen: it was not there when the scan began, so it is of our scan.
             None => Seen {
                 wwid: scsi::raw_wwid(sysfs, &path.dir).await?,
@@ -184,7 +222,8 @@ impl Inner {
             },
         };
         let block = format!("{}/block/{}", path.dir, seen.name);
-        self.refuse_held(&format!("{} ({})", seen.name, path.hctl), &block, seen.dev, &[]).await?;
+        multipath::part(&self.doors, &self.settings, &seen.name, &block).await?;
+        self.refuse_held(&format!("{} ({})", seen.name, path.hctl), &block, seen.dev).await?;
         scsi::delete(&self.doors, &self.settings, path.hctl, &path.dir, &seen).await?;
         Ok(())
     }

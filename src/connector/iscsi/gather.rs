@@ -14,10 +14,10 @@ use super::scan::Proven;
 use super::session::{self, Session};
 use super::{Inner, Job, agree};
 use crate::connector::error::Error;
-use crate::connector::lease::Lease;
+use crate::connector::lease::{Lease, PathLease, User};
 use crate::connector::scsi::{self, ScsiPath};
 use crate::connector::settings::ms;
-use crate::connector::{Attachment, Expect, multipath};
+use crate::connector::{Attachment, DetachOptions, Expect, multipath};
 use crate::types::Portal;
 
 /// What came together in time.
@@ -33,7 +33,7 @@ pub(super) struct Gathered {
 }
 
 type Came = (Portal, Result<Session, LoginError>);
-type Walked = (Portal, Result<Proven, Error>);
+type Walked = (Portal, Session, Result<Proven, Error>);
 
 /// The state of one gathering.
 struct Gathering {
@@ -138,7 +138,10 @@ impl Inner {
             Ok(session) => {
                 let (inner, job) = (self.clone(), job.clone());
                 let span = tracing::info_span!("scan", %portal, host = session.host);
-                let walk = async move { (portal, inner.path(&job, &session).await) };
+                let walk = async move {
+                    let walked = inner.path(&job, &session).await;
+                    (portal, session, walked)
+                };
                 all.paths.spawn(walk.instrument(span));
             }
         }
@@ -160,14 +163,14 @@ impl Inner {
             return;
         }
         let (inner, job) = (self.clone(), job.clone());
-        let wwid = all.proven.first().map(|(_, p)| p.path.identity.wwid.clone());
         self.background(async move {
-            while let Some(Ok((portal, walked))) = rest.join_next().await {
-                match (walked, &wwid) {
-                    (Ok(proven), Some(wwid)) => inner.add_late(&job, portal, proven, wwid).await,
-                    (Err(error), _) => tracing::warn!(%portal,
-                        error = &error as &dyn std::error::Error, "a path did not come"),
-                    _ => {}
+            while let Some(Ok((portal, session, walked))) = rest.join_next().await {
+                let taken = match walked {
+                    Ok(proven) => inner.take_late(&job, portal, &session, proven).await,
+                    Err(cause) => inner.reclaim(&job, &session).await.and(Err(cause)),
+                };
+                if let Err(error) = taken {
+                    tracing::warn!(%portal, error = &error as &dyn std::error::Error, "a path did not come");
                 }
             }
         });
@@ -190,13 +193,9 @@ impl Inner {
             let late = async move {
                 let waited = inner.await_session(&job.source.target, portal, progress).await;
                 let Ok(session) = waited else { return };
-                match inner.late_path(&job, &session).await {
-                    Ok(Some(proven)) => inner.add_late(&job, portal, proven, &wwid).await,
-                    Ok(None) => {}
-                    Err(error) => tracing::warn!(
-                        error = &error as &dyn std::error::Error,
-                        "a late path was not taken"
-                    ),
+                if let Err(error) = inner.late_path(&job, portal, &session).await {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "a late path was not taken");
                 }
             };
             self.background(late.instrument(span));
@@ -204,22 +203,72 @@ impl Inner {
     }
 
     /// The path of a late session, if the volume is still there; undone if it is not the LUN.
-    async fn late_path(&self, job: &Job, session: &Session) -> Result<Option<Proven>, Error> {
+    async fn late_path(
+        self: &Arc<Self>,
+        job: &Job,
+        portal: Portal,
+        session: &Session,
+    ) -> Result<(), Error> {
         let _lun = self.lun_lock(&job.source).await?;
-        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
-        if lease.user(&job.owner).is_none_or(|u| u.attachment.is_none()) {
-            return Ok(None);
+        if self.attached(job).await?.is_none() {
+            return Ok(());
         }
-        match self.path(job, session).await {
-            Ok(proven) => Ok(Some(proven)),
-            Err(cause) => {
-                let hctl = session.hctl(job.source.lun.scsi());
-                match self.drop_path(job, hctl).await {
-                    Ok(()) => Err(cause),
-                    Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
-                }
+        let added = match self.path(job, session).await {
+            Ok(proven) => self.add_path(job, portal, proven).await,
+            Err(e) => Err(e),
+        };
+        let Err(cause) = added else { return Ok(()) };
+        match self.drop_path(job, session.hctl(job.source.lun.scsi())).await {
+            Ok(()) => Err(cause),
+            Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
+        }
+    }
+
+    /// Takes a path that was walked to its end after the attach went on without it.
+    async fn take_late(
+        &self,
+        job: &Job,
+        portal: Portal,
+        session: &Session,
+        proven: Proven,
+    ) -> Result<(), Error> {
+        let lun = self.lun_lock(&job.source).await?;
+        match self.attached(job).await? {
+            Some(found) if found.device.wwid == proven.path.identity.wwid => {
+                self.add_path(job, portal, proven).await
+            }
+            _ => {
+                drop(lun);
+                self.reclaim(job, session).await
             }
         }
+    }
+
+    /// What the owner has now, by the lease.
+    async fn attached(&self, job: &Job) -> Result<Option<Attachment>, Error> {
+        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+        Ok(lease.user(&job.owner).and_then(|u| u.attachment.clone()))
+    }
+
+    /// Removes what a scan brought after nobody waited for it any more, unless it is somebody's by
+    /// now; then what was kept for it.
+    pub(super) async fn reclaim(&self, job: &Job, session: &Session) -> Result<(), Error> {
+        let hctl = session.hctl(job.source.lun.scsi());
+        {
+            let _lun = self.lun_lock(&job.source).await?;
+            let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+            let has = |u: &User| {
+                let used = u.paths.iter().any(|p| p.hctl == hctl && p.seen.is_some());
+                // A later attach of the same LUN sees to it itself.
+                u.lun == job.source.lun && (used || u.attachment.is_none())
+            };
+            if lease.users.iter().any(has) {
+                return Ok(());
+            }
+            let dir = session.device_dir(hctl);
+            self.remove_path(job, &PathLease { hctl, dir, made: true, seen: None }).await?;
+        }
+        self.settle(&job.source.target, &[session.portal]).await.map(drop)
     }
 
     /// Removes one path from the host and from the owner's lease.
@@ -228,7 +277,7 @@ impl Inner {
         let lease: Lease<Made> = self.leases.load(target).await?;
         let path = lease.user(&job.owner).and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
         if let Some(path) = path.filter(|p| p.made) {
-            self.delete_path(path).await?;
+            self.remove_path(job, path).await?;
         }
         self.leases
             .update::<Made, _>(target, |lease| {
@@ -239,38 +288,35 @@ impl Inner {
             .await
     }
 
+    /// Removes one path, with a map that multipathd made above it alone.
+    async fn remove_path(&self, job: &Job, path: &PathLease) -> Result<(), Error> {
+        let mut user = job.user();
+        user.paths.push(path.clone());
+        self.remove_device(&user, DetachOptions { force: true }).await
+    }
+
     /// Makes a late path part of the volume.
-    async fn add_late(&self, job: &Job, portal: Portal, late: Proven, wwid: &crate::types::Wwid) {
-        if late.path.identity.wwid != *wwid {
-            tracing::error!(%portal, found = %late.path.identity.wwid, expected = %wwid,
-                "a late path is another LUN; it is not used");
-            return;
-        }
+    async fn add_path(&self, job: &Job, portal: Portal, late: Proven) -> Result<(), Error> {
         let status = late.path.status();
-        let written = self
-            .leases
+        self.leases
             .update::<Made, _>(job.source.target.as_str(), |lease| {
-                let user = lease.user_mut(&job.owner)?;
-                let found = user.attachment.as_mut()?;
-                found.paths.retain(|p| p.hctl != status.hctl);
-                found.paths.push(status.clone());
-                found.device.paths = u32::try_from(found.paths.len()).unwrap_or(u32::MAX);
-                Some(())
+                let found = lease.user_mut(&job.owner).and_then(|u| u.attachment.as_mut());
+                if let Some(found) = found {
+                    found.paths.retain(|p| p.hctl != status.hctl);
+                    found.paths.push(status);
+                    found.device.paths = u32::try_from(found.paths.len()).unwrap_or(u32::MAX);
+                }
             })
-            .await;
-        let nudged = multipath::nudge(&*self.doors.multipathd, &[late.path]).await;
-        match (written, nudged) {
-            (Ok(Some(())), Ok(())) => tracing::info!(%portal, "a late path joined"),
-            (Ok(None), _) => {}
-            (Err(error), _) | (_, Err(error)) => tracing::warn!(%portal,
-                error = &error as &dyn std::error::Error, "a late path may not be used"),
-        }
+            .await?;
+        multipath::nudge(&*self.doors.multipathd, &[late.path]).await?;
+        tracing::info!(%portal, "a late path joined");
+        Ok(())
     }
 }
 
 impl Gathering {
     /// Files what came of a path; `true` for the first that was proven.
-    fn walked(&mut self, (portal, walked): Walked) -> bool {
+    fn walked(&mut self, (portal, _, walked): Walked) -> bool {
         match walked {
             Ok(proven) => {
                 self.proven.push((portal, proven));
@@ -327,6 +373,7 @@ fn is_local(error: &Error) -> bool {
         | Error::Multipathd(_)
         | Error::Flush { .. }
         | Error::Path { .. }
+        | Error::Swapped { .. }
         | Error::Command { .. }
         | Error::Tool { .. }
         | Error::RecordCorrupt { .. }

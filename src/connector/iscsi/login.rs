@@ -16,7 +16,6 @@ use super::records::{Iscsiadm, LoggedIn, LoginError, login_result};
 use super::session::{self, Session};
 use crate::connector::error::Error;
 use crate::connector::lease::{self, Lease, file_name};
-use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::host::cmd::{CmdError, Output};
 use crate::host::iscsidb::Record;
@@ -61,7 +60,7 @@ impl Logins {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn get(&self, target: &Iqn, portal: Portal) -> Option<Progress> {
+    pub(super) fn get(&self, target: &Iqn, portal: Portal) -> Option<Progress> {
         self.lock().get(&(target.clone(), portal)).cloned()
     }
 }
@@ -152,8 +151,8 @@ impl Inner {
         Ok(all_ours && found.iter().all(|r| need.contains(&r.portal)))
     }
 
-    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> Result<(), Error> {
-        tracing::warn!(%target, portal = %record.portal, "replacing a damaged node record");
+    pub(super) async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> Result<(), Error> {
+        tracing::warn!(%target, portal = %record.portal, "removing a damaged node record");
         self.doors.iscsidb.remove_corrupt(target, record).await.map_err(|source| {
             Error::RecordCorrupt {
                 target: target.to_string(),
@@ -256,10 +255,10 @@ impl Inner {
                 }
                 // Somebody else made it in the very moment: it is theirs, unless another process
                 // of ours has written its number down.
-                (Ok(LoggedIn::Existed), _) => {
-                    if lease.made.sessions.get(&portal).is_some_and(|known| *known != sid) {
-                        lease.made.sessions.remove(&portal);
-                    }
+                (Ok(LoggedIn::Existed), _)
+                    if lease.made.sessions.get(&portal).is_some_and(|known| *known != sid) =>
+                {
+                    lease.made.sessions.remove(&portal);
                 }
                 (Err(_), None) => {
                     lease.made.sessions.remove(&portal);
@@ -314,97 +313,9 @@ impl Inner {
             }
         }
     }
-
-    /// Undoes what we made at those of `portals` that no user of the target wants: logout when
-    /// nothing is left under the session, then the record. Foreign ones stay.
-    pub(super) async fn settle(&self, target: &Iqn, portals: &[Portal]) -> Result<bool, Error> {
-        let _lock = self.target_lock(target).await?;
-        let mut changed = false;
-        for &portal in portals {
-            let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
-            if !lease.wants(&portal.to_string()) {
-                changed |= self.settle_portal(target, portal, &lease.made).await?;
-            }
-        }
-        Ok(changed)
-    }
-
-    async fn settle_portal(
-        &self,
-        target: &Iqn,
-        portal: Portal,
-        made: &Made,
-    ) -> Result<bool, Error> {
-        let sysfs = &*self.doors.sysfs;
-        let at_portal = async || -> Result<Vec<Session>, Error> {
-            let all = session::of_target(sysfs, target).await?;
-            Ok(all.into_iter().filter(|s| s.portal == portal).collect())
-        };
-        let sessions = at_portal().await?;
-        let plain = sessions.iter().find(|s| s.is_plain());
-        if plain.is_none_or(|s| !s.up) && self.login_goes_on(target, portal).await {
-            return Ok(false); // The login's own end sees to it.
-        }
-        let mut changed = false;
-        if let Some(session) = plain.filter(|s| made.has(s)) {
-            let left = session::devices(sysfs, session).await?;
-            if !left.is_empty() {
-                tracing::info!(%target, %portal, device = %left[0], "the session stays: it has devices");
-                return Ok(false);
-            }
-            self.log_out(target, session).await?;
-            changed = true;
-        }
-        if made.sessions.contains_key(&portal) {
-            self.leases
-                .update::<Made, _>(target.as_str(), |l| l.made.sessions.remove(&portal))
-                .await?;
-        }
-        if made.records.contains(&portal) && at_portal().await?.iter().all(|s| !s.is_plain()) {
-            self.iscsiadm(target).delete_record(portal).await?;
-            changed = true;
-            self.leases
-                .update::<Made, _>(target.as_str(), |l| l.made.records.remove(&portal))
-                .await?;
-        }
-        Ok(changed)
-    }
-
-    async fn log_out(&self, target: &Iqn, session: &Session) -> Result<(), Error> {
-        let span = tracing::info_span!("logout", %target, portal = %session.portal);
-        async {
-            let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.command_ms));
-            self.iscsiadm(target).logout(session.portal).await?;
-            while session::of_target(&*self.doors.sysfs, target)
-                .await?
-                .iter()
-                .any(|s| s.sid == session.sid)
-            {
-                if !wait.next().await {
-                    return Err(Error::Tool {
-                        doing: format!("logging out of {target} at {}", session.portal),
-                        code: Some(0),
-                        stderr: "the session is still there".into(),
-                    });
-                }
-            }
-            Ok(())
-        }
-        .instrument(span)
-        .await
-    }
-
-    /// Whether a login at that portal goes on, here or in another process.
-    async fn login_goes_on(&self, target: &Iqn, portal: Portal) -> bool {
-        if self.logins.get(target, portal).is_some() {
-            return true;
-        }
-        let name = login_lock(target, portal);
-        self.doors.rundir.lock(&name, std::time::Duration::ZERO).await.is_err()
-    }
 }
 
-fn login_lock(target: &Iqn, portal: Portal) -> String {
+pub(super) fn login_lock(target: &Iqn, portal: Portal) -> String {
     format!("logins/{}", file_name(&format!("{target} {portal}")))
 }
 

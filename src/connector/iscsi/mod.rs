@@ -15,9 +15,11 @@
 mod detach;
 mod gather;
 mod login;
+mod observe;
 mod records;
 mod scan;
 mod session;
+mod settle;
 #[cfg(test)]
 mod tests;
 
@@ -31,7 +33,7 @@ pub use records::LoginError;
 
 use super::bounded::bounded;
 use super::error::Error;
-use super::identity::{Identity, IdentityError, judge};
+use super::identity::{Identity, IdentityError};
 use super::lease::{Claim, Lease, Leases, Made as _, MapLease, User, file_name};
 use super::multipath::{self, Above, Map};
 use super::scsi::{self, ScsiPath};
@@ -69,6 +71,22 @@ struct Job {
     shareable: bool,
     /// All portals, for a map; otherwise the first that answers.
     multipath: bool,
+}
+
+impl Job {
+    /// The owner's entry in the lease, before anything was made.
+    fn user(&self) -> User {
+        User {
+            owner: self.owner.clone(),
+            lun: self.source.lun,
+            shareable: self.shareable,
+            routes: self.source.portals.iter().map(Portal::to_string).collect(),
+            wwid: None,
+            paths: Vec::new(),
+            map: None,
+            attachment: None,
+        }
+    }
 }
 
 impl IscsiConnector {
@@ -228,24 +246,14 @@ impl Inner {
 
     /// Enters the owner into the lease; what an earlier try made stays known.
     async fn intend(&self, job: &Job) -> Result<(), Error> {
-        let routes: Vec<String> = job.source.portals.iter().map(Portal::to_string).collect();
         self.leases
             .update::<Made, _>(job.source.target.as_str(), |lease| {
                 match lease.user_mut(&job.owner) {
                     Some(user) => {
                         user.shareable = job.shareable;
-                        user.routes = routes;
+                        user.routes = job.user().routes;
                     }
-                    None => lease.users.push(User {
-                        owner: job.owner.clone(),
-                        lun: job.source.lun,
-                        shareable: job.shareable,
-                        routes,
-                        wwid: None,
-                        paths: Vec::new(),
-                        map: None,
-                        attachment: None,
-                    }),
+                    None => lease.users.push(job.user()),
                 }
             })
             .await
@@ -268,14 +276,17 @@ impl Inner {
             let lease: Lease<Made> = self.leases.load(&c.target).await?;
             Ok(lease.user(&c.owner).is_some_and(|u| u.wwid.as_ref().is_none_or(|w| w == wwid)))
         };
-        self.leases.claim(wwid, claim, |c| is_live(c)).await?;
-        self.leases
+        // In the lease first, so that a detach finds the claim whatever happens in between.
+        let before = self
+            .leases
             .update::<Made, _>(job.source.target.as_str(), |lease| {
-                if let Some(user) = lease.user_mut(&job.owner) {
-                    user.wwid = Some(wwid.clone());
-                }
+                lease.user_mut(&job.owner).and_then(|user| user.wwid.replace(wwid.clone()))
             })
-            .await
+            .await?;
+        if let Some(other) = before.filter(|w| w != wwid) {
+            self.leases.unclaim(&other, &job.owner).await?;
+        }
+        self.leases.claim(wwid, claim, is_live).await
     }
 
     /// The map above the paths where there is to be one. With policy `off` a map that multipathd
@@ -303,8 +314,7 @@ impl Inner {
             return Ok(None);
         }
         if job.policy != MultipathPolicy::Off {
-            // Have multipathd decide now, rather than a moment after the path was given away.
-            multipath::nudge(&*self.doors.multipathd, paths).await?;
+            multipath::decide(&self.doors, &self.settings, paths).await?;
         }
         match multipath::above(&*self.doors.sysfs, paths).await? {
             Above::Nothing => Ok(None),
@@ -323,7 +333,9 @@ impl Inner {
         }
     }
 
-    /// Nobody but our own map may hold a path, and nobody at all the device that is given away.
+    /// Nobody but our own map may hold a path, and nobody at all the device that is given away. A
+    /// guest may have it open where it is shared, or was attached before; nothing may be stacked
+    /// on it even then.
     async fn refuse_holders(
         &self,
         job: &Job,
@@ -331,20 +343,25 @@ impl Inner {
         map: Option<&Map>,
     ) -> Result<(), Error> {
         let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
-        if lease.other(&job.owner, job.source.lun).is_some() {
-            return Ok(()); // Shared: the other's guest has it open, as agreed.
-        }
+        let attached = lease.user(&job.owner).is_some_and(|u| u.attachment.is_some());
+        let in_use = attached || lease.other(&job.owner, job.source.lun).is_some();
+        let holder = async |block: &str, dev, ours: &[String]| {
+            if in_use {
+                scsi::stacked(&*self.doors.sysfs, block, ours).await
+            } else {
+                scsi::holder(&self.doors, block, dev, ours).await
+            }
+        };
         let ours: Vec<String> = map.iter().map(|m| m.kernel.clone()).collect();
         for path in paths {
             let block = format!("{}/block/{}", path.dir, path.disk.name);
-            let held = scsi::holder(&self.doors, &block, path.disk.dev, &ours).await?;
-            if let Some(holder) = held {
+            if let Some(holder) = holder(&block, path.disk.dev, &ours).await? {
                 let device = format!("{} ({})", path.disk.name, path.hctl);
                 return Err(Error::DeviceHeld { device, holder });
             }
         }
         if let Some(map) = map
-            && let Some(holder) = scsi::holder(&self.doors, &map.dir(), map.dev, &[]).await?
+            && let Some(holder) = holder(&map.dir(), map.dev, &[]).await?
         {
             return Err(Error::DeviceHeld { device: map.name.clone(), holder });
         }
@@ -373,47 +390,6 @@ impl Inner {
             self.settle(&job.source.target, &job.source.portals).await?;
         }
         Ok(())
-    }
-
-    /// The attachment if it is still there and is what is expected of it.
-    async fn still_right(&self, user: &User, expect: &Expect) -> Result<Option<Attachment>, Error> {
-        let Some(found) = self.observe(user).await? else { return Ok(None) };
-        let wwid = found.device.wwid.clone();
-        let identity = Identity { all: vec![wwid.clone()], wwid };
-        // Anything else than the same goes the long way, whose judgement names all.
-        let right = judge("", expect, &identity, found.device.size).is_ok();
-        Ok(right.then_some(found))
-    }
-
-    /// What a user has, read again: the device and each path by number, sequence and identity.
-    async fn observe(&self, user: &User) -> Result<Option<Attachment>, Error> {
-        let Some(mut found) = user.attachment.clone() else { return Ok(None) };
-        let sysfs = &*self.doors.sysfs;
-        let mut there = Vec::new();
-        for path in &user.paths {
-            let Some(seen) = &path.seen else { continue };
-            match scsi::disk(sysfs, &path.dir).await? {
-                Some(disk) if disk.diskseq == seen.diskseq => {}
-                _ => continue,
-            }
-            if scsi::raw_wwid(sysfs, &path.dir).await? != seen.wwid {
-                return Ok(None);
-            }
-            there.extend(found.paths.iter().find(|p| p.hctl == path.hctl.to_string()).cloned());
-        }
-        if there.is_empty() {
-            return Ok(None);
-        }
-        if found.device.map.is_some() {
-            let Some(lease) = &user.map else { return Ok(None) };
-            let map = multipath::by_uuid(sysfs, &lease.uuid).await?;
-            if !map.is_some_and(|m| m.diskseq == found.diskseq && m.dev == found.device.dev) {
-                return Ok(None);
-            }
-        }
-        found.device.paths = u32::try_from(there.len()).unwrap_or(u32::MAX);
-        found.paths = there;
-        Ok(Some(found))
     }
 
     async fn lun_lock(&self, source: &IscsiSource) -> Result<Box<dyn LockGuard>, Error> {

@@ -1,5 +1,8 @@
 //! One path: the LUN's SCSI device under one session, scanned for exactly, and proven.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use super::login::Made;
 use super::session::Session;
 use super::{Inner, Job};
@@ -10,6 +13,9 @@ use crate::connector::multipath;
 use crate::connector::scsi::{self, Deleted, Hctl, ScsiPath};
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
+
+/// How long a scan that was given up is watched: the kernel's own retries end within this.
+const LATE_SCAN: Duration = Duration::from_secs(600);
 
 /// A path that was proven.
 #[derive(Debug, Clone)]
@@ -22,7 +28,11 @@ pub(super) struct Proven {
 
 impl Inner {
     /// The verified path to the LUN through `session`. What it makes is in the lease before.
-    pub(super) async fn path(&self, job: &Job, session: &Session) -> Result<Proven, Error> {
+    pub(super) async fn path(
+        self: &Arc<Self>,
+        job: &Job,
+        session: &Session,
+    ) -> Result<Proven, Error> {
         let hctl = session.hctl(job.source.lun.scsi());
         let dir = session.device_dir(hctl);
         if self.is_there(&dir).await?
@@ -30,7 +40,31 @@ impl Inner {
         {
             return Ok(proven);
         }
-        self.scan(job, hctl, &dir).await
+        match self.scan(job, hctl, &dir).await {
+            Err(Error::Io { doing, source }) if source.kind() == std::io::ErrorKind::TimedOut => {
+                self.watch_late(job, session);
+                Err(Error::Io { doing, source })
+            }
+            other => other,
+        }
+    }
+
+    /// The kernel may end a scan long after it was given up: what it brings then is removed.
+    fn watch_late(self: &Arc<Self>, job: &Job, session: &Session) {
+        let (inner, job, session) = (self.clone(), job.clone(), session.clone());
+        let dir = session.device_dir(session.hctl(job.source.lun.scsi()));
+        self.background(async move {
+            let mut wait = Wait::new(&*inner.doors.uevents, LATE_SCAN);
+            while !inner.is_there(&dir).await.unwrap_or(false) {
+                if !wait.next().await {
+                    return;
+                }
+            }
+            if let Err(error) = inner.reclaim(&job, &session).await {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(%dir, error, "a device that came late could not be removed");
+            }
+        });
     }
 
     async fn is_there(&self, dir: &str) -> Result<bool, Error> {
@@ -142,6 +176,7 @@ impl Inner {
             }
             if multipath::read(sysfs, &holder).await?.is_some_and(|m| m.slaves.is_empty()) {
                 multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
+                multipath::forget(&*self.doors.multipathd, &map.uuid).await?;
             }
         }
         Ok(())

@@ -550,3 +550,99 @@ async fn whatever_fails_nothing_is_left() {
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_device_that_a_scan_brings_long_after_it_was_given_up_is_removed() {
+    let san = San::new();
+    san.attach(&request("keeper", 2, &[2, 3])).await;
+    let before = san.sim.snapshot();
+    san.sim.faults().inject(fault("sysfs.write", "host3/scan", FaultAction::Stall));
+    assert_eq!(san.attach(&request("a", 1, &[2, 3])).await.device.paths, 1);
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+    san.sim.faults().clear();
+    san.connector.settled().await;
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+/// Ends the attach at each step as a kill does, and looks that a new daemon's detach cleans up.
+#[tokio::test(start_paused = true)]
+async fn after_a_kill_at_any_step_a_detach_leaves_nothing() {
+    for point in
+        ["cmd.run", "sysfs.write", "sysfs.read", "rundir.store", "multipathd.ask", "blocks.openers"]
+    {
+        for skip in 0..40 {
+            let san = San::new();
+            let before = san.sim.snapshot();
+            let stop = Fault { skip, times: Some(1), ..fault(point, "", FaultAction::Hang) };
+            san.sim.faults().inject(stop);
+            let r = request("a", 1, &[2, 3]);
+            // Shorter than any deadline: the call hangs, and the daemon is killed meanwhile.
+            let attach = san.connector.attach(&r);
+            let ended = tokio::time::timeout(Duration::from_millis(900), attach).await;
+            san.connector.settled().await;
+            san.sim.faults().clear();
+            let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+            let san = San { sim: san.sim, connector };
+            san.connector.sweep().await.expect("swept");
+            san.detach("a", 1, &[2, 3]).await.expect("detached");
+            assert_eq!(san.sim.snapshot(), before, "{point} {skip} {ended:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_detach_that_was_killed_at_any_step_is_finished_by_the_next() {
+    for point in [
+        "cmd.run",
+        "sysfs.write",
+        "sysfs.read",
+        "rundir.store",
+        "rundir.remove",
+        "multipathd.ask",
+        "multipathd.forget",
+        "blocks.flush",
+    ] {
+        for skip in 0..40 {
+            let san = San::new();
+            let before = san.sim.snapshot();
+            san.attach(&request("a", 1, &[2, 3])).await;
+            let stop = Fault { skip, times: Some(1), ..fault(point, "", FaultAction::Hang) };
+            san.sim.faults().inject(stop);
+            let ended =
+                tokio::time::timeout(Duration::from_millis(900), san.detach("a", 1, &[2, 3])).await;
+            san.connector.settled().await;
+            san.sim.faults().clear();
+            let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+            let san = San { sim: san.sim, connector };
+            san.detach("a", 1, &[2, 3]).await.expect("detached");
+            assert_eq!(san.sim.snapshot(), before, "{point} {skip} {ended:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lun_that_the_array_took_away_or_swapped_needs_force_to_go() {
+    for swapped in [false, true] {
+        let san = San::new();
+        let before = san.sim.snapshot();
+        let got = san.attach(&request("a", 1, &[2, 3])).await;
+        if swapped {
+            san.sim.replace_lun(&target(), lun(1), SimLun::new(wwid(99), GIB));
+            let doors = &san.connector.inner.doors;
+            for path in &got.paths {
+                let rescan = format!("bus/scsi/devices/{}/rescan", path.hctl);
+                doors.sysfs.write(&rescan, "1").await.expect("rescanned");
+            }
+            let error = san.detach("a", 1, &[2, 3]).await.expect_err("swapped");
+            assert_eq!(error.reason(), Reason::IdentityChanged, "{error}");
+        } else {
+            san.sim.remove_lun(&target(), lun(1));
+        }
+        let r = request("a", 1, &[2, 3]);
+        let force = DetachOptions { force: true };
+        san.connector.detach(&r.owner, &r.source, force).await.expect("forced");
+        assert_eq!(san.sim.snapshot(), before);
+    }
+}

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::connector::settings as connector;
 use crate::types::VmId;
 
 pub use layers::{DEFAULT_PATH, Error, Layers, Loaded};
@@ -223,6 +224,28 @@ impl Config {
         }
         if self.node_name.is_empty() {
             hostname.trim().clone_into(&mut self.node_name);
+        }
+    }
+
+    /// What the connector is told: its own defaults, but for what people may set.
+    pub fn connector(&self) -> connector::Settings {
+        let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+        // iscsid counts in whole seconds; less than one would mean none.
+        let seconds = |d: Duration| u32::try_from(d.as_secs().max(1)).unwrap_or(u32::MAX);
+        connector::Settings {
+            command_ms: millis(self.deadlines.command),
+            flush_ms: millis(self.deadlines.kernel_call),
+            sysfs_write_ms: millis(self.deadlines.kernel_call),
+            multipathd_ms: millis(self.deadlines.multipathd),
+            iscsi: connector::IscsiSettings {
+                replacement_timeout_multipath: seconds(self.iscsi.replacement_timeout_multipath),
+                replacement_timeout_single: seconds(self.iscsi.replacement_timeout_single),
+                noop_interval: seconds(self.iscsi.noop_interval),
+                noop_timeout: seconds(self.iscsi.noop_timeout),
+                login_timeout: seconds(self.iscsi.login_timeout),
+                login_retries: self.iscsi.login_retries,
+            },
+            ..connector::Settings::default()
         }
     }
 

@@ -18,13 +18,24 @@ use tokio::sync::watch;
 
 use crate::api::auth::AllowedPeers;
 use crate::api::server;
-use crate::config::Config;
-use crate::host::facts::System;
+use crate::cgroup::{Grants, Hierarchy};
+use crate::config::{Config, GuestUnproven};
+use crate::connector::iscsi::IscsiConnector;
+use crate::host::facts::{self, System};
+use crate::host::libvirt::{Hypervisor, RealHypervisor};
 use crate::host::listen::{self, Socket};
-use crate::host::sim::Fault;
+use crate::host::pods::PodDoors;
+use crate::host::sim::{Fault, SimHost};
+use crate::host::storage::{OpenError, RealOptions, StorageDoors};
+use crate::journal::Desired;
 use crate::preflight::{self, Facts as _};
 use crate::types::VmId;
-use crate::vm::facade::Volumes;
+use crate::vm::actor::Backoff;
+use crate::vm::discover;
+use crate::vm::facade::{NodeInfo, Volumes};
+use crate::vm::failure::Failure;
+use crate::vm::registry::{Registry, RegistrySettings};
+use crate::vm::ways::{Host, WaySettings};
 
 /// In which form the daemon runs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -70,9 +81,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// This build cannot serve volumes.
-    #[error("this build has no handler for volumes")]
-    NoVolumes,
+    /// A door of the host cannot be opened.
+    #[error("cannot use the host")]
+    Doors(#[from] OpenError),
+    /// Stores, grants or what is stored in them.
+    #[error("{} ({}). {}", .0.message, .0.reason, .0.reason.remedy())]
+    Open(Failure),
 }
 
 fn lines(lacks: &[preflight::Lack]) -> String {
@@ -89,15 +103,124 @@ pub async fn run(config: Config, form: Form) -> Result<(), Error> {
     }
     // The socket first: its lock keeps a second daemon from the stores.
     let (_socket, listener) = bind(&config)?;
-    let volumes = open(&config, &form).await?;
+    let registry = open(&config, &form).await?;
     let stop = stop_signal().map_err(Error::Runtime)?;
-    serve(&config, volumes, listener, stop).await
+    let served = serve(&config, registry.clone(), listener, stop).await;
+    registry.stop(GRACE).await;
+    served
 }
+
+/// How long work that is under way may take to end by itself when the daemon stops.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// Opens the doors (real or simulated, by `form`) and the registry behind them. The one place that
 /// knows which is which.
-async fn open(_config: &Config, _form: &Form) -> Result<Arc<dyn Volumes>, Error> {
-    Err(Error::NoVolumes)
+async fn open(config: &Config, form: &Form) -> Result<Arc<Registry>, Error> {
+    let (storage, pods, hypervisor, desired) = if form.simulated {
+        let sim = SimHost::demo();
+        if let Some(path) = &form.faults {
+            read_faults(path)?.into_iter().for_each(|fault| sim.faults.inject(fault));
+        }
+        let hypervisor: Arc<dyn Hypervisor> = Arc::new(sim.hypervisor);
+        (StorageDoors::sim(&sim.storage), sim.pods.doors(), hypervisor, Desired::in_memory())
+    } else {
+        let options = RealOptions {
+            run_dir: config.run_dir.clone(),
+            kernel_deadline: config.deadlines.kernel_call,
+            multipathd_deadline: config.deadlines.multipathd,
+            ..RealOptions::default()
+        };
+        let hypervisor: Arc<dyn Hypervisor> = Arc::new(RealHypervisor);
+        let storage = StorageDoors::real(&options)?;
+        let desired = Desired::open(&store_path(config, form));
+        (storage, PodDoors::real(Path::new("/proc")), hypervisor, desired)
+    };
+    let desired = desired.map_err(|e| Error::Open(e.into()))?;
+    let grants = Grants::new(pods.overrides.clone(), pods.lists.clone());
+    let mechanisms = install_grants(&grants, &pods).await?;
+    let connector = IscsiConnector::new(storage.clone(), config.connector());
+    // What a killed daemon's login left and nobody wants.
+    connector.sweep().await.map_err(|e| Error::Open(e.into()))?;
+    let host = Host {
+        pods,
+        hypervisor,
+        connector: Arc::new(connector),
+        grants,
+        settings: Arc::new(way_settings(config)),
+    };
+    let settings = RegistrySettings {
+        node: node_info(config, form, &storage, mechanisms),
+        backoff: Backoff { first: Duration::from_secs(2), cap: Duration::from_secs(60) },
+    };
+    Registry::start(settings, host, storage, desired).await.map_err(Error::Open)
+}
+
+/// A sidecar's store is its own: the node's daemon does not have its VM.
+fn store_path(config: &Config, form: &Form) -> PathBuf {
+    config.state_dir.join(match &form.only_vm {
+        Some(vm) => format!("{}_{}.db", vm.namespace(), vm.name()),
+        None => "lunplug.db".into(),
+    })
+}
+
+/// Finds or attaches the override program; returns what grants are made with. A host that has only
+/// cgroup v1 needs none.
+async fn install_grants(grants: &Grants, pods: &PodDoors) -> Result<Vec<String>, Error> {
+    let has = |hierarchy| pods.procs.roots().iter().any(|root| root.hierarchy == hierarchy);
+    let mut mechanisms = Vec::new();
+    if has(Hierarchy::V1) {
+        mechanisms.push("cgroup1-devices".to_owned());
+    }
+    match grants.install().await {
+        Ok(installed) => {
+            let status = installed.into_inner();
+            if !status.after_ours.is_empty() {
+                tracing::warn!(
+                    programs = ?status.after_ours,
+                    "other device programs at the cgroup root run after lunplug's and may deny what it grants; see docs/operations.md, grants"
+                );
+            }
+            mechanisms.push("cgroup2-override".to_owned());
+        }
+        Err(error) if has(Hierarchy::V1) => {
+            tracing::warn!(error = Failure::from(error).message, "no grants on cgroup v2; v1 goes on");
+        }
+        Err(error) => return Err(Error::Open(error.into())),
+    }
+    Ok(mechanisms)
+}
+
+fn way_settings(config: &Config) -> WaySettings {
+    WaySettings {
+        discover: discover::Settings { kubelet_root: config.kubelet_root.clone() },
+        attach: config.deadlines.attach,
+        detach: config.deadlines.detach,
+        libvirt: config.deadlines.libvirt_call,
+        agent: config.deadlines.agent,
+        guest_unplug: config.deadlines.guest_unplug,
+        allow_unproven: config.guest_unproven == GuestUnproven::Allow,
+    }
+}
+
+fn node_info(
+    config: &Config,
+    form: &Form,
+    storage: &StorageDoors,
+    grants: Vec<String>,
+) -> NodeInfo {
+    NodeInfo {
+        name: config.node_name.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: facts::kernel(),
+        boot_id: storage.rundir.boot_id().to_owned(),
+        initiator_name: if form.simulated { None } else { facts::initiator_name() },
+        multipathd: false,
+        grants,
+        simulated: form.simulated,
+        only_vm: form.only_vm.clone(),
+        max_vms: config.limits.max_vms,
+        max_volumes_per_vm: config.limits.max_volumes_per_vm,
+    }
 }
 
 /// Reads the faults to inject into the simulated host: a list of [`Fault`], e.g.

@@ -15,6 +15,19 @@ use crate::preflight::Facts;
 /// container's.
 const HOST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
+/// The kernel's release, as `uname -r` prints it.
+pub fn kernel() -> String {
+    nix::sys::utsname::uname()
+        .map(|u| u.release().to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// The name by which this node logs in to iSCSI targets.
+pub fn initiator_name() -> Option<String> {
+    let text = fs::read_to_string("/etc/iscsi/initiatorname.iscsi").ok()?;
+    text.lines().find_map(|l| l.trim().strip_prefix("InitiatorName=")).map(|n| n.trim().to_owned())
+}
+
 /// Where programs are looked for when PATH does not have them: services often run without sbin.
 const SBIN: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin";
 

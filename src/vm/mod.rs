@@ -24,4 +24,5 @@ pub mod facade;
 pub mod failure;
 pub mod plan;
 pub mod publish;
+pub mod registry;
 pub mod ways;

@@ -94,6 +94,21 @@ impl Ways {
         }
     }
 
+    /// The VM as it was registered.
+    pub fn spec(&self) -> &VmSpec {
+        &self.vm
+    }
+
+    /// The pod's directory on the host, were it there or not.
+    pub fn pod_dir(&self) -> Option<PathBuf> {
+        match &self.vm.place {
+            VmPlace::Pod { uid, .. } => {
+                Some(self.settings().discover.kubelet_root.join("pods").join(uid))
+            }
+            VmPlace::Host { .. } => None,
+        }
+    }
+
     pub(super) fn settings(&self) -> &WaySettings {
         &self.host.settings
     }

@@ -4,9 +4,11 @@
 
 pub mod domain;
 mod faults;
+mod host;
 pub mod hypervisor;
 pub mod pods;
 pub mod storage;
 
 pub use faults::{Fault, FaultAction, Faults};
+pub use host::SimHost;
 pub use storage::{PortalState, SimLun, SimStorage};

@@ -1,0 +1,301 @@
+//! All VMs of a node: their handlers, by name; and the node itself.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::future::join_all;
+use jiff::Timestamp;
+use tokio::sync::{Mutex, broadcast};
+
+use super::actor::{Backoff, Handler, Tools};
+use super::facade::{NodeInfo, Refusal, VmInfo, VmState, Volumes};
+use super::failure::Failure;
+use super::publish::Board;
+use super::ways::{Host, Ways};
+use crate::host::lock::{LockError, LockGuard};
+use crate::host::storage::StorageDoors;
+use crate::journal::{Desired, EffectsStore};
+use crate::reason::Reason;
+use crate::spec::{AddOptions, RemoveOptions, VmSpec, VolumeSpec, VolumeStatus};
+use crate::types::{Outcome, VmId, VolumeKey};
+
+/// What a registry is told.
+#[derive(Debug, Clone)]
+pub struct RegistrySettings {
+    /// What is told of the node, less what is asked of the host each time.
+    pub node: NodeInfo,
+    /// When a volume in trouble is tried again.
+    pub backoff: Backoff,
+}
+
+/// How long a look at one VM may take when all are listed.
+const LOOK: Duration = Duration::from_secs(5);
+/// How long a VM's lock is waited for: a predecessor that is just ending still has it.
+const TAKE_OVER: Duration = Duration::from_secs(5);
+
+/// One VM that is served.
+struct Served {
+    ways: Arc<Ways>,
+    handler: Handler,
+    since: std::sync::Mutex<(VmState, Timestamp)>,
+    /// Nobody else on this node serves this VM while it is held.
+    _lock: Box<dyn LockGuard>,
+}
+
+/// All VMs that this process serves.
+pub struct Registry {
+    settings: RegistrySettings,
+    host: Host,
+    storage: StorageDoors,
+    desired: Desired,
+    board: Board,
+    vms: std::sync::Mutex<BTreeMap<VmId, Arc<Served>>>,
+    /// Held while a VM is registered or unregistered; requests to others go on meanwhile.
+    changing: Mutex<()>,
+}
+
+impl Registry {
+    /// Takes up every VM that is stored. One that cannot be (another process serves it) is told
+    /// and left out; a store that cannot be read stops the start.
+    pub async fn start(
+        settings: RegistrySettings,
+        host: Host,
+        storage: StorageDoors,
+        desired: Desired,
+    ) -> Result<Arc<Self>, Failure> {
+        let stored = desired.vms().await?;
+        let registry = Arc::new(Self {
+            settings,
+            host,
+            storage,
+            desired,
+            board: Board::default(),
+            vms: std::sync::Mutex::default(),
+            changing: Mutex::default(),
+        });
+        let wanted = stored.into_iter().filter(|spec| registry.serves(&spec.id));
+        let started = join_all(wanted.map(|spec| async {
+            let id = spec.id.clone();
+            (id, registry.serve(spec).await)
+        }));
+        for (id, served) in started.await {
+            match served {
+                Ok(served) => drop(registry.vms().insert(id, Arc::new(served))),
+                Err(failure) if failure.reason == Reason::VmServedElsewhere => {
+                    if registry.settings.node.only_vm.is_some() {
+                        return Err(failure);
+                    }
+                    tracing::warn!(vm = %id, message = failure.message, "VM left to another process");
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+        Ok(registry)
+    }
+
+    /// Ends all handlers; no volume is detached.
+    pub async fn stop(&self, grace: Duration) {
+        let vms = std::mem::take(&mut *self.vms());
+        join_all(vms.values().map(|served| served.handler.stop(grace))).await;
+    }
+
+    fn vms(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmId, Arc<Served>>> {
+        // Held for single changes of the map only.
+        self.vms.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn serves(&self, id: &VmId) -> bool {
+        self.settings.node.only_vm.as_ref().is_none_or(|only| only == id)
+    }
+
+    fn effects(&self) -> EffectsStore {
+        EffectsStore::new(self.storage.rundir.clone())
+    }
+
+    fn ways(&self, spec: VmSpec) -> Ways {
+        let (board, desired) = (self.board.clone(), self.desired.clone());
+        Ways::new(spec, self.host.clone(), board, desired, self.effects())
+    }
+
+    async fn serve(&self, spec: VmSpec) -> Result<Served, Failure> {
+        let id = spec.id.clone();
+        let lock = self.lock(&id).await?;
+        let ways = Arc::new(self.ways(spec));
+        let tools = Tools {
+            steps: ways.clone(),
+            board: self.board.clone(),
+            desired: self.desired.clone(),
+            effects: self.effects(),
+            backoff: self.settings.backoff,
+            max_volumes: self.settings.node.max_volumes_per_vm as usize,
+        };
+        let handler = Handler::start(id, tools).await?;
+        let since = std::sync::Mutex::new((VmState::Unknown, Timestamp::now()));
+        Ok(Served { ways, handler, since, _lock: lock })
+    }
+
+    async fn lock(&self, id: &VmId) -> Result<Box<dyn LockGuard>, Failure> {
+        let name = format!("vms/{}/{}", id.namespace(), id.name());
+        self.storage.rundir.lock(&name, TAKE_OVER).await.map_err(|error| {
+            let reason = match &error {
+                LockError::TimedOut { .. } => Reason::VmServedElsewhere,
+                LockError::Io { .. } => Reason::StateStoreFailed,
+            };
+            let what = match &error {
+                LockError::TimedOut { .. } => format!("VM {id} is served by another lunplugd on this node"),
+                LockError::Io { .. } => Failure::of(reason, &error).message,
+            };
+            Failure::new(reason, what)
+        })
+    }
+
+    fn served(&self, id: &VmId) -> Result<Arc<Served>, Refusal> {
+        let found = self.vms().get(id).cloned();
+        found.ok_or_else(|| {
+            let message = match &self.settings.node.only_vm {
+                Some(only) if only != id => format!("this lunplugd serves only VM {only}, not {id}"),
+                _ => format!("VM {id} is not registered on this node"),
+            };
+            Refusal::new(Reason::VmNotFound, message).field("vm")
+        })
+    }
+}
+
+impl Served {
+    async fn info(&self) -> VmInfo {
+        let looked = tokio::time::timeout(LOOK, self.ways.look()).await.ok();
+        let failure = match &looked {
+            Some(looked) => looked.failure.clone(),
+            None => Some(Failure::new(
+                Reason::DeadlineExceeded,
+                format!("the VM's libvirt or pod did not answer within {LOOK:?}"),
+            )),
+        };
+        let state = looked.as_ref().map_or(VmState::Unreachable, |l| l.state);
+        let since = {
+            // A panicking holder leaves a whole pair behind.
+            let mut since = self.since.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if since.0 != state {
+                *since = (state, Timestamp::now());
+            }
+            since.1
+        };
+        let volumes = self.handler.count().await.unwrap_or(0);
+        VmInfo {
+            spec: self.ways.spec().clone(),
+            state,
+            since,
+            volumes: u32::try_from(volumes).unwrap_or(u32::MAX),
+            pod_dir: self.ways.pod_dir(),
+            cgroup: looked.as_ref().and_then(|l| l.cgroup.clone()),
+            hotplug_dir: looked.as_ref().and_then(|l| l.hotplug_dir.clone()),
+            hotplug_dir_in_pod: looked.and_then(|l| l.hotplug_dir_in_pod),
+            reason: failure.as_ref().map(|f| f.reason),
+            message: failure.map(|f| f.message).unwrap_or_default(),
+        }
+    }
+}
+
+#[async_trait]
+impl Volumes for Registry {
+    async fn register_vm(&self, spec: VmSpec) -> Result<Outcome<VmInfo>, Refusal> {
+        if let Some(only) = self.settings.node.only_vm.as_ref().filter(|only| **only != spec.id) {
+            let message = format!("this lunplugd serves only VM {only}, not {}", spec.id);
+            return Err(Refusal::new(Reason::Unsupported, message).field("vm"));
+        }
+        let changing = self.changing.lock().await;
+        let old = self.vms().get(&spec.id).cloned();
+        if let Some(served) = &old {
+            if *served.ways.spec() == spec {
+                drop(changing);
+                return Ok(Outcome::Already(served.info().await));
+            }
+            if served.handler.count().await? > 0 {
+                let message =
+                    format!("VM {} is registered with other particulars and has volumes", spec.id);
+                return Err(Refusal::new(Reason::VmExists, message).field("vm"));
+            }
+        } else if self.vms().len() >= self.settings.node.max_vms as usize {
+            let most = self.settings.node.max_vms;
+            let message = format!("this node has {most} VMs, as many as limits.max_vms allows");
+            return Err(Refusal::new(Reason::LimitReached, message));
+        }
+        // Checked before the old registration goes, so that a refusal changes nothing.
+        self.ways(spec.clone()).check().await?;
+        if let Some(old) = old {
+            old.handler.stop(Duration::ZERO).await;
+            self.vms().remove(&spec.id);
+        }
+        let served = Arc::new(self.serve(spec.clone()).await?);
+        self.desired.put_vm(&spec).await.map_err(Failure::from)?;
+        tracing::info!(vm = %spec.id, domain = spec.domain, "VM registered");
+        self.vms().insert(spec.id, served.clone());
+        drop(changing);
+        Ok(Outcome::Done(served.info().await))
+    }
+
+    async fn unregister_vm(&self, id: &VmId) -> Result<Outcome, Refusal> {
+        let _changing = self.changing.lock().await;
+        let Ok(served) = self.served(id) else { return Ok(Outcome::Already(())) };
+        let volumes = served.handler.count().await?;
+        if volumes > 0 {
+            let message = format!("VM {id} still has {volumes} volumes");
+            return Err(Refusal::new(Reason::VmHasVolumes, message).field("vm"));
+        }
+        // Nothing is added from here on.
+        served.handler.stop(Duration::ZERO).await;
+        self.vms().remove(id);
+        self.desired.delete_vm(id).await.map_err(Failure::from)?;
+        for failed in self.board.list(Some(id)) {
+            self.board.close(&failed.key);
+        }
+        tracing::info!(vm = %id, "VM unregistered");
+        Ok(Outcome::Done(()))
+    }
+
+    async fn list_vms(&self) -> Vec<VmInfo> {
+        let vms: Vec<_> = self.vms().values().cloned().collect();
+        join_all(vms.iter().map(|served| served.info())).await
+    }
+
+    async fn add_volume(
+        &self,
+        vm: &VmId,
+        spec: VolumeSpec,
+        options: AddOptions,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        self.served(vm)?.handler.add(spec, options).await
+    }
+
+    async fn remove_volume(
+        &self,
+        key: &VolumeKey,
+        options: RemoveOptions,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        let served = self.served(&key.vm)?;
+        served.handler.remove(key.volume.clone(), options).await
+    }
+
+    async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal> {
+        self.served(&key.vm)?;
+        self.board.get(key).ok_or_else(|| {
+            let message = format!("VM {} has no volume {}", key.vm, key.volume);
+            Refusal::new(Reason::VolumeNotFound, message).field("volume")
+        })
+    }
+
+    async fn list_volumes(&self, vm: Option<&VmId>) -> Vec<VolumeStatus> {
+        self.board.list(vm)
+    }
+
+    fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>> {
+        self.board.watch()
+    }
+
+    async fn node(&self) -> NodeInfo {
+        let multipathd = self.storage.multipathd.ask("show daemon").await.is_ok();
+        NodeInfo { multipathd, ..self.settings.node.clone() }
+    }
+}

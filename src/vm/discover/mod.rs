@@ -192,7 +192,7 @@ impl DiscoverError {
     /// The stable code.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Pod(e) => path_reason(e, Reason::PodGone),
+            Self::Pod(e) => path_reason(e, Reason::HotplugDirUnsafe),
             Self::Socket(PathError::Missing(_)) => Reason::LibvirtUnreachable,
             Self::Socket(e) => path_reason(e, Reason::SocketUntrusted),
             Self::Hotplug(e) => path_reason(e, Reason::HotplugDirUnsafe),

@@ -179,8 +179,9 @@ impl LibvirtError {
             {
                 Self::NoConnect { endpoint: endpoint.to_owned(), message }
             }
-            // The client library's words for a connection that is gone.
-            sys::VIR_ERR_INTERNAL_ERROR if message.contains("client socket is closed") => {
+            // The client library's own: "client socket is closed", "connection closed due to
+            // keepalive timeout", "received hangup event on socket" (virnetclient.c).
+            sys::VIR_ERR_INTERNAL_ERROR if domain == sys::VIR_FROM_RPC => {
                 Self::NoConnect { endpoint: endpoint.to_owned(), message }
             }
             code => Self::Other { code, message },
@@ -268,8 +269,7 @@ mod tests {
         let read = |text: &str| LibvirtError::from_parts("sock", 1, 10, text.to_owned());
         let missing = read("internal error: no device found with alias ua-lunplug-a");
         assert!(matches!(missing, LibvirtError::DeviceMissing { .. }));
-        let other =
-            read("internal error: unexpected qemu URI path '/system', try qemu:///session");
+        let other = read("internal error: unexpected qemu URI path '/system', try qemu:///session");
         assert!(other.is_other_instance());
         assert!(!missing.is_other_instance());
     }

@@ -45,7 +45,8 @@ async fn lifecycle_events_come_through_the_event_loop() {
     let c = connect().await;
     let mut events = c.events("test");
     ffi::start_event_loop().unwrap();
-    let handle = Handle::open("test:///default", EventSender::default(), Arc::default()).unwrap();
+    let handle =
+        Handle::open("test:///default", EventSender::default(), Arc::default(), false).unwrap();
     // All connections to "default" in this process share its state.
     std::thread::spawn(move || {
         let domain = handle.connect().lookup_domain_by_name("test").unwrap();
@@ -107,5 +108,8 @@ async fn an_opened_socket_is_reached_though_its_path_was_replaced() {
 #[test]
 fn a_path_is_escaped_in_the_uri() {
     let endpoint = Endpoint::path(PathBuf::from("/run/a b&mode=x?#%"), Instance::System);
-    assert_eq!(uri(&endpoint, Instance::System), "qemu+unix:///system?socket=/run/a%20b%26mode%3Dx%3F%23%25");
+    assert_eq!(
+        uri(&endpoint, Instance::System),
+        "qemu+unix:///system?socket=/run/a%20b%26mode%3Dx%3F%23%25"
+    );
 }

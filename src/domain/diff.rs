@@ -8,12 +8,9 @@ use std::collections::BTreeSet;
 use crate::reason::Reason;
 use crate::types::{Bus, CacheMode, Serial, VolumeName};
 
+use super::place::{free_slot, free_target, place_scsi};
 use super::xml::{Disk, Domain, DriveAddress, PciAddress};
 
-/// The highest SCSI target of a virtio-scsi controller (QEMU, `VIRTIO_SCSI_MAX_TARGET`).
-const MAX_SCSI_TARGET: u32 = 255;
-/// The highest LUN behind one (QEMU, `VIRTIO_SCSI_MAX_LUN`).
-const MAX_SCSI_UNIT: u32 = 16_383;
 /// The model of a controller that we add: plain `virtio-scsi` is modern behind a PCIe root port and
 /// transitional on conventional PCI.
 pub const CONTROLLER_MODEL: &str = "virtio-scsi";
@@ -77,7 +74,8 @@ pub struct Views {
 }
 
 impl Views {
-    fn all(&self) -> impl Iterator<Item = &Domain> {
+    /// Both, the running one first.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Domain> {
         self.live.iter().chain(&self.config)
     }
 }
@@ -409,147 +407,6 @@ fn complete(
         return Err(taken());
     }
     Ok(Placement { target: disk.target, address, controller, needs, dac_keep })
-}
-
-fn free_target(views: &Views, bus: Bus, pending: &BTreeSet<String>) -> String {
-    let prefix = match bus {
-        Bus::Scsi => "sd",
-        Bus::Virtio => "vd",
-    };
-    let taken = |name: &String| {
-        pending.contains(name) || views.all().any(|v| v.disks.iter().any(|d| &d.target == name))
-    };
-    (0..)
-        .map(|n| format!("{prefix}{}", letters(n)))
-        .find(|name| !taken(name))
-        .expect("there are more names than disks")
-}
-
-/// 0 is `a`, 25 `z`, 26 `aa`: as the kernel and libvirt number disks.
-fn letters(mut n: u32) -> String {
-    let mut name = Vec::new();
-    loop {
-        name.push(char::from(b'a' + u8::try_from(n % 26).unwrap_or(0)));
-        if n < 26 {
-            return name.iter().rev().collect();
-        }
-        n = n / 26 - 1;
-    }
-}
-
-/// A free place on a virtio-scsi controller that all views have, or on one to be added.
-fn place_scsi(
-    views: &Views,
-    needs: Needs,
-) -> Result<(DiskAddress, Option<NewController>), PlanError> {
-    let mut virtio: BTreeSet<u32> = BTreeSet::new();
-    let mut other: BTreeSet<u32> = BTreeSet::new();
-    let mut unknown = None;
-    for controller in views.all().flat_map(|v| &v.scsi) {
-        match controller.is_virtio() {
-            Some(true) => {
-                virtio.insert(controller.index);
-            }
-            Some(false) => {
-                other.insert(controller.index);
-            }
-            None => {
-                other.insert(controller.index);
-                unknown = Some(controller);
-            }
-        }
-    }
-    for &index in virtio.difference(&other) {
-        let Some(address) = free_drive(views, index) else { continue };
-        let lacks = |view: &Option<Domain>| {
-            view.as_ref().is_some_and(|v| v.scsi.iter().all(|c| c.index != index))
-        };
-        let missing = Needs { live: lacks(&views.live), config: lacks(&views.config) };
-        let controller = if missing.any() {
-            Some(NewController { index, address: free_slot(views, Bus::Scsi)?, needs: missing })
-        } else {
-            None
-        };
-        return Ok((DiskAddress::Drive(address), controller));
-    }
-    if let (true, Some(c)) = (virtio.is_empty(), unknown) {
-        return Err(PlanError::UnknownController {
-            index: c.index,
-            model: c.model.clone().unwrap_or_default(),
-        });
-    }
-    // Also none that a device refers to though it is not there.
-    other.extend(views.all().flat_map(|v| &v.scsi_used).map(|a| a.controller));
-    let index = (0..).find(|i| !virtio.contains(i) && !other.contains(i)).unwrap_or(u32::MAX);
-    let controller = NewController { index, address: free_slot(views, Bus::Scsi)?, needs };
-    let address = DriveAddress { controller: index, bus: 0, target: 0, unit: 0 };
-    Ok((DiskAddress::Drive(address), Some(controller)))
-}
-
-/// A free place on a virtio-scsi controller: a target of its own and LUN 0, as long as there are
-/// targets.
-///
-/// A guest scans that the most reliably: on a hotplug event for LUN 0 Linux scans the whole target
-/// (`virtscsi_handle_transport_reset`), at boot it looks for LUN 0 of every target first, and a
-/// driver that goes by REPORT LUNS of LUN 0 finds one that is never pulled from under a neighbour.
-/// libvirt itself places disks at target 0, units 0 to 15, so those stay apart from ours. Only when
-/// all 256 targets are taken do further LUNs of a target come into use.
-fn free_drive(views: &Views, controller: u32) -> Option<DriveAddress> {
-    let used: BTreeSet<(u32, u32)> = views
-        .all()
-        .flat_map(|v| &v.scsi_used)
-        .filter(|a| a.controller == controller)
-        .map(|a| (a.target, a.unit))
-        .collect();
-    let busy: BTreeSet<u32> = used.iter().map(|(target, _)| *target).collect();
-    let at = |target, unit| DriveAddress { controller, bus: 0, target, unit };
-    (0..=MAX_SCSI_TARGET).find(|t| !busy.contains(t)).map(|t| at(t, 0)).or_else(|| {
-        (1..=MAX_SCSI_UNIT)
-            .flat_map(|unit| (0..=MAX_SCSI_TARGET).map(move |target| (target, unit)))
-            .find(|place| !used.contains(place))
-            .map(|(target, unit)| at(target, unit))
-    })
-}
-
-/// A PCI slot that can be plugged into while the guest runs: the one slot of a PCIe root or
-/// downstream port, or a slot of a conventional PCI bus. On pcie-root itself nothing can.
-fn free_slot(views: &Views, bus: Bus) -> Result<PciAddress, PlanError> {
-    let used: BTreeSet<(u32, u32)> = views
-        .all()
-        .flat_map(|v| &v.pci_used)
-        .filter(|a| a.domain == 0)
-        .map(|a| (a.bus, a.slot))
-        .collect();
-    let mut slots: Option<BTreeSet<(u32, u32)>> = None;
-    for view in views.all() {
-        let here: BTreeSet<_> = view.pci.iter().flat_map(pluggable_slots).collect();
-        slots = Some(match slots {
-            None => here,
-            Some(before) => before.intersection(&here).copied().collect(),
-        });
-    }
-    let slots = slots.unwrap_or_default();
-    match slots.iter().find(|slot| !used.contains(slot)) {
-        Some(&(bus, slot)) => Ok(PciAddress { domain: 0, bus, slot, function: 0 }),
-        None => Err(PlanError::NoFreeAddress {
-            bus,
-            what: "PCI slot or PCIe root port that can be plugged into",
-            total: slots.len(),
-            taken: slots.len(),
-        }),
-    }
-}
-
-fn pluggable_slots(controller: &super::xml::PciController) -> Vec<(u32, u32)> {
-    let slots = match controller.model.as_str() {
-        _ if !controller.hotplug => 0..0,
-        "pcie-root-port" | "pcie-switch-downstream-port" => 0..1,
-        // Slot 1 is the PIIX3 and slot 2 the first video card's, also where the XML has none.
-        "pci-root" => 3..32,
-        "pci-bridge" => 1..32,
-        _ => 0..0,
-    };
-    slots.map(|slot| (controller.index, slot)).collect()
 }
 
 #[cfg(test)]

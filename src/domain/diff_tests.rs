@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::domain::place::letters;
 use crate::domain::{template, xml};
 
 const KUBEVIRT: &str = include_str!("fixtures/kubevirt-q35.xml");

@@ -14,6 +14,7 @@
 pub mod apply;
 pub mod diff;
 pub mod guest;
+mod place;
 pub mod template;
 pub mod xml;
 

@@ -179,8 +179,9 @@ impl LibvirtError {
             {
                 Self::NoConnect { endpoint: endpoint.to_owned(), message }
             }
-            // The client library's words for a connection that is gone.
-            sys::VIR_ERR_INTERNAL_ERROR if message.contains("client socket is closed") => {
+            // The client library's own: "client socket is closed", "connection closed due to
+            // keepalive timeout", "received hangup event on socket" (virnetclient.c).
+            sys::VIR_ERR_INTERNAL_ERROR if domain == sys::VIR_FROM_RPC => {
                 Self::NoConnect { endpoint: endpoint.to_owned(), message }
             }
             code => Self::Other { code, message },

@@ -60,10 +60,14 @@ impl Handle {
         uri: &str,
         events: EventSender,
         alive: Arc<AtomicBool>,
+        keepalive: bool,
     ) -> Result<Self, Error> {
         let connect = Connect::open(Some(uri))?;
-        // Not offered by every driver (test:///): then a dead peer is noticed by the deadlines.
-        let _ = connect.set_keep_alive(5, 3);
+        if keepalive {
+            // Every 5 s, gone after 3 unanswered ones. Not offered by every driver (test:///): then a
+            // dead peer is noticed by the deadlines.
+            let _ = connect.set_keep_alive(5, 3);
+        }
         let listener = Arc::new(Listener { events, alive });
         let mut handle = Self { connect, callbacks: Vec::new(), closing: false };
         handle.register_close(&listener);
@@ -309,8 +313,9 @@ unsafe extern "C" fn on_lifecycle(
 unsafe extern "C" fn on_close(_: sys::virConnectPtr, _reason: c_int, opaque: *mut c_void) {
     // SAFETY: as in `tell`.
     let listener = unsafe { &*opaque.cast_const().cast::<Listener>() };
-    listener.alive.store(false, Ordering::Release);
-    listener.events.disconnected();
+    if listener.alive.swap(false, Ordering::AcqRel) {
+        listener.events.disconnected();
+    }
 }
 
 unsafe extern "C" fn release(opaque: *mut c_void) {

@@ -8,7 +8,9 @@
 //! A call that does not return within its deadline is abandoned, keeps its place among the
 //! connection's workers, and is counted ([`Connection::stuck_calls`]); when all places are taken by
 //! such calls, further ones fail at once with [`LibvirtError::TimedOut`] while other connections go
-//! on. Worker threads are detached: none holds up the end of the process.
+//! on. Worker threads are detached: none holds up the end of the process. A connection that
+//! [`Connection::is_alive`] denies is to be made anew; with a libvirt client library before 10.4 that
+//! is so after any call that timed out (CVE-2024-4418, see `real`).
 //!
 //! All that libvirt needs of `unsafe` is in `ffi`.
 

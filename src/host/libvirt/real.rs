@@ -21,6 +21,18 @@ use super::{
 /// so more would only queue up in the daemon.
 const PLACES: usize = 4;
 
+/// Whether libvirt's client library bears calls at the same time and keepalive.
+///
+/// Before 10.4 it does not (CVE-2024-4418): a wait for a reply that is ended by anything but data,
+/// that is by another thread's call or by a keepalive timer, leaves a pointer to its dead stack
+/// behind, and the next data crash the process. A pod that holds up its libvirtd and lets it go
+/// again does that at will. There, one call at a time and no keepalive keep to the path without that
+/// fault; a daemon that hangs is then noticed by the calls' own deadlines alone.
+pub(super) fn client_is_sound() -> bool {
+    const FIXED: u32 = 10_004_000;
+    virt::connect::Connect::version().is_ok_and(|version| version >= FIXED)
+}
+
 /// libvirt as it is on this host.
 #[derive(Debug, Default)]
 pub struct RealHypervisor;
@@ -33,14 +45,17 @@ impl Hypervisor for RealHypervisor {
         deadline: Duration,
     ) -> Result<Arc<dyn Connection>, LibvirtError> {
         let name: Arc<str> = endpoint.name.as_str().into();
-        let workers = Workers::new(&name, PLACES);
+        let sound = client_is_sound();
+        let workers = Workers::new(&name, if sound { PLACES } else { 1 });
         let events = EventSender::default();
         let alive = Arc::new(AtomicBool::new(true));
         let handle = {
             let (endpoint, events, alive) = (endpoint.clone(), events.clone(), Arc::clone(&alive));
-            workers.run("connect", deadline, move || open(&endpoint, &events, &alive)).await?
+            workers
+                .run("connect", deadline, move || open(&endpoint, &events, &alive, sound))
+                .await?
         };
-        Ok(Arc::new(RealConnection { name, handle, workers, events, alive }))
+        Ok(Arc::new(RealConnection { name, handle, workers, events, alive, sound }))
     }
 }
 
@@ -49,10 +64,11 @@ fn open(
     endpoint: &Endpoint,
     events: &EventSender,
     alive: &Arc<AtomicBool>,
+    keepalive: bool,
 ) -> Result<Closer, LibvirtError> {
     ffi::start_event_loop().map_err(|message| LibvirtError::Other { code: 0, message })?;
     let attempt = |instance| {
-        Handle::open(&uri(endpoint, instance), events.clone(), Arc::clone(alive))
+        Handle::open(&uri(endpoint, instance), events.clone(), Arc::clone(alive), keepalive)
             .map_err(|e| convert(&endpoint.name, &e))
     };
     let opened = match attempt(endpoint.instance) {
@@ -114,6 +130,7 @@ struct RealConnection {
     workers: Workers,
     events: EventSender,
     alive: Arc<AtomicBool>,
+    sound: bool,
 }
 
 impl RealConnection {
@@ -124,21 +141,48 @@ impl RealConnection {
         deadline: Duration,
         work: impl FnOnce(&Handle) -> Result<T, virt::error::Error> + Send + 'static,
     ) -> Result<T, LibvirtError> {
-        let Some(handle) = self.handle.0.clone() else {
+        let handle = self.handle.0.clone().filter(|_| self.is_alive());
+        let Some(handle) = handle else {
             return Err(LibvirtError::NoConnect {
                 endpoint: self.name.to_string(),
-                message: "closed".into(),
+                message: "the connection is gone".into(),
             });
         };
-        let name = Arc::clone(&self.name);
+        let (name, gone) = (Arc::clone(&self.name), self.gone());
         // Should the caller be gone by then, the last reference must not be dropped in between.
         let handle = Closer(Some(handle));
-        self.workers
-            .run(call, deadline, move || match &handle.0 {
-                Some(open) => work(open).map_err(|e| convert(&name, &e)),
-                None => Err(LibvirtError::Other { code: 0, message: "closed".into() }),
+        let result = self
+            .workers
+            .run(call, deadline, move || {
+                let Some(open) = &handle.0 else {
+                    return Err(LibvirtError::Other { code: 0, message: "closed".into() });
+                };
+                work(open).map_err(|e| {
+                    let error = convert(&name, &e);
+                    // With several calls waiting on a daemon that hangs, keepalive fails one of
+                    // them and forgets the close callback (seen with libvirt 9.0).
+                    if error.is_disconnect() {
+                        gone();
+                    }
+                    error
+                })
             })
-            .await
+            .await;
+        // With the one place taken for good, the connection is of no more use.
+        if !self.sound && matches!(result, Err(LibvirtError::TimedOut { stuck: 1.., .. })) {
+            self.gone()();
+        }
+        result
+    }
+
+    /// Tells everybody, once, that the connection is gone.
+    fn gone(&self) -> impl Fn() + Send + use<> {
+        let (events, alive) = (self.events.clone(), Arc::clone(&self.alive));
+        move || {
+            if alive.swap(false, Ordering::AcqRel) {
+                events.disconnected();
+            }
+        }
     }
 
     /// Runs `work` with a domain on a worker.

@@ -45,7 +45,8 @@ async fn lifecycle_events_come_through_the_event_loop() {
     let c = connect().await;
     let mut events = c.events("test");
     ffi::start_event_loop().unwrap();
-    let handle = Handle::open("test:///default", EventSender::default(), Arc::default()).unwrap();
+    let handle =
+        Handle::open("test:///default", EventSender::default(), Arc::default(), false).unwrap();
     // All connections to "default" in this process share its state.
     std::thread::spawn(move || {
         let domain = handle.connect().lookup_domain_by_name("test").unwrap();

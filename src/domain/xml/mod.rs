@@ -4,11 +4,13 @@
 //! error names the element. Element and attribute names are those of libvirt's
 //! docs/formatdomain.rst.
 
+mod addresses;
+mod raw;
+
 use std::collections::BTreeSet;
 
-use quick_xml::Reader;
-use quick_xml::events::{BytesStart, Event};
-use serde::Deserialize;
+use addresses::addresses;
+use raw::{RawChannel, RawDomain};
 
 /// A domain's XML cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -199,290 +201,13 @@ pub fn parse(xml: &str) -> Result<Domain, XmlError> {
     })
 }
 
-#[derive(Deserialize)]
-struct RawDomain {
-    name: String,
-    os: RawOs,
-    devices: RawDevices,
-    #[serde(default)]
-    seclabel: Vec<RawSeclabel>,
-}
-
-#[derive(Deserialize)]
-struct RawOs {
-    #[serde(rename = "type")]
-    kind: RawOsType,
-}
-
-#[derive(Deserialize)]
-struct RawOsType {
-    #[serde(rename = "@machine")]
-    machine: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct RawSeclabel {
-    #[serde(rename = "@model")]
-    model: Option<String>,
-    #[serde(rename = "@relabel")]
-    relabel: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct RawDevices {
-    #[serde(default)]
-    disk: Vec<RawDisk>,
-    #[serde(default)]
-    controller: Vec<RawController>,
-    #[serde(default)]
-    channel: Vec<RawChannel>,
-}
-
-#[derive(Deserialize)]
-struct RawDisk {
-    #[serde(rename = "@device")]
-    device: Option<String>,
-    alias: Option<RawAlias>,
-    target: Option<RawTarget>,
-    serial: Option<String>,
-    source: Option<RawSource>,
-    address: Option<RawAddress>,
-    readonly: Option<Empty>,
-    shareable: Option<Empty>,
-}
-
-#[derive(Deserialize)]
-struct Empty {}
-
-#[derive(Deserialize)]
-struct RawAlias {
-    #[serde(rename = "@name")]
-    name: String,
-}
-
-#[derive(Deserialize)]
-struct RawTarget {
-    #[serde(rename = "@dev")]
-    dev: Option<String>,
-    #[serde(rename = "@bus")]
-    bus: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct RawSource {
-    #[serde(rename = "@dev")]
-    dev: Option<String>,
-    #[serde(rename = "@file")]
-    file: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct RawController {
-    #[serde(rename = "@type")]
-    kind: String,
-    #[serde(rename = "@index")]
-    index: Option<String>,
-    #[serde(rename = "@model")]
-    model: Option<String>,
-    #[serde(rename = "target", default)]
-    targets: Vec<RawControllerTarget>,
-}
-
-#[derive(Deserialize)]
-struct RawControllerTarget {
-    #[serde(rename = "@hotplug")]
-    hotplug: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct RawChannel {
-    #[serde(default)]
-    target: Vec<RawChannelTarget>,
-}
-
-#[derive(Deserialize, Clone)]
-struct RawChannelTarget {
-    #[serde(rename = "@name")]
-    name: Option<String>,
-    #[serde(rename = "@state")]
-    state: Option<String>,
-}
-
-#[derive(Deserialize, Default)]
-struct RawAddress {
-    #[serde(rename = "@type")]
-    kind: Option<String>,
-    #[serde(rename = "@controller")]
-    controller: Option<String>,
-    #[serde(rename = "@domain")]
-    domain: Option<String>,
-    #[serde(rename = "@bus")]
-    bus: Option<String>,
-    #[serde(rename = "@target")]
-    target: Option<String>,
-    #[serde(rename = "@unit")]
-    unit: Option<String>,
-    #[serde(rename = "@slot")]
-    slot: Option<String>,
-    #[serde(rename = "@function")]
-    function: Option<String>,
-}
-
-/// libvirt writes numbers of addresses in decimal or as `0x..`, and leaves zeros out at times.
-fn number(text: Option<&str>) -> Option<u32> {
-    match text {
-        None => Some(0),
-        Some(t) => match t.strip_prefix("0x") {
-            Some(hex) => u32::from_str_radix(hex, 16).ok(),
-            None => t.parse().ok(),
-        },
-    }
-}
-
-impl RawAddress {
-    fn bad(&self, of: &str) -> XmlError {
-        XmlError::Unsupported {
-            element: format!("<address type='{}'> of {of}", self.kind.as_deref().unwrap_or("")),
-            why: "its numbers cannot be read",
-        }
-    }
-
-    fn drive(&self, of: &str) -> Result<DriveAddress, XmlError> {
-        let read = || {
-            Some(DriveAddress {
-                controller: number(self.controller.as_deref())?,
-                bus: number(self.bus.as_deref())?,
-                target: number(self.target.as_deref())?,
-                unit: number(self.unit.as_deref())?,
-            })
-        };
-        read().ok_or_else(|| self.bad(of))
-    }
-
-    fn pci(&self, of: &str) -> Result<PciAddress, XmlError> {
-        let read = || {
-            Some(PciAddress {
-                domain: number(self.domain.as_deref())?,
-                bus: number(self.bus.as_deref())?,
-                slot: number(self.slot.as_deref())?,
-                function: number(self.function.as_deref())?,
-            })
-        };
-        read().ok_or_else(|| self.bad(of))
-    }
-}
-
-impl RawDisk {
-    fn check(self) -> Result<Disk, XmlError> {
-        let alias = self.alias.map(|a| a.name);
-        let unsupported = |why| XmlError::Unsupported {
-            element: format!("<disk> {}", alias.as_deref().unwrap_or("without alias")),
-            why,
-        };
-        let target = self.target.ok_or_else(|| unsupported("a disk without a target"))?;
-        let dev = target.dev.ok_or_else(|| unsupported("a disk whose target has no name"))?;
-        let bus = target.bus.ok_or_else(|| unsupported("a disk whose target has no bus"))?;
-        let drive = match &self.address {
-            Some(a) if a.kind.as_deref() == Some("drive") => Some(a.drive(&dev)?),
-            _ => None,
-        };
-        let pci = match &self.address {
-            Some(a) if a.kind.as_deref() == Some("pci") => Some(a.pci(&dev)?),
-            _ => None,
-        };
-        Ok(Disk {
-            alias,
-            target: dev,
-            bus,
-            device: self.device.unwrap_or_else(|| "disk".into()),
-            serial: self.serial.filter(|s| !s.is_empty()),
-            source: self.source.and_then(|s| s.dev.or(s.file)),
-            readonly: self.readonly.is_some(),
-            shareable: self.shareable.is_some(),
-            drive,
-            pci,
-        })
-    }
-}
-
-impl RawController {
-    fn index(&self) -> Result<u32, XmlError> {
-        number(self.index.as_deref()).ok_or_else(|| XmlError::Unsupported {
-            element: format!("<controller type='{}'>", self.kind),
-            why: "its index is not a number",
-        })
-    }
-}
-
-#[derive(Default)]
-struct Used {
-    pci: BTreeSet<PciAddress>,
-    drive: BTreeSet<DriveAddress>,
-}
-
-/// The addresses of all devices, whatever they are: `domain/devices/*/address`. Deeper ones (a host
-/// device's source) are the host's, not the guest's. Disks' drive addresses are left to the caller,
-/// who knows their bus.
-fn addresses(xml: &str) -> Result<Used, XmlError> {
-    let mut reader = Reader::from_str(xml);
-    let mut path: Vec<String> = Vec::new();
-    let mut used = Used::default();
-    loop {
-        match reader.read_event().map_err(|e| XmlError::Malformed(Box::new(e)))? {
-            Event::Start(tag) => {
-                note_address(&path, &tag, &mut used)?;
-                path.push(tag.name().as_ref().to_owned());
-            }
-            Event::Empty(tag) => note_address(&path, &tag, &mut used)?,
-            Event::End(_) => {
-                path.pop();
-            }
-            Event::Eof => return Ok(used),
-            _ => {}
-        }
-    }
-}
-
-fn note_address(path: &[String], tag: &BytesStart<'_>, used: &mut Used) -> Result<(), XmlError> {
-    let [domain, devices, device] = path else { return Ok(()) };
-    if tag.name().as_ref() != "address" || domain != "domain" || devices != "devices" {
-        return Ok(());
-    }
-    let mut raw = RawAddress::default();
-    for attribute in tag.attributes() {
-        let attribute = attribute.map_err(|e| XmlError::Malformed(Box::new(e)))?;
-        let value = Some(attribute.value.clone().into_owned());
-        match attribute.key.as_ref() {
-            "type" => raw.kind = value,
-            "controller" => raw.controller = value,
-            "domain" => raw.domain = value,
-            "bus" => raw.bus = value,
-            "target" => raw.target = value,
-            "unit" => raw.unit = value,
-            "slot" => raw.slot = value,
-            "function" => raw.function = value,
-            _ => {}
-        }
-    }
-    match raw.kind.as_deref() {
-        Some("pci") => {
-            used.pci.insert(raw.pci(device)?);
-        }
-        Some("drive") if device != "disk" => {
-            used.drive.insert(raw.drive(device)?);
-        }
-        _ => {}
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_kubevirt_domain_is_read() {
-        let d = parse(include_str!("fixtures/kubevirt-q35.xml")).unwrap();
+        let d = parse(include_str!("../fixtures/kubevirt-q35.xml")).unwrap();
         assert_eq!((d.name.as_str(), d.machine.as_str()), ("default_vm1", "pc-q35-rhel9.6.0"));
         assert_eq!(d.disks.len(), 4);
         let a = d.disk("ua-data-a").unwrap();
@@ -511,7 +236,7 @@ mod tests {
 
     #[test]
     fn an_i440fx_domain_is_read() {
-        let d = parse(include_str!("fixtures/plain-i440fx.xml")).unwrap();
+        let d = parse(include_str!("../fixtures/plain-i440fx.xml")).unwrap();
         assert_eq!(d.disks[1].source, None, "a network source has no path");
         assert_eq!(d.scsi[0].is_virtio(), Some(false));
         assert!(d.scsi_used.is_empty(), "an IDE drive is not on SCSI");

@@ -1,0 +1,72 @@
+//! Which addresses are taken, by devices of any kind.
+
+use std::collections::BTreeSet;
+
+use quick_xml::Reader;
+use quick_xml::events::{BytesStart, Event};
+
+use super::raw::RawAddress;
+use super::{DriveAddress, PciAddress, XmlError};
+
+/// Addresses that are taken.
+#[derive(Default)]
+pub(super) struct Used {
+    pub(super) pci: BTreeSet<PciAddress>,
+    pub(super) drive: BTreeSet<DriveAddress>,
+}
+
+/// The addresses of all devices, whatever they are: `domain/devices/*/address`. Deeper ones (a host
+/// device's source) are the host's, not the guest's. Disks' drive addresses are left to the caller,
+/// who knows their bus.
+pub(super) fn addresses(xml: &str) -> Result<Used, XmlError> {
+    let mut reader = Reader::from_str(xml);
+    let mut path: Vec<String> = Vec::new();
+    let mut used = Used::default();
+    loop {
+        match reader.read_event().map_err(|e| XmlError::Malformed(Box::new(e)))? {
+            Event::Start(tag) => {
+                note_address(&path, &tag, &mut used)?;
+                path.push(tag.name().as_ref().to_owned());
+            }
+            Event::Empty(tag) => note_address(&path, &tag, &mut used)?,
+            Event::End(_) => {
+                path.pop();
+            }
+            Event::Eof => return Ok(used),
+            _ => {}
+        }
+    }
+}
+
+fn note_address(path: &[String], tag: &BytesStart<'_>, used: &mut Used) -> Result<(), XmlError> {
+    let [domain, devices, device] = path else { return Ok(()) };
+    if tag.name().as_ref() != "address" || domain != "domain" || devices != "devices" {
+        return Ok(());
+    }
+    let mut raw = RawAddress::default();
+    for attribute in tag.attributes() {
+        let attribute = attribute.map_err(|e| XmlError::Malformed(Box::new(e)))?;
+        let value = Some(attribute.value.clone().into_owned());
+        match attribute.key.as_ref() {
+            "type" => raw.kind = value,
+            "controller" => raw.controller = value,
+            "domain" => raw.domain = value,
+            "bus" => raw.bus = value,
+            "target" => raw.target = value,
+            "unit" => raw.unit = value,
+            "slot" => raw.slot = value,
+            "function" => raw.function = value,
+            _ => {}
+        }
+    }
+    match raw.kind.as_deref() {
+        Some("pci") => {
+            used.pci.insert(raw.pci(device)?);
+        }
+        Some("drive") if device != "disk" => {
+            used.drive.insert(raw.drive(device)?);
+        }
+        _ => {}
+    }
+    Ok(())
+}

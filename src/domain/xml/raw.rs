@@ -1,0 +1,220 @@
+//! A domain's XML as serde reads it, and its checks.
+
+use serde::Deserialize;
+
+use super::{Disk, DriveAddress, PciAddress, XmlError};
+
+#[derive(Deserialize)]
+pub(super) struct RawDomain {
+    pub(super) name: String,
+    pub(super) os: RawOs,
+    pub(super) devices: RawDevices,
+    #[serde(default)]
+    pub(super) seclabel: Vec<RawSeclabel>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawOs {
+    #[serde(rename = "type")]
+    pub(super) kind: RawOsType,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawOsType {
+    #[serde(rename = "@machine")]
+    pub(super) machine: Option<String>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawSeclabel {
+    #[serde(rename = "@model")]
+    pub(super) model: Option<String>,
+    #[serde(rename = "@relabel")]
+    pub(super) relabel: Option<String>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawDevices {
+    #[serde(default)]
+    pub(super) disk: Vec<RawDisk>,
+    #[serde(default)]
+    pub(super) controller: Vec<RawController>,
+    #[serde(default)]
+    pub(super) channel: Vec<RawChannel>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawDisk {
+    #[serde(rename = "@device")]
+    pub(super) device: Option<String>,
+    pub(super) alias: Option<RawAlias>,
+    pub(super) target: Option<RawTarget>,
+    pub(super) serial: Option<String>,
+    pub(super) source: Option<RawSource>,
+    pub(super) address: Option<RawAddress>,
+    pub(super) readonly: Option<Empty>,
+    pub(super) shareable: Option<Empty>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Empty {}
+
+#[derive(Deserialize)]
+pub(super) struct RawAlias {
+    #[serde(rename = "@name")]
+    pub(super) name: String,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawTarget {
+    #[serde(rename = "@dev")]
+    pub(super) dev: Option<String>,
+    #[serde(rename = "@bus")]
+    pub(super) bus: Option<String>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawSource {
+    #[serde(rename = "@dev")]
+    pub(super) dev: Option<String>,
+    #[serde(rename = "@file")]
+    pub(super) file: Option<String>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawController {
+    #[serde(rename = "@type")]
+    pub(super) kind: String,
+    #[serde(rename = "@index")]
+    pub(super) index: Option<String>,
+    #[serde(rename = "@model")]
+    pub(super) model: Option<String>,
+    #[serde(rename = "target", default)]
+    pub(super) targets: Vec<RawControllerTarget>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawControllerTarget {
+    #[serde(rename = "@hotplug")]
+    pub(super) hotplug: Option<String>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawChannel {
+    #[serde(default)]
+    pub(super) target: Vec<RawChannelTarget>,
+}
+
+#[derive(Deserialize, Clone)]
+pub(super) struct RawChannelTarget {
+    #[serde(rename = "@name")]
+    pub(super) name: Option<String>,
+    #[serde(rename = "@state")]
+    pub(super) state: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+pub(super) struct RawAddress {
+    #[serde(rename = "@type")]
+    pub(super) kind: Option<String>,
+    #[serde(rename = "@controller")]
+    pub(super) controller: Option<String>,
+    #[serde(rename = "@domain")]
+    pub(super) domain: Option<String>,
+    #[serde(rename = "@bus")]
+    pub(super) bus: Option<String>,
+    #[serde(rename = "@target")]
+    pub(super) target: Option<String>,
+    #[serde(rename = "@unit")]
+    pub(super) unit: Option<String>,
+    #[serde(rename = "@slot")]
+    pub(super) slot: Option<String>,
+    #[serde(rename = "@function")]
+    pub(super) function: Option<String>,
+}
+
+/// libvirt writes numbers of addresses in decimal or as `0x..`, and leaves zeros out at times.
+pub(super) fn number(text: Option<&str>) -> Option<u32> {
+    match text {
+        None => Some(0),
+        Some(t) => match t.strip_prefix("0x") {
+            Some(hex) => u32::from_str_radix(hex, 16).ok(),
+            None => t.parse().ok(),
+        },
+    }
+}
+
+impl RawAddress {
+    fn bad(&self, of: &str) -> XmlError {
+        XmlError::Unsupported {
+            element: format!("<address type='{}'> of {of}", self.kind.as_deref().unwrap_or("")),
+            why: "its numbers cannot be read",
+        }
+    }
+
+    pub(super) fn drive(&self, of: &str) -> Result<DriveAddress, XmlError> {
+        let read = || {
+            Some(DriveAddress {
+                controller: number(self.controller.as_deref())?,
+                bus: number(self.bus.as_deref())?,
+                target: number(self.target.as_deref())?,
+                unit: number(self.unit.as_deref())?,
+            })
+        };
+        read().ok_or_else(|| self.bad(of))
+    }
+
+    pub(super) fn pci(&self, of: &str) -> Result<PciAddress, XmlError> {
+        let read = || {
+            Some(PciAddress {
+                domain: number(self.domain.as_deref())?,
+                bus: number(self.bus.as_deref())?,
+                slot: number(self.slot.as_deref())?,
+                function: number(self.function.as_deref())?,
+            })
+        };
+        read().ok_or_else(|| self.bad(of))
+    }
+}
+
+impl RawDisk {
+    pub(super) fn check(self) -> Result<Disk, XmlError> {
+        let alias = self.alias.map(|a| a.name);
+        let unsupported = |why| XmlError::Unsupported {
+            element: format!("<disk> {}", alias.as_deref().unwrap_or("without alias")),
+            why,
+        };
+        let target = self.target.ok_or_else(|| unsupported("a disk without a target"))?;
+        let dev = target.dev.ok_or_else(|| unsupported("a disk whose target has no name"))?;
+        let bus = target.bus.ok_or_else(|| unsupported("a disk whose target has no bus"))?;
+        let drive = match &self.address {
+            Some(a) if a.kind.as_deref() == Some("drive") => Some(a.drive(&dev)?),
+            _ => None,
+        };
+        let pci = match &self.address {
+            Some(a) if a.kind.as_deref() == Some("pci") => Some(a.pci(&dev)?),
+            _ => None,
+        };
+        Ok(Disk {
+            alias,
+            target: dev,
+            bus,
+            device: self.device.unwrap_or_else(|| "disk".into()),
+            serial: self.serial.filter(|s| !s.is_empty()),
+            source: self.source.and_then(|s| s.dev.or(s.file)),
+            readonly: self.readonly.is_some(),
+            shareable: self.shareable.is_some(),
+            drive,
+            pci,
+        })
+    }
+}
+
+impl RawController {
+    pub(super) fn index(&self) -> Result<u32, XmlError> {
+        number(self.index.as_deref()).ok_or_else(|| XmlError::Unsupported {
+            element: format!("<controller type='{}'>", self.kind),
+            why: "its index is not a number",
+        })
+    }
+}

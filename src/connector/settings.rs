@@ -55,9 +55,9 @@ pub struct IscsiSettings {
     pub noop_interval: u32,
     /// See above.
     pub noop_timeout: u32,
-    /// `login_timeout` of one try (default 10).
+    /// `login_timeout` of one try (default 5).
     pub login_timeout: u32,
-    /// `initial_login_retry_max` (default 2): with the above it bounds a login to a dead portal.
+    /// `initial_login_retry_max` (default 3): times the above it bounds a login to a dead portal.
     pub login_retries: u32,
 }
 
@@ -68,8 +68,8 @@ impl Default for IscsiSettings {
             replacement_timeout_single: 120,
             noop_interval: 5,
             noop_timeout: 5,
-            login_timeout: 10,
-            login_retries: 2,
+            login_timeout: 5,
+            login_retries: 3,
         }
     }
 }

@@ -8,16 +8,15 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tracing::Instrument;
 
-use super::login::{Made, Progress};
+use super::base::agree;
+use super::login::Progress;
 use super::records::LoginError;
 use super::scan::Proven;
 use super::session::{self, Session};
-use super::{Inner, Job, agree};
+use super::{Inner, Job};
 use crate::connector::error::Error;
-use crate::connector::lease::{Lease, PathLease, User};
-use crate::connector::scsi::{self, ScsiPath};
+use crate::connector::scsi::ScsiPath;
 use crate::connector::settings::ms;
-use crate::connector::{Attachment, DetachOptions, Expect, multipath};
 use crate::types::Portal;
 
 /// What came together in time.
@@ -29,7 +28,7 @@ pub(super) struct Gathered {
     /// One of them was there before, with a map above it.
     pub(super) had_map: bool,
     /// Portals that may still come.
-    late: Vec<(Portal, Option<Progress>)>,
+    pub(super) late: Vec<(Portal, Option<Progress>)>,
 }
 
 type Came = (Portal, Result<Session, LoginError>);
@@ -96,7 +95,26 @@ impl Inner {
         }
         all.sessions.abort_all();
         self.finish_walks(job, &mut all).await;
-        all.result(job)
+        match all.result(job) {
+            Err(Error::NoSession { target, source }) => {
+                let source = self.diagnose(job, source).await;
+                Err(Error::NoSession { target, source })
+            }
+            other => other,
+        }
+    }
+
+    /// Some targets (LIO) answer a login to an unknown name like one to a service that is down, so
+    /// that iscsid tries until its time is over. The portal itself knows better.
+    async fn diagnose(&self, job: &Job, error: LoginError) -> LoginError {
+        let LoginError::Unreachable { portal, .. } = error else { return error };
+        match self.iscsiadm(&job.source.target).is_exported(portal).await {
+            Some(false) => {
+                let detail = "it answers, but does not list it among its targets".into();
+                LoginError::NotFound { portal, detail }
+            }
+            Some(true) | None => error,
+        }
     }
 
     /// The portals in the order of trying: those with a session first.
@@ -174,143 +192,6 @@ impl Inner {
                 }
             }
         });
-    }
-
-    /// Goes on waiting for portals that did not come in time; what they bring joins the map.
-    pub(super) fn claim_late(self: &Arc<Self>, job: &Job, gathered: Gathered, found: &Attachment) {
-        if !job.multipath {
-            return;
-        }
-        for (portal, progress) in gathered.late {
-            let (inner, mut job) = (self.clone(), job.clone());
-            let wwid = found.device.wwid.clone();
-            job.expect = Expect {
-                wwid: Some(wwid.clone()),
-                size: Some(found.device.size),
-                ..Expect::default()
-            };
-            let span = tracing::info_span!("late", %portal, owner = %job.owner);
-            let late = async move {
-                let waited = inner.await_session(&job.source.target, portal, progress).await;
-                let Ok(session) = waited else { return };
-                if let Err(error) = inner.late_path(&job, portal, &session).await {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::warn!(error, "a late path was not taken");
-                }
-            };
-            self.background(late.instrument(span));
-        }
-    }
-
-    /// The path of a late session, if the volume is still there; undone if it is not the LUN.
-    async fn late_path(
-        self: &Arc<Self>,
-        job: &Job,
-        portal: Portal,
-        session: &Session,
-    ) -> Result<(), Error> {
-        let _lun = self.lun_lock(&job.source).await?;
-        if self.attached(job).await?.is_none() {
-            return Ok(());
-        }
-        let added = match self.path(job, session).await {
-            Ok(proven) => self.add_path(job, portal, proven).await,
-            Err(e) => Err(e),
-        };
-        let Err(cause) = added else { return Ok(()) };
-        match self.drop_path(job, session.hctl(job.source.lun.scsi())).await {
-            Ok(()) => Err(cause),
-            Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
-        }
-    }
-
-    /// Takes a path that was walked to its end after the attach went on without it.
-    async fn take_late(
-        &self,
-        job: &Job,
-        portal: Portal,
-        session: &Session,
-        proven: Proven,
-    ) -> Result<(), Error> {
-        let lun = self.lun_lock(&job.source).await?;
-        match self.attached(job).await? {
-            Some(found) if found.device.wwid == proven.path.identity.wwid => {
-                self.add_path(job, portal, proven).await
-            }
-            _ => {
-                drop(lun);
-                self.reclaim(job, session).await
-            }
-        }
-    }
-
-    /// What the owner has now, by the lease.
-    async fn attached(&self, job: &Job) -> Result<Option<Attachment>, Error> {
-        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
-        Ok(lease.user(&job.owner).and_then(|u| u.attachment.clone()))
-    }
-
-    /// Removes what a scan brought after nobody waited for it any more, unless it is somebody's by
-    /// now; then what was kept for it.
-    pub(super) async fn reclaim(&self, job: &Job, session: &Session) -> Result<(), Error> {
-        let hctl = session.hctl(job.source.lun.scsi());
-        {
-            let _lun = self.lun_lock(&job.source).await?;
-            let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
-            let has = |u: &User| {
-                let used = u.paths.iter().any(|p| p.hctl == hctl && p.seen.is_some());
-                // A later attach of the same LUN sees to it itself.
-                u.lun == job.source.lun && (used || u.attachment.is_none())
-            };
-            if lease.users.iter().any(has) {
-                return Ok(());
-            }
-            let dir = session.device_dir(hctl);
-            self.remove_path(job, &PathLease { hctl, dir, made: true, seen: None }).await?;
-        }
-        self.settle(&job.source.target, &[session.portal]).await.map(drop)
-    }
-
-    /// Removes one path from the host and from the owner's lease.
-    async fn drop_path(&self, job: &Job, hctl: scsi::Hctl) -> Result<(), Error> {
-        let target = job.source.target.as_str();
-        let lease: Lease<Made> = self.leases.load(target).await?;
-        let path = lease.user(&job.owner).and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
-        if let Some(path) = path.filter(|p| p.made) {
-            self.remove_path(job, path).await?;
-        }
-        self.leases
-            .update::<Made, _>(target, |lease| {
-                if let Some(user) = lease.user_mut(&job.owner) {
-                    user.paths.retain(|p| p.hctl != hctl);
-                }
-            })
-            .await
-    }
-
-    /// Removes one path, with a map that multipathd made above it alone.
-    async fn remove_path(&self, job: &Job, path: &PathLease) -> Result<(), Error> {
-        let mut user = job.user();
-        user.paths.push(path.clone());
-        self.remove_device(&user, DetachOptions { force: true }).await
-    }
-
-    /// Makes a late path part of the volume.
-    async fn add_path(&self, job: &Job, portal: Portal, late: Proven) -> Result<(), Error> {
-        let status = late.path.status();
-        self.leases
-            .update::<Made, _>(job.source.target.as_str(), |lease| {
-                let found = lease.user_mut(&job.owner).and_then(|u| u.attachment.as_mut());
-                if let Some(found) = found {
-                    found.paths.retain(|p| p.hctl != status.hctl);
-                    found.paths.push(status);
-                    found.device.paths = u32::try_from(found.paths.len()).unwrap_or(u32::MAX);
-                }
-            })
-            .await?;
-        multipath::nudge(&*self.doors.multipathd, &[late.path]).await?;
-        tracing::info!(%portal, "a late path joined");
-        Ok(())
     }
 }
 

@@ -12,8 +12,10 @@
 //! A LUN has a lock of its own, held for the whole of an attach or detach. The target's lock is
 //! held only while records are written or a logout is made, never while something is waited for.
 
+mod base;
 mod detach;
 mod gather;
+mod late;
 mod login;
 mod observe;
 mod records;
@@ -33,16 +35,16 @@ pub use records::LoginError;
 
 use super::bounded::bounded;
 use super::error::Error;
-use super::identity::{Identity, IdentityError};
-use super::lease::{Claim, Lease, Leases, Made as _, MapLease, User, file_name};
+use super::identity::Identity;
+use super::lease::{Claim, Lease, Leases, Made as _, MapLease, User};
 use super::multipath::{self, Above, Map};
 use super::scsi::{self, ScsiPath};
 use super::settings::{Settings, ms};
 use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect};
-use crate::host::lock::LockGuard;
 use crate::host::storage::StorageDoors;
-use crate::spec::{DeviceStatus, IscsiSource, MultipathPolicy, Source};
+use crate::spec::{IscsiSource, MultipathPolicy, Source};
 use crate::types::{Iqn, Outcome, Portal, VolumeKey};
+use base::describe;
 use gather::Gathered;
 use login::{Logins, Made};
 
@@ -176,6 +178,7 @@ impl Inner {
             && user.lun == source.lun
             && let Some(found) = self.still_right(user, &request.expect).await?
         {
+            self.heal(request, source, &found).await;
             return Ok(Outcome::Already(found));
         }
         if let Some(user) = before.as_ref().filter(|u| u.lun != source.lun) {
@@ -212,7 +215,7 @@ impl Inner {
         self.refuse_holders(job, &gathered.paths, map.as_ref()).await?;
         let attachment = describe(&gathered.paths, map.as_ref());
         self.complete(job, &gathered, &attachment).await?;
-        self.claim_late(job, gathered, &attachment);
+        self.claim_late(job, gathered.late, &attachment);
         Ok(attachment)
     }
 
@@ -313,9 +316,7 @@ impl Inner {
         if multipath::alive(&*self.doors.multipathd).await.is_err() {
             return Ok(None);
         }
-        if job.policy != MultipathPolicy::Off {
-            multipath::decide(&self.doors, &self.settings, paths).await?;
-        }
+        multipath::decide(&self.doors, &self.settings, paths).await?;
         match multipath::above(&*self.doors.sysfs, paths).await? {
             Above::Nothing => Ok(None),
             Above::Partial(map) | Above::Whole(map) => {
@@ -390,66 +391,5 @@ impl Inner {
             self.settle(&job.source.target, &job.source.portals).await?;
         }
         Ok(())
-    }
-
-    async fn lun_lock(&self, source: &IscsiSource) -> Result<Box<dyn LockGuard>, Error> {
-        let name = file_name(&format!("{} {}", source.target, source.lun));
-        Ok(self.doors.rundir.lock(&format!("luns/{name}"), ms(self.settings.lock_ms)).await?)
-    }
-
-    async fn target_lock(&self, target: &Iqn) -> Result<Box<dyn LockGuard>, Error> {
-        let name = format!("targets/{}", file_name(target.as_str()));
-        Ok(self.doors.rundir.lock(&name, ms(self.settings.lock_ms)).await?)
-    }
-
-    /// Runs a task that outlives the call that begins it.
-    fn background(&self, task: impl Future<Output = ()> + Send + 'static) {
-        struct Running(watch::Sender<usize>);
-        impl Drop for Running {
-            fn drop(&mut self) {
-                self.0.send_modify(|n| *n -= 1);
-            }
-        }
-        self.running.send_modify(|n| *n += 1);
-        let running = Running(self.running.clone());
-        tokio::spawn(async move {
-            let _running = running;
-            task.await;
-        });
-    }
-}
-
-/// The device to give away, with all that is known of it.
-fn describe(paths: &[ScsiPath], map: Option<&Map>) -> Attachment {
-    let first = &paths[0];
-    let (dev, diskseq) = match map {
-        Some(map) => (map.dev, map.diskseq),
-        None => (first.disk.dev, first.disk.diskseq),
-    };
-    Attachment {
-        device: DeviceStatus {
-            dev,
-            wwid: first.identity.wwid.clone(),
-            size: first.disk.size,
-            map: map.map(|m| m.name.clone()),
-            paths: u32::try_from(paths.len()).unwrap_or(u32::MAX),
-        },
-        diskseq,
-        paths: paths.iter().map(ScsiPath::status).collect(),
-    }
-}
-
-/// All paths must be the same LUN, of the same size.
-fn agree(paths: &[ScsiPath]) -> Result<(), IdentityError> {
-    let what = |p: &ScsiPath| format!("{} with {} bytes", p.identity.wwid, p.disk.size);
-    let Some((first, rest)) = paths.split_first() else { return Ok(()) };
-    match rest.iter().find(|p| what(p) != what(first)) {
-        None => Ok(()),
-        Some(other) => Err(IdentityError::Disagree {
-            one_at: first.hctl.to_string(),
-            one: what(first),
-            other_at: other.hctl.to_string(),
-            other: what(other),
-        }),
     }
 }

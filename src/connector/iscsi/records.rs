@@ -18,6 +18,9 @@ const MARK: [(&str, &str); 2] = [
     ("node.session.err_timeo.host_reset_timeout", "61"),
 ];
 
+/// How long a portal may take to list its targets: long enough for one that is there.
+const DISCOVERY: std::time::Duration = std::time::Duration::from_secs(3);
+
 /// A login did not lead to a session.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LoginError {
@@ -206,6 +209,17 @@ impl Iscsiadm<'_> {
     pub(crate) async fn is_marked(&self, portal: Portal) -> Result<bool, Error> {
         let out = self.node(Some(portal), &["-o", "show"]).await?;
         Ok(out.code == Some(0) && is_marked(&out.stdout))
+    }
+
+    /// Whether the portal lists the target; `None` where it cannot be asked. Nothing is recorded.
+    pub(crate) async fn is_exported(&self, portal: Portal) -> Option<bool> {
+        let at = portal.to_string();
+        let args = ["-m", "discovery", "-t", "st", "-p", at.as_str(), "-o", "nonpersistent"];
+        let out = self.doors.commands.run(Tool::Iscsiadm, &args, DISCOVERY).await.ok()?;
+        // `10.0.0.1:3260,1 iqn.2026-01.example:a`, a line for each target and portal.
+        let name = |line: &str| line.rsplit(' ').next().map(str::to_ascii_lowercase);
+        let listed = |line: &str| name(line).as_deref() == Some(self.target.as_str());
+        (out.code == Some(0)).then(|| out.stdout.lines().any(listed))
     }
 
     async fn node(&self, portal: Option<Portal>, args: &[&str]) -> Result<Output, Error> {

@@ -1,5 +1,7 @@
 //! Flows on the simulated SAN.
 
+mod failing;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -462,187 +464,16 @@ async fn a_device_that_the_host_uses_is_not_given_away() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_flush_stops_the_detach_unless_forced() {
+async fn asking_again_tries_the_missing_portal_again() {
     let san = San::new();
-    let before = san.sim.snapshot();
-    let got = san.attach(&request("a", 1, &[2, 3])).await;
-    let attached = san.sim.snapshot();
-    san.sim.faults().inject(fault("blocks.flush", "", FaultAction::Fail("EIO".into())));
-    let error = san.detach("a", 1, &[2, 3]).await.expect_err("stopped");
-    assert_eq!(error.reason(), Reason::FlushFailed);
-    assert_eq!(san.sim.snapshot(), attached);
-    san.sim.faults().clear();
-    san.sim.open(got.device.dev, "qemu[1]");
-    let error = san.detach("a", 1, &[2, 3]).await.expect_err("stopped");
-    assert_eq!(error.reason(), Reason::DeviceHeld);
-    assert_eq!(san.sim.snapshot(), attached);
-    san.sim.release(got.device.dev);
-    san.sim.set_portal(portal(2), PortalState::Dead);
     san.sim.set_portal(portal(3), PortalState::Dead);
-    assert_eq!(san.detach("a", 1, &[2, 3]).await.expect_err("dead").reason(), Reason::FlushFailed);
-    let force = DetachOptions { force: true };
     let r = request("a", 1, &[2, 3]);
-    san.connector.detach(&r.owner, &r.source, force).await.expect("forced");
-    assert_eq!(san.sim.snapshot(), before);
-}
-
-#[tokio::test(start_paused = true)]
-async fn calls_that_never_return_meet_their_deadline() {
-    for (point, detail, reason) in [
-        ("sysfs.write", "scan", Reason::DeadlineExceeded),
-        ("cmd.run", "--login", Reason::PortalUnreachable),
-        ("cmd.run", "-o new", Reason::DeadlineExceeded),
-        ("iscsidb.records", "", Reason::DeadlineExceeded),
-        ("blocks.openers", "", Reason::DeadlineExceeded),
-        ("rundir.lock", "targets/", Reason::DeadlineExceeded),
-        ("sysfs.read", "vpd_pg83", Reason::DeadlineExceeded),
-    ] {
-        let san = San::new();
-        let before = san.sim.snapshot();
-        san.sim.faults().inject(fault(point, detail, FaultAction::Hang));
-        let r = request("a", 1, &[2, 3]);
-        let error = san.connector.attach(&r).await.expect_err("no end");
-        assert_eq!(error.reason(), reason, "{point} {detail}: {error}");
-        san.connector.settled().await;
-        san.sim.faults().clear();
-        san.detach("a", 1, &[2, 3]).await.expect("cleaned up");
-        assert_eq!(san.sim.snapshot(), before, "{point} {detail}");
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn one_hanging_scan_does_not_hold_up_the_other_path() {
-    let san = San::new();
-    san.sim.faults().inject(fault("sysfs.write", "host3/scan", FaultAction::Hang));
-    let begin = tokio::time::Instant::now();
-    let got = san.attach(&request("a", 1, &[2, 3])).await;
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
-    assert_eq!(got.device.paths, 1);
-}
-
-/// Fails each effect in turn, at every door, and looks that nothing is left.
-#[tokio::test(start_paused = true)]
-async fn whatever_fails_nothing_is_left() {
-    for (point, detail) in [
-        ("cmd.run", "-o new"),
-        ("cmd.run", "-o update"),
-        ("cmd.run", "--login"),
-        ("sysfs.write", "scan"),
-        ("sysfs.read", "vpd_pg83"),
-        ("rundir.store", "claims/"),
-        ("rundir.store", "leases/"),
-        ("multipathd.ask", "add path"),
-        ("blocks.openers", ""),
-    ] {
-        for skip in 0..6 {
-            let san = San::new();
-            let before = san.sim.snapshot();
-            let fail = FaultAction::Fail("exit 6".into());
-            san.sim.faults().inject(Fault { skip, times: Some(1), ..fault(point, detail, fail) });
-            let r = request("a", 1, &[2, 3]);
-            let got = san.connector.attach(&r).await;
-            san.connector.settled().await;
-            san.sim.faults().clear();
-            if got.is_ok() || matches!(got, Err(Error::Undo { .. })) {
-                san.detach("a", 1, &[2, 3]).await.expect("detached");
-            }
-            assert_eq!(san.sim.snapshot(), before, "{point} {detail} {skip}: {got:?}");
-        }
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_device_that_a_scan_brings_long_after_it_was_given_up_is_removed() {
-    let san = San::new();
-    san.attach(&request("keeper", 2, &[2, 3])).await;
-    let before = san.sim.snapshot();
-    san.sim.faults().inject(fault("sysfs.write", "host3/scan", FaultAction::Stall));
-    assert_eq!(san.attach(&request("a", 1, &[2, 3])).await.device.paths, 1);
-    tokio::time::sleep(Duration::from_secs(30)).await;
-    san.detach("a", 1, &[2, 3]).await.expect("detached");
-    assert_eq!(san.sim.snapshot(), before);
-    san.sim.faults().clear();
+    assert_eq!(san.attach(&r).await.device.paths, 1);
     san.connector.settled().await;
-    assert_eq!(san.sim.snapshot(), before);
-}
-
-/// Ends the attach at each step as a kill does, and looks that a new daemon's detach cleans up.
-#[tokio::test(start_paused = true)]
-async fn after_a_kill_at_any_step_a_detach_leaves_nothing() {
-    for point in
-        ["cmd.run", "sysfs.write", "sysfs.read", "rundir.store", "multipathd.ask", "blocks.openers"]
-    {
-        for skip in 0..40 {
-            let san = San::new();
-            let before = san.sim.snapshot();
-            let stop = Fault { skip, times: Some(1), ..fault(point, "", FaultAction::Hang) };
-            san.sim.faults().inject(stop);
-            let r = request("a", 1, &[2, 3]);
-            // Shorter than any deadline: the call hangs, and the daemon is killed meanwhile.
-            let attach = san.connector.attach(&r);
-            let ended = tokio::time::timeout(Duration::from_millis(900), attach).await;
-            san.connector.settled().await;
-            san.sim.faults().clear();
-            let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
-            let san = San { sim: san.sim, connector };
-            san.connector.sweep().await.expect("swept");
-            san.detach("a", 1, &[2, 3]).await.expect("detached");
-            assert_eq!(san.sim.snapshot(), before, "{point} {skip} {ended:?}");
-        }
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_detach_that_was_killed_at_any_step_is_finished_by_the_next() {
-    for point in [
-        "cmd.run",
-        "sysfs.write",
-        "sysfs.read",
-        "rundir.store",
-        "rundir.remove",
-        "multipathd.ask",
-        "multipathd.forget",
-        "blocks.flush",
-    ] {
-        for skip in 0..40 {
-            let san = San::new();
-            let before = san.sim.snapshot();
-            san.attach(&request("a", 1, &[2, 3])).await;
-            let stop = Fault { skip, times: Some(1), ..fault(point, "", FaultAction::Hang) };
-            san.sim.faults().inject(stop);
-            let ended =
-                tokio::time::timeout(Duration::from_millis(900), san.detach("a", 1, &[2, 3])).await;
-            san.connector.settled().await;
-            san.sim.faults().clear();
-            let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
-            let san = San { sim: san.sim, connector };
-            san.detach("a", 1, &[2, 3]).await.expect("detached");
-            assert_eq!(san.sim.snapshot(), before, "{point} {skip} {ended:?}");
-        }
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_lun_that_the_array_took_away_or_swapped_needs_force_to_go() {
-    for swapped in [false, true] {
-        let san = San::new();
-        let before = san.sim.snapshot();
-        let got = san.attach(&request("a", 1, &[2, 3])).await;
-        if swapped {
-            san.sim.replace_lun(&target(), lun(1), SimLun::new(wwid(99), GIB));
-            let doors = &san.connector.inner.doors;
-            for path in &got.paths {
-                let rescan = format!("bus/scsi/devices/{}/rescan", path.hctl);
-                doors.sysfs.write(&rescan, "1").await.expect("rescanned");
-            }
-            let error = san.detach("a", 1, &[2, 3]).await.expect_err("swapped");
-            assert_eq!(error.reason(), Reason::IdentityChanged, "{error}");
-        } else {
-            san.sim.remove_lun(&target(), lun(1));
-        }
-        let r = request("a", 1, &[2, 3]);
-        let force = DetachOptions { force: true };
-        san.connector.detach(&r.owner, &r.source, force).await.expect("forced");
-        assert_eq!(san.sim.snapshot(), before);
-    }
+    san.sim.set_portal(portal(3), PortalState::Alive);
+    assert!(!san.connector.attach(&r).await.expect("attached").changed());
+    san.connector.settled().await;
+    assert_eq!(san.attach(&r).await.device.paths, 2);
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    assert_eq!((san.count("session"), san.count("record"), san.count("run")), (0, 0, 0));
 }

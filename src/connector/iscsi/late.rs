@@ -1,0 +1,197 @@
+//! Paths that come after the attach is done: taken into the map, or undone.
+
+use std::sync::Arc;
+
+use tracing::Instrument;
+
+use super::login::{Made, Progress};
+use super::scan::Proven;
+use super::session::Session;
+use super::{Inner, Job};
+use crate::connector::error::Error;
+use crate::connector::lease::{Lease, PathLease, User};
+use crate::connector::{AttachRequest, Attachment, DetachOptions, Expect, multipath, scsi};
+use crate::spec::IscsiSource;
+use crate::types::Portal;
+
+impl Inner {
+    /// Begins the login again at portals that an attached volume has no path by; what comes joins
+    /// in the background. That it fails changes nothing for the volume.
+    pub(super) async fn heal(
+        self: &Arc<Self>,
+        request: &AttachRequest,
+        source: &IscsiSource,
+        found: &Attachment,
+    ) {
+        if found.device.map.is_none() || found.paths.len() >= source.portals.len() {
+            return;
+        }
+        let begun = async {
+            let job = self.job(request, source).await?;
+            let missing = self.missing(&job, found).await?;
+            let mut progress = self.log_in(&source.target, &missing, job.multipath).await?;
+            let late = missing.into_iter().map(|p| (p, progress.remove(&p))).collect();
+            self.claim_late(&job, late, found);
+            Ok::<(), Error>(())
+        };
+        if let Err(error) = begun.await {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "missing paths could not be tried again");
+        }
+    }
+
+    /// The portals by which there is no path.
+    async fn missing(&self, job: &Job, found: &Attachment) -> Result<Vec<Portal>, Error> {
+        let sessions = super::session::of_target(&*self.doors.sysfs, &job.source.target).await?;
+        let lun = job.source.lun.scsi();
+        let has = |p: &Portal| {
+            sessions.iter().filter(|s| s.portal == *p).any(|s| {
+                let hctl = s.hctl(lun).to_string();
+                found.paths.iter().any(|path| path.hctl == hctl)
+            })
+        };
+        Ok(job.source.portals.iter().copied().filter(|p| !has(p)).collect())
+    }
+
+    /// Goes on waiting for portals that did not come in time; what they bring joins the map.
+    pub(super) fn claim_late(
+        self: &Arc<Self>,
+        job: &Job,
+        late: Vec<(Portal, Option<Progress>)>,
+        found: &Attachment,
+    ) {
+        if !job.multipath {
+            return;
+        }
+        for (portal, progress) in late {
+            let (inner, mut job) = (self.clone(), job.clone());
+            let wwid = found.device.wwid.clone();
+            job.expect = Expect {
+                wwid: Some(wwid.clone()),
+                size: Some(found.device.size),
+                ..Expect::default()
+            };
+            let span = tracing::info_span!("late", %portal, owner = %job.owner);
+            let late = async move {
+                let waited = inner.await_session(&job.source.target, portal, progress).await;
+                let Ok(session) = waited else { return };
+                if let Err(error) = inner.late_path(&job, portal, &session).await {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "a late path was not taken");
+                }
+            };
+            self.background(late.instrument(span));
+        }
+    }
+
+    /// The path of a late session, if the volume is still there; undone if it is not the LUN.
+    async fn late_path(
+        self: &Arc<Self>,
+        job: &Job,
+        portal: Portal,
+        session: &Session,
+    ) -> Result<(), Error> {
+        let _lun = self.lun_lock(&job.source).await?;
+        if self.attached(job).await?.is_none() {
+            return Ok(());
+        }
+        let added = match self.path(job, session).await {
+            Ok(proven) => self.add_path(job, portal, proven).await,
+            Err(e) => Err(e),
+        };
+        let Err(cause) = added else { return Ok(()) };
+        match self.drop_path(job, session.hctl(job.source.lun.scsi())).await {
+            Ok(()) => Err(cause),
+            Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
+        }
+    }
+
+    /// Takes a path that was walked to its end after the attach went on without it.
+    pub(super) async fn take_late(
+        &self,
+        job: &Job,
+        portal: Portal,
+        session: &Session,
+        proven: Proven,
+    ) -> Result<(), Error> {
+        let lun = self.lun_lock(&job.source).await?;
+        match self.attached(job).await? {
+            Some(found) if found.device.wwid == proven.path.identity.wwid => {
+                self.add_path(job, portal, proven).await
+            }
+            _ => {
+                drop(lun);
+                self.reclaim(job, session).await
+            }
+        }
+    }
+
+    /// What the owner has now, by the lease.
+    async fn attached(&self, job: &Job) -> Result<Option<Attachment>, Error> {
+        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+        Ok(lease.user(&job.owner).and_then(|u| u.attachment.clone()))
+    }
+
+    /// Removes what a scan brought after nobody waited for it any more, unless it is somebody's by
+    /// now; then what was kept for it.
+    pub(super) async fn reclaim(&self, job: &Job, session: &Session) -> Result<(), Error> {
+        let hctl = session.hctl(job.source.lun.scsi());
+        {
+            let _lun = self.lun_lock(&job.source).await?;
+            let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+            let has = |u: &User| {
+                let used = u.paths.iter().any(|p| p.hctl == hctl && p.seen.is_some());
+                // A later attach of the same LUN sees to it itself.
+                u.lun == job.source.lun && (used || u.attachment.is_none())
+            };
+            if lease.users.iter().any(has) {
+                return Ok(());
+            }
+            let dir = session.device_dir(hctl);
+            self.remove_path(job, &PathLease { hctl, dir, made: true, seen: None }).await?;
+        }
+        self.settle(&job.source.target, &[session.portal]).await.map(drop)
+    }
+
+    /// Removes one path from the host and from the owner's lease.
+    async fn drop_path(&self, job: &Job, hctl: scsi::Hctl) -> Result<(), Error> {
+        let target = job.source.target.as_str();
+        let lease: Lease<Made> = self.leases.load(target).await?;
+        let path = lease.user(&job.owner).and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
+        if let Some(path) = path.filter(|p| p.made) {
+            self.remove_path(job, path).await?;
+        }
+        self.leases
+            .update::<Made, _>(target, |lease| {
+                if let Some(user) = lease.user_mut(&job.owner) {
+                    user.paths.retain(|p| p.hctl != hctl);
+                }
+            })
+            .await
+    }
+
+    /// Removes one path, with a map that multipathd made above it alone.
+    async fn remove_path(&self, job: &Job, path: &PathLease) -> Result<(), Error> {
+        let mut user = job.user();
+        user.paths.push(path.clone());
+        self.remove_device(&user, DetachOptions { force: true }).await
+    }
+
+    /// Makes a late path part of the volume.
+    async fn add_path(&self, job: &Job, portal: Portal, late: Proven) -> Result<(), Error> {
+        let status = late.path.status();
+        self.leases
+            .update::<Made, _>(job.source.target.as_str(), |lease| {
+                let found = lease.user_mut(&job.owner).and_then(|u| u.attachment.as_mut());
+                if let Some(found) = found {
+                    found.paths.retain(|p| p.hctl != status.hctl);
+                    found.paths.push(status);
+                    found.device.paths = u32::try_from(found.paths.len()).unwrap_or(u32::MAX);
+                }
+            })
+            .await?;
+        multipath::nudge(&*self.doors.multipathd, &[late.path]).await?;
+        tracing::info!(%portal, "a late path joined");
+        Ok(())
+    }
+}

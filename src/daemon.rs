@@ -183,7 +183,10 @@ async fn install_grants(grants: &Grants, pods: &PodDoors) -> Result<Vec<String>,
             mechanisms.push("cgroup2-override".to_owned());
         }
         Err(error) if has(Hierarchy::V1) => {
-            tracing::warn!(error = Failure::from(error).message, "no grants on cgroup v2; v1 goes on");
+            tracing::warn!(
+                error = Failure::from(error).message,
+                "no grants on cgroup v2; v1 goes on"
+            );
         }
         Err(error) => return Err(Error::Open(error.into())),
     }

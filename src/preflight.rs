@@ -18,6 +18,8 @@ pub trait Facts {
     fn writable_dir(&self, path: &Path) -> io::Result<()>;
     /// Whether files can be written on the filesystem of that path.
     fn writable_fs(&self, path: &Path) -> bool;
+    /// Whether openat2(2) works.
+    fn has_openat2(&self) -> bool;
     /// Whether this process is in the host's PID namespace.
     fn in_host_pid_namespace(&self) -> bool;
     /// Whether this process is in the network namespace of PID 1.
@@ -63,10 +65,33 @@ pub enum Lack {
     /// The network namespace.
     #[error("lunplugd is not in the host's network namespace: set hostNetwork: true in its pod")]
     NetNamespace,
+    /// The udev rule.
+    #[error(
+        "{UDEV_RULE} is in none of {}: the host would look into guests' disks; install it from lunplug's dist directory (docs/operations.md)",
+        UDEV_RULES_D.join(", ")
+    )]
+    UdevRule,
+    /// openat2.
+    #[error(
+        "openat2 does not work: use Linux 5.6 or newer, and no seccomp filter that denies it (systemd's RestrictSUIDSGID= does)"
+    )]
+    Openat2,
     /// sysfs.
     #[error("/sys is read-only: run the container privileged, or mount the host's /sys read-write")]
     Sysfs,
 }
+
+/// The rule that keeps the host from interpreting guests' LUNs, and the name that it has where the
+/// device-mapper rules have low numbers.
+const UDEV_RULE: &str = "59-lunplug.rules";
+const UDEV_RULE_EARLY: &str = "12-lunplug.rules";
+/// Where udev looks for rules (udev(7)).
+const UDEV_RULES_D: [&str; 4] = [
+    "/etc/udev/rules.d",
+    "/run/udev/rules.d",
+    "/usr/local/lib/udev/rules.d",
+    "/usr/lib/udev/rules.d",
+];
 
 /// Everything that is missing.
 pub fn check(config: &Config, facts: &dyn Facts) -> Vec<Lack> {
@@ -89,6 +114,16 @@ pub fn check(config: &Config, facts: &dyn Facts) -> Vec<Lack> {
     }
     if !facts.writable_fs(Path::new("/sys")) {
         lacks.push(Lack::Sysfs);
+    }
+    if !facts.has_openat2() {
+        lacks.push(Lack::Openat2);
+    }
+    let rule = |dir: &&str| {
+        let dir = Path::new(dir);
+        facts.exists(&dir.join(UDEV_RULE)) || facts.exists(&dir.join(UDEV_RULE_EARLY))
+    };
+    if !UDEV_RULES_D.iter().any(|dir| rule(&dir)) {
+        lacks.push(Lack::UdevRule);
     }
     if !facts.has_program("iscsiadm") {
         let package = "open-iscsi (Fedora, RHEL: iscsi-initiator-utils)";
@@ -127,7 +162,11 @@ mod tests {
             self.has(name)
         }
         fn exists(&self, path: &Path) -> bool {
-            self.has(path.to_str().unwrap())
+            self.has(path.file_name().and_then(|n| n.to_str()).unwrap())
+                && self.has(path.to_str().unwrap())
+        }
+        fn has_openat2(&self) -> bool {
+            self.has("openat2")
         }
         fn writable_dir(&self, path: &Path) -> io::Result<()> {
             let refused = || io::Error::from(io::ErrorKind::ReadOnlyFilesystem);
@@ -161,6 +200,8 @@ mod tests {
             (&["/etc/iscsi/initiatorname.iscsi"], "initiatorname.iscsi is missing"),
             (&["/run/lunplug"], "set run_dir to another"),
             (&["/var/lib/lunplug"], "set state_dir to another"),
+            (&["openat2"], "RestrictSUIDSGID"),
+            (&["59-lunplug.rules", "12-lunplug.rules"], "install it from lunplug's dist"),
             (&["/sys"], "mount the host's /sys read-write"),
             (&["pid"], "hostPID: true"),
             (&["net"], "hostNetwork: true"),

@@ -2,6 +2,7 @@
 
 mod bounded;
 pub mod error;
+mod guestlun;
 mod identity;
 pub mod iscsi;
 mod lease;

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{OFlag, OpenHow, openat2};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{AccessFlags, access, geteuid};
 
@@ -60,6 +61,11 @@ impl Facts for System {
 
     fn writable_fs(&self, path: &Path) -> bool {
         statvfs(path).is_ok_and(|fs| !fs.flags().contains(FsFlags::ST_RDONLY))
+    }
+
+    fn has_openat2(&self) -> bool {
+        let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC);
+        openat2(nix::fcntl::AT_FDCWD, "/", how).is_ok()
     }
 
     fn in_host_pid_namespace(&self) -> bool {

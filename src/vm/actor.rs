@@ -14,7 +14,7 @@ use futures_util::FutureExt;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
-use tracing::{Instrument, info, warn};
+use tracing::{Instrument, Span, info, warn};
 
 use super::facade::Refusal;
 use super::failure::Failure;
@@ -91,30 +91,41 @@ pub struct Tools {
     pub max_volumes: usize,
 }
 
-type Reply = oneshot::Sender<Result<Outcome<VolumeStatus>, Refusal>>;
+/// Who asked: the request's span, under which the work nests, and where its answer goes.
+struct Asker {
+    span: Span,
+    reply: oneshot::Sender<Result<Outcome<VolumeStatus>, Refusal>>,
+}
+
+impl Asker {
+    fn answer(self, result: Result<Outcome<VolumeStatus>, Refusal>) {
+        // The asker may have gone; what was taken on is durable.
+        let _ = self.reply.send(result);
+    }
+}
 
 enum Message {
     Add {
         spec: VolumeSpec,
         options: AddOptions,
-        reply: Reply,
+        asker: Asker,
     },
     AddChecked {
         spec: VolumeSpec,
         options: AddOptions,
         checked: Result<(), Refusal>,
-        reply: Reply,
+        asker: Asker,
     },
     Remove {
         name: VolumeName,
         options: RemoveOptions,
-        reply: Reply,
+        asker: Asker,
     },
     RemoveChecked {
         name: VolumeName,
         options: RemoveOptions,
         checked: Result<(), Refusal>,
-        reply: Reply,
+        asker: Asker,
     },
     Attached {
         name: VolumeName,
@@ -158,7 +169,7 @@ impl Handler {
             messages: messages.downgrade(),
         };
         actor.resume().await?;
-        let span = tracing::info_span!("vm", vm = %vm);
+        let span = tracing::info_span!(parent: None, "vm", vm = %vm);
         tokio::spawn(actor.run(mailbox).instrument(span));
         Ok(Self { vm, messages })
     }
@@ -169,7 +180,8 @@ impl Handler {
         spec: VolumeSpec,
         options: AddOptions,
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
-        self.ask(|reply| Message::Add { spec, options, reply }).await?
+        let span = Span::current();
+        self.ask(|reply| Message::Add { spec, options, asker: Asker { span, reply } }).await?
     }
 
     /// Wants a volume no more; see [`super::facade::Volumes::remove_volume`].
@@ -178,7 +190,8 @@ impl Handler {
         name: VolumeName,
         options: RemoveOptions,
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
-        self.ask(|reply| Message::Remove { name, options, reply }).await?
+        let span = Span::current();
+        self.ask(|reply| Message::Remove { name, options, asker: Asker { span, reply } }).await?
     }
 
     /// How many volumes it has, those being removed included.
@@ -214,11 +227,21 @@ struct Volume {
     working: bool,
     attempts: u32,
     timer: Option<AbortHandle>,
+    /// The span of the request that is being worked on; that of nobody after a restart.
+    cause: Span,
 }
 
 impl Volume {
     fn new(stored: StoredVolume, removing: Option<RemoveOptions>) -> Self {
-        Self { stored, removing, failed: false, working: false, attempts: 0, timer: None }
+        Self {
+            stored,
+            removing,
+            failed: false,
+            working: false,
+            attempts: 0,
+            timer: None,
+            cause: Span::none(),
+        }
     }
 }
 
@@ -241,16 +264,15 @@ impl Actor {
             // Ended tasks are only collected here; they have reported by message.
             while self.tasks.try_join_next().is_some() {}
             match message {
-                Message::Add { spec, options, reply } => self.add(spec, options, reply),
-                Message::AddChecked { spec, options, checked, reply } => {
-                    let answer = self.add_checked(spec, options, checked).await;
-                    // The asker may have gone; what was taken on is durable.
-                    let _ = reply.send(answer);
+                Message::Add { spec, options, asker } => self.add(spec, options, asker),
+                Message::AddChecked { spec, options, checked, asker } => {
+                    let answer = self.add_checked(spec, options, checked, &asker.span).await;
+                    asker.answer(answer);
                 }
-                Message::Remove { name, options, reply } => self.remove(name, options, reply),
-                Message::RemoveChecked { name, options, checked, reply } => {
-                    let answer = self.remove_checked(&name, options, checked).await;
-                    let _ = reply.send(answer);
+                Message::Remove { name, options, asker } => self.remove(name, options, asker),
+                Message::RemoveChecked { name, options, checked, asker } => {
+                    let answer = self.remove_checked(&name, options, checked, &asker.span).await;
+                    asker.answer(answer);
                 }
                 Message::Attached { name, result } => self.attached(&name, result).await,
                 Message::Detached { name, result } => self.detached(&name, result).await,
@@ -326,21 +348,21 @@ impl Actor {
 
     // ---- add ----------------------------------------------------------------------------------
 
-    fn add(&mut self, spec: VolumeSpec, options: AddOptions, reply: Reply) {
+    fn add(&mut self, spec: VolumeSpec, options: AddOptions, asker: Asker) {
         match plan::admit_add(&self.known(), &spec, self.tools.max_volumes) {
-            Err(refusal) => drop(reply.send(Err(refusal))),
+            Err(refusal) => asker.answer(Err(refusal)),
             Ok(Admission::Ignore) => {
                 let status = self.status(&spec.name);
                 if !options.dry_run && status.phase == Phase::Pending {
                     self.try_now(&spec.name, options);
                 }
-                let _ = reply.send(Ok(Outcome::Already(status)));
+                asker.answer(Ok(Outcome::Already(status)));
             }
             Ok(Admission::Accept | Admission::Forget) => {
                 let steps = self.tools.steps.clone();
                 self.spawn(async move {
-                    let checked = steps.check_add(&spec).await;
-                    Message::AddChecked { spec, options, checked, reply }
+                    let checked = steps.check_add(&spec).instrument(asker.span.clone()).await;
+                    Message::AddChecked { spec, options, checked, asker }
                 });
             }
         }
@@ -360,6 +382,7 @@ impl Actor {
         spec: VolumeSpec,
         options: AddOptions,
         checked: Result<(), Refusal>,
+        cause: &Span,
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
         checked?;
         // Another request may have been taken since this one was sent off to be checked.
@@ -374,14 +397,15 @@ impl Actor {
         self.tools.desired.put_volume(&self.vm, &stored).await.map_err(Failure::from)?;
         info!(volume = %key.volume, source = stored.spec.source.key(), "volume wanted");
         let status = self.tools.board.open(&key, &stored.spec);
-        self.volumes.insert(key.volume.clone(), Volume::new(stored, None));
+        let volume = Volume { cause: cause.clone(), ..Volume::new(stored, None) };
+        self.volumes.insert(key.volume.clone(), volume);
         self.work(&key.volume);
         Ok(Outcome::Done(status))
     }
 
     // ---- remove -------------------------------------------------------------------------------
 
-    fn remove(&mut self, name: VolumeName, options: RemoveOptions, reply: Reply) {
+    fn remove(&mut self, name: VolumeName, options: RemoveOptions, asker: Asker) {
         let volume = self.volumes.get(&name);
         let known = volume.map(|v| Known {
             spec: v.stored.spec.clone(),
@@ -397,7 +421,7 @@ impl Actor {
                     self.tools.board.phase(&status.key, status.phase);
                     status = self.status(&name);
                 }
-                let _ = reply.send(Ok(Outcome::Already(status)));
+                asker.answer(Ok(Outcome::Already(status)));
             }
             Some(Admission::Forget) => {
                 let status = self.status(&name);
@@ -405,15 +429,15 @@ impl Actor {
                     self.volumes.remove(&name);
                     self.tools.board.close(&status.key);
                 }
-                let _ =
-                    reply.send(Ok(Outcome::Done(VolumeStatus { phase: Phase::Gone, ..status })));
+                asker.answer(Ok(Outcome::Done(VolumeStatus { phase: Phase::Gone, ..status })));
             }
             Some(Admission::Accept) | None => {
                 let steps = self.tools.steps.clone();
                 let spec = known.map(|k| k.spec);
                 self.spawn(async move {
-                    let checked = steps.check_remove(&name, spec.as_ref(), options).await;
-                    Message::RemoveChecked { name, options, checked, reply }
+                    let check = steps.check_remove(&name, spec.as_ref(), options);
+                    let checked = check.instrument(asker.span.clone()).await;
+                    Message::RemoveChecked { name, options, checked, asker }
                 });
             }
         }
@@ -424,6 +448,7 @@ impl Actor {
         name: &VolumeName,
         options: RemoveOptions,
         checked: Result<(), Refusal>,
+        cause: &Span,
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
         let key = self.key(name);
         checked?;
@@ -443,6 +468,7 @@ impl Actor {
         info!(volume = %name, force = options.force, "volume wanted no more");
         volume.removing = Some(options);
         volume.attempts = 0;
+        volume.cause = cause.clone();
         // An attach that is under way is let end; its report starts the detach.
         self.tools.board.phase(&key, Phase::Detaching);
         self.work(name);
@@ -464,8 +490,8 @@ impl Actor {
         let (steps, name) = (self.tools.steps.clone(), name.clone());
         let (stored, removing) = (volume.stored.clone(), volume.removing);
         let span = match removing {
-            None => tracing::info_span!("attach", volume = %name),
-            Some(_) => tracing::info_span!("detach", volume = %name),
+            None => tracing::info_span!(parent: &volume.cause, "attach", volume = %name),
+            Some(_) => tracing::info_span!(parent: &volume.cause, "detach", volume = %name),
         };
         let task = async move {
             match removing {
@@ -496,6 +522,7 @@ impl Actor {
         let AttachFailure { failure, kept } = match result {
             Ok(()) => {
                 volume.attempts = 0;
+                volume.cause = Span::none();
                 volume.stored.accept_new_identity = false;
                 return;
             }

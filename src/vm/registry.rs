@@ -144,7 +144,9 @@ impl Registry {
                 LockError::Io { .. } => Reason::StateStoreFailed,
             };
             let what = match &error {
-                LockError::TimedOut { .. } => format!("VM {id} is served by another lunplugd on this node"),
+                LockError::TimedOut { .. } => {
+                    format!("VM {id} is served by another lunplugd on this node")
+                }
                 LockError::Io { .. } => Failure::of(reason, &error).message,
             };
             Failure::new(reason, what)
@@ -155,7 +157,9 @@ impl Registry {
         let found = self.vms().get(id).cloned();
         found.ok_or_else(|| {
             let message = match &self.settings.node.only_vm {
-                Some(only) if only != id => format!("this lunplugd serves only VM {only}, not {id}"),
+                Some(only) if only != id => {
+                    format!("this lunplugd serves only VM {only}, not {id}")
+                }
                 _ => format!("VM {id} is not registered on this node"),
             };
             Refusal::new(Reason::VmNotFound, message).field("vm")

@@ -3,6 +3,7 @@
 use super::Inner;
 use super::login::Made;
 use crate::connector::error::Error;
+use crate::connector::guestlun;
 use crate::connector::lease::{Lease, MapLease, PathLease, Seen, User};
 use crate::connector::multipath::Map;
 use crate::connector::settings::ms;
@@ -203,8 +204,17 @@ impl Inner {
         }
     }
 
-    /// Deletes a path of ours if it is still the one that it was, and nobody holds it.
+    /// Deletes a path of ours if it is still the one that it was, and nobody holds it; its address
+    /// is nobody's then.
     async fn delete_path(&self, path: &PathLease) -> Result<(), Error> {
+        self.delete_device(path).await?;
+        if scsi::disk(&*self.doors.sysfs, &path.dir).await?.is_none() {
+            guestlun::unmark(&*self.doors.rundir, path.hctl).await?;
+        }
+        Ok(())
+    }
+
+    async fn delete_device(&self, path: &PathLease) -> Result<(), Error> {
         let sysfs = &*self.doors.sysfs;
         let Some(disk) = scsi::disk(sysfs, &path.dir).await? else {
             return self.delete_diskless(path).await;

@@ -7,6 +7,7 @@ use super::login::Made;
 use super::session::Session;
 use super::{Inner, Job};
 use crate::connector::error::Error;
+use crate::connector::guestlun;
 use crate::connector::identity::judge;
 use crate::connector::lease::{Lease, PathLease, Seen};
 use crate::connector::multipath;
@@ -188,6 +189,7 @@ impl Inner {
         let target = job.source.target.to_string();
         let lun = job.source.lun.get();
         self.announce(job, hctl, dir, true, None).await?;
+        guestlun::mark(&*self.doors.rundir, hctl).await?;
         let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.lun_ms));
         let path = format!("class/scsi_host/host{}/scan", hctl.host);
         let value = format!("{} {} {}", hctl.channel, hctl.target, hctl.lun);
@@ -195,6 +197,7 @@ impl Inner {
         wait.restart(ms(self.settings.lun_ms));
         while !self.is_there(dir).await? {
             if !wait.next().await {
+                guestlun::unmark(&*self.doors.rundir, hctl).await?;
                 return Err(Error::LunNotFound { target, lun });
             }
         }

@@ -51,7 +51,9 @@ fn pod_of(endpoint: &str) -> Option<&str> {
 impl SimHost {
     /// The name by which the hypervisor knows a pod's libvirt.
     pub fn endpoint(uid: &str) -> String {
-        format!("{KUBELET_ROOT}/pods/{uid}/volumes/kubernetes.io~empty-dir/libvirt-runtime/libvirt-sock")
+        format!(
+            "{KUBELET_ROOT}/pods/{uid}/volumes/kubernetes.io~empty-dir/libvirt-runtime/libvirt-sock"
+        )
     }
 
     /// Adds a pod with a running domain.

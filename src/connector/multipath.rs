@@ -21,9 +21,6 @@ use super::scsi::{self, Hctl, ScsiPath};
 use super::settings::{Settings, ms};
 use super::wait::Wait;
 
-/// How soon a refused removal is tried again, when no event calls for it earlier.
-const RETRY: std::time::Duration = std::time::Duration::from_millis(200);
-
 /// A device-mapper device as sysfs shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Map {
@@ -273,7 +270,7 @@ pub(crate) async fn remove(
             _ => return Ok(Outcome::Done(())),
         }
         let hopeless = refused.is_some() && Instant::now() >= patience;
-        if hopeless || !wait.next_before(Instant::now() + RETRY).await {
+        if hopeless || !wait.next_before(Instant::now() + scsi::CLOSES).await {
             let why = refused.unwrap_or_else(|| format!("no end within {:?}", ms(settings.map_ms)));
             return Err(Error::DeviceHeld {
                 device: format!("{} ({})", map.kernel, map.name),

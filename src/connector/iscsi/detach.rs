@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use tokio::time::Instant;
+
 use super::Inner;
 use super::login::Made;
 use crate::connector::error::Error;
@@ -262,7 +264,7 @@ impl Inner {
             let Some(holder) = scsi::holder(&self.doors, block, seen.dev, &[]).await? else {
                 return Ok(());
             };
-            if !wait.next().await {
+            if !wait.next_before(Instant::now() + scsi::CLOSES).await {
                 let device = format!("{} ({hctl})", seen.name);
                 return Err(Error::DeviceHeld { device, holder });
             }

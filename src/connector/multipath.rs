@@ -66,7 +66,7 @@ pub(crate) async fn read(sysfs: &dyn Sysfs, kernel: &str) -> Result<Option<Map>,
         let (dev, size) = (text("dev").await?, text("size").await?);
         let diskseq = text("diskseq").await?;
         let slaves = sysfs.entries(&format!("{base}/slaves")).await?;
-        Ok((|| {
+        std::io::Result::Ok((|| {
             Some(Map {
                 kernel: kernel.into(),
                 name: name?,
@@ -78,7 +78,11 @@ pub(crate) async fn read(sysfs: &dyn Sysfs, kernel: &str) -> Result<Option<Map>,
             })
         })())
     };
-    read.await.map_err(Error::io(format!("reading {base}")))
+    match read.await {
+        // dm's attributes answer EINVAL once the device is being freed (dm-sysfs.c, dm_attr_show).
+        Err(e) if e.raw_os_error() == Some(nix::libc::EINVAL) => Ok(None),
+        other => other.map_err(Error::io(format!("reading {base}"))),
+    }
 }
 
 /// The map of that uuid, wherever it is.
@@ -255,19 +259,26 @@ pub(crate) async fn remove(
         return Err(Error::DeviceHeld { device: format!("{} ({})", map.kernel, map.name), holder });
     }
     let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
-    let refused = delete(doors, settings, &map).await?;
+    // udev has a new map open for a moment: a refusal is worth another try, for as long as holders
+    // may need to let go.
+    let patience = Instant::now() + ms(settings.holders_ms);
+    let mut refused = delete(doors, settings, &map).await?;
     loop {
         // `del map` may answer that it is delayed: sysfs is the truth.
         match by_uuid(&*doors.sysfs, uuid).await? {
             Some(now) if now.diskseq == map.diskseq => {}
             _ => return Ok(Outcome::Done(())),
         }
-        if refused.is_some() || !wait.next().await {
-            let why = refused.unwrap_or_else(|| format!("within {:?}", ms(settings.map_ms)));
+        let hopeless = refused.is_some() && Instant::now() >= patience;
+        if hopeless || !wait.next_before(Instant::now() + scsi::CLOSES).await {
+            let why = refused.unwrap_or_else(|| format!("no end within {:?}", ms(settings.map_ms)));
             return Err(Error::DeviceHeld {
                 device: format!("{} ({})", map.kernel, map.name),
-                holder: format!("something that keeps multipathd from removing it: {why}"),
+                holder: format!("something that keeps multipathd from removing it: {}", why.trim()),
             });
+        }
+        if refused.is_some() {
+            refused = delete(doors, settings, &map).await?;
         }
     }
 }

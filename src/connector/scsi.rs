@@ -19,6 +19,10 @@ use super::lease::Seen;
 use super::settings::{Settings, ms};
 use super::wait::Wait;
 
+/// A close makes no event, so whoever waits for one looks this often; udev's helpers have a new
+/// device open for a moment.
+pub(crate) const CLOSES: std::time::Duration = std::time::Duration::from_millis(200);
+
 /// A SCSI address. The LUN is the number as the kernel writes it (see [`crate::types::Lun::scsi`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -331,12 +335,10 @@ pub(crate) async fn await_unheld(
     dev: DevNum,
     ours: &[String],
 ) -> Result<Option<String>, Error> {
-    let end = Instant::now() + ms(settings.holders_ms);
-    // A close makes no event: the wait's own slow look is what sees it.
     let mut wait = Wait::new(&*doors.uevents, ms(settings.holders_ms));
     loop {
         let held = holder(doors, block_dir, dev, ours).await?;
-        if held.is_none() || Instant::now() >= end || !wait.next().await {
+        if held.is_none() || !wait.next_before(Instant::now() + CLOSES).await {
             return Ok(held);
         }
     }

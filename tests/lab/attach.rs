@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::node::{
-    Lab, Lun, VM, add, guest_disk, guest_disks, in_guest, lunplug, refused, remove, same_as, sh,
-    snapshot, until, volume,
+    Lab, Lun, Story, VM, add, guest_disk, guest_disks, in_guest, lunplug, refused, remove, sh,
+    source_of, until, volume,
 };
 
 #[test]
@@ -12,7 +12,7 @@ use crate::node::{
 fn two_paths_carry_data_and_survive_a_dead_portal() {
     Lab::get();
     let lun = Lun::new("attach1", 1, "64M");
-    let before = snapshot();
+    let story = Story::begin();
     add("data", &lun.source(), &["--serial", "Case-Kept_01"]).ok();
 
     let told = volume("data");
@@ -46,7 +46,7 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
     });
     remove("data", &[]).ok();
     assert!(guest_disks().is_empty());
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -54,7 +54,7 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
 fn five_volumes_are_added_at_once_removed_and_added_again() {
     Lab::get();
     let luns: Vec<Lun> = (1..=5).map(|n| Lun::new(&format!("five{n}"), n * 2, "16M")).collect();
-    let before = snapshot();
+    let story = Story::begin();
     let name = |lun: &Lun| format!("vol{}", lun.number);
     for round in 1..=2 {
         std::thread::scope(|scope| {
@@ -74,7 +74,7 @@ fn five_volumes_are_added_at_once_removed_and_added_again() {
         for lun in &luns {
             remove(&name(lun), &[]).ok();
         }
-        same_as(&before);
+        story.nothing_left();
     }
 }
 
@@ -83,9 +83,9 @@ fn five_volumes_are_added_at_once_removed_and_added_again() {
 fn a_dry_run_checks_and_changes_nothing() {
     Lab::get();
     let lun = Lun::new("dry", 3, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     add("dry", &lun.source(), &["--dry-run"]).ok();
-    same_as(&before);
+    story.nothing_left();
     refused(lunplug(&["describe", VM, "dry"]), "VOLUME_NOT_FOUND");
 }
 
@@ -93,10 +93,12 @@ fn a_dry_run_checks_and_changes_nothing() {
 #[ignore = "runs in the lab: hack/test"]
 fn lun_1_is_not_lun_10_and_large_numbers_work() {
     Lab::get();
-    let luns = [Lun::new("one", 1, "16M"), Lun::new("ten", 10, "32M"), Lun::new("far", 256, "48M")];
-    let before = snapshot();
+    // LIO takes the number as it is on the wire: in flat space addressing LUN 256 is 0x4100.
+    let luns =
+        [Lun::new("one", 1, "16M"), Lun::new("ten", 10, "32M"), Lun::new("far", 0x4100, "48M")];
+    let story = Story::begin();
     add("ten", &luns[1].source(), &[]).ok();
-    add("far", &luns[2].source(), &[]).ok();
+    add("far", &source_of(256), &[]).ok();
     assert_eq!(guest_disk("ten").bytes, 32 << 20);
     assert_eq!(guest_disk("far").bytes, 48 << 20);
     add("one", &luns[0].source(), &["--multipath", "required"]).ok();
@@ -105,5 +107,5 @@ fn lun_1_is_not_lun_10_and_large_numbers_work() {
     assert_eq!(guest_disks().len(), 2, "only LUN 1 went");
     remove("ten", &[]).ok();
     remove("far", &[]).ok();
-    same_as(&before);
+    story.nothing_left();
 }

@@ -1,15 +1,14 @@
 //! What is wrong is refused with a code of its own, and leaves nothing behind.
 
 use crate::node::{
-    DOMAIN, Lab, Lun, VM, add, guest_disks, lunplug, refused, same_as, sh, snapshot, source_of,
-    virsh,
+    DOMAIN, Lab, Lun, Story, VM, add, guest_disks, lunplug, refused, sh, source_of, virsh,
 };
 
 #[test]
 #[ignore = "runs in the lab: hack/test"]
 fn each_wrong_source_has_its_own_code() {
     Lab::get();
-    let before = snapshot();
+    let story = Story::begin();
     let iqn = sh("target iqn").ok().trim().to_owned();
     let cases = [
         ("iscsi://127.0.0.2/iqn.26-1.wrong/1".to_owned(), "INVALID_IQN"),
@@ -22,7 +21,7 @@ fn each_wrong_source_has_its_own_code() {
     for (source, code) in cases {
         println!("{source}: {code}");
         refused(add("bad", &source, &[]), code);
-        same_as(&before);
+        story.nothing_left();
     }
     assert!(guest_disks().is_empty());
 }
@@ -31,12 +30,12 @@ fn each_wrong_source_has_its_own_code() {
 #[ignore = "runs in the lab: hack/test"]
 fn a_portal_that_refuses_is_told_and_can_be_given_up() {
     Lab::get();
-    let before = snapshot();
+    let story = Story::begin();
     let iqn = sh("target iqn").ok().trim().to_owned();
     let source = format!("iscsi://127.0.0.9:3260/{iqn}/1");
     refused(add("bad", &source, &["--timeout", "20s"]), "PORTAL_UNREACHABLE");
     crate::node::remove("bad", &[]).ok();
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -44,7 +43,7 @@ fn a_portal_that_refuses_is_told_and_can_be_given_up() {
 fn wrong_names_and_serials_are_refused() {
     Lab::get();
     let lun = Lun::new("names", 1, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     let source = lun.source();
     refused(add("Wrong_Name", &source, &[]), "INVALID_NAME");
     refused(add("data", &source, &["--serial", "has space"]), "INVALID_SERIAL");
@@ -56,7 +55,7 @@ fn wrong_names_and_serials_are_refused() {
     let unknown = ["addvolume", "nobody", "--volume-name", "data", "--source", &source];
     refused(lunplug(&unknown), "VM_NOT_FOUND");
     refused(lunplug(&["removevolume", VM, "--volume-name", "nothing"]), "VOLUME_NOT_FOUND");
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -64,7 +63,7 @@ fn wrong_names_and_serials_are_refused() {
 fn a_serial_of_somebody_elses_disk_is_refused_and_the_disk_not_removed() {
     let lab = Lab::get();
     let lun = Lun::new("theirs", 2, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     let image = format!("{}/theirs.img", lab.hotplug_dir());
     sh(&format!("truncate -s 16M {image} && chmod 666 {image}")).ok();
     let xml = "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/run/kubevirt/hotplug-disks/theirs.img'/><target dev='sdq' bus='scsi'/><serial>data</serial><alias name='ua-theirs'/></disk>";
@@ -78,7 +77,7 @@ fn a_serial_of_somebody_elses_disk_is_refused_and_the_disk_not_removed() {
         guest_disks().is_empty()
     });
     sh(&format!("rm {image}")).ok();
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -86,7 +85,7 @@ fn a_serial_of_somebody_elses_disk_is_refused_and_the_disk_not_removed() {
 fn what_a_pod_plants_in_its_directory_is_never_followed() {
     let lab = Lab::get();
     let lun = Lun::new("planted", 3, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     let node = format!("{}/data", lab.hotplug_dir());
     // A symlink to a file of the host's where the node belongs: replaced, the file untouched.
     sh("echo precious >/root/precious; chmod 600 /root/precious").ok();
@@ -98,14 +97,14 @@ fn what_a_pod_plants_in_its_directory_is_never_followed() {
     sh(&format!("mkdir {node}; touch {node}/file")).ok();
     refused(add("data", &lun.source(), &[]), "NODE_REFUSED");
     sh(&format!("rm -r {node}")).ok();
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
 #[ignore = "runs in the lab: hack/test"]
 fn a_planted_socket_does_not_lead_to_the_hosts_libvirt() {
     let lab = Lab::get();
-    let before = snapshot();
+    let story = Story::begin();
     let runtime = format!(
         "/var/lib/kubelet/pods/{}/volumes/kubernetes.io~empty-dir/libvirt-runtime",
         lab.uid()
@@ -117,12 +116,12 @@ fn a_planted_socket_does_not_lead_to_the_hosts_libvirt() {
     refused(planted, "SOCKET_UNTRUSTED");
     refused(
         lunplug(&["vm", "register", "escape", "--pod-uid", "../../../etc", "--domain", DOMAIN]),
-        "PATH_NOT_ALLOWED",
+        "INVALID_OPTION",
     );
     let gone = "00000000-0000-4000-8000-000000000000";
     refused(
         lunplug(&["vm", "register", "gone", "--pod-uid", gone, "--domain", DOMAIN]),
         "POD_GONE",
     );
-    same_as(&before);
+    story.nothing_left();
 }

@@ -1,7 +1,7 @@
 //! The daemon comes and goes; volumes stay.
 
 use crate::node::{
-    Lab, Lun, VM, add, guest_disk, guest_disks, in_guest, lunplug, remove, same_as, sh, snapshot,
+    Lab, Lun, Story, VM, add, guest_disk, guest_disks, in_guest, lunplug, remove, sh, snapshot,
     volume,
 };
 
@@ -10,7 +10,7 @@ use crate::node::{
 fn volumes_outlive_the_daemon_and_are_removed_by_its_successor() {
     Lab::get();
     let luns = [Lun::new("restart1", 1, "16M"), Lun::new("restart2", 2, "16M")];
-    let before = snapshot();
+    let story = Story::begin();
     add("a", &luns[0].source(), &[]).ok();
     add("b", &luns[1].source(), &["--bus", "virtio"]).ok();
     let attached = snapshot();
@@ -42,7 +42,7 @@ fn volumes_outlive_the_daemon_and_are_removed_by_its_successor() {
     remove("a", &[]).ok();
     remove("b", &[]).ok();
     assert!(guest_disks().is_empty());
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -50,7 +50,7 @@ fn volumes_outlive_the_daemon_and_are_removed_by_its_successor() {
 fn a_daemon_killed_in_mid_attach_converges() {
     Lab::get();
     let lun = Lun::new("killed", 3, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     lunplug(&["addvolume", VM, "--volume-name", "data", "--source", &lun.source(), "--no-wait"])
         .ok();
     sh("systemctl kill -s KILL lunplugd; systemctl start lunplugd").ok();
@@ -60,7 +60,7 @@ fn a_daemon_killed_in_mid_attach_converges() {
     sh("systemctl kill -s KILL lunplugd; systemctl start lunplugd").ok();
     // Either it was gone before the kill, or the successor finishes it.
     let _ = remove("data", &[]);
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]

@@ -1,13 +1,13 @@
 //! The pod may open its volume's device, from the grant to the revoke and not a moment longer.
 
-use crate::node::{Lab, Lun, POD, add, open_in_pod, remove, run, same_as, sh, snapshot, volume};
+use crate::node::{Lab, Lun, POD, Story, add, open_in_pod, remove, run, sh, volume};
 
 #[test]
 #[ignore = "runs in the lab: hack/test"]
 fn a_grant_is_needed_outlives_reloads_and_ends() {
     let lab = Lab::get();
     let lun = Lun::new("grant1", 1, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     add("data", &lun.source(), &[]).ok();
     open_in_pod("data").ok();
 
@@ -32,7 +32,7 @@ fn a_grant_is_needed_outlives_reloads_and_ends() {
     let denied = open_in_pod("planted").fails();
     assert!(denied.stderr.contains("Operation not permitted"), "{}", denied.stderr);
     sh(&format!("rm {other}")).ok();
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -40,7 +40,7 @@ fn a_grant_is_needed_outlives_reloads_and_ends() {
 fn what_is_not_granted_stays_denied() {
     let lab = Lab::get();
     let (granted, other) = (Lun::new("grant2", 2, "16M"), Lun::new("grant3", 3, "16M"));
-    let before = snapshot();
+    let story = Story::begin();
     add("granted", &granted.source(), &[]).ok();
     // The node's own root disk is a device that no pod was given.
     let node = format!("{}/root", lab.hotplug_dir());
@@ -54,5 +54,5 @@ fn what_is_not_granted_stays_denied() {
     run("pod", &["exec", POD, "sh", "-c", &format!("mknod /tmp/own b {dev}")]).fails();
     drop(other);
     remove("granted", &[]).ok();
-    same_as(&before);
+    story.nothing_left();
 }

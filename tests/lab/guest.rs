@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::node::{
-    DOMAIN, Lab, Lun, POD, add, guest_disk, guest_disks, in_guest, refused, remove, run, same_as,
-    sh, snapshot, until, virsh, volume,
+    DOMAIN, Lab, Lun, POD, Story, add, guest_disk, guest_disks, in_guest, refused, remove, run, sh,
+    snapshot, until, virsh, volume,
 };
 
 #[test]
@@ -12,7 +12,7 @@ use crate::node::{
 fn the_host_activates_nothing_of_what_the_guest_writes() {
     Lab::get();
     let (lvm, table) = (Lun::new("lvm", 1, "64M"), Lun::new("table", 2, "64M"));
-    let before = snapshot();
+    let story = Story::begin();
     add("lvm", &lvm.source(), &[]).ok();
     add("table", &table.source(), &[]).ok();
     let attached = snapshot();
@@ -24,7 +24,7 @@ fn the_host_activates_nothing_of_what_the_guest_writes() {
     for round in 1..=2 {
         remove("lvm", &[]).ok();
         remove("table", &[]).ok();
-        same_as(&before);
+        story.nothing_left();
         // Devices appear with the guest's metadata on them: the moment at which hosts used to bite.
         add("lvm", &lvm.source(), &[]).ok();
         add("table", &table.source(), &[]).ok();
@@ -35,7 +35,7 @@ fn the_host_activates_nothing_of_what_the_guest_writes() {
     }
     remove("lvm", &[]).ok();
     remove("table", &[]).ok();
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn the_host_activates_nothing_of_what_the_guest_writes() {
 fn a_mounted_disk_is_not_taken_unless_forced() {
     Lab::get();
     let lun = Lun::new("mounted", 3, "64M");
-    let before = snapshot();
+    let story = Story::begin();
     add("data", &lun.source(), &[]).ok();
     let disk = guest_disk("data").name;
     in_guest(&format!("mkfs.ext4 -q -F /dev/{disk} && mkdir -p /mnt && mount /dev/{disk} /mnt"))
@@ -59,7 +59,7 @@ fn a_mounted_disk_is_not_taken_unless_forced() {
 
     in_guest("umount /mnt").ok();
     remove("data", &[]).ok();
-    same_as(&before);
+    story.nothing_left();
 
     add("data", &lun.source(), &[]).ok();
     let disk = guest_disk("data").name;
@@ -67,7 +67,7 @@ fn a_mounted_disk_is_not_taken_unless_forced() {
     remove("data", &["--force"]).ok();
     in_guest("umount -l /mnt || true").ok();
     assert!(guest_disks().is_empty());
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn a_mounted_disk_is_not_taken_unless_forced() {
 fn a_silent_guest_on_virtio_keeps_its_disk() {
     Lab::get();
     let lun = Lun::new("silent", 4, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     add("data", &lun.source(), &["--bus", "virtio", "--serial", "Virtio-Case"]).ok();
     let disk = guest_disk("Virtio-Case");
     assert_eq!(disk.bytes, 16 << 20);
@@ -90,7 +90,7 @@ fn a_silent_guest_on_virtio_keeps_its_disk() {
     run("guest", &["hotplug", POD, DOMAIN, "on"]).ok();
     // The guest lost the request while it was silent; lunplug makes it again by itself.
     until("the volume is gone", Duration::from_secs(180), || guest_disks().is_empty());
-    until("nothing of it is left", Duration::from_secs(30), || snapshot() == before);
+    until("nothing of it is left", Duration::from_secs(30), || story.is_clean());
     refused(remove("data", &[]), "VOLUME_NOT_FOUND");
 }
 
@@ -99,7 +99,7 @@ fn a_silent_guest_on_virtio_keeps_its_disk() {
 fn without_an_agent_nothing_is_taken_unless_forced() {
     Lab::get();
     let lun = Lun::new("agentless", 6, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     add("data", &lun.source(), &[]).ok();
     // The agent's process is stopped, not ended, so that it can go on afterwards.
     virsh(&[
@@ -111,5 +111,5 @@ fn without_an_agent_nothing_is_taken_unless_forced() {
     until("the agent answers again", Duration::from_secs(120), || in_guest("true").code == 0);
     assert_eq!(volume("data")["phase"], "Ready");
     remove("data", &[]).ok();
-    same_as(&before);
+    story.nothing_left();
 }

@@ -1,25 +1,23 @@
 //! Right device or none: swapped LUNs, stale devices, expectations.
 
-use crate::node::{
-    Lab, Lun, add, guest_disk, guest_disks, refused, remove, same_as, sh, snapshot, volume,
-};
+use crate::node::{Lab, Lun, Story, add, guest_disk, guest_disks, refused, remove, sh, volume};
 
 #[test]
 #[ignore = "runs in the lab: hack/test"]
 fn a_lun_swapped_between_detach_and_attach_is_refused_until_accepted() {
     Lab::get();
     let mut lun = Lun::new("swap1", 1, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     add("data", &lun.source(), &[]).ok();
     remove("data", &[]).ok();
     lun.swap();
     refused(add("data", &lun.source(), &[]), "IDENTITY_CHANGED");
     assert!(guest_disks().is_empty());
-    same_as(&before);
+    story.nothing_left();
     add("data", &lun.source(), &["--accept-new-identity"]).ok();
     assert_eq!(volume("data")["device"]["wwid"], lun.wwid.as_str());
     remove("data", &[]).ok();
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -27,14 +25,14 @@ fn a_lun_swapped_between_detach_and_attach_is_refused_until_accepted() {
 fn an_expected_identity_or_size_is_strict() {
     Lab::get();
     let lun = Lun::new("expect", 2, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     let other = "naa.60014050000000000000000000000001";
     refused(add("data", &lun.source(), &["--wwid", other]), "IDENTITY_MISMATCH");
     refused(add("data", &lun.source(), &["--size", "33554432"]), "IDENTITY_MISMATCH");
-    same_as(&before);
+    story.nothing_left();
     add("data", &lun.source(), &["--wwid", &lun.wwid, "--size", "16777216"]).ok();
     remove("data", &[]).ok();
-    same_as(&before);
+    story.nothing_left();
 }
 
 /// A session of somebody else's, with the LUN scanned before it was swapped: the kernel keeps the
@@ -69,7 +67,7 @@ fn end_foreign_session() {
 fn a_stale_path_is_replaced_when_nobody_holds_it() {
     Lab::get();
     let mut lun = Lun::new("stale1", 4, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     leave_a_stale_path(&mut lun);
     add("data", &lun.source(), &[]).ok();
     assert_eq!(volume("data")["device"]["wwid"], lun.wwid.as_str());
@@ -78,7 +76,7 @@ fn a_stale_path_is_replaced_when_nobody_holds_it() {
     let sessions = sh("iscsiadm -m session").ok();
     assert_eq!(sessions.lines().count(), 1, "the foreign session stays: {sessions}");
     end_foreign_session();
-    same_as(&before);
+    story.nothing_left();
 }
 
 #[test]
@@ -86,7 +84,7 @@ fn a_stale_path_is_replaced_when_nobody_holds_it() {
 fn a_stale_path_that_is_held_is_refused_and_left() {
     Lab::get();
     let mut lun = Lun::new("stale2", 5, "16M");
-    let before = snapshot();
+    let story = Story::begin();
     leave_a_stale_path(&mut lun);
     let path = sh("basename $(ls -d /sys/bus/scsi/devices/*:0:0:5/block/*)").ok().trim().to_owned();
     sh(&format!("dmsetup create holder --table '0 8 linear /dev/{path} 0'")).ok();
@@ -94,5 +92,5 @@ fn a_stale_path_that_is_held_is_refused_and_left() {
     assert!(guest_disks().is_empty());
     sh("dmsetup remove --retry holder").ok();
     end_foreign_session();
-    same_as(&before);
+    story.nothing_left();
 }

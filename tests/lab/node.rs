@@ -67,16 +67,55 @@ pub fn snapshot() -> String {
     sh("snapshot").ok()
 }
 
-/// Asserts that nothing was left since `before` was taken.
-#[track_caller]
-pub fn same_as(before: &str) {
-    let after = snapshot();
-    if after == before {
-        return;
+/// One story: what the node's storage was like before it. Begun after its LUNs were made; a story
+/// that fails takes its volumes away, so that the next begins on a clean node.
+pub struct Story {
+    before: String,
+}
+
+impl Story {
+    #[track_caller]
+    pub fn begin() -> Self {
+        Self { before: snapshot() }
     }
-    std::fs::write("/tmp/before", before).expect("/tmp is writable");
-    std::fs::write("/tmp/after", &after).expect("/tmp is writable");
-    panic!("something was left behind:\n{}", sh("diff -u /tmp/before /tmp/after || true").stdout);
+
+    /// Asserts that nothing was left since the story began.
+    #[track_caller]
+    pub fn nothing_left(&self) {
+        let after = snapshot();
+        if after == self.before {
+            return;
+        }
+        std::fs::write("/tmp/before", &self.before).expect("/tmp is writable");
+        std::fs::write("/tmp/after", &after).expect("/tmp is writable");
+        panic!(
+            "something was left behind:\n{}",
+            sh("diff -u /tmp/before /tmp/after || true").stdout
+        );
+    }
+
+    /// Whether the node is as it was.
+    #[track_caller]
+    pub fn is_clean(&self) -> bool {
+        snapshot() == self.before
+    }
+}
+
+impl Drop for Story {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        println!("lunplugd's last lines:\n{}", sh("daemon log 25").stdout);
+        sh("target portal restore 127.0.0.3; umount -l /mnt 2>/dev/null");
+        run("guest", &["hotplug", POD, DOMAIN, "on"]);
+        let listed = lunplug(&["list", "-o", "json"]).stdout;
+        let volumes: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
+        for name in volumes.iter().filter_map(|v| v["volume"].as_str()) {
+            let ran = remove(name, &["--force"]);
+            println!("cleaning up {name}: {} {}", ran.code, ran.stderr);
+        }
+    }
 }
 
 /// The pod and guest that the stories share, made by the first of them; a target with no LUN.
@@ -177,16 +216,21 @@ pub fn lunplug(args: &[&str]) -> Ran {
     run("lunplug", args)
 }
 
+/// How long the CLI waits, unless the story says.
+fn patience(more: &[&str]) -> &'static [&'static str] {
+    if more.contains(&"--timeout") { &[] } else { &["--timeout", "120s"] }
+}
+
 /// Adds a volume to the shared VM and waits until it is ready.
 pub fn add(name: &str, source: &str, more: &[&str]) -> Ran {
-    let args = ["addvolume", VM, "--volume-name", name, "--source", source, "--timeout", "120s"];
-    lunplug(&[&args[..], more].concat())
+    let args = ["addvolume", VM, "--volume-name", name, "--source", source];
+    lunplug(&[&args[..], more, patience(more)].concat())
 }
 
 /// Removes a volume and waits until it is gone.
 pub fn remove(name: &str, more: &[&str]) -> Ran {
-    let args = ["removevolume", VM, "--volume-name", name, "--timeout", "120s"];
-    lunplug(&[&args[..], more].concat())
+    let args = ["removevolume", VM, "--volume-name", name];
+    lunplug(&[&args[..], more, patience(more)].concat())
 }
 
 /// A volume as the daemon tells it.

@@ -1,6 +1,6 @@
 //! Other places where a VM can be: a pod run by runc, a plain libvirt host.
 
-use crate::node::{Lab, Lun, lunplug, run, same_as, sh, snapshot};
+use crate::node::{Lab, Lun, Story, lunplug, run, sh};
 
 fn disks_of(pod: &str, domain: &str) -> String {
     run("guest", &["disks", pod, domain]).ok()
@@ -15,11 +15,11 @@ fn a_pod_run_by_runc_works_alike() {
     let uid = sh("pod info other | jq -r .uid").ok();
     lunplug(&["vm", "register", "other", "--pod-uid", uid.trim(), "--domain", "default_other"])
         .ok();
-    let before = snapshot();
+    let story = Story::begin();
     lunplug(&["addvolume", "other", "--volume-name", "data", "--source", &lun.source()]).ok();
     let disks = disks_of("other", "default_other");
     lunplug(&["removevolume", "other", "--volume-name", "data"]).ok();
-    same_as(&before);
+    story.nothing_left();
     lunplug(&["vm", "unregister", "other"]).ok();
     sh("guest down other default_other; pod down other").ok();
     assert!(disks.contains(&format!("{} data", 16 << 20)), "{disks}");
@@ -39,7 +39,7 @@ fn a_plain_libvirt_host_works_without_a_pod() {
     std::fs::write("/tmp/plain.xml", PLAIN).expect("/tmp is writable");
     sh("virsh -q -c qemu:///system create /tmp/plain.xml").ok();
     lunplug(&["vm", "register", "plain", "--host", "--domain", "plain"]).ok();
-    let before = snapshot();
+    let story = Story::begin();
     lunplug(&["addvolume", "plain", "--volume-name", "data", "--source", &lun.source()]).ok();
     let xml = sh("virsh -q -c qemu:///system dumpxml plain").ok();
     assert!(xml.contains("ua-lunplug-data"), "{xml}");
@@ -49,7 +49,7 @@ fn a_plain_libvirt_host_works_without_a_pod() {
         "GUEST_UNPROVEN",
     );
     lunplug(&["removevolume", "plain", "--volume-name", "data", "--force"]).ok();
-    same_as(&before);
+    story.nothing_left();
     lunplug(&["vm", "unregister", "plain"]).ok();
     sh("virsh -q -c qemu:///system destroy plain").ok();
 }

@@ -1,5 +1,9 @@
 //! The way back: device, lease, sessions, records. Also the undoing of a failed attach.
 
+use std::collections::BTreeSet;
+
+use tokio::time::Instant;
+
 use super::Inner;
 use super::login::Made;
 use crate::connector::error::Error;
@@ -77,6 +81,7 @@ impl Inner {
             None => None,
         };
         let made = map.as_ref().is_some_and(|m| m.made);
+        let mut maps = BTreeSet::new();
         let swapped = self.swapped(user).await?;
         if let Some(error) = swapped {
             if !options.force {
@@ -84,19 +89,20 @@ impl Inner {
             }
             tracing::warn!(%error, "it goes without a flush, as forced");
         } else {
-            self.flush_device(user, map_device.as_ref(), made, options).await?;
+            self.flush_device(user, map_device.as_ref(), made, options, &mut maps).await?;
         }
-        if let Some(map) = map.as_ref().filter(|m| m.made) {
+        if let Some(map) = map.filter(|m| m.made) {
             multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
+            maps.insert(map.uuid);
         }
         for path in user.paths.iter().filter(|p| p.made) {
-            self.delete_path(path).await?;
+            self.delete_path(user, path, &mut maps).await?;
         }
         // Last: as long as it had a path, multipathd could have written them again.
-        match map.filter(|m| m.made) {
-            Some(map) => multipath::forget(&*self.doors.multipathd, &map.uuid).await,
-            None => Ok(()),
+        for uuid in maps {
+            multipath::forget(&*self.doors.multipathd, &uuid).await?;
         }
+        Ok(())
     }
 
     /// A path that is still the device that it was, but shows another LUN.
@@ -124,6 +130,7 @@ impl Inner {
         map: Option<&Map>,
         made: bool,
         options: DetachOptions,
+        maps: &mut BTreeSet<String>,
     ) -> Result<(), Error> {
         match map {
             Some(map) => {
@@ -135,7 +142,7 @@ impl Inner {
                 }
                 self.flush(map.dev, options).await
             }
-            None => self.flush_paths(user, options).await,
+            None => self.flush_paths(user, options, maps).await,
         }
     }
 
@@ -165,7 +172,12 @@ impl Inner {
             .map(|m| MapLease { uuid: m.uuid, made: true }))
     }
 
-    async fn flush_paths(&self, user: &User, options: DetachOptions) -> Result<(), Error> {
+    async fn flush_paths(
+        &self,
+        user: &User,
+        options: DetachOptions,
+        maps: &mut BTreeSet<String>,
+    ) -> Result<(), Error> {
         for path in &user.paths {
             let Some(seen) = &path.seen else { continue };
             match scsi::disk(&*self.doors.sysfs, &path.dir).await? {
@@ -174,8 +186,8 @@ impl Inner {
             }
             let block = format!("{}/block/{}", path.dir, seen.name);
             if path.made {
-                multipath::part(&self.doors, &self.settings, &seen.name, &block).await?;
-                self.refuse_held(&seen.name, &block, seen.dev).await?;
+                // Its maps go as it goes.
+                self.free_path(user, path.hctl, &block, seen, maps).await?;
             }
             // What was never given away has nothing of anybody's to be written out.
             if user.attachment.is_some() {
@@ -206,15 +218,25 @@ impl Inner {
 
     /// Deletes a path of ours if it is still the one that it was, and nobody holds it; its address
     /// is nobody's then.
-    async fn delete_path(&self, path: &PathLease) -> Result<(), Error> {
-        self.delete_device(path).await?;
+    async fn delete_path(
+        &self,
+        user: &User,
+        path: &PathLease,
+        maps: &mut BTreeSet<String>,
+    ) -> Result<(), Error> {
+        self.delete_device(user, path, maps).await?;
         if scsi::disk(&*self.doors.sysfs, &path.dir).await?.is_none() {
             guestlun::unmark(&*self.doors.rundir, path.hctl).await?;
         }
         Ok(())
     }
 
-    async fn delete_device(&self, path: &PathLease) -> Result<(), Error> {
+    async fn delete_device(
+        &self,
+        user: &User,
+        path: &PathLease,
+        maps: &mut BTreeSet<String>,
+    ) -> Result<(), Error> {
         let sysfs = &*self.doors.sysfs;
         let Some(disk) = scsi::disk(sysfs, &path.dir).await? else {
             return self.delete_diskless(path).await;
@@ -232,10 +254,36 @@ impl Inner {
             },
         };
         let block = format!("{}/block/{}", path.dir, seen.name);
-        multipath::part(&self.doors, &self.settings, &seen.name, &block).await?;
-        self.refuse_held(&format!("{} ({})", seen.name, path.hctl), &block, seen.dev).await?;
+        self.free_path(user, path.hctl, &block, &seen, maps).await?;
         scsi::delete(&self.doors, &self.settings, path.hctl, &path.dir, &seen).await?;
         Ok(())
+    }
+
+    /// Waits until nobody holds a path. multipathd may be about to make a map above it, or to make
+    /// one anew: that is not a holder, it is taken off as it comes.
+    async fn free_path(
+        &self,
+        user: &User,
+        hctl: scsi::Hctl,
+        block: &str,
+        seen: &Seen,
+        maps: &mut BTreeSet<String>,
+    ) -> Result<(), Error> {
+        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.holders_ms));
+        loop {
+            multipath::part(&self.doors, &self.settings, &seen.name, block).await?;
+            if let Some(map) = self.map_above(user).await? {
+                multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
+                maps.insert(map.uuid);
+            }
+            let Some(holder) = scsi::holder(&self.doors, block, seen.dev, &[]).await? else {
+                return Ok(());
+            };
+            if !wait.next_before(Instant::now() + scsi::CLOSES).await {
+                let device = format!("{} ({hctl})", seen.name);
+                return Err(Error::DeviceHeld { device, holder });
+            }
+        }
     }
 
     /// A SCSI device of our scan that has no disk (no medium, or not yet).

@@ -168,7 +168,14 @@ impl Inner {
     /// A scan that hangs on one host does not hold up the other path: it goes on in the background,
     /// where what it brings is left to the lease that announces it.
     async fn finish_walks(self: &Arc<Self>, job: &Job, all: &mut Gathering) {
-        let end = Instant::now() + ms(self.settings.straggler_ms);
+        // Long enough for one that has found a stale device to see whether somebody holds it: that
+        // must fail the attach. A single path needs no second one.
+        let patience = if job.multipath {
+            ms(2 * self.settings.holders_ms + self.settings.straggler_ms)
+        } else {
+            Duration::ZERO
+        };
+        let end = Instant::now() + patience;
         let patient = all.proven.is_empty() || all.fatal.is_some();
         while !all.paths.is_empty() {
             tokio::select! {

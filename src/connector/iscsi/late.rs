@@ -116,10 +116,15 @@ impl Inner {
     ) -> Result<(), Error> {
         let lun = self.lun_lock(&job.source).await?;
         match self.attached(job).await? {
-            Some(found) if found.device.wwid == proven.path.identity.wwid => {
+            Some(found) if job.multipath && found.device.wwid == proven.path.identity.wwid => {
                 self.add_path(job, portal, proven).await
             }
-            _ => {
+            Some(_) => {
+                self.drop_path(job, proven.path.hctl).await?;
+                drop(lun);
+                self.settle(&job.source.target, &[portal]).await.map(drop)
+            }
+            None => {
                 drop(lun);
                 self.reclaim(job, session).await
             }

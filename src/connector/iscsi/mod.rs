@@ -350,7 +350,7 @@ impl Inner {
             if in_use {
                 scsi::stacked(&*self.doors.sysfs, block, ours).await
             } else {
-                scsi::holder(&self.doors, block, dev, ours).await
+                scsi::await_unheld(&self.doors, &self.settings, block, dev, ours).await
             }
         };
         let ours: Vec<String> = map.iter().map(|m| m.kernel.clone()).collect();

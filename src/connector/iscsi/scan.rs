@@ -175,7 +175,9 @@ impl Inner {
                     break; // It is named as the holder by whoever looks next.
                 }
             }
-            if multipath::read(sysfs, &holder).await?.is_some_and(|m| m.slaves.is_empty()) {
+            // multipathd may take the empty map away by itself.
+            let left = multipath::by_uuid(sysfs, &map.uuid).await?;
+            if left.is_none_or(|m| m.slaves.is_empty()) {
                 multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
                 multipath::forget(&*self.doors.multipathd, &map.uuid).await?;
             }

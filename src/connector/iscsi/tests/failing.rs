@@ -57,7 +57,7 @@ async fn one_hanging_scan_does_not_hold_up_the_other_path() {
     san.sim.faults().inject(fault("sysfs.write", "host3/scan", FaultAction::Hang));
     let begin = tokio::time::Instant::now();
     let got = san.attach(&request("a", 1, &[2, 3])).await;
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     assert_eq!(got.device.paths, 1);
 }
 

@@ -99,10 +99,16 @@ impl Inner {
             match verdict {
                 Ok(identity) => {
                     let path = ScsiPath { hctl, dir: dir.into(), disk, raw_wwid, identity };
-                    let above = multipath::above(sysfs, std::slice::from_ref(&path)).await?;
-                    self.announce(job, hctl, dir, ours, Some(path.seen())).await?;
-                    let had_map = above != multipath::Above::Nothing && !ours;
-                    return Ok(Some(Proven { path, had_map }));
+                    match multipath::above(sysfs, std::slice::from_ref(&path)).await {
+                        // It was another LUN before, and multipathd still has it in that one's map.
+                        Err(Error::Map { .. }) if ours => {}
+                        Err(e) => return Err(e),
+                        Ok(above) => {
+                            self.announce(job, hctl, dir, ours, Some(path.seen())).await?;
+                            let had_map = above != multipath::Above::Nothing && !ours;
+                            return Ok(Some(Proven { path, had_map }));
+                        }
+                    }
                 }
                 // It was just read anew and is under somebody's else session: no leftover.
                 Err(e) if !ours => return Err(e.into()),

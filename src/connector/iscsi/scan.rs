@@ -88,6 +88,7 @@ impl Inner {
         let known = lease.user(&job.owner).and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
         // A session of ours scans nothing by itself, so what is under it is ours or left by us.
         let ours = !others && (known.is_some_and(|p| p.made) || lease.made.has(session));
+        let mut leftover = false;
         let before = scsi::raw_wwid(sysfs, dir).await?;
         scsi::rescan(sysfs, dir).await?;
         let (raw_wwid, identity) = scsi::identity(sysfs, hctl, dir).await?;
@@ -100,17 +101,29 @@ impl Inner {
             match verdict {
                 Ok(identity) => {
                     let path = ScsiPath { hctl, dir: dir.into(), disk, raw_wwid, identity };
-                    let above = multipath::above(sysfs, std::slice::from_ref(&path)).await?;
-                    self.announce(job, hctl, dir, ours, Some(path.seen())).await?;
-                    let had_map = above != multipath::Above::Nothing && !ours;
-                    return Ok(Some(Proven { path, had_map }));
+                    // A leftover is not used even if it is right now: udev and multipathd may
+                    // still know it as what it was when they saw it last.
+                    leftover = ours && known.and_then(|p| p.seen.as_ref()) != Some(&path.seen());
+                    if !leftover {
+                        let above = multipath::above(sysfs, std::slice::from_ref(&path)).await?;
+                        self.announce(job, hctl, dir, ours, Some(path.seen())).await?;
+                        let had_map = above != multipath::Above::Nothing && !ours;
+                        return Ok(Some(Proven { path, had_map }));
+                    }
                 }
                 // It was just read anew and is under somebody's else session: no leftover.
                 Err(e) if !ours => return Err(e.into()),
                 Err(_) => {}
             }
         }
-        self.remove_stale(job, &lease, hctl, dir, &before).await.map(|()| None)
+        match self.remove_stale(job, &lease, hctl, dir, &before).await {
+            Ok(()) => Ok(None),
+            // It is what it should be, only used by somebody.
+            Err(Error::StaleDeviceHeld { holder, .. }) if leftover => {
+                Err(Error::DeviceHeld { device: hctl.to_string(), holder })
+            }
+            Err(e) => Err(e),
+        }
     }
 
     /// Removes a device that is not what its address shows now, if nobody holds it.

@@ -330,6 +330,9 @@ async fn a_stale_device_that_is_held_is_named_and_stays() {
         assert_eq!(error.reason(), Reason::StaleDeviceHeld, "{error}");
         assert!(error.to_string().contains("dd[4711]"), "{error}");
         assert!(san.sim.snapshot().contains(":0:0:1 "), "it stays");
+        san.sim.release(dev);
+        assert_eq!(san.attach(&request("a", 1, &[2])).await.device.wwid, wwid(99), "let go of");
+        san.detach("a", 1, &[2]).await.expect("detached");
         assert_eq!(san.connector.owners().await.expect("read"), [owner("keeper")]);
     }
 }

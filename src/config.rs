@@ -98,7 +98,7 @@ impl Default for Log {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// To the journal when systemd connected stderr to it, text otherwise.
+    /// Text; without the time when systemd connected stderr to the journal.
     #[default]
     Auto,
     /// Lines for people, to stderr.

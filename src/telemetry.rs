@@ -36,7 +36,12 @@ pub fn filter(level: &str) -> Result<EnvFilter, Error> {
 pub fn init(log: &Log) -> Result<(), Error> {
     let registry = tracing_subscriber::registry().with(filter(&log.level)?);
     let format = tracing_subscriber::fmt::layer().with_writer(io::stderr);
-    match effective(log.format) {
+    match log.format {
+        // The journal has the time itself. Its own fields would hide what a line is about from
+        // whoever reads plain `journalctl -u lunplugd`.
+        LogFormat::Auto if stderr_is_journal() => {
+            registry.with(format.with_ansi(false).without_time()).try_init()
+        }
         LogFormat::Auto | LogFormat::Text => registry.with(format.with_ansi(false)).try_init(),
         LogFormat::Json => registry.with(format.json()).try_init(),
         LogFormat::Journald => {
@@ -44,14 +49,6 @@ pub fn init(log: &Log) -> Result<(), Error> {
         }
     }
     .map_err(Error::Twice)
-}
-
-fn effective(format: LogFormat) -> LogFormat {
-    match format {
-        LogFormat::Auto if stderr_is_journal() => LogFormat::Journald,
-        LogFormat::Auto => LogFormat::Text,
-        given => given,
-    }
 }
 
 /// systemd names the device and inode of the stream it connected (systemd.exec(5), JOURNAL_STREAM);

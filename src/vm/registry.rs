@@ -52,6 +52,8 @@ pub struct Registry {
     desired: Desired,
     board: Board,
     vms: std::sync::Mutex<BTreeMap<VmId, Arc<Served>>>,
+    /// The lock of a sidecar's VM from its start on, until that is registered.
+    reserved: std::sync::Mutex<Option<Box<dyn LockGuard>>>,
     /// Held while a VM is registered or unregistered; requests to others go on meanwhile.
     changing: Mutex<()>,
 }
@@ -73,8 +75,13 @@ impl Registry {
             desired,
             board: Board::default(),
             vms: std::sync::Mutex::default(),
+            reserved: std::sync::Mutex::default(),
             changing: Mutex::default(),
         });
+        if let Some(only) = &registry.settings.node.only_vm {
+            let lock = registry.lock(only).await?;
+            *registry.reserved() = Some(lock);
+        }
         let wanted = stored.into_iter().filter(|spec| registry.serves(&spec.id));
         let started = join_all(wanted.map(|spec| async {
             let id = spec.id.clone();
@@ -84,9 +91,6 @@ impl Registry {
             match served {
                 Ok(served) => drop(registry.vms().insert(id, Arc::new(served))),
                 Err(failure) if failure.reason == Reason::VmServedElsewhere => {
-                    if registry.settings.node.only_vm.is_some() {
-                        return Err(failure);
-                    }
                     tracing::warn!(vm = %id, message = failure.message, "VM left to another process");
                 }
                 Err(failure) => return Err(failure),
@@ -106,6 +110,10 @@ impl Registry {
         self.vms.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    fn reserved(&self) -> std::sync::MutexGuard<'_, Option<Box<dyn LockGuard>>> {
+        self.reserved.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     fn serves(&self, id: &VmId) -> bool {
         self.settings.node.only_vm.as_ref().is_none_or(|only| only == id)
     }
@@ -121,7 +129,11 @@ impl Registry {
 
     async fn serve(&self, spec: VmSpec) -> Result<Served, Failure> {
         let id = spec.id.clone();
-        let lock = self.lock(&id).await?;
+        let reserved = self.reserved().take();
+        let lock = match reserved {
+            Some(lock) => lock,
+            None => self.lock(&id).await?,
+        };
         let ways = Arc::new(self.ways(spec));
         let tools = Tools {
             steps: ways.clone(),
@@ -228,12 +240,18 @@ impl Volumes for Registry {
         }
         // Checked before the old registration goes, so that a refusal changes nothing.
         self.ways(spec.clone()).check().await?;
+        self.desired.put_vm(&spec).await.map_err(Failure::from)?;
         if let Some(old) = old {
             old.handler.stop(Duration::ZERO).await;
             self.vms().remove(&spec.id);
         }
-        let served = Arc::new(self.serve(spec.clone()).await?);
-        self.desired.put_vm(&spec).await.map_err(Failure::from)?;
+        let served = match self.serve(spec.clone()).await {
+            Ok(served) => Arc::new(served),
+            Err(failure) => {
+                self.desired.delete_vm(&spec.id).await.map_err(Failure::from)?;
+                return Err(failure.into());
+            }
+        };
         tracing::info!(vm = %spec.id, domain = spec.domain, "VM registered");
         self.vms().insert(spec.id, served.clone());
         drop(changing);

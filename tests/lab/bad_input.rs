@@ -33,7 +33,7 @@ fn a_portal_that_refuses_is_told_and_can_be_given_up() {
     let story = Story::begin();
     let iqn = sh("target iqn").ok().trim().to_owned();
     let source = format!("iscsi://127.0.0.9:3260/{iqn}/1");
-    refused(add("bad", &source, &["--timeout", "20s"]), "PORTAL_UNREACHABLE");
+    refused(add("bad", &source, &["--timeout", "60s"]), "PORTAL_UNREACHABLE");
     crate::node::remove("bad", &[]).ok();
     story.nothing_left();
 }
@@ -66,7 +66,7 @@ fn a_serial_of_somebody_elses_disk_is_refused_and_the_disk_not_removed() {
     let story = Story::begin();
     let image = format!("{}/theirs.img", lab.hotplug_dir());
     sh(&format!("truncate -s 16M {image} && chmod 666 {image}")).ok();
-    let xml = "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/run/kubevirt/hotplug-disks/theirs.img'/><target dev='sdq' bus='scsi'/><serial>data</serial><alias name='ua-theirs'/></disk>";
+    let xml = "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/run/kubevirt/hotplug-disks/theirs.img'/><target dev='sdq' bus='scsi'/><address type='drive' controller='0' bus='0' target='200' unit='0'/><serial>data</serial><alias name='ua-theirs'/></disk>";
     std::fs::write("/tmp/theirs.xml", xml).expect("/tmp is writable");
     virsh(&["attach-device", DOMAIN, "/tmp/theirs.xml"]).ok();
     refused(add("data", &lun.source(), &[]), "SERIAL_IN_USE");

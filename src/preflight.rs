@@ -118,11 +118,11 @@ pub fn check(config: &Config, facts: &dyn Facts) -> Vec<Lack> {
     if !facts.has_openat2() {
         lacks.push(Lack::Openat2);
     }
-    let rule = |dir: &&str| {
+    let has_rule = |dir: &&str| {
         let dir = Path::new(dir);
         facts.exists(&dir.join(UDEV_RULE)) || facts.exists(&dir.join(UDEV_RULE_EARLY))
     };
-    if !UDEV_RULES_D.iter().any(|dir| rule(&dir)) {
+    if !UDEV_RULES_D.iter().any(has_rule) {
         lacks.push(Lack::UdevRule);
     }
     if !facts.has_program("iscsiadm") {

@@ -134,7 +134,7 @@ impl Ways {
         let found =
             discover::endpoint(&self.host.pods, &self.settings().discover, &self.vm.place).await?;
         let endpoint = self.host.pods.dirs.pin(&found).await;
-        let endpoint = endpoint.map_err(|source| discover::DiscoverError::Socket(source))?;
+        let endpoint = endpoint.map_err(discover::DiscoverError::Socket)?;
         let connection = self.host.hypervisor.connect(&endpoint, self.settings().libvirt).await?;
         *link = Some(connection.clone());
         Ok(connection)

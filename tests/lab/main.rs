@@ -3,6 +3,7 @@
 //! They run as root in the node and are ignored elsewhere; `hack/test` takes them there. Each takes
 //! a snapshot of the node's storage state by the system's own tools and compares it at the end.
 
+#![allow(clippy::disallowed_methods, reason = "a story runs programs and waits for them")]
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
 mod attach;

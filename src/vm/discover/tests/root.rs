@@ -82,6 +82,7 @@ impl Drop for RealPod {
 }
 
 /// A shell by QEMU's name and with its arguments, which waits for its standard input to end.
+#[expect(clippy::disallowed_methods, reason = "the test itself ends and reaps it")]
 fn start_qemu(dir: &Path, owner: NodeOwner) -> Child {
     let program = dir.join("qemu-system-x86_64");
     std::fs::copy("/bin/sh", &program).expect("there is a shell");

@@ -148,7 +148,7 @@ pub enum Plan {
 pub enum PlanError {
     /// The serial is longer than a guest sees on this bus.
     #[error(
-        "serial {serial:?} is longer than the {max} characters that bus {bus} shows; give a shorter one with --serial"
+        "serial {serial} is longer than the {max} characters that bus {bus} shows; give a shorter one with --serial"
     )]
     SerialTooLong {
         /// The serial.
@@ -160,7 +160,7 @@ pub enum PlanError {
     },
     /// Another disk has that serial.
     #[error(
-        "serial {serial:?} is in the domain already, at disk {target}; the guest would take the two for one"
+        "serial {serial} is in the domain already, at disk {target}; the guest would take the two for one"
     )]
     SerialInUse {
         /// The serial.

@@ -29,8 +29,12 @@ pub enum Usage {
     Unproven(String),
 }
 
-/// Asks the guest's agent about the disk with this serial. Never fails: what went wrong is the
-/// reason of [`Usage::Unproven`].
+/// How often a guest is asked again that does not know the disk yet: its udev may still be at work on
+/// one that was just plugged in, and the agent has no event for that.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
+
+/// Asks the guest's agent about the disk with this serial, until it knows it or the time is over.
+/// Never fails: what went wrong is the reason of [`Usage::Unproven`].
 pub async fn usage(
     connection: &dyn Connection,
     domain: &str,
@@ -39,18 +43,40 @@ pub async fn usage(
     deadline: Duration,
 ) -> Usage {
     let until = Instant::now() + deadline;
-    let filesystems = match ask(connection, domain, "guest-get-fsinfo", until).await {
-        Ok(answer) => answer,
-        Err(why) => return Usage::Unproven(why),
-    };
+    loop {
+        let judged = ask_both(connection, domain, serial, bus, until).await;
+        let next = Instant::now() + ASK_AGAIN;
+        match judged {
+            Ok(Judged::Unknown(_)) if next < until => tokio::time::sleep_until(next).await,
+            Ok(Judged::Unknown(why)) | Err(why) => return Usage::Unproven(why),
+            Ok(Judged::Known(usage)) => return usage,
+        }
+    }
+}
+
+/// What the answers mean.
+#[derive(Debug, PartialEq, Eq)]
+enum Judged {
+    /// The guest has the disk.
+    Known(Usage),
+    /// It has none with that serial.
+    Unknown(String),
+}
+
+async fn ask_both(
+    connection: &dyn Connection,
+    domain: &str,
+    serial: &Serial,
+    bus: Bus,
+    until: Instant,
+) -> Result<Judged, String> {
+    let filesystems = ask(connection, domain, "guest-get-fsinfo", until).await?;
     let by_mount = mounted(&filesystems, serial, bus);
     if !by_mount.is_empty() {
-        return Usage::InUse(by_mount);
+        return Ok(Judged::Known(Usage::InUse(by_mount)));
     }
-    match ask(connection, domain, "guest-get-disks", until).await {
-        Ok(disks) => judge(&filesystems, &disks, serial, bus),
-        Err(why) => Usage::Unproven(why),
-    }
+    let disks = ask(connection, domain, "guest-get-disks", until).await?;
+    Ok(judge(&filesystems, &disks, serial, bus))
 }
 
 async fn ask<T: DeserializeOwned>(
@@ -160,7 +186,7 @@ fn mounted(filesystems: &[Filesystem], serial: &Serial, bus: Bus) -> Vec<String>
 }
 
 /// Puts both answers together.
-fn judge(filesystems: &[Filesystem], disks: &[DiskInfo], serial: &Serial, bus: Bus) -> Usage {
+fn judge(filesystems: &[Filesystem], disks: &[DiskInfo], serial: &Serial, bus: Bus) -> Judged {
     let mut reasons = mounted(filesystems, serial, bus);
     let ours: BTreeSet<&str> = disks
         .iter()
@@ -189,14 +215,14 @@ fn judge(filesystems: &[Filesystem], disks: &[DiskInfo], serial: &Serial, bus: B
         reasons.push(format!("{name}{alias} is built on {}", disk.dependencies.join(", ")));
     }
     match (reasons.is_empty(), ours.len()) {
-        (false, _) => Usage::InUse(reasons),
-        (true, 1) => Usage::Free,
-        (true, 0) => Usage::Unproven(format!(
+        (false, _) => Judged::Known(Usage::InUse(reasons)),
+        (true, 1) => Judged::Known(Usage::Free),
+        (true, 0) => Judged::Unknown(format!(
             "the guest's agent shows no disk with serial {serial} (it needs udev in the guest)"
         )),
-        (true, n) => {
-            Usage::Unproven(format!("the guest's agent shows {n} disks with serial {serial}"))
-        }
+        (true, n) => Judged::Known(Usage::Unproven(format!(
+            "the guest's agent shows {n} disks with serial {serial}"
+        ))),
     }
 }
 
@@ -248,12 +274,16 @@ mod tests {
     }
 
     fn asked(fs: &str, disks: &str, s: &str, bus: Bus) -> Usage {
-        judge(
+        let judged = judge(
             &parse_answer::<Filesystem>("fs", fs).unwrap(),
             &parse_answer::<DiskInfo>("disks", disks).unwrap(),
             &serial(s),
             bus,
-        )
+        );
+        match judged {
+            Judged::Known(usage) => usage,
+            Judged::Unknown(why) => Usage::Unproven(why),
+        }
     }
 
     #[test]

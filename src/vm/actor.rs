@@ -528,7 +528,7 @@ impl Actor {
             }
             Err(failed) => failed,
         };
-        warn!(volume = %name, reason = %failure.reason, message = failure.message, kept, "attach failed");
+        warn!(volume = %name, reason = %failure.reason, why = failure.message, kept, "attach failed");
         let phase = if kept { Phase::Ready } else { Phase::Pending };
         if failure.is_transient() {
             let at = self.retry(name);
@@ -560,7 +560,7 @@ impl Actor {
             },
             Err(failure) => failure,
         };
-        warn!(volume = %name, reason = %failure.reason, message = failure.message, "detach failed");
+        warn!(volume = %name, reason = %failure.reason, why = failure.message, "detach failed");
         let phase = match self.status(name).phase {
             Phase::UnmountedFromPod => Phase::UnmountedFromPod,
             _ => Phase::Detaching,

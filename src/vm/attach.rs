@@ -41,7 +41,7 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
         return Err(AttachFailure { failure, kept: true });
     }
-    tracing::info!(reason = %failure.reason, message = failure.message, "undoing the attach");
+    tracing::info!(reason = %failure.reason, why = failure.message, "undoing the attach");
     let undone = detach::unwind(ways, &way.key, &mut way.effects, Unwind::Failed).await;
     match undone {
         Ok(()) => Err(AttachFailure { failure, kept: false }),

@@ -91,7 +91,7 @@ impl Registry {
             match served {
                 Ok(served) => drop(registry.vms().insert(id, Arc::new(served))),
                 Err(failure) if failure.reason == Reason::VmServedElsewhere => {
-                    tracing::warn!(vm = %id, message = failure.message, "VM left to another process");
+                    tracing::warn!(vm = %id, why = failure.message, "VM left to another process");
                 }
                 Err(failure) => return Err(failure),
             }

@@ -13,9 +13,9 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
     Lab::get();
     let lun = Lun::new("attach1", 1, "64M");
     let story = Story::begin();
-    add("data", &lun.source(), &["--serial", "Case-Kept_01"]).ok();
+    add("portals", &lun.source(), &["--serial", "Case-Kept_01"]).ok();
 
-    let told = volume("data");
+    let told = volume("portals");
     assert_eq!(told["phase"], "Ready");
     assert_eq!(told["device"]["wwid"], lun.wwid.as_str());
     assert_eq!(told["device"]["paths"], 2, "{told}");
@@ -44,7 +44,7 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
     until("both paths are back", Duration::from_secs(120), || {
         sh("multipathd show paths format '%t' | grep -c active").stdout.trim() == "2"
     });
-    remove("data", &[]).ok();
+    remove("portals", &[]).ok();
     assert!(guest_disks().is_empty());
     story.nothing_left();
 }

@@ -86,16 +86,16 @@ fn what_a_pod_plants_in_its_directory_is_never_followed() {
     let lab = Lab::get();
     let lun = Lun::new("planted", 3, "16M");
     let story = Story::begin();
-    let node = format!("{}/data", lab.hotplug_dir());
+    let node = format!("{}/planted", lab.hotplug_dir());
     // A symlink to a file of the host's where the node belongs: replaced, the file untouched.
     sh("echo precious >/root/precious; chmod 600 /root/precious").ok();
     sh(&format!("ln -s /root/precious {node}")).ok();
-    add("data", &lun.source(), &[]).ok();
+    add("planted", &lun.source(), &[]).ok();
     assert_eq!(sh("cat /root/precious; stat -c %a:%u /root/precious").ok(), "precious\n600:0\n");
-    crate::node::remove("data", &[]).ok();
+    crate::node::remove("planted", &[]).ok();
     // A directory cannot be replaced without deleting what is in it.
     sh(&format!("mkdir {node}; touch {node}/file")).ok();
-    refused(add("data", &lun.source(), &[]), "NODE_REFUSED");
+    refused(add("planted", &lun.source(), &[]), "NODE_REFUSED");
     sh(&format!("rm -r {node}")).ok();
     story.nothing_left();
 }

@@ -51,15 +51,15 @@ fn a_daemon_killed_in_mid_attach_converges() {
     Lab::get();
     let lun = Lun::new("killed", 3, "16M");
     let story = Story::begin();
-    lunplug(&["addvolume", VM, "--volume-name", "data", "--source", &lun.source(), "--no-wait"])
+    lunplug(&["addvolume", VM, "--volume-name", "killed", "--source", &lun.source(), "--no-wait"])
         .ok();
     sh("systemctl kill -s KILL lunplugd; systemctl start lunplugd").ok();
-    add("data", &lun.source(), &[]).ok();
-    assert_eq!(guest_disk("data").bytes, 16 << 20);
-    lunplug(&["removevolume", VM, "--volume-name", "data", "--no-wait"]).ok();
+    add("killed", &lun.source(), &[]).ok();
+    assert_eq!(guest_disk("killed").bytes, 16 << 20);
+    lunplug(&["removevolume", VM, "--volume-name", "killed", "--no-wait"]).ok();
     sh("systemctl kill -s KILL lunplugd; systemctl start lunplugd").ok();
     // Either it was gone before the kill, or the successor finishes it.
-    let _ = remove("data", &[]);
+    let _ = remove("killed", &[]);
     story.nothing_left();
 }
 

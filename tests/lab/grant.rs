@@ -8,27 +8,27 @@ fn a_grant_is_needed_outlives_reloads_and_ends() {
     let lab = Lab::get();
     let lun = Lun::new("grant1", 1, "16M");
     let story = Story::begin();
-    add("data", &lun.source(), &[]).ok();
-    open_in_pod("data").ok();
+    add("reloaded", &lun.source(), &[]).ok();
+    open_in_pod("reloaded").ok();
 
     sh("systemctl daemon-reload").ok();
-    open_in_pod("data").ok();
+    open_in_pod("reloaded").ok();
     sh("systemctl daemon-reexec").ok();
-    open_in_pod("data").ok();
+    open_in_pod("reloaded").ok();
     let unit = lab.cgroup().split('/').find(|part| part.ends_with(".scope")).expect("a scope");
     sh(&format!("systemctl set-property --runtime {unit} CPUWeight=77")).ok();
-    open_in_pod("data").ok();
+    open_in_pod("reloaded").ok();
     run("pod", &["update", POD]).ok();
-    open_in_pod("data").ok();
+    open_in_pod("reloaded").ok();
 
     // The same device by a node of another name, as a hostile pod's accomplice might leave it:
     // what counts is the device, and only while it is granted.
-    let dev = volume("data")["device"]["dev"].as_str().expect("a device number").to_owned();
+    let dev = volume("reloaded")["device"]["dev"].as_str().expect("a device number").to_owned();
     let (major, minor) = dev.split_once(':').expect("MAJOR:MINOR");
     let other = format!("{}/planted", lab.hotplug_dir());
     sh(&format!("mknod -m 666 {other} b {major} {minor}")).ok();
     open_in_pod("planted").ok();
-    remove("data", &[]).ok();
+    remove("reloaded", &[]).ok();
     let denied = open_in_pod("planted").fails();
     assert!(denied.stderr.contains("Operation not permitted"), "{}", denied.stderr);
     sh(&format!("rm {other}")).ok();

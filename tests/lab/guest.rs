@@ -44,27 +44,27 @@ fn a_mounted_disk_is_not_taken_unless_forced() {
     Lab::get();
     let lun = Lun::new("mounted", 3, "64M");
     let story = Story::begin();
-    add("data", &lun.source(), &[]).ok();
-    let disk = guest_disk("data").name;
+    add("mounted", &lun.source(), &[]).ok();
+    let disk = guest_disk("mounted").name;
     in_guest(&format!("mkfs.ext4 -q -F /dev/{disk} && mkdir -p /mnt && mount /dev/{disk} /mnt"))
         .ok();
-    let ran = remove("data", &[]).fails();
+    let ran = remove("mounted", &[]).fails();
     assert!(
         ran.stderr.contains("IN_USE_BY_GUEST") && ran.stderr.contains("/mnt"),
         "{}",
         ran.stderr
     );
     in_guest("echo still here >/mnt/file && sync && cat /mnt/file").ok();
-    assert_eq!(volume("data")["phase"], "Ready");
+    assert_eq!(volume("mounted")["phase"], "Ready");
 
     in_guest("umount /mnt").ok();
-    remove("data", &[]).ok();
+    remove("mounted", &[]).ok();
     story.nothing_left();
 
-    add("data", &lun.source(), &[]).ok();
-    let disk = guest_disk("data").name;
+    add("mounted", &lun.source(), &[]).ok();
+    let disk = guest_disk("mounted").name;
     in_guest(&format!("mount /dev/{disk} /mnt && cat /mnt/file")).ok();
-    remove("data", &["--force"]).ok();
+    remove("mounted", &["--force"]).ok();
     in_guest("umount -l /mnt || true").ok();
     assert!(guest_disks().is_empty());
     story.nothing_left();
@@ -76,22 +76,22 @@ fn a_silent_guest_on_virtio_keeps_its_disk() {
     Lab::get();
     let lun = Lun::new("silent", 4, "16M");
     let story = Story::begin();
-    add("data", &lun.source(), &["--bus", "virtio", "--serial", "Virtio-Case"]).ok();
+    add("silent", &lun.source(), &["--bus", "virtio", "--serial", "Virtio-Case"]).ok();
     let disk = guest_disk("Virtio-Case");
     assert_eq!(disk.bytes, 16 << 20);
     run("guest", &["hotplug", POD, DOMAIN, "off"]).ok();
-    let waited = remove("data", &["--timeout", "15s"]).fails();
+    let waited = remove("silent", &["--timeout", "15s"]).fails();
     println!("told while waiting: {}", waited.stderr.trim());
     until("the reason is told", Duration::from_secs(60), || {
-        volume("data")["reason"] == "DETACH_UNACKNOWLEDGED"
+        volume("silent")["trouble"]["reason"] == "DETACH_UNACKNOWLEDGED"
     });
-    assert_eq!(volume("data")["phase"], "Detaching");
+    assert_eq!(volume("silent")["phase"], "Detaching");
     in_guest(&format!("dd if=/dev/{} of=/dev/null bs=64k count=1 iflag=direct", disk.name)).ok();
     run("guest", &["hotplug", POD, DOMAIN, "on"]).ok();
     // The guest lost the request while it was silent; lunplug makes it again by itself.
     until("the volume is gone", Duration::from_secs(180), || guest_disks().is_empty());
     until("nothing of it is left", Duration::from_secs(30), || story.is_clean());
-    refused(remove("data", &[]), "VOLUME_NOT_FOUND");
+    refused(remove("silent", &[]), "VOLUME_NOT_FOUND");
 }
 
 #[test]
@@ -100,16 +100,16 @@ fn without_an_agent_nothing_is_taken_unless_forced() {
     Lab::get();
     let lun = Lun::new("agentless", 6, "16M");
     let story = Story::begin();
-    add("data", &lun.source(), &[]).ok();
+    add("agentless", &lun.source(), &[]).ok();
     // The agent's process is stopped, not ended, so that it can go on afterwards.
     virsh(&[
         "qemu-agent-command",
         DOMAIN,
         r#"{"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","(sleep 25; kill -CONT $(pidof qemu-ga)) >/dev/null 2>&1 & kill -STOP $(pidof qemu-ga)"]}}"#,
     ]);
-    refused(remove("data", &[]), "GUEST_UNPROVEN");
+    refused(remove("agentless", &[]), "GUEST_UNPROVEN");
     until("the agent answers again", Duration::from_secs(120), || in_guest("true").code == 0);
-    assert_eq!(volume("data")["phase"], "Ready");
-    remove("data", &[]).ok();
+    assert_eq!(volume("agentless")["phase"], "Ready");
+    remove("agentless", &[]).ok();
     story.nothing_left();
 }

@@ -8,15 +8,15 @@ fn a_lun_swapped_between_detach_and_attach_is_refused_until_accepted() {
     Lab::get();
     let mut lun = Lun::new("swap1", 1, "16M");
     let story = Story::begin();
-    add("data", &lun.source(), &[]).ok();
-    remove("data", &[]).ok();
+    add("swapped", &lun.source(), &[]).ok();
+    remove("swapped", &[]).ok();
     lun.swap();
-    refused(add("data", &lun.source(), &[]), "IDENTITY_CHANGED");
+    refused(add("swapped", &lun.source(), &[]), "IDENTITY_CHANGED");
     assert!(guest_disks().is_empty());
     story.nothing_left();
-    add("data", &lun.source(), &["--accept-new-identity"]).ok();
-    assert_eq!(volume("data")["device"]["wwid"], lun.wwid.as_str());
-    remove("data", &[]).ok();
+    add("swapped", &lun.source(), &["--accept-new-identity"]).ok();
+    assert_eq!(volume("swapped")["device"]["wwid"], lun.wwid.as_str());
+    remove("swapped", &[]).ok();
     story.nothing_left();
 }
 
@@ -27,11 +27,11 @@ fn an_expected_identity_or_size_is_strict() {
     let lun = Lun::new("expect", 2, "16M");
     let story = Story::begin();
     let other = "naa.60014050000000000000000000000001";
-    refused(add("data", &lun.source(), &["--wwid", other]), "IDENTITY_MISMATCH");
-    refused(add("data", &lun.source(), &["--size", "33554432"]), "IDENTITY_MISMATCH");
+    refused(add("expected", &lun.source(), &["--wwid", other]), "IDENTITY_MISMATCH");
+    refused(add("expected", &lun.source(), &["--size", "33554432"]), "IDENTITY_MISMATCH");
     story.nothing_left();
-    add("data", &lun.source(), &["--wwid", &lun.wwid, "--size", "16777216"]).ok();
-    remove("data", &[]).ok();
+    add("expected", &lun.source(), &["--wwid", &lun.wwid, "--size", "16777216"]).ok();
+    remove("expected", &[]).ok();
     story.nothing_left();
 }
 
@@ -69,10 +69,10 @@ fn a_stale_path_is_replaced_when_nobody_holds_it() {
     let mut lun = Lun::new("stale1", 4, "16M");
     let story = Story::begin();
     leave_a_stale_path(&mut lun);
-    add("data", &lun.source(), &[]).ok();
-    assert_eq!(volume("data")["device"]["wwid"], lun.wwid.as_str());
-    assert_eq!(guest_disk("data").bytes, 16 << 20);
-    remove("data", &[]).ok();
+    add("stale", &lun.source(), &[]).ok();
+    assert_eq!(volume("stale")["device"]["wwid"], lun.wwid.as_str());
+    assert_eq!(guest_disk("stale").bytes, 16 << 20);
+    remove("stale", &[]).ok();
     let sessions = sh("iscsiadm -m session").ok();
     assert_eq!(sessions.lines().count(), 1, "the foreign session stays: {sessions}");
     end_foreign_session();
@@ -88,7 +88,7 @@ fn a_stale_path_that_is_held_is_refused_and_left() {
     leave_a_stale_path(&mut lun);
     let path = sh("basename $(ls -d /sys/bus/scsi/devices/*:0:0:5/block/*)").ok().trim().to_owned();
     sh(&format!("dmsetup create holder --table '0 8 linear /dev/{path} 0'")).ok();
-    refused(add("data", &lun.source(), &[]), "STALE_DEVICE_HELD");
+    refused(add("held", &lun.source(), &[]), "STALE_DEVICE_HELD");
     assert!(guest_disks().is_empty());
     sh("dmsetup remove --retry holder").ok();
     end_foreign_session();

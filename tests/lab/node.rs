@@ -111,7 +111,7 @@ impl Drop for Story {
         run("guest", &["hotplug", POD, DOMAIN, "on"]);
         let listed = lunplug(&["list", "-o", "json"]).stdout;
         let volumes: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
-        for name in volumes.iter().filter_map(|v| v["volume"].as_str()) {
+        for name in volumes.iter().filter_map(|v| v["name"].as_str()) {
             let ran = remove(name, &["--force"]);
             println!("cleaning up {name}: {} {}", ran.code, ran.stderr);
         }

@@ -1,7 +1,4 @@
-//! The field's own nouns as types: a value of one of these is known to be well-formed.
-//!
-//! Parsing is strict, and an error names the value and what would have been right, so that the
-//! API and the CLI can hand it on unchanged.
+//! The SAN's nouns: target, portal, LUN, identity, device number.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -9,286 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// A value that is not what its type asks for.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what} {value:?} is malformed: {rule}")]
-pub struct Malformed {
-    /// The kind of value, e.g. `IQN`.
-    pub what: &'static str,
-    /// The value as it was given.
-    pub value: String,
-    /// What a right value looks like.
-    pub rule: &'static str,
-}
-
-impl Malformed {
-    pub(crate) fn new(what: &'static str, value: &str, rule: &'static str) -> Self {
-        // A hostile value must not be able to fill a log line.
-        Self { what, value: value.chars().take(256).collect(), rule }
-    }
-}
-
-/// Whether a call changed something, or found it as asked: every effect is idempotent and says so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Outcome<T = ()> {
-    /// The call made the change.
-    Done(T),
-    /// It was already so; nothing was touched.
-    Already(T),
-}
-
-impl<T> Outcome<T> {
-    /// The value, however it came to be.
-    pub fn into_inner(self) -> T {
-        match self {
-            Self::Done(value) | Self::Already(value) => value,
-        }
-    }
-
-    /// Whether this call made the change.
-    pub fn changed(&self) -> bool {
-        matches!(self, Self::Done(_))
-    }
-}
-
-/// Implements what every string type here needs: checked construction from, and display as, text.
-macro_rules! text_type {
-    ($name:ident) => {
-        impl $name {
-            /// The value as text.
-            pub fn as_str(&self) -> &str {
-                &self.0
-            }
-        }
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
-            }
-        }
-        impl TryFrom<String> for $name {
-            type Error = Malformed;
-            fn try_from(value: String) -> Result<Self, Malformed> {
-                value.parse()
-            }
-        }
-        impl From<$name> for String {
-            fn from(value: $name) -> String {
-                value.0
-            }
-        }
-    };
-}
-
-const LABEL_RULE: &str =
-    "1 to 63 of a-z, 0-9 and '-', starting and ending with a letter or digit (a DNS-1123 label)";
-
-fn is_label(s: &str) -> bool {
-    let alnum = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let bytes = s.as_bytes();
-    (1..=63).contains(&bytes.len())
-        && bytes.iter().all(|&c| alnum(c) || c == b'-')
-        && alnum(bytes[0])
-        && alnum(bytes[bytes.len() - 1])
-}
-
-/// A VM's name on this node: namespace and name, both DNS-1123 labels, written `namespace/name`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct VmId {
-    namespace: String,
-    name: String,
-}
-
-impl VmId {
-    /// Checks both parts. An empty namespace means `default`, as kubectl and virtctl have it.
-    pub fn new(namespace: &str, name: &str) -> Result<Self, Malformed> {
-        let namespace = if namespace.is_empty() { "default" } else { namespace };
-        if !is_label(namespace) {
-            return Err(Malformed::new("VM namespace", namespace, LABEL_RULE));
-        }
-        if !is_label(name) {
-            return Err(Malformed::new("VM name", name, LABEL_RULE));
-        }
-        Ok(Self { namespace: namespace.into(), name: name.into() })
-    }
-
-    /// The namespace.
-    pub fn namespace(&self) -> &str {
-        &self.namespace
-    }
-
-    /// The name within the namespace.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-}
-
-impl fmt::Display for VmId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
-    }
-}
-
-impl FromStr for VmId {
-    type Err = Malformed;
-    fn from_str(s: &str) -> Result<Self, Malformed> {
-        match s.split_once('/') {
-            Some((namespace, name)) => Self::new(namespace, name),
-            None => Self::new("", s),
-        }
-    }
-}
-
-impl TryFrom<String> for VmId {
-    type Error = Malformed;
-    fn try_from(value: String) -> Result<Self, Malformed> {
-        value.parse()
-    }
-}
-
-impl From<VmId> for String {
-    fn from(value: VmId) -> String {
-        value.to_string()
-    }
-}
-
-/// A volume's name, unique within its VM: a DNS-1123 label (no dots: libvirt drops an alias with
-/// characters outside `[A-Za-z0-9_-]`).
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct VolumeName(String);
-text_type!(VolumeName);
-
-impl FromStr for VolumeName {
-    type Err = Malformed;
-    fn from_str(s: &str) -> Result<Self, Malformed> {
-        if is_label(s) {
-            Ok(Self(s.into()))
-        } else {
-            Err(Malformed::new("volume name", s, LABEL_RULE))
-        }
-    }
-}
-
-/// One volume of one VM.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct VolumeKey {
-    /// The VM.
-    pub vm: VmId,
-    /// The volume within it.
-    pub volume: VolumeName,
-}
-
-impl fmt::Display for VolumeKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.vm, self.volume)
-    }
-}
-
-/// The bus a disk is plugged into.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Bus {
-    /// virtio-scsi: removal is a surprise to the guest.
-    #[default]
-    Scsi,
-    /// virtio-blk on PCI: the guest acknowledges a removal.
-    Virtio,
-}
-
-impl Bus {
-    /// The longest serial number that a guest sees whole, in bytes: QEMU's scsi-hd cuts its serial
-    /// at 36, virtio-blk at 20 (`VIRTIO_BLK_ID_BYTES`).
-    pub const fn max_serial(self) -> usize {
-        match self {
-            Self::Scsi => 36,
-            Self::Virtio => 20,
-        }
-    }
-
-    /// libvirt's name of the bus.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Scsi => "scsi",
-            Self::Virtio => "virtio",
-        }
-    }
-}
-
-impl fmt::Display for Bus {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for Bus {
-    type Err = Malformed;
-    fn from_str(s: &str) -> Result<Self, Malformed> {
-        match s {
-            "scsi" => Ok(Self::Scsi),
-            "virtio" => Ok(Self::Virtio),
-            _ => Err(Malformed::new("bus", s, "scsi or virtio")),
-        }
-    }
-}
-
-/// How QEMU caches a disk on the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum CacheMode {
-    /// O_DIRECT, the only mode that is safe to share or migrate.
-    #[default]
-    None,
-    /// Host page cache, written through.
-    Writethrough,
-    /// Host page cache, written back on the guest's flush.
-    Writeback,
-}
-
-impl CacheMode {
-    /// libvirt's name of the mode.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Writethrough => "writethrough",
-            Self::Writeback => "writeback",
-        }
-    }
-}
-
-impl FromStr for CacheMode {
-    type Err = Malformed;
-    fn from_str(s: &str) -> Result<Self, Malformed> {
-        match s {
-            "none" => Ok(Self::None),
-            "writethrough" => Ok(Self::Writethrough),
-            "writeback" => Ok(Self::Writeback),
-            _ => Err(Malformed::new("cache mode", s, "none, writethrough or writeback")),
-        }
-    }
-}
-
-/// A disk's serial number as the guest sees it; upper and lower case are kept.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Serial(String);
-text_type!(Serial);
-
-impl FromStr for Serial {
-    type Err = Malformed;
-    fn from_str(s: &str) -> Result<Self, Malformed> {
-        let ok = |c: u8| c.is_ascii_alphanumeric() || b"_.+-".contains(&c);
-        if (1..=36).contains(&s.len()) && s.bytes().all(ok) {
-            Ok(Self(s.into()))
-        } else {
-            Err(Malformed::new(
-                "serial",
-                s,
-                "1 to 36 (bus virtio: 20) of A-Z, a-z, 0-9, '_', '.', '+' and '-'",
-            ))
-        }
-    }
-}
+use super::Malformed;
 
 /// An iSCSI name: `iqn.yyyy-mm.naming-authority[:unique]`, `eui.` + 16 hex or `naa.` + 16 or 32
 /// hex digits (RFC 7143, 4.2.7), at most 223 bytes. Kept in lower case, the form that names are
@@ -546,5 +264,103 @@ impl FromStr for Wwid {
             },
         };
         found.map(Self).ok_or_else(|| Malformed::new("WWID", s, RULE))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn iscsi_names_are_read_strictly_and_compared_in_lower_case() {
+        for good in [
+            "iqn.2026-01.org.lunplug:lab",
+            "iqn.1993-08.org.debian",
+            "eui.02004567A425678D",
+            "naa.52004567BA64678D",
+        ] {
+            let iqn: Iqn = good.parse().unwrap();
+            assert_eq!(iqn.as_str(), good.to_ascii_lowercase());
+        }
+        for bad in [
+            "",
+            "iqn",
+            "iqn.2026-13.org.x",
+            "iqn.26-01.org.x",
+            "iqn.2026-01",
+            "iqn.2026-01.org x",
+            "iqn.2026-01.org/../x",
+            "eui.123",
+            "naa.xyz",
+            "wwn.5",
+        ] {
+            assert!(bad.parse::<Iqn>().is_err(), "{bad}");
+        }
+        assert!(format!("iqn.2026-01.org.{}", "x".repeat(207)).parse::<Iqn>().is_ok());
+        assert!(format!("iqn.2026-01.org.{}", "x".repeat(208)).parse::<Iqn>().is_err());
+    }
+
+    #[test]
+    fn a_portal_is_an_address_and_a_port_that_defaults() {
+        for (text, shown) in [
+            ("10.0.0.1", "10.0.0.1:3260"),
+            ("10.0.0.1:860", "10.0.0.1:860"),
+            ("[fd00::1]:3260", "[fd00::1]:3260"),
+            ("[fd00::1]", "[fd00::1]:3260"),
+            ("fd00::1", "[fd00::1]:3260"),
+        ] {
+            assert_eq!(text.parse::<Portal>().unwrap().to_string(), shown);
+        }
+        for bad in ["", "host", "10.0.0.1:0", "10.0.0.1:65536", "0.0.0.0", "224.0.0.1", "[::]:3260"]
+        {
+            assert!(bad.parse::<Portal>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn luns_above_255_are_addressed_flat() {
+        for (lun, scsi) in [(0, 0), (1, 1), (255, 255), (256, 16_640), (16_383, 32_767)] {
+            assert_eq!(Lun::try_from(lun).unwrap().scsi(), scsi);
+        }
+        for bad in ["", "-1", "+1", "0x1", "1 ", "16384", "99999999999999999999"] {
+            assert!(bad.parse::<Lun>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_identity_is_the_same_in_sysfs_and_in_multipath_spelling() {
+        let wwid: Wwid = "naa.6001405ABCDEF0123456789ABCDEF012\n".parse().unwrap();
+        assert_eq!(wwid.as_str(), "naa.6001405abcdef0123456789abcdef012");
+        assert_eq!(wwid.multipath(), "36001405abcdef0123456789abcdef012");
+        assert_eq!(wwid.multipath().parse::<Wwid>().unwrap(), wwid);
+        assert_eq!(
+            "eui.0025385b71b00001".parse::<Wwid>().unwrap().multipath(),
+            "20025385b71b00001"
+        );
+        for bad in ["", "naa.", "naa.123", "3600", "naa.600140500000000000000000000000zz", "x.y"] {
+            assert!(bad.parse::<Wwid>().is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_shown_is_read_again(lun in 0..=Lun::MAX, major in 0u32..4096, minor in 0u32..1 << 20) {
+            let lun = Lun::try_from(lun).unwrap();
+            prop_assert_eq!(lun.to_string().parse::<Lun>().unwrap(), lun);
+            let dev = DevNum { major, minor };
+            prop_assert_eq!(dev.to_string().parse::<DevNum>().unwrap(), dev);
+            prop_assert_eq!(DevNum::from_dev_t(dev.to_dev_t()), dev);
+        }
+
+        #[test]
+        fn no_text_makes_a_parser_panic(text in ".{0,300}") {
+            let _ = text.parse::<Iqn>();
+            let _ = text.parse::<Portal>();
+            let _ = text.parse::<Lun>();
+            let _ = text.parse::<Wwid>();
+            let _ = text.parse::<DevNum>();
+        }
     }
 }

@@ -192,6 +192,12 @@ impl Reason {
         Self::ALL.iter().copied().find(|reason| reason.code() == code)
     }
 
+    /// Whether it is about the VM being away: stopped, its pod gone or not there yet. It may come
+    /// back, and what was wanted for it is still wanted then.
+    pub const fn is_vm_away(self) -> bool {
+        matches!(self, Self::VmNotRunning | Self::PodGone | Self::QemuNotFound)
+    }
+
     /// Whether trying again, unchanged, can help by itself.
     pub const fn is_transient(self) -> bool {
         matches!(self.kind(), Kind::Unavailable | Kind::Deadline)

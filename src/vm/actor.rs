@@ -18,7 +18,7 @@ use tracing::{Instrument, Span, info, warn};
 
 use super::facade::Refusal;
 use super::failure::Failure;
-use super::plan::{self, Admission, Known};
+use super::plan::{self, Admission, Known, Left, Next};
 use super::publish::{self, Board};
 use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
@@ -40,7 +40,7 @@ pub trait Steps: Send + Sync + 'static {
         options: RemoveOptions,
     ) -> Result<(), Refusal>;
 
-    /// Goes the whole way, or finds it gone; on failure all is undone, unless `kept`.
+    /// Goes the whole way, or finds it gone; on failure all is undone, if possible.
     async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure>;
 
     /// Goes the whole way back, from wherever an attach came to.
@@ -52,8 +52,8 @@ pub trait Steps: Send + Sync + 'static {
 pub struct AttachFailure {
     /// Why.
     pub failure: Failure,
-    /// The guest had the disk before and still has it: nothing was undone.
-    pub kept: bool,
+    /// What is left.
+    pub left: Left,
 }
 
 /// When a volume in trouble is tried again.
@@ -498,7 +498,7 @@ impl Actor {
                 None => {
                     let result = whole(steps.attach(&stored)).await.unwrap_or_else(|failure| {
                         // What the guest has is not known here, so it is not taken away.
-                        Err(AttachFailure { failure, kept: true })
+                        Err(AttachFailure { failure, left: Left::InGuest })
                     });
                     Message::Attached { name, result }
                 }
@@ -519,7 +519,7 @@ impl Actor {
             self.tools.board.phase(&key, Phase::Detaching);
             return self.work(name);
         }
-        let AttachFailure { failure, kept } = match result {
+        let AttachFailure { failure, left } = match result {
             Ok(()) => {
                 volume.attempts = 0;
                 volume.cause = Span::none();
@@ -528,20 +528,20 @@ impl Actor {
             }
             Err(failed) => failed,
         };
-        warn!(volume = %name, reason = %failure.reason, why = failure.message, kept, "attach failed");
-        let phase = if kept { Phase::Ready } else { Phase::Pending };
-        if failure.is_transient() {
-            let at = self.retry(name);
-            self.tools.board.trouble(&key, phase, &failure, at);
-        } else if kept {
-            self.tools.board.trouble(&key, phase, &failure, None);
-        } else {
-            volume.failed = true;
-            if let Err(error) = self.tools.desired.delete_volume(&key).await {
-                warn!(volume = %name, error = %Failure::from(error).message, "the failed add is still stored: a restart tries it again");
+        warn!(volume = %name, reason = %failure.reason, why = failure.message, ?left, "attach failed");
+        let (phase, at) = match plan::after_failure(failure.reason, left) {
+            Next::Retry(phase) => (phase, self.retry(name)),
+            Next::Stay(phase) => (phase, None),
+            Next::GiveUp => {
+                volume.failed = true;
+                if let Err(error) = self.tools.desired.delete_volume(&key).await {
+                    let why = Failure::from(error).message;
+                    warn!(volume = %name, why, "the failed add is still stored: a restart tries it again");
+                }
+                (Phase::Failed, None)
             }
-            self.tools.board.trouble(&key, Phase::Failed, &failure, None);
-        }
+        };
+        self.tools.board.trouble(&key, phase, &failure, at);
     }
 
     async fn detached(&mut self, name: &VolumeName, result: Result<(), Failure>) {

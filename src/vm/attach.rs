@@ -12,6 +12,7 @@ use super::actor::AttachFailure;
 use super::detach::{self, Unwind};
 use super::discover::{Place, PodPlace};
 use super::failure::Failure;
+use super::plan::Left;
 use super::ways::Ways;
 use crate::cgroup::Access;
 use crate::connector::{AttachRequest, Attachment, Expect};
@@ -23,9 +24,9 @@ use crate::types::{DevNum, VolumeKey};
 
 /// Attaches a volume, or finds it attached; publishes each phase.
 pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), AttachFailure> {
-    let failed = |failure| AttachFailure { failure, kept: true };
     let key = ways.key(&volume.spec.name);
-    let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
+    let effects = begun(ways, &key, &volume.spec).await;
+    let effects = effects.map_err(|failure| AttachFailure { failure, left: Left::Rest })?;
     let had_disk = effects.disk.as_ref().is_some_and(|d| d.target.is_some());
     let mut way = Way { ways, key, volume, effects };
     let limit = ways.settings().attach;
@@ -39,16 +40,15 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
     };
     if had_disk {
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
-        return Err(AttachFailure { failure, kept: true });
+        return Err(AttachFailure { failure, left: Left::InGuest });
     }
     tracing::info!(reason = %failure.reason, why = failure.message, "undoing the attach");
     let undone = detach::unwind(ways, &way.key, &mut way.effects, Unwind::Failed).await;
     match undone {
-        Ok(()) => Err(AttachFailure { failure, kept: false }),
+        Ok(()) => Err(AttachFailure { failure, left: Left::Nothing }),
         Err(undo) => {
-            // What is left is in the effects; the next try, or the removal, goes on from there.
             let failure = Failure { reason: undo.reason, ..failure.and_undo(&undo) };
-            Err(AttachFailure { failure, kept: false })
+            Err(AttachFailure { failure, left: Left::Rest })
         }
     }
 }

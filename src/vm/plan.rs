@@ -86,6 +86,42 @@ pub fn admit_remove(known: Option<&Known>, options: RemoveOptions) -> Option<Adm
     })
 }
 
+/// What a failed attach left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// Nothing: all was undone.
+    Nothing,
+    /// The disk, in the guest that had it before: nothing was undone.
+    InGuest,
+    /// Something that could not be undone; the next try, or the removal, goes on from there.
+    Rest,
+}
+
+/// What becomes of a volume whose attach failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// It is tried again later, and shown in this phase meanwhile.
+    Retry(Phase),
+    /// It stays as it is, with its trouble shown.
+    Stay(Phase),
+    /// It is wanted no more.
+    GiveUp,
+}
+
+/// What becomes of a volume whose attach failed for `reason`. A VM that is away does not make its
+/// volumes unwanted: whether it was there was checked when they were asked for.
+pub fn after_failure(reason: Reason, left: Left) -> Next {
+    let passes = reason.is_transient() || reason.is_vm_away();
+    match left {
+        Left::Rest => Next::Retry(Phase::Pending),
+        Left::InGuest if reason.is_vm_away() => Next::Retry(Phase::Pending),
+        Left::InGuest if passes => Next::Retry(Phase::Ready),
+        Left::InGuest => Next::Stay(Phase::Ready),
+        Left::Nothing if passes => Next::Retry(Phase::Pending),
+        Left::Nothing => Next::GiveUp,
+    }
+}
+
 fn reason_of(field: &str) -> Reason {
     match field {
         "serial" => Reason::InvalidSerial,
@@ -199,6 +235,24 @@ mod tests {
         assert_eq!(admit_remove(Some(&forced), plain), Some(Admission::Ignore));
         let failed = known(with_lun("a", 1), Phase::Failed);
         assert_eq!(admit_remove(Some(&failed), plain), Some(Admission::Forget));
+    }
+
+    #[test]
+    fn what_becomes_of_a_failed_attach() {
+        let (passes, away, lasts) =
+            (Reason::PortalUnreachable, Reason::VmNotRunning, Reason::IdentityChanged);
+        for (reason, left, next) in [
+            (passes, Left::Nothing, Next::Retry(Phase::Pending)),
+            (away, Left::Nothing, Next::Retry(Phase::Pending)),
+            (lasts, Left::Nothing, Next::GiveUp),
+            (passes, Left::InGuest, Next::Retry(Phase::Ready)),
+            (away, Left::InGuest, Next::Retry(Phase::Pending)),
+            (lasts, Left::InGuest, Next::Stay(Phase::Ready)),
+            (passes, Left::Rest, Next::Retry(Phase::Pending)),
+            (lasts, Left::Rest, Next::Retry(Phase::Pending)),
+        ] {
+            assert_eq!(after_failure(reason, left), next, "{reason} {left:?}");
+        }
     }
 
     fn any_known() -> impl Strategy<Value = Vec<Known>> {

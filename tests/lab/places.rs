@@ -18,6 +18,8 @@ fn a_pod_run_by_runc_works_alike() {
     let story = Story::begin();
     lunplug(&["addvolume", "other", "--volume-name", "data", "--source", &lun.source()]).ok();
     let disks = disks_of("other", "default_other");
+    let read = "pod exec other dd if=/run/kubevirt/hotplug-disks/data of=/dev/null bs=512 count=1";
+    sh(&format!("pod update other && {read}")).ok();
     lunplug(&["removevolume", "other", "--volume-name", "data"]).ok();
     story.nothing_left();
     lunplug(&["vm", "unregister", "other"]).ok();

@@ -148,7 +148,7 @@ fn name(name: &str) -> VolumeName {
 }
 
 fn failed(reason: Reason) -> Result<(), AttachFailure> {
-    Err(AttachFailure { failure: Failure::new(reason, "as told"), kept: false })
+    Err(AttachFailure { failure: Failure::new(reason, "as told"), left: Left::Nothing })
 }
 
 fn plain() -> AddOptions {
@@ -241,8 +241,8 @@ async fn a_failure_for_good_ends_the_add_and_the_next_add_starts_anew() {
 #[tokio::test(start_paused = true)]
 async fn a_disk_that_the_guest_has_stays_ready_with_its_trouble() {
     let world = World::new().await;
-    let kept =
-        AttachFailure { failure: Failure::new(Reason::PathsDisagree, "as told"), kept: true };
+    let failure = Failure::new(Reason::PathsDisagree, "as told");
+    let kept = AttachFailure { failure, left: Left::InGuest };
     world.script.attaches.lock().unwrap().push_back(Err(kept));
     let handler = world.handler().await;
     handler.add(volume("v"), plain()).await.unwrap();

@@ -202,13 +202,11 @@ pub struct Limits {
     pub max_vms: u32,
     /// Volumes of one VM.
     pub max_volumes_per_vm: u32,
-    /// Attaches and detaches at work at once, over all VMs.
-    pub max_parallel: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_vms: 500, max_volumes_per_vm: 128, max_parallel: 32 }
+        Self { max_vms: 500, max_volumes_per_vm: 128 }
     }
 }
 
@@ -271,7 +269,6 @@ impl Config {
         for (key, limit) in [
             ("limits.max_vms", self.limits.max_vms),
             ("limits.max_volumes_per_vm", self.limits.max_volumes_per_vm),
-            ("limits.max_parallel", self.limits.max_parallel),
         ] {
             if limit == 0 {
                 return Err((key, "0 allows nothing: give at least 1".into()));

@@ -141,6 +141,9 @@ async fn open(config: &Config, form: &Form) -> Result<Arc<Registry>, Error> {
     let connector = IscsiConnector::new(storage.clone(), config.connector());
     // What a killed daemon's login left and nobody wants.
     connector.sweep().await.map_err(|e| Error::Open(e.into()))?;
+    if let Some(fault) = connector.tool_fault().await {
+        tracing::warn!("{fault}");
+    }
     let host = Host {
         pods,
         hypervisor,
@@ -181,6 +184,14 @@ async fn install_grants(grants: &Grants, pods: &PodDoors) -> Result<Vec<String>,
                 );
             }
             mechanisms.push("cgroup2-override".to_owned());
+            match grants.collect_dead().await {
+                Ok(0) => {}
+                Ok(count) => tracing::info!(count, "grants of cgroups that are gone collected"),
+                Err(error) => tracing::warn!(
+                    error = Failure::from(error).message,
+                    "grants of cgroups that are gone could not be collected"
+                ),
+            }
         }
         Err(error) if has(Hierarchy::V1) => {
             tracing::warn!(

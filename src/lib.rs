@@ -21,4 +21,5 @@ pub mod source;
 pub mod spec;
 pub mod telemetry;
 pub mod types;
+pub mod uninstall;
 pub mod vm;

@@ -16,6 +16,8 @@ pub trait Facts {
     fn exists(&self, path: &Path) -> bool;
     /// Makes the directory if it is missing, and says whether it can be written to.
     fn writable_dir(&self, path: &Path) -> io::Result<()>;
+    /// A file's text; `None` when it cannot be read.
+    fn text(&self, path: &Path) -> Option<String>;
     /// Whether files can be written on the filesystem of that path.
     fn writable_fs(&self, path: &Path) -> bool;
     /// Whether openat2(2) works.
@@ -71,6 +73,17 @@ pub enum Lack {
         UDEV_RULES_D.join(", ")
     )]
     UdevRule,
+    /// The udev rule looks for the marks of guests' LUNs in another directory.
+    #[error(
+        "{rule} does not look into {} for guests' LUNs: set run_dir back to /run/lunplug, or correct the path in the rule and run udevadm control --reload",
+        .run_dir.display()
+    )]
+    UdevRuleDir {
+        /// The rule's file.
+        rule: PathBuf,
+        /// Where lunplugd leaves its marks.
+        run_dir: PathBuf,
+    },
     /// openat2.
     #[error(
         "openat2 does not work: use Linux 5.6 or newer, and no seccomp filter that denies it (systemd's RestrictSUIDSGID= does)"
@@ -118,13 +131,7 @@ pub fn check(config: &Config, facts: &dyn Facts) -> Vec<Lack> {
     if !facts.has_openat2() {
         lacks.push(Lack::Openat2);
     }
-    let has_rule = |dir: &&str| {
-        let dir = Path::new(dir);
-        facts.exists(&dir.join(UDEV_RULE)) || facts.exists(&dir.join(UDEV_RULE_EARLY))
-    };
-    if !UDEV_RULES_D.iter().any(has_rule) {
-        lacks.push(Lack::UdevRule);
-    }
+    lacks.extend(udev_rule(config, facts));
     if !facts.has_program("iscsiadm") {
         let package = "open-iscsi (Fedora, RHEL: iscsi-initiator-utils)";
         lacks.push(Lack::Program { program: "iscsiadm", package });
@@ -135,6 +142,16 @@ pub fn check(config: &Config, facts: &dyn Facts) -> Vec<Lack> {
         }
     }
     lacks
+}
+
+/// The rule must be there, and look where lunplugd leaves its marks.
+fn udev_rule(config: &Config, facts: &dyn Facts) -> Option<Lack> {
+    let dirs = UDEV_RULES_D.iter().map(Path::new);
+    let mut places = dirs.flat_map(|dir| [dir.join(UDEV_RULE), dir.join(UDEV_RULE_EARLY)]);
+    let Some(rule) = places.find(|place| facts.exists(place)) else { return Some(Lack::UdevRule) };
+    let marks = format!("\"{}/guest-luns/", config.run_dir.display());
+    let looks_there = facts.text(&rule).is_some_and(|text| text.contains(&marks));
+    (!looks_there).then(|| Lack::UdevRuleDir { rule, run_dir: config.run_dir.clone() })
 }
 
 #[cfg(test)]
@@ -164,6 +181,9 @@ mod tests {
         fn exists(&self, path: &Path) -> bool {
             self.has(path.file_name().and_then(|n| n.to_str()).unwrap())
                 && self.has(path.to_str().unwrap())
+        }
+        fn text(&self, path: &Path) -> Option<String> {
+            self.exists(path).then(|| include_str!("../dist/59-lunplug.rules").into())
         }
         fn has_openat2(&self) -> bool {
             self.has("openat2")
@@ -214,6 +234,15 @@ mod tests {
             assert!(!lines[0].contains('\n'));
         }
         assert_eq!(lines(0, &["/sys", "iscsiadm", "net"]).len(), 3);
+    }
+
+    #[test]
+    fn the_udev_rule_looks_where_the_marks_are() {
+        let config = Config { run_dir: "/run/other".into(), ..Config::default() };
+        let lacks = check(&config, &Host::default());
+        let [Lack::UdevRuleDir { rule, .. }] = &lacks[..] else { panic!("{lacks:?}") };
+        assert_eq!(rule, Path::new("/etc/udev/rules.d/59-lunplug.rules"));
+        assert!(lacks[0].to_string().contains("look into /run/other for"), "{}", lacks[0]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! docs/errors.md against the reasons that there are.
+//! The documents against the code and each other.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -43,5 +43,58 @@ fn every_reason_has_its_section_and_every_section_its_reason() {
     }
     for code in sections.keys() {
         assert!(Reason::from_code(code).is_some(), "docs/errors.md has {code}, which is no reason");
+    }
+}
+
+/// A heading's anchor, as forges make it.
+fn anchor(heading: &str) -> String {
+    let kept = heading.to_lowercase().replace(' ', "-");
+    kept.chars().filter(|c| c.is_alphanumeric() || *c == '-' || *c == '_').collect()
+}
+
+fn anchors(text: &str) -> Vec<String> {
+    text.lines()
+        .filter(|l| l.starts_with('#'))
+        .map(|l| anchor(l.trim_matches(['#', ' '])))
+        .collect()
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let adr = std::fs::read_dir(root.join("docs/adr")).unwrap();
+    let adr = adr.map(|e| format!("docs/adr/{}", e.unwrap().file_name().to_str().unwrap()));
+    let mut files: Vec<String> = adr.collect();
+    let others = ["README", "CONTRIBUTING", "docs/architecture", "docs/errors", "docs/operations"];
+    files.extend(others.map(|name| format!("{name}.md")));
+    for file in files {
+        let text = std::fs::read_to_string(root.join(&file)).unwrap();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if link.contains("://") {
+                continue;
+            }
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let to = root.join(&file).parent().unwrap().join(path);
+            let to = if path.is_empty() { root.join(&file) } else { to };
+            assert!(to.exists(), "{file} links to {link}, which is not there");
+            if !heading.is_empty() {
+                let there = anchors(&std::fs::read_to_string(&to).unwrap());
+                assert!(there.contains(&heading.into()), "{file}: {link} has no such heading");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_sections_that_messages_point_to_are_there() {
+    let there = anchors(include_str!("../docs/operations.md"));
+    for section in ["grants", "host-hygiene", "damaged-records"] {
+        assert!(there.iter().any(|a| a == section), "docs/operations.md lacks {section}");
+    }
+    for reason in Reason::ALL {
+        if let Some((_, section)) = reason.remedy().split_once("docs/operations.md, ") {
+            let section = anchor(section.trim_end_matches('.'));
+            assert!(there.contains(&section), "{}: no section {section}", reason.code());
+        }
     }
 }

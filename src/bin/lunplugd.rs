@@ -8,7 +8,7 @@ use clap::Parser;
 use lunplug::config::{self, Layers, Loaded};
 use lunplug::daemon::{self, Form};
 use lunplug::types::VmId;
-use lunplug::{host, telemetry};
+use lunplug::{host, telemetry, uninstall};
 
 /// EX_CONFIG of sysexits.h: systemd is told not to restart on it.
 const EXIT_CONFIG: u8 = 78;
@@ -36,6 +36,13 @@ struct Args {
     /// Faults for the simulated host: a list in YAML or JSON.
     #[arg(long, value_name = "FILE", requires = "sim")]
     sim_faults: Option<PathBuf>,
+    /// Take lunplug's device program off this host, and exit; stop lunplugd before. Refused while
+    /// containers have devices by it.
+    #[arg(long, conflicts_with_all = ["vm", "sim", "check_config"])]
+    uninstall: bool,
+    /// With --uninstall: even while containers have devices by it.
+    #[arg(long, requires = "uninstall")]
+    force: bool,
     /// The API's socket.
     #[arg(long, value_name = "PATH")]
     socket: Option<String>,
@@ -109,11 +116,22 @@ fn main() -> ExitCode {
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
+    let uninstall = args.uninstall.then_some(args.force);
     let form = Form { only_vm: args.vm, simulated: args.sim, faults: args.sim_faults };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error, 1),
     };
+    if let Some(force) = uninstall {
+        return match runtime.block_on(uninstall::run(force)) {
+            Ok(outcome) => {
+                let done = if outcome.changed() { "taken off" } else { "not there" };
+                println!("lunplug's device program: {done}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(&error, 1),
+        };
+    }
     let ended = runtime.block_on(daemon::run(loaded.config, form));
     // A call that is stuck in the kernel must not hold up the end.
     runtime.shutdown_background();

@@ -288,7 +288,7 @@ mod tests {
             ("run_dir = 'here'", "run_dir"),
             ("socket = 'here'", "socket"),
             ("allowed_uids = [65534]", "allowed_uids"),
-            ("[limits]\nmax_parallel = 0", "limits.max_parallel"),
+            ("[limits]\nmax_vms = 0", "limits.max_vms"),
             ("[log]\nlevel = 'lunplug=loud'", "log.level"),
         ] {
             match file(text).load().unwrap_err() {

@@ -54,6 +54,10 @@ impl Facts for System {
         path.exists()
     }
 
+    fn text(&self, path: &Path) -> Option<String> {
+        fs::read_to_string(path).ok()
+    }
+
     fn writable_dir(&self, path: &Path) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o755).create(path)?;
         Ok(access(path, AccessFlags::W_OK | AccessFlags::X_OK)?)

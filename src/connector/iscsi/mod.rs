@@ -113,6 +113,11 @@ impl IscsiConnector {
         Ok(())
     }
 
+    /// What is known to be wrong with the iscsiadm that is installed, in words.
+    pub async fn tool_fault(&self) -> Option<String> {
+        records::tool_fault(&self.inner.doors, &self.inner.settings).await
+    }
+
     /// Returns when nothing goes on in the background: no login, no late path.
     pub async fn settled(&self) {
         let mut running = self.inner.running.subscribe();

@@ -156,6 +156,21 @@ fn last_line(stderr: &str) -> &str {
     lines.find(|l| l.contains("reported error")).unwrap_or(first)
 }
 
+/// What is known to be wrong with the installed iscsiadm. One that cannot be asked is told when it is
+/// needed.
+pub(super) async fn tool_fault(doors: &StorageDoors, settings: &Settings) -> Option<String> {
+    let asked = doors.commands.run(Tool::Iscsiadm, &["--version"], ms(settings.command_ms)).await;
+    fault_of(&asked.ok()?.stdout).map(str::to_owned)
+}
+
+/// 2.1.10 never answers a login with scan=manual (open-iscsi #484, mended in 2.1.11). The session
+/// comes all the same, and sysfs shows it.
+fn fault_of(version: &str) -> Option<&'static str> {
+    (version.split_whitespace().last() == Some("2.1.10")).then_some(
+        "open-iscsi 2.1.10 leaves every login of lunplug's hanging until its deadline: install 2.1.11 or newer",
+    )
+}
+
 /// Calls iscsiadm for one target.
 pub(crate) struct Iscsiadm<'a> {
     /// The doors.
@@ -293,6 +308,14 @@ fn is_marked(shown: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_version_that_hangs_is_told() {
+        assert!(fault_of("iscsiadm version 2.1.10\n").is_some());
+        for version in ["iscsiadm version 2.1.1\n", "iscsiadm version 2.1.11\n", ""] {
+            assert_eq!(fault_of(version), None);
+        }
+    }
 
     fn portal(n: u8) -> Portal {
         format!("127.0.0.{n}:3260").parse().expect("portal")

@@ -14,3 +14,4 @@ mod guest;
 mod identity;
 mod node;
 mod places;
+mod soak;

@@ -1,0 +1,49 @@
+//! Volumes come and go; the daemon stays as it was.
+
+use std::fs;
+
+use crate::node::{Lab, Lun, Story, add, remove, sh};
+
+/// What the daemon holds.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    fds: usize,
+    threads: usize,
+    rss_kib: u64,
+}
+
+fn held() -> Held {
+    let pid = sh("systemctl show --property MainPID --value lunplugd").ok().trim().to_owned();
+    let count = |what| fs::read_dir(format!("/proc/{pid}/{what}")).expect("it runs").count();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let rss = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("it has memory");
+    let rss_kib = rss.trim().trim_end_matches(" kB").parse().expect("a number");
+    Held { fds: count("fd"), threads: count("task"), rss_kib }
+}
+
+/// `LUNPLUG_SOAK_CYCLES` sets how many; a handful unless set.
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn cycles_leave_no_descriptor_thread_or_memory_behind() {
+    Lab::get();
+    let cycles = std::env::var("LUNPLUG_SOAK_CYCLES").map_or(5, |n| n.parse().expect("a number"));
+    let luns = [Lun::new("soak1", 1, "16M"), Lun::new("soak2", 2, "16M")];
+    let story = Story::begin();
+    let cycle = || {
+        add("soak1", &luns[0].source(), &[]).ok();
+        add("soak2", &luns[1].source(), &["--bus", "virtio"]).ok();
+        remove("soak1", &[]).ok();
+        remove("soak2", &[]).ok();
+    };
+    // The first ones fill caches and worker pools.
+    (0..3).for_each(|_| cycle());
+    let before = held();
+    (0..cycles).for_each(|_| cycle());
+    let after = held();
+    println!("after {cycles} more cycles: {before:?} -> {after:?}");
+    assert!(after.fds <= before.fds, "descriptors leak");
+    // Idle workers of a pool come and go.
+    assert!(after.threads <= before.threads + 4, "threads leak");
+    assert!(after.rss_kib <= before.rss_kib * 3 / 2, "memory leaks");
+    story.nothing_left();
+}

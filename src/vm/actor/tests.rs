@@ -122,8 +122,13 @@ impl World {
     async fn reaches(&self, name: &str, phase: Phase) -> VolumeStatus {
         let mut watch = self.tools.board.watch();
         let key = VolumeKey { vm: vm(), volume: name.parse().unwrap() };
-        if let Some(status) = self.tools.board.get(&key).filter(|s| s.phase == phase) {
-            return status;
+        match self.tools.board.get(&key) {
+            Some(status) if status.phase == phase => return status,
+            // It was there already, and is off the board since.
+            None if phase == Phase::Gone => {
+                return VolumeStatus { phase, ..publish::blank(&key, &volume(name)) };
+            }
+            _ => {}
         }
         loop {
             let status = watch.recv().await.unwrap();

@@ -114,8 +114,8 @@ impl Desired {
             .map_err(|source| Error::Database { path: self.path.to_path_buf(), source })
     }
 
-    /// All VMs, ordered by name.
-    pub async fn vms(&self) -> Result<Vec<VmSpec>, Error> {
+    /// All VMs, ordered by name; one whose value is damaged is an error of its own, with its name.
+    pub async fn vms(&self) -> Result<Vec<Result<VmSpec, (String, Error)>>, Error> {
         let rows = self
             .with(|c| {
                 c.prepare("SELECT vm, spec FROM vms ORDER BY vm")?
@@ -123,7 +123,10 @@ impl Desired {
                     .collect::<Result<Vec<_>, _>>()
             })
             .await?;
-        rows.into_iter().map(|(vm, json)| parse(&format!("VM {vm}"), &json)).collect()
+        let read = |(vm, json): (String, String)| {
+            parse(&format!("VM {vm}"), &json).map_err(|error| (vm, error))
+        };
+        Ok(rows.into_iter().map(read).collect())
     }
 
     /// Stores a VM.
@@ -290,7 +293,8 @@ mod tests {
             store.put_volume(&vm("a").id, &stored("z")).await.unwrap();
         }
         let store = Desired::open(&path).unwrap();
-        assert_eq!(store.vms().await.unwrap(), [vm("a")]);
+        let vms: Vec<_> = store.vms().await.unwrap().into_iter().map(Result::unwrap).collect();
+        assert_eq!(vms, [vm("a")]);
         assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [stored("z"), stored("x")]);
     }
 
@@ -324,12 +328,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_damaged_value_is_named_not_reset() {
+    async fn a_damaged_value_is_named_not_reset_and_is_that_vms_alone() {
         let store = Desired::in_memory().unwrap();
+        store.put_vm(&vm("b")).await.unwrap();
         store.with(|c| c.execute("INSERT INTO vms VALUES ('prod/a', '{')", [])).await.unwrap();
-        let error = store.vms().await.unwrap_err();
-        assert_eq!(error.reason(), Reason::RecordCorrupt);
+        let vms = store.vms().await.unwrap();
+        let (name, error) = vms[0].as_ref().unwrap_err();
+        assert_eq!((name.as_str(), error.reason()), ("prod/a", Reason::RecordCorrupt));
         assert!(error.to_string().contains("prod/a"), "{error}");
+        assert_eq!(vms[1].as_ref().unwrap(), &vm("b"));
     }
 
     use crate::reason::Reason;

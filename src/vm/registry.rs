@@ -52,6 +52,8 @@ pub struct Registry {
     desired: Desired,
     board: Board,
     vms: std::sync::Mutex<BTreeMap<VmId, Arc<Served>>>,
+    /// VMs that are stored but could not be taken up, and why and since when.
+    unserved: std::sync::Mutex<BTreeMap<VmId, (VmSpec, Failure, Timestamp)>>,
     /// The lock of a sidecar's VM from its start on, until that is registered.
     reserved: std::sync::Mutex<Option<Box<dyn LockGuard>>>,
     /// Held while a VM is registered or unregistered; requests to others go on meanwhile.
@@ -59,8 +61,8 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Takes up every VM that is stored. One that cannot be (another process serves it) is told
-    /// and left out; a store that cannot be read stops the start.
+    /// Takes up every VM that is stored. One that cannot be (another process serves it, its state is
+    /// damaged) is told, listed, and not served; a store that cannot be read at all stops the start.
     pub async fn start(
         settings: RegistrySettings,
         host: Host,
@@ -75,6 +77,7 @@ impl Registry {
             desired,
             board: Board::default(),
             vms: std::sync::Mutex::default(),
+            unserved: std::sync::Mutex::default(),
             reserved: std::sync::Mutex::default(),
             changing: Mutex::default(),
         });
@@ -82,18 +85,33 @@ impl Registry {
             let lock = registry.lock(only).await?;
             *registry.reserved() = Some(lock);
         }
-        let wanted = stored.into_iter().filter(|spec| registry.serves(&spec.id));
-        let started = join_all(wanted.map(|spec| async {
-            let id = spec.id.clone();
-            (id, registry.serve(spec).await)
-        }));
-        for (id, served) in started.await {
-            match served {
-                Ok(served) => drop(registry.vms().insert(id, Arc::new(served))),
-                Err(failure) if failure.reason == Reason::VmServedElsewhere => {
-                    tracing::warn!(vm = %id, why = failure.message, "VM left to another process");
+        let mut wanted = Vec::new();
+        for stored in stored {
+            match stored {
+                Ok(spec) if registry.serves(&spec.id) => wanted.push(spec),
+                Ok(_) => {}
+                // Its volumes go on as they are; nobody else has to suffer for it.
+                Err((vm, error)) => {
+                    let why = Failure::from(error).message;
+                    tracing::error!(
+                        vm,
+                        why,
+                        "a VM's stored registration is damaged: it is not served"
+                    );
                 }
-                Err(failure) => return Err(failure),
+            }
+        }
+        let started = join_all(wanted.into_iter().map(|spec| async {
+            let result = registry.serve(spec.clone()).await;
+            (spec, result)
+        }));
+        for (spec, served) in started.await {
+            match served {
+                Ok(served) => drop(registry.vms().insert(spec.id, Arc::new(served))),
+                Err(failure) => {
+                    tracing::error!(vm = %spec.id, reason = %failure.reason, why = failure.message, "a VM is not served");
+                    registry.unserved().insert(spec.id.clone(), (spec, failure, Timestamp::now()));
+                }
             }
         }
         Ok(registry)
@@ -108,6 +126,10 @@ impl Registry {
     fn vms(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmId, Arc<Served>>> {
         // Held for single changes of the map only.
         self.vms.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn unserved(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmId, (VmSpec, Failure, Timestamp)>> {
+        self.unserved.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn reserved(&self) -> std::sync::MutexGuard<'_, Option<Box<dyn LockGuard>>> {
@@ -168,6 +190,9 @@ impl Registry {
     fn served(&self, id: &VmId) -> Result<Arc<Served>, Refusal> {
         let found = self.vms().get(id).cloned();
         found.ok_or_else(|| {
+            if let Some((_, failure, _)) = self.unserved().get(id) {
+                return failure.clone().into();
+            }
             let message = match &self.settings.node.only_vm {
                 Some(only) if only != id => {
                     format!("this lunplugd serves only VM {only}, not {id}")
@@ -176,6 +201,22 @@ impl Registry {
             };
             Refusal::new(Reason::VmNotFound, message).field("vm")
         })
+    }
+}
+
+/// What is told of a VM that could not be taken up.
+fn unserved_info((spec, failure, since): &(VmSpec, Failure, Timestamp)) -> VmInfo {
+    VmInfo {
+        spec: spec.clone(),
+        state: VmState::Unknown,
+        since: *since,
+        volumes: 0,
+        pod_dir: None,
+        cgroup: None,
+        hotplug_dir: None,
+        hotplug_dir_in_pod: None,
+        reason: Some(failure.reason),
+        message: failure.message.clone(),
     }
 }
 
@@ -222,6 +263,9 @@ impl Volumes for Registry {
             return Err(Refusal::new(Reason::Unsupported, message).field("vm"));
         }
         let changing = self.changing.lock().await;
+        if let Some((_, failure, _)) = self.unserved().get(&spec.id) {
+            return Err(failure.clone().into());
+        }
         let old = self.vms().get(&spec.id).cloned();
         if let Some(served) = &old {
             if *served.ways.spec() == spec {
@@ -260,7 +304,13 @@ impl Volumes for Registry {
 
     async fn unregister_vm(&self, id: &VmId) -> Result<Outcome, Refusal> {
         let _changing = self.changing.lock().await;
-        let Ok(served) = self.served(id) else { return Ok(Outcome::Already(())) };
+        let served = match self.served(id) {
+            Ok(served) => served,
+            Err(refusal) if refusal.reason == Reason::VmNotFound => {
+                return Ok(Outcome::Already(()));
+            }
+            Err(refusal) => return Err(refusal),
+        };
         let volumes = served.handler.count().await?;
         if volumes > 0 {
             let message = format!("VM {id} still has {volumes} volumes");
@@ -279,7 +329,10 @@ impl Volumes for Registry {
 
     async fn list_vms(&self) -> Vec<VmInfo> {
         let vms: Vec<_> = self.vms().values().cloned().collect();
-        join_all(vms.iter().map(|served| served.info())).await
+        let mut infos = join_all(vms.iter().map(|served| served.info())).await;
+        infos.extend(self.unserved().values().map(unserved_info));
+        infos.sort_by(|a, b| a.spec.id.cmp(&b.spec.id));
+        infos
     }
 
     async fn add_volume(

@@ -165,7 +165,7 @@ impl Leases {
     /// All leases of this boot.
     pub(crate) async fn all<M: Made>(&self) -> Result<Vec<Lease<M>>, Error> {
         let dir = format!("leases/{}", M::TRANSPORT);
-        let names = self.doors.rundir.list(&dir).await.map_err(Error::io("listing leases"))?;
+        let names = self.doors.rundir.list(&dir).await.map_err(Error::store("listing leases"))?;
         let mut all = Vec::new();
         for name in names {
             all.extend(self.load_file(&format!("{dir}/{name}")).await?);
@@ -192,7 +192,7 @@ impl Leases {
                 .map_err(|source| Error::LeaseCorrupt { name: name.clone(), source })?;
             self.doors.rundir.store(&name, &bytes).await
         };
-        written.map_err(Error::io(format!("writing {name}")))?;
+        written.map_err(Error::store(format!("writing {name}")))?;
         Ok(result)
     }
 
@@ -207,7 +207,7 @@ impl Leases {
 
     async fn load_file<M: Made>(&self, name: &str) -> Result<Option<Lease<M>>, Error> {
         let loaded = self.doors.rundir.load(name).await;
-        let Some(bytes) = loaded.map_err(Error::io(format!("reading {name}")))? else {
+        let Some(bytes) = loaded.map_err(Error::store(format!("reading {name}")))? else {
             return Ok(None);
         };
         let lease: Lease<M> = serde_json::from_slice(&bytes)
@@ -257,7 +257,7 @@ impl Leases {
         let guard = self.doors.rundir.lock(&format!("locks/wwid-{file}"), self.lock).await?;
         let name = format!("claims/{file}");
         let loaded = self.doors.rundir.load(&name).await;
-        let claims = match loaded.map_err(Error::io(format!("reading {name}")))? {
+        let claims = match loaded.map_err(Error::store(format!("reading {name}")))? {
             None => Vec::new(),
             Some(bytes) => {
                 let claims: Claims = serde_json::from_slice(&bytes)
@@ -277,7 +277,7 @@ impl Leases {
                 .map_err(|source| Error::LeaseCorrupt { name: name.into(), source })?;
             self.doors.rundir.store(name, &bytes).await
         };
-        written.map_err(Error::io(format!("writing {name}")))
+        written.map_err(Error::store(format!("writing {name}")))
     }
 }
 

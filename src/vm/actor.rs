@@ -40,11 +40,12 @@ pub trait Steps: Send + Sync + 'static {
         options: RemoveOptions,
     ) -> Result<(), Refusal>;
 
-    /// Goes the whole way, or finds it gone; on failure all is undone, unless `kept`.
+    /// Goes the whole way, or finds it gone; on failure all is undone, unless there is something
+    /// [`Left`].
     async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure>;
 
     /// Goes the whole way back, from wherever an attach came to.
-    async fn detach(&self, name: &VolumeName, options: RemoveOptions) -> Result<(), Failure>;
+    async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure>;
 }
 
 /// An attach that did not succeed.
@@ -52,8 +53,20 @@ pub trait Steps: Send + Sync + 'static {
 pub struct AttachFailure {
     /// Why.
     pub failure: Failure,
-    /// The guest had the disk before and still has it: nothing was undone.
-    pub kept: bool,
+    /// What is there of it.
+    pub left: Left,
+}
+
+/// What an attach that did not succeed has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// Nothing: all was undone.
+    Nothing,
+    /// The disk, which the guest had before and still has: nothing was undone.
+    Disk,
+    /// Something, or nobody knows: the journal could not be read, or undoing failed as well. It is
+    /// gone on from there, whatever the reason.
+    Unknown,
 }
 
 /// When a volume in trouble is tried again.
@@ -224,6 +237,8 @@ struct Volume {
     stored: StoredVolume,
     removing: Option<RemoveOptions>,
     failed: bool,
+    /// It was ready, or was wanted when this daemon started: no trouble ends it, only a removal.
+    lasting: bool,
     working: bool,
     attempts: u32,
     timer: Option<AbortHandle>,
@@ -237,6 +252,7 @@ impl Volume {
             stored,
             removing,
             failed: false,
+            lasting: false,
             working: false,
             attempts: 0,
             timer: None,
@@ -307,7 +323,8 @@ impl Actor {
             let key = self.key(&stored.spec.name);
             let removing = self.tools.effects.removal(&key).await?;
             self.tools.board.open(&key, &stored.spec);
-            self.volumes.insert(key.volume, Volume::new(stored, removing));
+            let volume = Volume { lasting: true, ..Volume::new(stored, removing) };
+            self.volumes.insert(key.volume, volume);
         }
         for key in self.tools.effects.volumes(&self.vm).await? {
             if self.volumes.contains_key(&key.volume) {
@@ -498,12 +515,13 @@ impl Actor {
                 None => {
                     let result = whole(steps.attach(&stored)).await.unwrap_or_else(|failure| {
                         // What the guest has is not known here, so it is not taken away.
-                        Err(AttachFailure { failure, kept: true })
+                        Err(AttachFailure { failure, left: Left::Unknown })
                     });
                     Message::Attached { name, result }
                 }
                 Some(options) => {
-                    let result = whole(steps.detach(&name, options)).await.unwrap_or_else(Err);
+                    let detach = steps.detach(&stored.spec, options);
+                    let result = whole(detach).await.unwrap_or_else(Err);
                     Message::Detached { name, result }
                 }
             }
@@ -519,24 +537,33 @@ impl Actor {
             self.tools.board.phase(&key, Phase::Detaching);
             return self.work(name);
         }
-        let AttachFailure { failure, kept } = match result {
+        let AttachFailure { failure, left } = match result {
             Ok(()) => {
                 volume.attempts = 0;
+                volume.lasting = true;
                 volume.cause = Span::none();
                 volume.stored.accept_new_identity = false;
                 return;
             }
             Err(failed) => failed,
         };
-        warn!(volume = %name, reason = %failure.reason, message = failure.message, kept, "attach failed");
-        let phase = if kept { Phase::Ready } else { Phase::Pending };
-        if failure.is_transient() {
+        warn!(volume = %name, reason = %failure.reason, message = failure.message, ?left, "attach failed");
+        let goes_on = failure.is_transient()
+            || left == Left::Unknown
+            || (left == Left::Nothing && volume.lasting);
+        let phase = match left {
+            Left::Nothing => Phase::Pending,
+            Left::Disk => Phase::Ready,
+            Left::Unknown if self.status(name).phase == Phase::Ready => Phase::Ready,
+            Left::Unknown => Phase::Pending,
+        };
+        if goes_on {
             let at = self.retry(name);
             self.tools.board.trouble(&key, phase, &failure, at);
-        } else if kept {
+        } else if left == Left::Disk {
             self.tools.board.trouble(&key, phase, &failure, None);
         } else {
-            volume.failed = true;
+            self.volumes.entry(name.clone()).and_modify(|v| v.failed = true);
             if let Err(error) = self.tools.desired.delete_volume(&key).await {
                 warn!(volume = %name, error = %Failure::from(error).message, "the failed add is still stored: a restart tries it again");
             }

@@ -8,7 +8,7 @@
 //! Each step is written to the effects before it is made, and each finds itself done when it was: so
 //! this same way is walked after a restart.
 
-use super::actor::AttachFailure;
+use super::actor::{AttachFailure, Left};
 use super::detach::{self, Unwind};
 use super::discover::{Place, PodPlace};
 use super::failure::Failure;
@@ -23,7 +23,7 @@ use crate::types::{DevNum, VolumeKey};
 
 /// Attaches a volume, or finds it attached; publishes each phase.
 pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), AttachFailure> {
-    let failed = |failure| AttachFailure { failure, kept: true };
+    let failed = |failure| AttachFailure { failure, left: Left::Unknown };
     let key = ways.key(&volume.spec.name);
     let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
     let had_disk = effects.disk.as_ref().is_some_and(|d| d.target.is_some());
@@ -39,16 +39,16 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
     };
     if had_disk {
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
-        return Err(AttachFailure { failure, kept: true });
+        return Err(AttachFailure { failure, left: Left::Disk });
     }
     tracing::info!(reason = %failure.reason, message = failure.message, "undoing the attach");
     let undone = detach::unwind(ways, &way.key, &mut way.effects, Unwind::Failed).await;
     match undone {
-        Ok(()) => Err(AttachFailure { failure, kept: false }),
+        Ok(()) => Err(AttachFailure { failure, left: Left::Nothing }),
         Err(undo) => {
             // What is left is in the effects; the next try, or the removal, goes on from there.
             let failure = Failure { reason: undo.reason, ..failure.and_undo(&undo) };
-            Err(AttachFailure { failure, kept: false })
+            Err(AttachFailure { failure, left: Left::Unknown })
         }
     }
 }

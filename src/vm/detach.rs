@@ -12,10 +12,10 @@ use super::ways::Ways;
 use crate::connector::DetachOptions;
 use crate::domain;
 use crate::host::poddir::PathError;
-use crate::journal::Effects;
+use crate::journal::{DiskEffect, Effects};
 use crate::reason::Reason;
-use crate::spec::{Phase, RemoveOptions};
-use crate::types::{VolumeKey, VolumeName};
+use crate::spec::{Phase, RemoveOptions, VolumeSpec};
+use crate::types::VolumeKey;
 
 /// Why the way back is walked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,11 +29,12 @@ pub(super) enum Unwind {
 /// Detaches a volume; publishes each phase.
 pub(super) async fn detach(
     ways: &Ways,
-    name: &VolumeName,
+    volume: &VolumeSpec,
     options: RemoveOptions,
 ) -> Result<(), Failure> {
-    let key = ways.key(name);
-    let Some(mut effects) = ways.effects.get(&key).await? else { return Ok(()) };
+    let key = ways.key(&volume.name);
+    let found = ways.effects.get(&key).await?;
+    let mut effects = found.unwrap_or_else(|| unknown(ways, volume));
     let limit = ways.settings().detach + ways.settings().guest_unplug;
     let walked = unwind(ways, &key, &mut effects, Unwind::Removed(options));
     tokio::time::timeout(limit, walked).await.unwrap_or_else(|_| {
@@ -42,6 +43,16 @@ pub(super) async fn detach(
             format!("the detach took longer than {limit:?}"),
         ))
     })
+}
+
+/// The effects of a volume that was not begun in this boot: one before may have left node records,
+/// and the disk in the domain's persistent definition.
+fn unknown(ways: &Ways, volume: &VolumeSpec) -> Effects {
+    let (alias, bus) = (domain::alias(&volume.name), volume.bus);
+    let mut effects = ways.effects.begin(ways.incarnation(), volume);
+    effects.host = true;
+    effects.disk = volume.persist.then_some(DiskEffect { alias, bus, target: None });
+    effects
 }
 
 /// Undoes everything in `effects`.

@@ -4,6 +4,8 @@
 //! an await, which is what `kill -9` is: nothing is told, nothing is cleaned up.
 #![allow(clippy::unwrap_used)]
 
+mod bad_input;
 mod crash;
 mod faults;
+mod main_job;
 mod world;

@@ -174,7 +174,11 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     /// Wants a volume of the n-th VM.
-    pub(crate) async fn want(&self, number: u8, spec: &VolumeSpec) -> Result<VolumeStatus, Refusal> {
+    pub(crate) async fn want(
+        &self,
+        number: u8,
+        spec: &VolumeSpec,
+    ) -> Result<VolumeStatus, Refusal> {
         let options = AddOptions::default();
         let added = self.registry.add_volume(&vm(number), spec.clone(), options).await;
         added.map(Outcome::into_inner)
@@ -195,6 +199,10 @@ impl Daemon {
                 status.reason.unwrap_or_else(|| panic!("{} came to be ready", spec.name))
             }
         }
+    }
+
+    pub(crate) async fn get(&self, number: u8, name: &str) -> Option<VolumeStatus> {
+        self.registry.get_volume(&key(number, name)).await.ok()
     }
 
     /// Wants a volume no more.
@@ -244,7 +252,9 @@ impl Daemon {
         let waited = tokio::time::timeout(QUIET, waited).await;
         match waited {
             Ok(status) => status,
-            Err(_) => panic!("{name} stays {:?}", self.registry.get_volume(&key(number, name)).await),
+            Err(_) => {
+                panic!("{name} stays {:?}", self.registry.get_volume(&key(number, name)).await)
+            }
         }
     }
 

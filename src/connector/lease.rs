@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::host::lock::LockGuard;
 use crate::host::storage::StorageDoors;
 use crate::types::{DevNum, Lun, VolumeKey, Wwid};
 
@@ -249,10 +250,13 @@ impl Leases {
         self.write_claims(&name, claims).await
     }
 
-    async fn claims(
-        &self,
-        wwid: &Wwid,
-    ) -> Result<(Box<dyn crate::host::lock::LockGuard>, String, Vec<Claim>), Error> {
+    /// `None` when somebody has the LUN; otherwise nobody gets it while the guard is held.
+    pub(crate) async fn unclaimed(&self, wwid: &Wwid) -> Result<Option<Box<dyn LockGuard>>, Error> {
+        let (guard, _, claims) = self.claims(wwid).await?;
+        Ok(claims.is_empty().then_some(guard))
+    }
+
+    async fn claims(&self, wwid: &Wwid) -> Result<(Box<dyn LockGuard>, String, Vec<Claim>), Error> {
         let file = file_name(wwid.as_str());
         let guard = self.doors.rundir.lock(&format!("locks/wwid-{file}"), self.lock).await?;
         let name = format!("claims/{file}");

@@ -548,27 +548,22 @@ impl Actor {
             Err(failed) => failed,
         };
         warn!(volume = %name, reason = %failure.reason, message = failure.message, ?left, "attach failed");
-        let goes_on = failure.is_transient()
-            || left == Left::Unknown
-            || (left == Left::Nothing && volume.lasting);
+        let ends = left == Left::Nothing && !volume.lasting && !failure.is_transient();
         let phase = match left {
             Left::Nothing => Phase::Pending,
             Left::Disk => Phase::Ready,
             Left::Unknown if self.status(name).phase == Phase::Ready => Phase::Ready,
             Left::Unknown => Phase::Pending,
         };
-        if goes_on {
+        if !ends {
             let at = self.retry(name);
-            self.tools.board.trouble(&key, phase, &failure, at);
-        } else if left == Left::Disk {
-            self.tools.board.trouble(&key, phase, &failure, None);
-        } else {
-            self.volumes.entry(name.clone()).and_modify(|v| v.failed = true);
-            if let Err(error) = self.tools.desired.delete_volume(&key).await {
-                warn!(volume = %name, error = %Failure::from(error).message, "the failed add is still stored: a restart tries it again");
-            }
-            self.tools.board.trouble(&key, Phase::Failed, &failure, None);
+            return self.tools.board.trouble(&key, phase, &failure, at);
         }
+        self.volumes.entry(name.clone()).and_modify(|v| v.failed = true);
+        if let Err(error) = self.tools.desired.delete_volume(&key).await {
+            warn!(volume = %name, error = %Failure::from(error).message, "the failed add is still stored: a restart tries it again");
+        }
+        self.tools.board.trouble(&key, Phase::Failed, &failure, None);
     }
 
     async fn detached(&mut self, name: &VolumeName, result: Result<(), Failure>) {

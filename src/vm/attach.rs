@@ -37,7 +37,7 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
             Failure::new(Reason::DeadlineExceeded, format!("the attach took longer than {limit:?}"))
         }
     };
-    if had_disk {
+    if had_disk && !has_ended(&failure, &volume.spec) {
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
         return Err(AttachFailure { failure, left: Left::Disk });
     }
@@ -50,6 +50,15 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
             let failure = Failure { reason: undo.reason, ..failure.and_undo(&undo) };
             Err(AttachFailure { failure, left: Left::Unknown })
         }
+    }
+}
+
+/// Whether there is no guest any more that could have the disk, nor one that is defined with it.
+fn has_ended(failure: &Failure, spec: &VolumeSpec) -> bool {
+    match failure.reason {
+        Reason::PodGone => true,
+        Reason::VmNotRunning => !spec.persist,
+        _ => false,
     }
 }
 
@@ -150,7 +159,7 @@ impl Way<'_> {
     /// The block node in the pod's hotplug directory.
     #[tracing::instrument(name = "node", skip_all)]
     async fn node(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
-        self.effects.node = Some(NodeEffect { dev });
+        self.effects.node = Some(NodeEffect { dev: Some(dev) });
         self.note().await?;
         self.ways.nodes.ensure(&pod.hotplug, &self.key.volume, dev, pod.owner).await?;
         Ok(())

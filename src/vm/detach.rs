@@ -12,7 +12,7 @@ use super::ways::Ways;
 use crate::connector::DetachOptions;
 use crate::domain;
 use crate::host::poddir::PathError;
-use crate::journal::{DiskEffect, Effects};
+use crate::journal::{DiskEffect, Effects, NodeEffect};
 use crate::reason::Reason;
 use crate::spec::{Phase, RemoveOptions, VolumeSpec};
 use crate::types::VolumeKey;
@@ -33,10 +33,14 @@ pub(super) async fn detach(
     options: RemoveOptions,
 ) -> Result<(), Failure> {
     let key = ways.key(&volume.name);
-    let found = ways.effects.get(&key).await?;
-    let mut effects = found.unwrap_or_else(|| unknown(ways, volume));
     let limit = ways.settings().detach + ways.settings().guest_unplug;
-    let walked = unwind(ways, &key, &mut effects, Unwind::Removed(options));
+    let walked = async {
+        let mut effects = match ways.effects.get(&key).await? {
+            Some(effects) => effects,
+            None => earlier(ways, &key, volume).await?,
+        };
+        unwind(ways, &key, &mut effects, Unwind::Removed(options)).await
+    };
     tokio::time::timeout(limit, walked).await.unwrap_or_else(|_| {
         Err(Failure::new(
             Reason::DeadlineExceeded,
@@ -45,14 +49,20 @@ pub(super) async fn detach(
     })
 }
 
-/// The effects of a volume that was not begun in this boot: one before may have left node records,
-/// and the disk in the domain's persistent definition.
-fn unknown(ways: &Ways, volume: &VolumeSpec) -> Effects {
-    let (alias, bus) = (domain::alias(&volume.name), volume.bus);
+/// The effects of a volume that was not begun in this boot. If it ever was, a boot before has left
+/// its records, multipath's memory of it, its node, and the disk in the persistent definition.
+async fn earlier(ways: &Ways, key: &VolumeKey, volume: &VolumeSpec) -> Result<Effects, Failure> {
     let mut effects = ways.effects.begin(ways.incarnation(), volume);
     effects.host = true;
-    effects.disk = volume.persist.then_some(DiskEffect { alias, bus, target: None });
-    effects
+    if let Some(wwid) = ways.desired.identity(key, &volume.source.key()).await? {
+        ways.host.connector.forget(&wwid).await?;
+        effects.node = Some(NodeEffect { dev: None });
+        let (alias, bus) = (domain::alias(&volume.name), volume.bus);
+        effects.disk = volume.persist.then_some(DiskEffect { alias, bus, target: None });
+    }
+    // From here on a successor knows it too.
+    ways.effects.put(key, &effects).await?;
+    Ok(effects)
 }
 
 /// Undoes everything in `effects`.
@@ -125,7 +135,7 @@ async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
         discover::hotplug_dir(&ways.host.pods, &ways.settings().discover, &ways.vm.place).await;
     match found {
         Ok(Some(dir)) => {
-            ways.nodes.remove(&dir, &key.volume, Some(node.dev)).await?;
+            ways.nodes.remove(&dir, &key.volume, node.dev).await?;
         }
         Ok(None) => {}
         Err(

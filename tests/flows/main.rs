@@ -7,5 +7,9 @@
 mod bad_input;
 mod crash;
 mod faults;
+mod guest;
+mod identity;
 mod main_job;
+mod restart;
+mod serving;
 mod world;

@@ -113,29 +113,65 @@ pub async fn run(config: Config, form: Form) -> Result<(), Error> {
 /// How long work that is under way may take to end by itself when the daemon stops.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Opens the doors (real or simulated, by `form`) and the registry behind them. The one place that
-/// knows which is which.
-async fn open(config: &Config, form: &Form) -> Result<Arc<Registry>, Error> {
-    let (storage, pods, hypervisor, desired) = if form.simulated {
-        let sim = SimHost::demo();
-        if let Some(path) = &form.faults {
-            read_faults(path)?.into_iter().for_each(|fault| sim.faults.inject(fault));
-        }
-        let hypervisor: Arc<dyn Hypervisor> = Arc::new(sim.hypervisor);
-        (StorageDoors::sim(&sim.storage), sim.pods.doors(), hypervisor, Desired::in_memory())
-    } else {
+/// The doors to the host.
+pub struct Doors {
+    /// SAN and SCSI layer, multipathd, the run directory.
+    pub storage: StorageDoors,
+    /// Pods, nodes, grants and processes.
+    pub pods: PodDoors,
+    /// libvirt.
+    pub hypervisor: Arc<dyn Hypervisor>,
+}
+
+impl Doors {
+    /// Those of the machine that we run on.
+    fn real(config: &Config) -> Result<Self, OpenError> {
         let options = RealOptions {
             run_dir: config.run_dir.clone(),
             kernel_deadline: config.deadlines.kernel_call,
             multipathd_deadline: config.deadlines.multipathd,
             ..RealOptions::default()
         };
-        let hypervisor: Arc<dyn Hypervisor> = Arc::new(RealHypervisor);
-        let storage = StorageDoors::real(&options)?;
-        let desired = Desired::open(&store_path(config, form));
-        (storage, PodDoors::real(Path::new("/proc")), hypervisor, desired)
+        Ok(Self {
+            storage: StorageDoors::real(&options)?,
+            pods: PodDoors::real(Path::new("/proc")),
+            hypervisor: Arc::new(RealHypervisor),
+        })
+    }
+
+    /// Those of a simulated host.
+    pub fn sim(host: &SimHost) -> Self {
+        Self {
+            storage: StorageDoors::sim(&host.storage),
+            pods: host.pods.doors(),
+            hypervisor: Arc::new(host.hypervisor.clone()),
+        }
+    }
+}
+
+/// Opens the doors (real or simulated, by `form`) and the registry behind them. The one place that
+/// knows which is which.
+async fn open(config: &Config, form: &Form) -> Result<Arc<Registry>, Error> {
+    let (doors, desired) = if form.simulated {
+        let host = SimHost::demo();
+        if let Some(path) = &form.faults {
+            read_faults(path)?.into_iter().for_each(|fault| host.faults.inject(fault));
+        }
+        (Doors::sim(&host), Desired::in_memory())
+    } else {
+        (Doors::real(config)?, Desired::open(&store_path(config, form)))
     };
-    let desired = desired.map_err(|e| Error::Open(e.into()))?;
+    compose(config, form, doors, desired.map_err(|e| Error::Open(e.into()))?).await
+}
+
+/// The registry over these doors and this store, which takes up what it finds in them.
+pub async fn compose(
+    config: &Config,
+    form: &Form,
+    doors: Doors,
+    desired: Desired,
+) -> Result<Arc<Registry>, Error> {
+    let Doors { storage, pods, hypervisor } = doors;
     let grants = Grants::new(pods.overrides.clone(), pods.lists.clone());
     let mechanisms = install_grants(&grants, &pods).await?;
     let connector = IscsiConnector::new(storage.clone(), config.connector());

@@ -162,6 +162,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// One of our own files could not be read or written.
+    #[error("{doing} failed")]
+    Store {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
     /// It failed, and so did the undoing: something is left, and a detach will find it.
     #[error("{cause}; undoing what was begun failed too: {undo}")]
     Undo {
@@ -204,8 +213,18 @@ impl Error {
                 io::ErrorKind::TimedOut => Reason::DeadlineExceeded,
                 _ => Reason::Internal,
             },
+            Self::Store { source, .. } => match source.kind() {
+                io::ErrorKind::TimedOut => Reason::DeadlineExceeded,
+                _ => Reason::StateStoreFailed,
+            },
             Self::Undo { cause, .. } => cause.reason(),
         }
+    }
+
+    /// A failure of our own files, in words of what was being done.
+    pub(crate) fn store(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::Store { doing, source }
     }
 
     /// A system call's failure, in words of what was being done.

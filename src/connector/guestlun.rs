@@ -15,11 +15,11 @@ fn file(hctl: Hctl) -> String {
 /// From now on what appears at `hctl` is a guest's.
 pub(crate) async fn mark(run: &dyn RunDir, hctl: Hctl) -> Result<(), Error> {
     let file = file(hctl);
-    run.store(&file, b"").await.map_err(Error::io(format!("writing {file}")))
+    run.store(&file, b"").await.map_err(Error::store(format!("writing {file}")))
 }
 
 /// There is nothing of a guest's at `hctl` any more.
 pub(crate) async fn unmark(run: &dyn RunDir, hctl: Hctl) -> Result<(), Error> {
     let file = file(hctl);
-    run.remove(&file).await.map_err(Error::io(format!("removing {file}")))
+    run.remove(&file).await.map_err(Error::store(format!("removing {file}")))
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::host::lock::LockGuard;
 use crate::host::storage::StorageDoors;
 use crate::types::{DevNum, Lun, VolumeKey, Wwid};
 
@@ -165,7 +166,7 @@ impl Leases {
     /// All leases of this boot.
     pub(crate) async fn all<M: Made>(&self) -> Result<Vec<Lease<M>>, Error> {
         let dir = format!("leases/{}", M::TRANSPORT);
-        let names = self.doors.rundir.list(&dir).await.map_err(Error::io("listing leases"))?;
+        let names = self.doors.rundir.list(&dir).await.map_err(Error::store("listing leases"))?;
         let mut all = Vec::new();
         for name in names {
             all.extend(self.load_file(&format!("{dir}/{name}")).await?);
@@ -192,7 +193,7 @@ impl Leases {
                 .map_err(|source| Error::LeaseCorrupt { name: name.clone(), source })?;
             self.doors.rundir.store(&name, &bytes).await
         };
-        written.map_err(Error::io(format!("writing {name}")))?;
+        written.map_err(Error::store(format!("writing {name}")))?;
         Ok(result)
     }
 
@@ -207,7 +208,7 @@ impl Leases {
 
     async fn load_file<M: Made>(&self, name: &str) -> Result<Option<Lease<M>>, Error> {
         let loaded = self.doors.rundir.load(name).await;
-        let Some(bytes) = loaded.map_err(Error::io(format!("reading {name}")))? else {
+        let Some(bytes) = loaded.map_err(Error::store(format!("reading {name}")))? else {
             return Ok(None);
         };
         let lease: Lease<M> = serde_json::from_slice(&bytes)
@@ -249,15 +250,18 @@ impl Leases {
         self.write_claims(&name, claims).await
     }
 
-    async fn claims(
-        &self,
-        wwid: &Wwid,
-    ) -> Result<(Box<dyn crate::host::lock::LockGuard>, String, Vec<Claim>), Error> {
+    /// `None` when somebody has the LUN; otherwise nobody gets it while the guard is held.
+    pub(crate) async fn unclaimed(&self, wwid: &Wwid) -> Result<Option<Box<dyn LockGuard>>, Error> {
+        let (guard, _, claims) = self.claims(wwid).await?;
+        Ok(claims.is_empty().then_some(guard))
+    }
+
+    async fn claims(&self, wwid: &Wwid) -> Result<(Box<dyn LockGuard>, String, Vec<Claim>), Error> {
         let file = file_name(wwid.as_str());
         let guard = self.doors.rundir.lock(&format!("locks/wwid-{file}"), self.lock).await?;
         let name = format!("claims/{file}");
         let loaded = self.doors.rundir.load(&name).await;
-        let claims = match loaded.map_err(Error::io(format!("reading {name}")))? {
+        let claims = match loaded.map_err(Error::store(format!("reading {name}")))? {
             None => Vec::new(),
             Some(bytes) => {
                 let claims: Claims = serde_json::from_slice(&bytes)
@@ -277,7 +281,7 @@ impl Leases {
                 .map_err(|source| Error::LeaseCorrupt { name: name.into(), source })?;
             self.doors.rundir.store(name, &bytes).await
         };
-        written.map_err(Error::io(format!("writing {name}")))
+        written.map_err(Error::store(format!("writing {name}")))
     }
 }
 

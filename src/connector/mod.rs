@@ -94,6 +94,10 @@ pub trait Connector: Send + Sync {
         options: DetachOptions,
     ) -> Result<Outcome, Error>;
 
+    /// Has the host forget a LUN that was attached in an earlier boot: what it remembers of it across
+    /// boots beside its records. Left alone when somebody has it.
+    async fn forget(&self, wwid: &Wwid) -> Result<(), Error>;
+
     /// What is attached in this owner's name, verified anew against sysfs; `None` when nothing is.
     async fn observe(
         &self,

@@ -368,3 +368,12 @@ pub(crate) async fn forget(multipathd: &dyn Multipathd, uuid: &str) -> Result<()
         _ => Ok(()), // Not a WWID that we could have attached.
     }
 }
+
+/// The same, for a LUN that has no map now.
+pub(crate) async fn forget_unused(doors: &StorageDoors, wwid: &Wwid) -> Result<(), Error> {
+    let uuid = format!("mpath-{}", wwid.multipath());
+    match by_uuid(&*doors.sysfs, &uuid).await? {
+        Some(_) => Ok(()),
+        None => doors.multipathd.forget(wwid).await.map(drop).map_err(Error::Multipathd),
+    }
+}

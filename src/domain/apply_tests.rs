@@ -119,7 +119,7 @@ async fn persist_follows_the_domain() {
 async fn qemu_that_may_not_open_the_node_attaches_nothing() {
     let w = world(SimDomain::q35("vm", false)).await;
     let before = w.host.snapshot();
-    w.host.set_open_check(Arc::new(|endpoint, path| {
+    w.host.set_open_check(Arc::new(|endpoint, path, _| {
         assert_eq!((endpoint, path), (SOCK, "/hotplug/v"));
         Err("Operation not permitted".into())
     }));

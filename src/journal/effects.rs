@@ -16,8 +16,8 @@ use crate::types::{Bus, DevNum, VmId, VolumeKey};
 /// A node that was, or was about to be, made in the pod.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeEffect {
-    /// The device it stands for.
-    pub dev: DevNum,
+    /// The device it stands for; `None` for one of an earlier boot, whose numbers say nothing now.
+    pub dev: Option<DevNum>,
 }
 
 /// A disk that was, or was about to be, given to the domain.

@@ -40,11 +40,12 @@ pub trait Steps: Send + Sync + 'static {
         options: RemoveOptions,
     ) -> Result<(), Refusal>;
 
-    /// Goes the whole way, or finds it gone; on failure all is undone, if possible.
+    /// Goes the whole way, or finds it gone; on failure all is undone, unless there is something
+    /// [`Left`].
     async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure>;
 
     /// Goes the whole way back, from wherever an attach came to.
-    async fn detach(&self, name: &VolumeName, options: RemoveOptions) -> Result<(), Failure>;
+    async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure>;
 }
 
 /// An attach that did not succeed.
@@ -52,7 +53,7 @@ pub trait Steps: Send + Sync + 'static {
 pub struct AttachFailure {
     /// Why.
     pub failure: Failure,
-    /// What is left.
+    /// What is there of it.
     pub left: Left,
 }
 
@@ -224,6 +225,8 @@ struct Volume {
     stored: StoredVolume,
     removing: Option<RemoveOptions>,
     failed: bool,
+    /// It was ready, or was wanted when this daemon started: no trouble ends it, only a removal.
+    lasting: bool,
     working: bool,
     attempts: u32,
     timer: Option<AbortHandle>,
@@ -237,6 +240,7 @@ impl Volume {
             stored,
             removing,
             failed: false,
+            lasting: false,
             working: false,
             attempts: 0,
             timer: None,
@@ -307,7 +311,8 @@ impl Actor {
             let key = self.key(&stored.spec.name);
             let removing = self.tools.effects.removal(&key).await?;
             self.tools.board.open(&key, &stored.spec);
-            self.volumes.insert(key.volume, Volume::new(stored, removing));
+            let volume = Volume { lasting: true, ..Volume::new(stored, removing) };
+            self.volumes.insert(key.volume, volume);
         }
         for key in self.tools.effects.volumes(&self.vm).await? {
             if self.volumes.contains_key(&key.volume) {
@@ -498,12 +503,13 @@ impl Actor {
                 None => {
                     let result = whole(steps.attach(&stored)).await.unwrap_or_else(|failure| {
                         // What the guest has is not known here, so it is not taken away.
-                        Err(AttachFailure { failure, left: Left::InGuest })
+                        Err(AttachFailure { failure, left: Left::Unknown })
                     });
                     Message::Attached { name, result }
                 }
                 Some(options) => {
-                    let result = whole(steps.detach(&name, options)).await.unwrap_or_else(Err);
+                    let detach = steps.detach(&stored.spec, options);
+                    let result = whole(detach).await.unwrap_or_else(Err);
                     Message::Detached { name, result }
                 }
             }
@@ -522,6 +528,7 @@ impl Actor {
         let AttachFailure { failure, left } = match result {
             Ok(()) => {
                 volume.attempts = 0;
+                volume.lasting = true;
                 volume.cause = Span::none();
                 volume.stored.accept_new_identity = false;
                 return;
@@ -529,19 +536,21 @@ impl Actor {
             Err(failed) => failed,
         };
         warn!(volume = %name, reason = %failure.reason, why = failure.message, ?left, "attach failed");
-        let (phase, at) = match plan::after_failure(failure.reason, left) {
-            Next::Retry(phase) => (phase, self.retry(name)),
-            Next::Stay(phase) => (phase, None),
+        let lasting = volume.lasting;
+        match plan::after_failure(failure.reason, left, lasting, self.status(name).phase) {
+            Next::Retry(phase) => {
+                let at = self.retry(name);
+                self.tools.board.trouble(&key, phase, &failure, at);
+            }
             Next::GiveUp => {
-                volume.failed = true;
+                self.volumes.entry(name.clone()).and_modify(|v| v.failed = true);
                 if let Err(error) = self.tools.desired.delete_volume(&key).await {
                     let why = Failure::from(error).message;
                     warn!(volume = %name, why, "the failed add is still stored: a restart tries it again");
                 }
-                (Phase::Failed, None)
+                self.tools.board.trouble(&key, Phase::Failed, &failure, None);
             }
-        };
-        self.tools.board.trouble(&key, phase, &failure, at);
+        }
     }
 
     async fn detached(&mut self, name: &VolumeName, result: Result<(), Failure>) {

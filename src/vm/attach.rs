@@ -24,9 +24,9 @@ use crate::types::{DevNum, VolumeKey};
 
 /// Attaches a volume, or finds it attached; publishes each phase.
 pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), AttachFailure> {
+    let failed = |failure| AttachFailure { failure, left: Left::Unknown };
     let key = ways.key(&volume.spec.name);
-    let effects = begun(ways, &key, &volume.spec).await;
-    let effects = effects.map_err(|failure| AttachFailure { failure, left: Left::Rest })?;
+    let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
     let had_disk = effects.disk.as_ref().is_some_and(|d| d.target.is_some());
     let mut way = Way { ways, key, volume, effects };
     let limit = ways.settings().attach;
@@ -38,18 +38,28 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
             Failure::new(Reason::DeadlineExceeded, format!("the attach took longer than {limit:?}"))
         }
     };
-    if had_disk {
+    if had_disk && !has_ended(&failure, &volume.spec) {
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
-        return Err(AttachFailure { failure, left: Left::InGuest });
+        return Err(AttachFailure { failure, left: Left::Disk });
     }
     tracing::info!(reason = %failure.reason, why = failure.message, "undoing the attach");
     let undone = detach::unwind(ways, &way.key, &mut way.effects, Unwind::Failed).await;
     match undone {
         Ok(()) => Err(AttachFailure { failure, left: Left::Nothing }),
         Err(undo) => {
+            // What is left is in the effects; the next try, or the removal, goes on from there.
             let failure = Failure { reason: undo.reason, ..failure.and_undo(&undo) };
-            Err(AttachFailure { failure, left: Left::Rest })
+            Err(AttachFailure { failure, left: Left::Unknown })
         }
+    }
+}
+
+/// Whether there is no guest any more that could have the disk, nor one that is defined with it.
+fn has_ended(failure: &Failure, spec: &VolumeSpec) -> bool {
+    match failure.reason {
+        Reason::PodGone => true,
+        Reason::VmNotRunning => !spec.persist,
+        _ => false,
     }
 }
 
@@ -150,7 +160,7 @@ impl Way<'_> {
     /// The block node in the pod's hotplug directory.
     #[tracing::instrument(name = "node", skip_all)]
     async fn node(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
-        self.effects.node = Some(NodeEffect { dev });
+        self.effects.node = Some(NodeEffect { dev: Some(dev) });
         self.note().await?;
         self.ways.nodes.ensure(&pod.hotplug, &self.key.volume, dev, pod.owner).await?;
         Ok(())

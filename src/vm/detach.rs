@@ -12,10 +12,10 @@ use super::ways::Ways;
 use crate::connector::DetachOptions;
 use crate::domain;
 use crate::host::poddir::PathError;
-use crate::journal::Effects;
+use crate::journal::{DiskEffect, Effects, NodeEffect};
 use crate::reason::Reason;
-use crate::spec::{Phase, RemoveOptions};
-use crate::types::{VolumeKey, VolumeName};
+use crate::spec::{Phase, RemoveOptions, VolumeSpec};
+use crate::types::VolumeKey;
 
 /// Why the way back is walked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,19 +29,40 @@ pub(super) enum Unwind {
 /// Detaches a volume; publishes each phase.
 pub(super) async fn detach(
     ways: &Ways,
-    name: &VolumeName,
+    volume: &VolumeSpec,
     options: RemoveOptions,
 ) -> Result<(), Failure> {
-    let key = ways.key(name);
-    let Some(mut effects) = ways.effects.get(&key).await? else { return Ok(()) };
+    let key = ways.key(&volume.name);
     let limit = ways.settings().detach + ways.settings().guest_unplug;
-    let walked = unwind(ways, &key, &mut effects, Unwind::Removed(options));
+    let walked = async {
+        let mut effects = match ways.effects.get(&key).await? {
+            Some(effects) => effects,
+            None => earlier(ways, &key, volume).await?,
+        };
+        unwind(ways, &key, &mut effects, Unwind::Removed(options)).await
+    };
     tokio::time::timeout(limit, walked).await.unwrap_or_else(|_| {
         Err(Failure::new(
             Reason::DeadlineExceeded,
             format!("the detach took longer than {limit:?}"),
         ))
     })
+}
+
+/// The effects of a volume that was not begun in this boot. If it ever was, a boot before has left
+/// its records, multipath's memory of it, its node, and the disk in the persistent definition.
+async fn earlier(ways: &Ways, key: &VolumeKey, volume: &VolumeSpec) -> Result<Effects, Failure> {
+    let mut effects = ways.effects.begin(ways.incarnation(), volume);
+    effects.host = true;
+    if let Some(wwid) = ways.desired.identity(key, &volume.source.key()).await? {
+        ways.host.connector.forget(&wwid).await?;
+        effects.node = Some(NodeEffect { dev: None });
+        let (alias, bus) = (domain::alias(&volume.name), volume.bus);
+        effects.disk = volume.persist.then_some(DiskEffect { alias, bus, target: None });
+    }
+    // From here on a successor knows it too.
+    ways.effects.put(key, &effects).await?;
+    Ok(effects)
 }
 
 /// Undoes everything in `effects`.
@@ -114,7 +135,7 @@ async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
         discover::hotplug_dir(&ways.host.pods, &ways.settings().discover, &ways.vm.place).await;
     match found {
         Ok(Some(dir)) => {
-            ways.nodes.remove(&dir, &key.volume, Some(node.dev)).await?;
+            ways.nodes.remove(&dir, &key.volume, node.dev).await?;
         }
         Ok(None) => {}
         Err(

@@ -86,15 +86,16 @@ pub fn admit_remove(known: Option<&Known>, options: RemoveOptions) -> Option<Adm
     })
 }
 
-/// What a failed attach left behind.
+/// What an attach that did not succeed has left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Left {
     /// Nothing: all was undone.
     Nothing,
-    /// The disk, in the guest that had it before: nothing was undone.
-    InGuest,
-    /// Something that could not be undone; the next try, or the removal, goes on from there.
-    Rest,
+    /// The disk, which the guest had before and still has: nothing was undone.
+    Disk,
+    /// Something, or nobody knows: the journal could not be read, or undoing failed as well. It is
+    /// gone on from there, whatever the reason.
+    Unknown,
 }
 
 /// What becomes of a volume whose attach failed.
@@ -102,22 +103,21 @@ pub enum Left {
 pub enum Next {
     /// It is tried again later, and shown in this phase meanwhile.
     Retry(Phase),
-    /// It stays as it is, with its trouble shown.
-    Stay(Phase),
     /// It is wanted no more.
     GiveUp,
 }
 
-/// What becomes of a volume whose attach failed for `reason`. A VM that is away does not make its
-/// volumes unwanted: whether it was there was checked when they were asked for.
-pub fn after_failure(reason: Reason, left: Left) -> Next {
-    let passes = reason.is_transient() || reason.is_vm_away();
+/// What becomes of a volume in phase `shown` whose attach failed for `reason`. One that was attached
+/// before (`lasting`) stays wanted whatever happens to it; so does any whose VM is away, for that it
+/// was there was checked when the volume was asked for.
+pub fn after_failure(reason: Reason, left: Left, lasting: bool, shown: Phase) -> Next {
     match left {
-        Left::Rest => Next::Retry(Phase::Pending),
-        Left::InGuest if reason.is_vm_away() => Next::Retry(Phase::Pending),
-        Left::InGuest if passes => Next::Retry(Phase::Ready),
-        Left::InGuest => Next::Stay(Phase::Ready),
-        Left::Nothing if passes => Next::Retry(Phase::Pending),
+        Left::Disk => Next::Retry(Phase::Ready),
+        Left::Unknown if shown == Phase::Ready => Next::Retry(Phase::Ready),
+        Left::Unknown => Next::Retry(Phase::Pending),
+        Left::Nothing if lasting || reason.is_transient() || reason.is_vm_away() => {
+            Next::Retry(Phase::Pending)
+        }
         Left::Nothing => Next::GiveUp,
     }
 }
@@ -241,17 +241,18 @@ mod tests {
     fn what_becomes_of_a_failed_attach() {
         let (passes, away, lasts) =
             (Reason::PortalUnreachable, Reason::VmNotRunning, Reason::IdentityChanged);
-        for (reason, left, next) in [
-            (passes, Left::Nothing, Next::Retry(Phase::Pending)),
-            (away, Left::Nothing, Next::Retry(Phase::Pending)),
-            (lasts, Left::Nothing, Next::GiveUp),
-            (passes, Left::InGuest, Next::Retry(Phase::Ready)),
-            (away, Left::InGuest, Next::Retry(Phase::Pending)),
-            (lasts, Left::InGuest, Next::Stay(Phase::Ready)),
-            (passes, Left::Rest, Next::Retry(Phase::Pending)),
-            (lasts, Left::Rest, Next::Retry(Phase::Pending)),
+        let (ready, pending) = (Next::Retry(Phase::Ready), Next::Retry(Phase::Pending));
+        for (reason, left, lasting, shown, next) in [
+            (passes, Left::Nothing, false, Phase::Bound, pending),
+            (away, Left::Nothing, false, Phase::Bound, pending),
+            (lasts, Left::Nothing, false, Phase::Bound, Next::GiveUp),
+            (lasts, Left::Nothing, true, Phase::Bound, pending),
+            (lasts, Left::Disk, true, Phase::Pending, ready),
+            (away, Left::Unknown, false, Phase::Bound, pending),
+            (lasts, Left::Unknown, false, Phase::Ready, ready),
         ] {
-            assert_eq!(after_failure(reason, left), next, "{reason} {left:?}");
+            let became = after_failure(reason, left, lasting, shown);
+            assert_eq!(became, next, "{reason} {left:?} {lasting} {shown:?}");
         }
     }
 

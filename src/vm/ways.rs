@@ -229,7 +229,7 @@ impl Steps for Ways {
         attach::attach(self, volume).await
     }
 
-    async fn detach(&self, name: &VolumeName, options: RemoveOptions) -> Result<(), Failure> {
-        detach::detach(self, name, options).await
+    async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure> {
+        detach::detach(self, volume, options).await
     }
 }

@@ -250,7 +250,10 @@ impl Gathering {
 /// wrong with the LUN itself or with us.
 fn is_local(error: &Error) -> bool {
     match error {
-        Error::LunNotFound { .. } | Error::NoMedium { .. } | Error::Io { .. } => true,
+        Error::LunNotFound { .. }
+        | Error::NoMedium { .. }
+        | Error::Io { .. }
+        | Error::Store { .. } => true,
         Error::NoSession { .. }
         | Error::Identity(_)
         | Error::SourceInUse { .. }

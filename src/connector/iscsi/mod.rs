@@ -43,7 +43,7 @@ use super::settings::{Settings, ms};
 use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect};
 use crate::host::storage::StorageDoors;
 use crate::spec::{IscsiSource, MultipathPolicy, Source};
-use crate::types::{Iqn, Outcome, Portal, VolumeKey};
+use crate::types::{Iqn, Outcome, Portal, VolumeKey, Wwid};
 use base::describe;
 use gather::Gathered;
 use login::{Logins, Made};
@@ -149,6 +149,11 @@ impl Connector for IscsiConnector {
         }
         .instrument(span)
         .await
+    }
+
+    async fn forget(&self, wwid: &Wwid) -> Result<(), Error> {
+        let Some(_nobody_has_it) = self.inner.leases.unclaimed(wwid).await? else { return Ok(()) };
+        multipath::forget_unused(&self.inner.doors, wwid).await
     }
 
     async fn observe(

@@ -148,7 +148,7 @@ impl SimDomain {
         &mut self,
         device: &str,
         affect: Affect,
-        may_open: &dyn Fn(&str) -> Result<(), String>,
+        may_open: &dyn Fn(&str, bool) -> Result<(), String>,
     ) -> Result<Option<String>, LibvirtError> {
         let live = affect.live.then(|| with_device(self.running()?, device)).transpose()?;
         let config = affect.config.then(|| with_device(self.defined()?, device)).transpose()?;
@@ -156,7 +156,7 @@ impl SimDomain {
         if let Some((text, disk)) = live {
             if let Some(disk) = disk {
                 let path = disk.source.unwrap_or_default();
-                may_open(&path).map_err(|why| LibvirtError::Other {
+                may_open(&path, disk.readonly).map_err(|why| LibvirtError::Other {
                     code: 1,
                     message: format!(
                         "internal error: unable to execute QEMU command 'blockdev-add': Could not open '{path}': {why}"

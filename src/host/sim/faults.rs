@@ -1,7 +1,8 @@
 //! Faults to order: at any door, on any call, an error or a call that never returns.
 
 use std::io;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +21,8 @@ pub enum FaultAction {
 /// One fault: the calls that it meets, and what happens to them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
-    /// The door and call, e.g. `sysfs.write` or `libvirt.attach`.
+    /// The door and call, e.g. `sysfs.write` or `libvirt.attach`; empty for every door.
+    #[serde(default)]
     pub point: String,
     /// Only calls whose detail (path, arguments, alias) contains this.
     #[serde(default)]
@@ -40,6 +42,9 @@ pub struct Fault {
 pub struct Faults {
     active: Mutex<Vec<Fault>>,
     changed: tokio::sync::Notify,
+    calls: AtomicUsize,
+    met: Mutex<Option<String>>,
+    meeting: tokio::sync::Notify,
 }
 
 impl Faults {
@@ -52,6 +57,21 @@ impl Faults {
     pub fn clear(&self) {
         self.lock().clear();
         self.changed.notify_waiters();
+    }
+
+    /// How many calls came to any door so far.
+    pub fn calls(&self) -> usize {
+        self.calls.load(Ordering::Relaxed)
+    }
+
+    /// The call that a fault met last, as `point detail`.
+    pub fn met(&self) -> Option<String> {
+        self.met.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Returns when a fault meets a call.
+    pub async fn meeting(&self) {
+        self.meeting.notified().await;
     }
 
     /// Called by every simulated door before it does anything: returns at once, fails, or hangs.
@@ -69,8 +89,10 @@ impl Faults {
     }
 
     fn take(&self, point: &str, detail: &str) -> Option<FaultAction> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
         for fault in self.lock().iter_mut() {
-            if fault.point != point || !detail.contains(&fault.detail) {
+            let named = fault.point.is_empty() || fault.point == point;
+            if !named || !detail.contains(&fault.detail) {
                 continue;
             }
             if fault.skip > 0 {
@@ -82,6 +104,9 @@ impl Faults {
                 Some(n) => *n -= 1,
                 None => {}
             }
+            *self.met.lock().unwrap_or_else(PoisonError::into_inner) =
+                Some(format!("{point} {detail}"));
+            self.meeting.notify_one();
             return Some(fault.action.clone());
         }
         None
@@ -89,7 +114,7 @@ impl Faults {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Fault>> {
         // A poisoned list of faults is still a list of faults.
-        self.active.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

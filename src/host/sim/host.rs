@@ -34,9 +34,10 @@ impl Default for SimHost {
         let hypervisor = SimHypervisor::new(faults.clone());
         let kernel = pods.clone();
         // QEMU opens a disk as the kernel lets it: the node must be there, its own, and granted.
-        hypervisor.set_open_check(Arc::new(move |endpoint, path| {
+        hypervisor.set_open_check(Arc::new(move |endpoint, path, read_only| {
             let Some(uid) = pod_of(endpoint) else { return Ok(()) };
-            let opened = kernel.open(uid, Path::new(path), Access::READ_WRITE);
+            let access = if read_only { Access::READ } else { Access::READ_WRITE };
+            let opened = kernel.open(uid, Path::new(path), access);
             opened.map(drop).map_err(|error| error.to_string())
         }));
         Self { storage, pods, hypervisor, faults }

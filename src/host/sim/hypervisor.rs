@@ -19,9 +19,9 @@ use crate::host::libvirt::{
     Hypervisor, Job, LibvirtError, Lifecycle, Version,
 };
 
-/// Asked when QEMU opens a device: endpoint and path in the pod. `Err` is the system's words for why
-/// it may not.
-pub type OpenCheck = Arc<dyn Fn(&str, &str) -> Result<(), String> + Send + Sync>;
+/// Asked when QEMU opens a device: endpoint, path in the pod, and whether for reading only. `Err` is
+/// the system's words for why it may not.
+pub type OpenCheck = Arc<dyn Fn(&str, &str, bool) -> Result<(), String> + Send + Sync>;
 
 #[derive(Default)]
 struct SimLibvirt {
@@ -293,7 +293,9 @@ impl Connection for SimConnection {
         self.call("attach", domain, xml, deadline, move |s| {
             refuse_busy(s.domain)?;
             let endpoint = s.endpoint;
-            let check = |path: &str| s.open_check.as_ref().map_or(Ok(()), |c| c(endpoint, path));
+            let check = |path: &str, read_only| {
+                s.open_check.as_ref().map_or(Ok(()), |c| c(endpoint, path, read_only))
+            };
             if let Some(alias) = s.domain.attach(&device, affect, &check)? {
                 s.events.send(s.domain.name(), DomainEvent::DeviceAdded(alias));
             }

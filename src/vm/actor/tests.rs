@@ -79,7 +79,8 @@ impl Steps for Script {
         result
     }
 
-    async fn detach(&self, name: &VolumeName, options: RemoveOptions) -> Result<(), Failure> {
+    async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure> {
+        let name = &volume.name;
         self.note(format!("detach {name}{}", if options.force { " force" } else { "" }));
         self.detaches.lock().unwrap().pop_front().unwrap_or(Ok(()))
     }
@@ -120,19 +121,32 @@ impl World {
 
     /// Waits for the volume to come to a phase.
     async fn reaches(&self, name: &str, phase: Phase) -> VolumeStatus {
+        self.until(name, |s| s.phase == phase).await
+    }
+
+    /// Waits for the volume to be gone, which it may be already.
+    async fn gone(&self, name: &str) {
         let mut watch = self.tools.board.watch();
         let key = VolumeKey { vm: vm(), volume: name.parse().unwrap() };
-        match self.tools.board.get(&key) {
-            Some(status) if status.phase == phase => return status,
-            // It was there already, and is off the board since.
-            None if phase == Phase::Gone => {
-                return VolumeStatus { phase, ..publish::blank(&key, &volume(name)) };
-            }
-            _ => {}
+        while self.tools.board.get(&key).is_some() {
+            watch.recv().await.unwrap();
+        }
+    }
+
+    /// Waits for the volume to have a trouble.
+    async fn in_trouble(&self, name: &str) -> VolumeStatus {
+        self.until(name, |s| s.reason.is_some()).await
+    }
+
+    async fn until(&self, name: &str, is: impl Fn(&VolumeStatus) -> bool) -> VolumeStatus {
+        let mut watch = self.tools.board.watch();
+        let key = VolumeKey { vm: vm(), volume: name.parse().unwrap() };
+        if let Some(status) = self.tools.board.get(&key).filter(&is) {
+            return status;
         }
         loop {
             let status = watch.recv().await.unwrap();
-            if status.key == key && status.phase == phase {
+            if status.key == key && is(&status) {
                 return (*status).clone();
             }
         }
@@ -170,7 +184,7 @@ async fn an_add_is_durable_before_it_is_answered_and_a_remove_forgets_it() {
     world.reaches("v", Phase::Ready).await;
     assert!(!handler.add(volume("v"), plain()).await.unwrap().changed(), "the same again");
     handler.remove(name("v"), RemoveOptions::default()).await.unwrap();
-    world.reaches("v", Phase::Gone).await;
+    world.gone("v").await;
     assert!(world.tools.desired.volumes(&vm()).await.unwrap().is_empty());
     assert!(world.tools.effects.volumes(&vm()).await.unwrap().is_empty());
     let again = handler.remove(name("v"), RemoveOptions::default()).await.unwrap_err();
@@ -246,8 +260,8 @@ async fn a_failure_for_good_ends_the_add_and_the_next_add_starts_anew() {
 #[tokio::test(start_paused = true)]
 async fn a_disk_that_the_guest_has_stays_ready_with_its_trouble() {
     let world = World::new().await;
-    let failure = Failure::new(Reason::PathsDisagree, "as told");
-    let kept = AttachFailure { failure, left: Left::InGuest };
+    let kept =
+        AttachFailure { failure: Failure::new(Reason::PathsDisagree, "as told"), left: Left::Disk };
     world.script.attaches.lock().unwrap().push_back(Err(kept));
     let handler = world.handler().await;
     handler.add(volume("v"), plain()).await.unwrap();
@@ -255,6 +269,35 @@ async fn a_disk_that_the_guest_has_stays_ready_with_its_trouble() {
     assert_eq!(status.reason, Some(Reason::PathsDisagree));
     assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 1);
     drop(handler);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_wanted_at_the_start_is_not_given_up() {
+    let world = World::new().await;
+    let stored = StoredVolume { spec: volume("v"), accept_new_identity: false };
+    world.tools.desired.put_volume(&vm(), &stored).await.unwrap();
+    let fails = failed(Reason::VmNotRunning);
+    world.script.attaches.lock().unwrap().push_back(fails);
+    let handler = world.handler().await;
+    let status = world.in_trouble("v").await;
+    assert_eq!((status.phase, status.reason), (Phase::Pending, Some(Reason::VmNotRunning)));
+    world.reaches("v", Phase::Ready).await;
+    drop(handler);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_could_not_be_undone_is_not_given_up() {
+    let world = World::new().await;
+    let failure = Failure::new(Reason::DeviceHeld, "as told");
+    let held = AttachFailure { failure, left: Left::Unknown };
+    let ends = failed(Reason::LunNotFound);
+    world.script.attaches.lock().unwrap().extend([Err(held), ends]);
+    let handler = world.handler().await;
+    handler.add(volume("v"), plain()).await.unwrap();
+    let status = world.in_trouble("v").await;
+    assert_eq!((status.phase, status.reason), (Phase::Pending, Some(Reason::DeviceHeld)));
+    world.reaches("v", Phase::Failed).await;
+    assert!(world.tools.desired.volumes(&vm()).await.unwrap().is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -269,7 +312,7 @@ async fn a_remove_during_an_add_lets_it_end_and_undoes_it() {
     assert_eq!(again.reason, Reason::VolumeExists, "it is being removed");
     assert_eq!(world.script.log(), ["attach v"]);
     world.script.open_gate("v");
-    world.reaches("v", Phase::Gone).await;
+    world.gone("v").await;
     assert_eq!(world.script.log(), ["attach v", "detach v"]);
 }
 
@@ -282,7 +325,7 @@ async fn a_hung_volume_holds_up_no_other() {
     handler.add(volume("fine"), plain()).await.unwrap();
     world.reaches("fine", Phase::Ready).await;
     handler.remove(name("fine"), RemoveOptions::default()).await.unwrap();
-    world.reaches("fine", Phase::Gone).await;
+    world.gone("fine").await;
     assert_eq!(handler.count().await.unwrap(), 1);
 }
 
@@ -298,7 +341,7 @@ async fn a_refused_remove_changes_nothing_and_force_is_explicit() {
     assert_eq!(refused, refusal);
     assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 1);
     handler.remove(name("v"), RemoveOptions { force: true, dry_run: false }).await.unwrap();
-    world.reaches("v", Phase::Gone).await;
+    world.gone("v").await;
     assert_eq!(world.script.log(), ["attach v", "detach v force"]);
 }
 
@@ -312,7 +355,7 @@ async fn a_removal_is_carried_through_whatever_the_trouble() {
     world.reaches("v", Phase::Ready).await;
     let mut watch = world.tools.board.watch();
     handler.remove(name("v"), RemoveOptions::default()).await.unwrap();
-    world.reaches("v", Phase::Gone).await;
+    world.gone("v").await;
     let mut reasons = BTreeSet::new();
     while let Ok(status) = watch.try_recv() {
         reasons.extend(status.reason.map(Reason::code));
@@ -391,8 +434,8 @@ async fn a_panic_in_a_step_is_that_volumes_alone() {
     let world = World::new().await;
     let handler = world.handler().await;
     handler.add(volume("panics"), plain()).await.unwrap();
-    let status = world.reaches("panics", Phase::Ready).await;
-    assert_eq!(status.reason, Some(Reason::Internal));
+    let status = world.in_trouble("panics").await;
+    assert_eq!((status.phase, status.reason), (Phase::Pending, Some(Reason::Internal)));
     handler.add(volume("fine"), plain()).await.unwrap();
     world.reaches("fine", Phase::Ready).await;
 }

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use nix::libc;
@@ -20,6 +21,17 @@ use crate::host::poddir::{
 };
 use crate::host::procs::{DirView, Membership, ProcessId, ProcessInfo, Procs};
 use crate::types::{DevNum, Outcome, VolumeName};
+
+/// A call that hangs ends after this, as on the real host.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+impl SimPods {
+    async fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
+        tokio::time::timeout(DEADLINE, self.faults.pass(point, detail))
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
 
 fn outcome(changed: bool) -> Outcome {
     if changed { Outcome::Done(()) } else { Outcome::Already(()) }
@@ -74,7 +86,7 @@ fn inode(pod: &SimPod) -> Inode {
 #[async_trait]
 impl PodDirs for SimPods {
     async fn pod(&self, kubelet_root: &Path, uid: &str) -> Result<PodDir, PathError> {
-        self.faults.pass("pods.dir", uid).await?;
+        self.pass("pods.dir", uid).await?;
         check_uid(uid)?;
         let dir = PodDir { path: kubelet_root.join("pods").join(uid) };
         self.lock().pod(&dir)?;
@@ -82,7 +94,7 @@ impl PodDirs for SimPods {
     }
 
     async fn hotplug(&self, pod: &PodDir, path: &Path) -> Result<HotplugDir, PathError> {
-        self.faults.pass("pods.dir", &path.to_string_lossy()).await?;
+        self.pass("pods.dir", &path.to_string_lossy()).await?;
         let state = self.lock();
         match state.entry(pod, path)? {
             SimEntry::Dir => {
@@ -95,7 +107,7 @@ impl PodDirs for SimPods {
     }
 
     async fn socket(&self, pod: &PodDir, path: &Path) -> Result<LibvirtEndpoint, PathError> {
-        self.faults.pass("pods.socket", &path.to_string_lossy()).await?;
+        self.pass("pods.socket", &path.to_string_lossy()).await?;
         match self.lock().entry(pod, path)? {
             SimEntry::Socket => Ok(LibvirtEndpoint {
                 place: EndpointPlace::Pod { pod: pod.clone(), rel: path.to_owned() },
@@ -105,7 +117,7 @@ impl PodDirs for SimPods {
     }
 
     async fn host_socket(&self, path: &Path) -> Result<LibvirtEndpoint, PathError> {
-        self.faults.pass("pods.socket", &path.to_string_lossy()).await?;
+        self.pass("pods.socket", &path.to_string_lossy()).await?;
         if !self.lock().host_sockets.contains(path) {
             return Err(PathError::Missing(path.to_owned()));
         }
@@ -131,7 +143,7 @@ impl Nodes for SimPods {
         dev: DevNum,
         owner: NodeOwner,
     ) -> Result<Outcome, NodeError> {
-        self.faults.pass("nodes.create", name.as_str()).await?;
+        self.pass("nodes.create", name.as_str()).await?;
         let mut state = self.lock();
         let pod = state.hotplug(dir)?;
         let wanted = Seen::Node { dev, owner, mode: NODE_MODE };
@@ -155,7 +167,7 @@ impl Nodes for SimPods {
         name: &VolumeName,
         expect: Option<DevNum>,
     ) -> Result<Outcome, NodeError> {
-        self.faults.pass("nodes.remove", name.as_str()).await?;
+        self.pass("nodes.remove", name.as_str()).await?;
         let mut state = self.lock();
         let pod = state.hotplug(dir)?;
         match pod.nodes.get(name) {
@@ -172,7 +184,7 @@ impl Nodes for SimPods {
         dir: &HotplugDir,
         name: &VolumeName,
     ) -> Result<Option<Seen>, NodeError> {
-        self.faults.pass("nodes.observe", name.as_str()).await?;
+        self.pass("nodes.observe", name.as_str()).await?;
         Ok(self.lock().hotplug(dir)?.nodes.get(name).copied())
     }
 }
@@ -180,7 +192,7 @@ impl Nodes for SimPods {
 #[async_trait]
 impl Overrides for SimPods {
     async fn install(&self) -> Result<Outcome<OverrideStatus>, GrantStoreError> {
-        self.faults.pass("grants.install", "").await?;
+        self.pass("grants.install", "").await?;
         let changed = !std::mem::replace(&mut self.lock().installed, true);
         let status = OverrideStatus { program: 1, after_ours: Vec::new() };
         Ok(if changed { Outcome::Done(status) } else { Outcome::Already(status) })
@@ -192,7 +204,7 @@ impl Overrides for SimPods {
         dev: DevNum,
         access: Access,
     ) -> Result<Outcome, GrantStoreError> {
-        self.faults.pass("grants.grant", &format!("{cgroup} {dev}")).await?;
+        self.pass("grants.grant", &format!("{cgroup} {dev}")).await?;
         let mut state = self.lock();
         if state.cgroup_path(cgroup.id).as_deref() != Some(cgroup.path.as_path()) {
             return Err(GrantStoreError::Gone(cgroup.path.clone()));
@@ -203,12 +215,12 @@ impl Overrides for SimPods {
 
     async fn take(&self, cgroup: u64, dev: DevNum) -> Result<Outcome, GrantStoreError> {
         let detail = format!("{} {dev}", self.lock().cgroup_name(cgroup));
-        self.faults.pass("grants.revoke", &detail).await?;
+        self.pass("grants.revoke", &detail).await?;
         Ok(outcome(self.lock().grants.remove(&(cgroup, dev)).is_some()))
     }
 
     async fn entries(&self) -> Result<Vec<Entry>, GrantStoreError> {
-        self.faults.pass("grants.list", "").await?;
+        self.pass("grants.list", "").await?;
         let state = self.lock();
         let entry = |(&(cgroup, dev), &access): (&(u64, DevNum), &Access)| Entry {
             cgroup,
@@ -220,7 +232,7 @@ impl Overrides for SimPods {
     }
 
     async fn uninstall(&self) -> Result<Outcome, GrantStoreError> {
-        self.faults.pass("grants.install", "").await?;
+        self.pass("grants.install", "").await?;
         let mut state = self.lock();
         state.grants.clear();
         Ok(outcome(std::mem::replace(&mut state.installed, false)))
@@ -235,14 +247,14 @@ impl DeviceLists for SimPods {
         dev: DevNum,
         access: Access,
     ) -> Result<Vec<ListChange>, GrantStoreError> {
-        self.faults.pass("grants.list", &format!("{cgroup} {dev}")).await?;
+        self.pass("grants.list", &format!("{cgroup} {dev}")).await?;
         let added = access.without(self.lock().allowed(cgroup, dev));
         let change = ListChange { cgroup: cgroup.clone(), added };
         Ok(if added == Access::NONE { Vec::new() } else { vec![change] })
     }
 
     async fn allow(&self, change: &ListChange, dev: DevNum) -> Result<Outcome, GrantStoreError> {
-        self.faults.pass("grants.grant", &format!("{} {dev}", change.cgroup)).await?;
+        self.pass("grants.grant", &format!("{} {dev}", change.cgroup)).await?;
         let mut state = self.lock();
         if state.cgroup_path(change.cgroup.id).is_none() {
             return Err(GrantStoreError::Gone(change.cgroup.path.clone()));
@@ -259,7 +271,7 @@ impl DeviceLists for SimPods {
         dev: DevNum,
         _spare_children: bool,
     ) -> Result<Outcome, GrantStoreError> {
-        self.faults.pass("grants.revoke", &format!("{} {dev}", change.cgroup)).await?;
+        self.pass("grants.revoke", &format!("{} {dev}", change.cgroup)).await?;
         let mut state = self.lock();
         let key = (change.cgroup.path.clone(), dev);
         let has = state.lists.remove(&key).unwrap_or(Access::NONE);
@@ -271,7 +283,7 @@ impl DeviceLists for SimPods {
     }
 
     async fn allowed(&self, cgroup: &CgroupRef, dev: DevNum) -> Result<Access, GrantStoreError> {
-        self.faults.pass("grants.list", &format!("{cgroup} {dev}")).await?;
+        self.pass("grants.list", &format!("{cgroup} {dev}")).await?;
         Ok(self.lock().allowed(cgroup, dev))
     }
 }
@@ -283,12 +295,12 @@ fn not_found() -> io::Error {
 #[async_trait]
 impl Procs for SimPods {
     async fn pod_cgroups(&self, uid: &str) -> io::Result<Vec<CgroupRef>> {
-        self.faults.pass("procs.list", uid).await?;
+        self.pass("procs.list", uid).await?;
         Ok(self.lock().pods.get(uid).map(|pod| pod.pod_cgroup.clone()).into_iter().collect())
     }
 
     async fn cgroup(&self, path: &Path) -> io::Result<CgroupRef> {
-        self.faults.pass("procs.list", &path.to_string_lossy()).await?;
+        self.pass("procs.list", &path.to_string_lossy()).await?;
         if let Some(root) = self.roots().into_iter().find(|r| r.dir == path) {
             return Ok(CgroupRef { path: root.dir, hierarchy: root.hierarchy, id: 1 });
         }
@@ -296,7 +308,7 @@ impl Procs for SimPods {
     }
 
     async fn members(&self, cgroup: &CgroupRef) -> io::Result<Vec<u32>> {
-        self.faults.pass("procs.list", &cgroup.to_string()).await?;
+        self.pass("procs.list", &cgroup.to_string()).await?;
         let state = self.lock();
         let inside = |p: &&ProcessInfo| p.cgroups.iter().any(|m| m.dir.starts_with(&cgroup.path));
         let mut pids: Vec<u32> = state
@@ -312,7 +324,7 @@ impl Procs for SimPods {
     }
 
     async fn inspect(&self, pid: u32) -> io::Result<Option<ProcessInfo>> {
-        self.faults.pass("procs.inspect", &pid.to_string()).await?;
+        self.pass("procs.inspect", &pid.to_string()).await?;
         let mut state = self.lock();
         let find = |pod: &'_ mut SimPod| {
             let process = pod.processes.iter_mut().find(|p| p.id.pid == pid)?;
@@ -324,12 +336,12 @@ impl Procs for SimPods {
     }
 
     async fn is_alive(&self, id: ProcessId) -> io::Result<bool> {
-        self.faults.pass("procs.inspect", &id.pid.to_string()).await?;
+        self.pass("procs.inspect", &id.pid.to_string()).await?;
         Ok(self.lock().process(id).is_some())
     }
 
     async fn sees(&self, id: ProcessId, dir: &Path) -> io::Result<DirView> {
-        self.faults.pass("procs.inspect", &dir.to_string_lossy()).await?;
+        self.pass("procs.inspect", &dir.to_string_lossy()).await?;
         let state = self.lock();
         let gone = || io::Error::from_raw_os_error(libc::ESRCH);
         let (pod, _) = state.process(id).ok_or_else(gone)?;

@@ -155,6 +155,16 @@ impl SimPods {
         self.lock().pods.remove(uid);
     }
 
+    /// The node restarts: processes and grants are gone. What is in the pods' directories stays, as
+    /// in an emptyDir that is on a disk.
+    pub fn reboot(&self) {
+        let mut state = self.lock();
+        state.grants.clear();
+        state.lists.clear();
+        state.installed = false;
+        state.pods.values_mut().for_each(|pod| pod.processes.clear());
+    }
+
     /// Changes a pod.
     pub fn edit(&self, uid: &str, change: impl FnOnce(&mut SimPod)) {
         if let Some(pod) = self.lock().pods.get_mut(uid) {

@@ -1,0 +1,15 @@
+//! The whole handler on a simulated host: what its user meets, and what is left afterwards.
+//!
+//! Each life of the daemon is a runtime of its own with a paused clock. It ends by being dropped at
+//! an await, which is what `kill -9` is: nothing is told, nothing is cleaned up.
+#![allow(clippy::unwrap_used)]
+
+mod bad_input;
+mod crash;
+mod faults;
+mod guest;
+mod identity;
+mod main_job;
+mod restart;
+mod serving;
+mod world;

@@ -1,0 +1,172 @@
+//! The daemon ends by `kill -9`, or the node reboots, and what was asked for comes about.
+
+use lunplug::host::sim::SimHost;
+use lunplug::journal::Desired;
+use lunplug::reason::Reason;
+use lunplug::spec::{Phase, RemoveOptions};
+use lunplug::vm::facade::Volumes;
+
+use crate::world::{World, domain, single, vm, volume};
+
+const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
+
+#[test]
+fn volumes_stay_and_the_store_is_read_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state/lunplug.db");
+    let mut world = World::over(SimHost::demo(), Desired::open(&path).unwrap());
+    world.life(async |daemon| {
+        for (name, lun) in [("a", 1), ("b", 2)] {
+            assert_eq!(daemon.add(1, &volume(name, lun)).await.phase, Phase::Ready);
+        }
+        daemon.add(2, &single("a", 3)).await;
+        daemon.quiet().await;
+    });
+    let before = world.picture();
+    for _ in 0..2 {
+        world.desired = Desired::open(&path).unwrap();
+        world.life(async |daemon| {
+            for (number, name) in [(1, "a"), (1, "b"), (2, "a")] {
+                let status = daemon.ready(number, name).await;
+                assert!(status.target.is_some() && status.device.is_some(), "{status:?}");
+            }
+            assert_eq!(daemon.registry.list_volumes(Some(&vm(1))).await.len(), 2);
+            daemon.quiet().await;
+        });
+        assert_eq!(world.picture(), before, "nothing was made anew");
+    }
+    world.desired = Desired::open(&path).unwrap();
+    world.life(async |daemon| {
+        // At once, before they were looked at again.
+        for (number, name) in [(1, "a"), (1, "b"), (2, "a")] {
+            daemon.drop_volume(number, name, PLAIN).await.unwrap();
+        }
+        for (number, name) in [(1, "a"), (1, "b"), (2, "a")] {
+            daemon.gone(number, name).await;
+        }
+        daemon.quiet().await;
+        world.assert_clean("restarted");
+        assert!(world.desired.volumes(&vm(1)).await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_second_volume_comes_although_the_first_was_attached_by_another_life() {
+    let world = World::new();
+    world.life(async |daemon| drop(daemon.add(1, &volume("a", 1)).await));
+    world.life(async |daemon| {
+        assert_eq!(daemon.add(1, &volume("b", 2)).await.phase, Phase::Ready);
+        daemon.remove(1, "a").await;
+        assert_eq!(daemon.ready(1, "b").await.device.unwrap().paths, 2);
+        daemon.remove(1, "b").await;
+        daemon.quiet().await;
+        world.assert_clean("two lives");
+    });
+}
+
+#[test]
+fn a_domain_that_ended_meanwhile() {
+    let world = World::new();
+    world.life(async |daemon| drop(daemon.add(1, &volume("data", 1)).await));
+    world.host.hypervisor.stop_domain(&World::endpoint(1), &domain(1));
+    world.life(async |daemon| {
+        let status = daemon.comes_to(1, "data").await;
+        assert_eq!(status.phase, Phase::Pending, "{status:?}");
+        assert_eq!(status.reason, Some(Reason::VmNotRunning), "{status:?}");
+        assert!(!world.picture().contains("session "), "nobody needs the LUN here now");
+        // Wanted all the same: it is there when the VM is.
+        daemon.quiet().await;
+        world.host.hypervisor.start_domain(&World::endpoint(1), &domain(1));
+        daemon.ready(1, "data").await;
+        daemon.remove(1, "data").await;
+        daemon.quiet().await;
+        world.assert_clean("stopped meanwhile");
+    });
+}
+
+/// The node is gone and comes back: nothing of the kernel's is left, the domain is as it is defined,
+/// and the pods' processes are new.
+fn reboot(world: &World) {
+    world.host.storage.reboot();
+    world.host.pods.reboot();
+    for number in 1..=8 {
+        world.host.hypervisor.stop_domain(&World::endpoint(number), &domain(number));
+    }
+}
+
+fn boot(world: &World) {
+    for number in 1..=8 {
+        world.host.pods.start_qemu(&crate::world::uid(number), &domain(number));
+        world.host.hypervisor.start_domain(&World::endpoint(number), &domain(number));
+    }
+}
+
+#[test]
+fn after_a_reboot_what_was_wanted_comes_back() {
+    let world = World::new();
+    world.life(async |daemon| {
+        daemon.add(1, &volume("a", 1)).await;
+        daemon.add(1, &single("b", 2)).await;
+    });
+    reboot(&world);
+    world.life(async |daemon| {
+        for name in ["a", "b"] {
+            let status = daemon.comes_to(1, name).await;
+            assert_eq!(status.phase, Phase::Pending, "{status:?}");
+            assert!(status.retry_at.is_some());
+        }
+        daemon.quiet().await;
+        boot(&world);
+        assert_eq!(daemon.ready(1, "a").await.device.unwrap().paths, 2);
+        daemon.ready(1, "b").await;
+        for name in ["a", "b"] {
+            daemon.remove(1, name).await;
+        }
+        daemon.quiet().await;
+        world.assert_clean("rebooted");
+    });
+}
+
+#[test]
+fn after_a_reboot_what_is_wanted_no_more_goes() {
+    for start in [false, true] {
+        let world = World::new();
+        world.life(async |daemon| {
+            daemon.add(1, &volume("a", 1)).await;
+            daemon.add(1, &single("b", 2)).await;
+        });
+        reboot(&world);
+        if start {
+            boot(&world);
+        }
+        world.life(async |daemon| {
+            for name in ["a", "b"] {
+                daemon.drop_volume(1, name, PLAIN).await.unwrap();
+            }
+            for name in ["a", "b"] {
+                daemon.gone(1, name).await;
+            }
+            daemon.quiet().await;
+            if !start {
+                boot(&world);
+            }
+            world.assert_clean("removed after a reboot");
+        });
+    }
+}
+
+#[test]
+fn a_removal_that_was_taken_on_survives_the_reboot() {
+    let world = World::new();
+    world.life(async |daemon| {
+        daemon.add(1, &volume("a", 1)).await;
+        daemon.drop_volume(1, "a", PLAIN).await.unwrap();
+    });
+    reboot(&world);
+    boot(&world);
+    world.life(async |daemon| {
+        daemon.quiet().await;
+        assert_eq!(daemon.get(1, "a").await, None);
+        world.assert_clean("wanted no more before the reboot");
+    });
+}

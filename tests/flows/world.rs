@@ -1,0 +1,279 @@
+//! A node on which everything but lunplug is simulated, and the daemon's lives on it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lunplug::config::Config;
+use lunplug::daemon::{self, Doors, Form};
+use lunplug::host::sim::{Fault, FaultAction, SimHost};
+use lunplug::journal::Desired;
+use lunplug::reason::Reason;
+use lunplug::spec::{
+    AddOptions, MultipathPolicy, Phase, RemoveOptions, Source, VmPlace, VmSpec, VolumeSpec,
+    VolumeStatus,
+};
+use lunplug::types::{Bus, CacheMode, Iqn, Lun, Outcome, Portal, VmId, VolumeKey};
+use lunplug::vm::facade::{Refusal, Volumes};
+use lunplug::vm::registry::Registry;
+
+/// Longer than everything that goes on in the background.
+const QUIET: Duration = Duration::from_secs(1500);
+
+pub(crate) fn target() -> Iqn {
+    "iqn.2026-01.org.lunplug:sim".parse().unwrap()
+}
+
+/// The n-th portal, from 1.
+pub(crate) fn portal(number: u8) -> Portal {
+    format!("192.0.2.{number}").parse().unwrap()
+}
+
+pub(crate) fn lun(number: u64) -> Lun {
+    number.try_into().unwrap()
+}
+
+/// The n-th VM, from 1.
+pub(crate) fn vm(number: u8) -> VmId {
+    format!("default/vm-{number}").parse().unwrap()
+}
+
+/// The pod of the n-th VM.
+pub(crate) fn uid(number: u8) -> String {
+    format!("00000000-0000-4000-8000-{number:012}")
+}
+
+/// The n-th VM's domain.
+pub(crate) fn domain(number: u8) -> String {
+    format!("default_vm-{number}")
+}
+
+pub(crate) fn vm_spec(number: u8) -> VmSpec {
+    let place = VmPlace::Pod {
+        uid: uid(number),
+        cgroup: None,
+        hotplug_dir: None,
+        hotplug_dir_in_pod: None,
+        libvirt_socket: None,
+    };
+    VmSpec { id: vm(number), domain: domain(number), place }
+}
+
+/// A volume with two paths on bus scsi.
+pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
+    let source = format!("iscsi://192.0.2.1,192.0.2.2/{}/{lun}", target());
+    VolumeSpec {
+        name: name.parse().unwrap(),
+        source: source.parse().unwrap(),
+        serial: name.parse().unwrap(),
+        bus: Bus::Scsi,
+        cache: CacheMode::None,
+        read_only: false,
+        shareable: false,
+        persist: false,
+        multipath: MultipathPolicy::Preferred,
+        expect_wwid: None,
+        expect_size: None,
+    }
+}
+
+/// The same by the first portal alone.
+pub(crate) fn single(name: &str, lun: u64) -> VolumeSpec {
+    let mut spec = volume(name, lun);
+    let Source::Iscsi(source) = &mut spec.source;
+    source.portals.truncate(1);
+    spec
+}
+
+pub(crate) fn key(number: u8, name: &str) -> VolumeKey {
+    VolumeKey { vm: vm(number), volume: name.parse().unwrap() }
+}
+
+pub(crate) const FORCE: RemoveOptions = RemoveOptions { force: true, dry_run: false };
+
+/// The node, and what of lunplug outlives its daemon.
+pub(crate) struct World {
+    pub(crate) host: SimHost,
+    pub(crate) config: Config,
+    pub(crate) form: Form,
+    pub(crate) desired: Desired,
+    before: String,
+}
+
+impl World {
+    /// Eight VMs, a target with 256 LUNs behind two portals. Two of the VMs are registered.
+    pub(crate) fn new() -> Self {
+        Self::over(SimHost::demo(), Desired::in_memory().unwrap())
+    }
+
+    pub(crate) fn over(host: SimHost, desired: Desired) -> Self {
+        let mut config = Config::default();
+        config.resolve(None, "node-1");
+        let before = host.snapshot();
+        let form = Form { simulated: true, ..Form::default() };
+        let world = Self { host, config, form, desired, before };
+        world.life(async |daemon| {
+            for number in [1, 2] {
+                daemon.registry.register_vm(vm_spec(number)).await.unwrap();
+            }
+        });
+        world
+    }
+
+    /// One life of the daemon, from its start to its `kill -9` when `story` is told.
+    pub(crate) fn life<T>(&self, story: impl AsyncFnOnce(Daemon) -> T) -> T {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().start_paused(true).build().unwrap();
+        runtime.block_on(async { story(self.start().await.unwrap()).await })
+    }
+
+    /// Another daemon on this node, over a store.
+    pub(crate) async fn start_over(&self, desired: Desired) -> Result<Daemon, daemon::Error> {
+        let doors = Doors::sim(&self.host);
+        let registry = daemon::compose(&self.config, &self.form, doors, desired).await?;
+        Ok(Daemon { registry })
+    }
+
+    pub(crate) async fn start(&self) -> Result<Daemon, daemon::Error> {
+        self.start_over(self.desired.clone()).await
+    }
+
+    /// Orders the call that comes after `skip` others at this point to fail or to hang.
+    pub(crate) fn inject(&self, point: &str, skip: usize, action: FaultAction) {
+        self.host.faults.inject(self.fault(point, skip, action));
+    }
+
+    pub(crate) fn fault(&self, point: &str, skip: usize, action: FaultAction) -> Fault {
+        let (detail, skip) = (String::new(), u32::try_from(skip).unwrap());
+        Fault { point: point.into(), detail, skip, times: Some(1), action }
+    }
+
+    /// The node as it is, to compare with later.
+    pub(crate) fn picture(&self) -> String {
+        self.host.snapshot()
+    }
+
+    /// Nothing of any volume is left on the node.
+    #[track_caller]
+    pub(crate) fn assert_clean(&self, what: &str) {
+        let now = self.host.snapshot();
+        let left: Vec<&str> = now.lines().filter(|l| !self.before.contains(l)).collect();
+        let lost: Vec<&str> = self.before.lines().filter(|l| !now.contains(l)).collect();
+        assert!(now == self.before, "{what}: left {left:#?}, lost {lost:#?}");
+    }
+
+    /// The whole state of the node is again that which was before.
+    pub(crate) fn endpoint(number: u8) -> String {
+        SimHost::endpoint(&uid(number))
+    }
+}
+
+/// A running daemon.
+pub(crate) struct Daemon {
+    pub(crate) registry: Arc<Registry>,
+}
+
+impl Daemon {
+    /// Wants a volume of the n-th VM.
+    pub(crate) async fn want(
+        &self,
+        number: u8,
+        spec: &VolumeSpec,
+    ) -> Result<VolumeStatus, Refusal> {
+        let options = AddOptions::default();
+        let added = self.registry.add_volume(&vm(number), spec.clone(), options).await;
+        added.map(Outcome::into_inner)
+    }
+
+    /// Adds a volume and waits until it is ready, or in trouble.
+    pub(crate) async fn add(&self, number: u8, spec: &VolumeSpec) -> VolumeStatus {
+        self.want(number, spec).await.unwrap();
+        self.comes_to(number, spec.name.as_str()).await
+    }
+
+    /// Adds a volume that does not come to be ready; says why.
+    pub(crate) async fn add_fails(&self, number: u8, spec: &VolumeSpec) -> Reason {
+        match self.want(number, spec).await {
+            Err(refusal) => refusal.reason,
+            Ok(_) => {
+                let status = self.comes_to(number, spec.name.as_str()).await;
+                status.reason.unwrap_or_else(|| panic!("{} came to be ready", spec.name))
+            }
+        }
+    }
+
+    pub(crate) async fn get(&self, number: u8, name: &str) -> Option<VolumeStatus> {
+        self.registry.get_volume(&key(number, name)).await.ok()
+    }
+
+    /// Wants a volume no more.
+    pub(crate) async fn drop_volume(
+        &self,
+        number: u8,
+        name: &str,
+        options: RemoveOptions,
+    ) -> Result<VolumeStatus, Refusal> {
+        let removed = self.registry.remove_volume(&key(number, name), options).await;
+        removed.map(Outcome::into_inner)
+    }
+
+    /// Removes a volume and waits until it is gone, with all that goes on in the background.
+    pub(crate) async fn remove(&self, number: u8, name: &str) {
+        self.drop_volume(number, name, RemoveOptions::default()).await.unwrap();
+        self.gone(number, name).await;
+    }
+
+    /// Waits until the volume is ready, has failed, or has a trouble to tell.
+    pub(crate) async fn comes_to(&self, number: u8, name: &str) -> VolumeStatus {
+        let end = |s: &VolumeStatus| s.phase == Phase::Ready || s.reason.is_some();
+        self.until(number, name, end).await
+    }
+
+    /// Waits until the volume is ready, whatever trouble it has on the way.
+    pub(crate) async fn ready(&self, number: u8, name: &str) -> VolumeStatus {
+        let ready = |s: &VolumeStatus| s.phase == Phase::Ready && s.reason.is_none();
+        self.until(number, name, ready).await
+    }
+
+    pub(crate) async fn until(
+        &self,
+        number: u8,
+        name: &str,
+        is: impl Fn(&VolumeStatus) -> bool,
+    ) -> VolumeStatus {
+        let mut changes = self.registry.watch();
+        let waited = async {
+            loop {
+                match self.registry.get_volume(&key(number, name)).await {
+                    Ok(status) if is(&status) => return status,
+                    _ => drop(changes.recv().await.unwrap()),
+                }
+            }
+        };
+        let waited = tokio::time::timeout(QUIET, waited).await;
+        match waited {
+            Ok(status) => status,
+            Err(_) => {
+                panic!("{name} stays {:?}", self.registry.get_volume(&key(number, name)).await)
+            }
+        }
+    }
+
+    /// Waits until the volume is gone.
+    pub(crate) async fn gone(&self, number: u8, name: &str) {
+        let mut changes = self.registry.watch();
+        let key = key(number, name);
+        let waited = async {
+            while self.registry.get_volume(&key).await.is_ok() {
+                changes.recv().await.unwrap();
+            }
+        };
+        if tokio::time::timeout(QUIET, waited).await.is_err() {
+            panic!("{name} stays {:?}", self.registry.get_volume(&key).await);
+        }
+    }
+
+    /// Lets everything that goes on in the background come to its end.
+    pub(crate) async fn quiet(&self) {
+        tokio::time::sleep(QUIET).await;
+    }
+}

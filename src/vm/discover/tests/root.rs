@@ -85,7 +85,10 @@ impl Drop for RealPod {
 #[expect(clippy::disallowed_methods, reason = "the test itself ends and reaps it")]
 fn start_qemu(dir: &Path, owner: NodeOwner) -> Child {
     let program = dir.join("qemu-system-x86_64");
-    std::fs::copy("/bin/sh", &program).expect("there is a shell");
+    // Not by this process: a child that another test starts meanwhile would inherit the descriptor
+    // that the copy is written through, and until it runs its program ours could not (ETXTBSY).
+    let copied = Command::new("cp").arg("/bin/sh").arg(&program).status().expect("cp runs");
+    assert!(copied.success(), "there is a shell");
     let name = format!("guest={DOMAIN},debug-threads=on");
     let mut command = Command::new(program);
     command.args(["-c", "read -r line", "-name", &name]).stdin(Stdio::piped());

@@ -15,9 +15,13 @@ fn a_vm_is_served_by_one_process_alone() {
         let refusal = other.registry.register_vm(vm_spec(1)).await.unwrap_err();
         assert_eq!(refusal.reason, Reason::VmServedElsewhere);
         assert!(other.registry.list_vms().await.is_empty());
-        // Another one over the same store has nothing to serve, and starts nevertheless.
+        // Another one over the same store serves none of them, says why, and starts nevertheless.
         let same = world.start().await.unwrap();
-        assert!(same.registry.list_vms().await.is_empty());
+        let vms = same.registry.list_vms().await;
+        assert!(!vms.is_empty());
+        assert!(vms.iter().all(|vm| vm.reason == Some(Reason::VmServedElsewhere)), "{vms:?}");
+        let refusal = same.registry.get_volume(&key(1, "data")).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::VmServedElsewhere);
         // They share the node with the first.
         other.registry.register_vm(vm_spec(3)).await.unwrap();
         daemon.add(1, &volume("data", 1)).await;

@@ -1,0 +1,126 @@
+//! Whatever is asked for, in whatever order, with faults and kills in between: it comes about, and
+//! what is not asked for leaves no trace.
+
+use std::collections::BTreeMap;
+
+use lunplug::host::sim::FaultAction;
+use lunplug::spec::{Phase, RemoveOptions, VolumeSpec};
+use lunplug::vm::facade::Volumes;
+use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
+
+use crate::world::{World, single, volume};
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// Wants the n-th volume.
+    Add(usize),
+    /// Wants it no more.
+    Remove(usize),
+    /// Some call from now on fails, or never returns.
+    Fault { skip: usize, hangs: bool },
+    /// Time goes by.
+    Wait(u64),
+    /// `kill -9`, and the next life.
+    Kill,
+}
+
+fn specs() -> [VolumeSpec; 4] {
+    [volume("a", 1), single("b", 2), volume("c", 3), VolumeSpec { persist: true, ..volume("d", 4) }]
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        4 => (0..4usize).prop_map(Step::Add),
+        3 => (0..4usize).prop_map(Step::Remove),
+        3 => (0..300usize, any::<bool>()).prop_map(|(skip, hangs)| Step::Fault { skip, hangs }),
+        2 => (0..40_000u64).prop_map(Step::Wait),
+        1 => Just(Step::Kill),
+    ];
+    prop::collection::vec(step, 1..24)
+}
+
+/// What was taken on last, by the volume's number.
+type Wanted = BTreeMap<usize, bool>;
+
+/// Takes the steps up to the next kill.
+fn live(world: &World, steps: &mut std::vec::IntoIter<Step>, wanted: &mut Wanted) {
+    let specs = specs();
+    world.life(async |daemon| {
+        for step in steps.by_ref() {
+            match step {
+                Step::Add(n) => {
+                    if daemon.want(1, &specs[n]).await.is_ok() {
+                        wanted.insert(n, true);
+                    }
+                }
+                Step::Remove(n) => {
+                    let name = specs[n].name.as_str();
+                    if daemon.drop_volume(1, name, RemoveOptions::default()).await.is_ok() {
+                        wanted.insert(n, false);
+                    }
+                }
+                Step::Fault { skip, hangs } => {
+                    let fails = FaultAction::Fail("ordered to fail".into());
+                    world.inject("", skip, if hangs { FaultAction::Hang } else { fails });
+                }
+                Step::Wait(ms) => tokio::time::sleep(std::time::Duration::from_millis(ms)).await,
+                Step::Kill => return,
+            }
+        }
+        // A fault may have ended an add for good; that is told as long as this life lasts.
+        daemon.quiet().await;
+        for status in daemon.registry.list_volumes(None).await {
+            if status.phase == Phase::Failed {
+                let n = specs.iter().position(|s| s.name == status.spec.name);
+                wanted.remove(&n.unwrap());
+            }
+        }
+    });
+}
+
+fn converges(steps: Vec<Step>) {
+    let world = World::new();
+    let mut wanted = Wanted::new();
+    let mut steps = steps.into_iter();
+    while !steps.as_slice().is_empty() {
+        // What is still to fail must not keep the next life from starting.
+        world.host.faults.clear();
+        live(&world, &mut steps, &mut wanted);
+    }
+    world.host.faults.clear();
+    let specs = specs();
+    world.life(async |daemon| {
+        daemon.quiet().await;
+        let there = daemon.registry.list_volumes(None).await;
+        for status in &there {
+            assert_eq!((status.phase, status.reason), (Phase::Ready, None), "{status:?}");
+            let n = specs.iter().position(|s| s.name == status.spec.name).unwrap();
+            assert_ne!(wanted.get(&n), Some(&false), "{} was removed", status.spec.name);
+        }
+        for (&n, _) in wanted.iter().filter(|(_, wanted)| **wanted) {
+            // Unless the add failed in a life that was killed before it was told.
+            if let Some(status) = there.iter().find(|s| s.spec.name == specs[n].name) {
+                assert_eq!(status.phase, Phase::Ready);
+            }
+        }
+        for status in &there {
+            daemon.remove(1, status.spec.name.as_str()).await;
+        }
+        daemon.quiet().await;
+        world.assert_clean("in the end");
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 64,
+        failure_persistence: Some(Box::new(FileFailurePersistence::Off)),
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn what_was_asked_for_comes_about(steps in steps()) {
+        converges(steps);
+    }
+}

@@ -144,6 +144,8 @@ reasons! {
     ToolMissing = "TOOL_MISSING", Precondition, "Install the package that is named.";
     /// A program failed in a way that we do not know.
     ToolFailed = "TOOL_FAILED", Unavailable, "See the message; lunplug tries again.";
+    /// The kernel refused a read or write of the host's own.
+    HostIoFailed = "HOST_IO_FAILED", Unavailable, "See the message and the kernel's log; lunplug tries again.";
     /// A record or lease on the host is damaged.
     RecordCorrupt = "RECORD_CORRUPT", Internal, "See docs/operations.md, damaged records.";
     /// Something that is not our node is at the node's place and cannot be replaced.

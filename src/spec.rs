@@ -97,6 +97,8 @@ pub enum MultipathPolicy {
 pub struct VolumeSpec {
     /// Its name within the VM.
     pub name: VolumeName,
+    /// The disk's name within the VM: of its node in the pod, and in its alias; mostly the volume's.
+    pub disk: VolumeName,
     /// Where its data lives.
     pub source: Source,
     /// The serial number that the guest sees.
@@ -253,6 +255,7 @@ pub struct DeviceStatus {
 pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
     VolumeSpec {
         name: name.parse().expect("a label"),
+        disk: name.parse().expect("a label"),
         source: Source::Iscsi(IscsiSource {
             target: "iqn.2026-01.org.lunplug:test".parse().expect("an IQN"),
             portals: vec!["192.0.2.1:3260".parse().expect("a portal")],

@@ -27,6 +27,7 @@ prop_compose! {
         VolumeSpec {
             name: name.parse().unwrap(),
             source: url.parse::<Source>().unwrap(),
+            disk: format!("disk-{lun}").parse().unwrap(),
             serial: serial.parse().unwrap(),
             bus: if virtio { Bus::Virtio } else { Bus::Scsi },
             cache: if shareable { CacheMode::None } else { cache },

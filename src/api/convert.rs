@@ -124,7 +124,9 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>) -> Result<VolumeSpec, Refusal> 
     let spec = spec.ok_or_else(|| missing("volume", Reason::InvalidName, "the volume"))?;
     let name: VolumeName = parse("volume.name", &spec.name)?;
     disk_type(spec.disk_type)?;
+    let disk: Option<VolumeName> = optional("volume.disk_name", &spec.disk_name)?;
     let spec = VolumeSpec {
+        disk: disk.unwrap_or_else(|| name.clone()),
         bus: bus(spec.bus)?,
         serial: serial(&spec.serial, &name)?,
         source: source(spec.source)?,
@@ -310,6 +312,7 @@ pub fn wire_source(source: &Source) -> v1::Source {
 pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
     v1::VolumeSpec {
         name: spec.name.to_string(),
+        disk_name: spec.disk.to_string(),
         source: Some(wire_source(&spec.source)),
         serial: spec.serial.to_string(),
         bus: match spec.bus {

@@ -66,6 +66,9 @@ pub(super) struct Args {
     /// The volume's name: a DNS-1123 label, at most 63 characters.
     #[arg(long, value_name = "NAME", required_unless_present = "file")]
     volume_name: Option<String>,
+    /// A shorter name for the disk, seen in its alias and its node [default: the volume's name].
+    #[arg(long, value_name = "NAME")]
+    disk_name: Option<String>,
     /// Where the data lives: iscsi://PORTAL[,PORTAL]/IQN/LUN.
     #[arg(long, value_name = "URL", required_unless_present = "file")]
     source: Option<String>,
@@ -123,6 +126,7 @@ impl Args {
             }
         };
         set(&mut volume.name, &self.volume_name);
+        set(&mut volume.disk_name, &self.disk_name);
         set(&mut volume.serial, &self.serial);
         set(&mut volume.cache, &self.cache);
         set(&mut volume.bus, &self.bus);

@@ -19,6 +19,8 @@ use crate::types::{Bus, CacheMode, Malformed};
 pub(super) struct VolumeFile {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) name: String,
+    #[serde(alias = "diskName", skip_serializing_if = "String::is_empty")]
+    pub(super) disk_name: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) source: Option<SourceFile>,
     #[serde(skip_serializing_if = "String::is_empty")]
@@ -118,6 +120,7 @@ impl VolumeFile {
         };
         Ok(v1::VolumeSpec {
             name: self.name.clone(),
+            disk_name: self.disk_name.clone(),
             source,
             serial: self.serial.clone(),
             bus: bus(&self.bus)?.into(),
@@ -141,6 +144,7 @@ impl VolumeFile {
         });
         Self {
             name: spec.name.clone(),
+            disk_name: spec.disk_name.clone(),
             source,
             serial: spec.serial.clone(),
             bus: plain(spec.bus().as_str_name(), "BUS_"),
@@ -254,6 +258,7 @@ mod tests {
 
     const FULL: &str = "
 name: data
+disk_name: d
 source: {iscsi: {target: 'iqn.2001-04.com.example:a', portals: [10.0.0.1], lun: 3}}
 serial: Data-1
 bus: virtio

@@ -231,6 +231,10 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Size", on(|d| format!("{} ({} bytes)", size(d.size_bytes), d.size_bytes))),
         ("Map", on(|d| d.map.clone())),
         ("Paths", on(|d| d.paths.to_string())),
+        (
+            "Disk",
+            if v.spec.disk_name == v.spec.name { String::new() } else { v.spec.disk_name.clone() },
+        ),
         ("Source", v.spec.source_url()),
         ("Serial", v.spec.serial.clone()),
         ("Bus", v.spec.bus.clone()),

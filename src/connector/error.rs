@@ -211,7 +211,12 @@ impl Error {
             },
             Self::Io { source, .. } => match source.kind() {
                 io::ErrorKind::TimedOut => Reason::DeadlineExceeded,
-                _ => Reason::Internal,
+                io::ErrorKind::StorageFull
+                | io::ErrorKind::QuotaExceeded
+                | io::ErrorKind::ReadOnlyFilesystem => Reason::StateStoreFailed,
+                io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => Reason::Internal,
+                // What the kernel says of a device or a file may be otherwise the next time.
+                _ => Reason::HostIoFailed,
             },
             Self::Store { source, .. } => match source.kind() {
                 io::ErrorKind::TimedOut => Reason::DeadlineExceeded,

@@ -92,7 +92,7 @@ impl Way<'_> {
             Some(pod) => {
                 self.node(pod, dev).await?;
                 self.grant(pod, dev).await?;
-                pod.dir_in_pod.join(self.key.volume.as_str()).to_string_lossy().into_owned()
+                pod.dir_in_pod.join(self.volume.spec.disk.as_str()).to_string_lossy().into_owned()
             }
             // libvirt itself makes the device accessible to QEMU. The link is the kernel's number
             // in another spelling: it cannot lead to another device than the one just verified.
@@ -162,7 +162,7 @@ impl Way<'_> {
     async fn node(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
         self.effects.node = Some(NodeEffect { dev: Some(dev) });
         self.note().await?;
-        self.ways.nodes.ensure(&pod.hotplug, &self.key.volume, dev, pod.owner).await?;
+        self.ways.nodes.ensure(&pod.hotplug, &self.volume.spec.disk, dev, pod.owner).await?;
         Ok(())
     }
 
@@ -193,7 +193,7 @@ impl Way<'_> {
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
         let (ways, spec) = (self.ways, &self.volume.spec);
         let target = self.effects.disk.take().and_then(|d| d.target);
-        let alias = domain::alias(&spec.name);
+        let alias = domain::alias(&spec.disk);
         self.effects.disk = Some(DiskEffect { alias, bus: spec.bus, target });
         self.note().await?;
         let connection = ways.libvirt().await?;
@@ -223,7 +223,7 @@ impl Way<'_> {
 /// The disk as libvirt is to have it. In a pod the node's owner is right already (`keep_owner`).
 pub(super) fn desired_disk(spec: &VolumeSpec, source: String, keep_owner: bool) -> DesiredDisk {
     DesiredDisk {
-        volume: spec.name.clone(),
+        volume: spec.disk.clone(),
         source,
         serial: spec.serial.clone(),
         bus: spec.bus,

@@ -15,7 +15,7 @@ use crate::types::{Bus, VolumeName};
 pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
     let place = ways.place().await?;
     let source = match &place.pod {
-        Some(pod) => pod.dir_in_pod.join(spec.name.as_str()).to_string_lossy().into_owned(),
+        Some(pod) => pod.dir_in_pod.join(spec.disk.as_str()).to_string_lossy().into_owned(),
         // Which device it will be is not known yet; no disk has this one.
         None => "/dev/block/0:0".to_owned(),
     };

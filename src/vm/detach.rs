@@ -57,7 +57,7 @@ async fn earlier(ways: &Ways, key: &VolumeKey, volume: &VolumeSpec) -> Result<Ef
     if let Some(wwid) = ways.desired.identity(key, &volume.source.key()).await? {
         ways.host.connector.forget(&wwid).await?;
         effects.node = Some(NodeEffect { dev: None });
-        let (alias, bus) = (domain::alias(&volume.name), volume.bus);
+        let (alias, bus) = (domain::alias(&volume.disk), volume.bus);
         effects.disk = volume.persist.then_some(DiskEffect { alias, bus, target: None });
     }
     // From here on a successor knows it too.
@@ -104,7 +104,8 @@ async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
     let detached = match ways.libvirt().await {
         Ok(connection) => {
             let limit = ways.settings().guest_unplug;
-            let done = domain::detach(&*connection, &ways.vm.domain, &key.volume, limit).await;
+            let done =
+                domain::detach(&*connection, &ways.vm.domain, &effects.spec.disk, limit).await;
             done.map(drop).map_err(Failure::from)
         }
         // The pod took its QEMU with it.
@@ -135,7 +136,7 @@ async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
         discover::hotplug_dir(&ways.host.pods, &ways.settings().discover, &ways.vm.place).await;
     match found {
         Ok(Some(dir)) => {
-            ways.nodes.remove(&dir, &key.volume, node.dev).await?;
+            ways.nodes.remove(&dir, &effects.spec.disk, node.dev).await?;
         }
         Ok(None) => {}
         Err(

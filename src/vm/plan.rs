@@ -44,29 +44,35 @@ pub enum Admission {
 /// Whether a volume may be added to a VM that has `known`, up to `limit` volumes.
 pub fn admit_add(known: &[Known], spec: &VolumeSpec, limit: usize) -> Result<Admission, Refusal> {
     if let Err((field, malformed)) = spec.check() {
-        return Err(Refusal::new(reason_of(field), malformed.to_string()).field(field));
+        return Err(
+            Refusal::new(reason_of(field), malformed.to_string()).field(format!("volume.{field}"))
+        );
     }
     let live = || known.iter().filter(|k| k.is_live());
     if let Some(same) = live().find(|k| k.spec.name == spec.name) {
         if same.removing.is_some() {
             let message =
                 format!("volume {} is being removed; add it again when it is gone", spec.name);
-            return Err(Refusal::new(Reason::VolumeExists, message).field("name"));
+            return Err(Refusal::new(Reason::VolumeExists, message).field("volume.name"));
         }
         if same.spec == *spec {
             return Ok(Admission::Ignore);
         }
         let field = first_difference(&same.spec, spec);
         let message = format!("volume {} exists with another {field}", spec.name);
-        return Err(Refusal::new(Reason::VolumeExists, message).field(field));
+        return Err(Refusal::new(Reason::VolumeExists, message).field(format!("volume.{field}")));
+    }
+    if let Some(other) = live().find(|k| k.spec.disk == spec.disk) {
+        let message = format!("disk {} is that of volume {}", spec.disk, other.spec.name);
+        return Err(Refusal::new(Reason::VolumeExists, message).field("volume.disk_name"));
     }
     if let Some(other) = live().find(|k| k.spec.source.key() == spec.source.key()) {
         let message = format!("{} is attached as volume {}", spec.source.key(), other.spec.name);
-        return Err(Refusal::new(Reason::SourceInUse, message).field("source"));
+        return Err(Refusal::new(Reason::SourceInUse, message).field("volume.source"));
     }
     if let Some(other) = live().find(|k| k.spec.serial == spec.serial) {
         let message = format!("serial {} is that of volume {}", spec.serial, other.spec.name);
-        return Err(Refusal::new(Reason::SerialInUse, message).field("serial"));
+        return Err(Refusal::new(Reason::SerialInUse, message).field("volume.serial"));
     }
     if live().count() >= limit {
         let message =
@@ -134,6 +140,7 @@ fn reason_of(field: &str) -> Reason {
 fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
     let VolumeSpec {
         name: _,
+        disk,
         source,
         serial,
         bus,
@@ -146,6 +153,7 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         expect_size,
     } = a;
     let differs = [
+        ("disk_name", *disk != b.disk),
         ("source", *source != b.source),
         ("serial", *serial != b.serial),
         ("bus", *bus != b.bus),
@@ -192,12 +200,22 @@ mod tests {
         assert_eq!(admit_add(&ready, &with_lun("a", 1), 256).unwrap(), Admission::Ignore);
         assert_eq!(
             denied(&ready, &with_lun("a", 2)),
-            (Reason::VolumeExists, Some("source".into()))
+            (Reason::VolumeExists, Some("volume.source".into()))
         );
-        assert_eq!(denied(&ready, &with_lun("b", 1)), (Reason::SourceInUse, Some("source".into())));
+        assert_eq!(
+            denied(&ready, &with_lun("b", 1)),
+            (Reason::SourceInUse, Some("volume.source".into()))
+        );
         let mut same_serial = with_lun("b", 2);
         same_serial.serial = "a".parse().unwrap();
-        assert_eq!(denied(&ready, &same_serial), (Reason::SerialInUse, Some("serial".into())));
+        assert_eq!(
+            denied(&ready, &same_serial),
+            (Reason::SerialInUse, Some("volume.serial".into()))
+        );
+        let mut same_disk = with_lun("b", 2);
+        same_disk.disk = "a".parse().unwrap();
+        let clash = (Reason::VolumeExists, Some("volume.disk_name".into()));
+        assert_eq!(denied(&ready, &same_disk), clash);
         let full = admit_add(&ready, &with_lun("b", 2), 1).unwrap_err();
         assert_eq!(full.reason, Reason::LimitReached);
         let leaving = [known(with_lun("a", 1), Phase::Detaching)];

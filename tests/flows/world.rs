@@ -64,6 +64,7 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
     VolumeSpec {
         name: name.parse().unwrap(),
         source: source.parse().unwrap(),
+        disk: name.parse().unwrap(),
         serial: name.parse().unwrap(),
         bus: Bus::Scsi,
         cache: CacheMode::None,

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::node::{
-    Lab, Lun, Story, VM, add, guest_disk, guest_disks, in_guest, lunplug, refused, remove, sh,
-    source_of, until, volume,
+    DOMAIN, Lab, Lun, Story, VM, add, guest_disk, guest_disks, in_guest, lunplug, refused, remove,
+    sh, source_of, until, virsh, volume,
 };
 
 #[test]
@@ -13,7 +13,8 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
     Lab::get();
     let lun = Lun::new("attach1", 1, "64M");
     let story = Story::begin();
-    add("portals", &lun.source(), &["--serial", "Case-Kept_01"]).ok();
+    add("portals", &lun.source(), &["--serial", "Case-Kept_01", "--disk-name", "p"]).ok();
+    assert!(virsh(&["dumpxml", DOMAIN]).ok().contains("<alias name='ua-lunplug-p'/>"));
 
     let told = volume("portals");
     assert_eq!(told["phase"], "Ready");

@@ -27,7 +27,7 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
     let failed = |failure| AttachFailure { failure, left: Left::Unknown };
     let key = ways.key(&volume.spec.name);
     let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
-    let had_disk = effects.disk.as_ref().is_some_and(|d| d.target.is_some());
+    let had_disk = had_disk(ways, &effects).await;
     let mut way = Way { ways, key, volume, effects };
     let limit = ways.settings().attach;
     let failure = match tokio::time::timeout(limit, way.walk()).await {
@@ -51,6 +51,16 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
             let failure = Failure { reason: undo.reason, ..failure.and_undo(&undo) };
             Err(AttachFailure { failure, left: Left::Unknown })
         }
+    }
+}
+
+/// Whether the guest had the disk before this attach. Killed between libvirt's attach and the note
+/// of it, only the domain itself knows; a domain that does not answer may have it.
+async fn had_disk(ways: &Ways, effects: &Effects) -> bool {
+    match &effects.disk {
+        None => false,
+        Some(disk) if disk.target.is_some() => true,
+        Some(_) => ways.shows_disk(&effects.spec.disk).await.unwrap_or(true),
     }
 }
 
@@ -87,6 +97,7 @@ impl Way<'_> {
     async fn walk(&mut self) -> Result<(), Failure> {
         let place = self.ways.place().await?;
         let attachment = self.host().await?;
+        let place = self.still_there(place).await?;
         let dev = attachment.device.dev;
         let source = match &place.pod {
             Some(pod) => {
@@ -100,6 +111,14 @@ impl Way<'_> {
         };
         self.ways.board.phase(&self.key, Phase::MountedToPod);
         self.disk(&place, source).await
+    }
+
+    /// The place, found anew if QEMU was replaced while the host's side took its time.
+    async fn still_there(&self, place: Place) -> Result<Place, Failure> {
+        match &place.pod {
+            Some(pod) if !pod.is_current(&self.ways.host.pods).await? => self.ways.place().await,
+            _ => Ok(place),
+        }
     }
 
     /// Writes the effects; called before each is made.

@@ -37,8 +37,8 @@ pub(super) async fn remove(
 ) -> Result<(), Refusal> {
     let Some(spec) = known else { return Err(unknown(ways, name).await) };
     let effects = ways.effects.get(&ways.key(name)).await.map_err(Failure::from)?;
-    let attached = effects.is_some_and(|e| e.disk.is_some_and(|d| d.target.is_some()));
-    if options.force || !attached {
+    let begun = effects.and_then(|e| e.disk);
+    if options.force || begun.is_none() {
         return Ok(());
     }
     let runs = match ways.domain_state().await {
@@ -47,6 +47,10 @@ pub(super) async fn remove(
         Err(failure) => return Err(failure.into()),
     };
     if !runs {
+        return Ok(());
+    }
+    if begun.is_some_and(|disk| disk.target.is_none()) && !ways.shows_disk(&spec.disk).await? {
+        // Its attach has not come to the guest.
         return Ok(());
     }
     let connection = ways.libvirt().await?;

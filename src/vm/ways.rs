@@ -17,7 +17,8 @@ use super::{attach, checks, detach};
 use crate::cgroup::Grants;
 use crate::connector::Connector;
 use crate::devnode::DevNodes;
-use crate::host::libvirt::{Connection, DomainState, Hypervisor};
+use crate::domain;
+use crate::host::libvirt::{Connection, Definition, DomainState, Hypervisor};
 use crate::host::pods::PodDoors;
 use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
@@ -145,6 +146,21 @@ impl Ways {
         let connection = self.libvirt().await?;
         let info = connection.info(&self.vm.domain, self.settings().libvirt).await?;
         Ok(info.map(|i| i.state))
+    }
+
+    /// Whether the running domain has our disk of that name. A domain that does not run has none.
+    pub(super) async fn shows_disk(&self, disk: &VolumeName) -> Result<bool, Failure> {
+        let runs =
+            matches!(self.domain_state().await?, Some(DomainState::Running | DomainState::Paused));
+        if !runs {
+            return Ok(false);
+        }
+        let connection = self.libvirt().await?;
+        let limit = self.settings().libvirt;
+        let xml = connection.xml(&self.vm.domain, Definition::Live, limit).await?;
+        let unread = |e| Failure::of(Reason::DomainXmlUnsupported, &e);
+        let domain = domain::xml::parse(&xml).map_err(unread)?;
+        Ok(domain.disk(&domain::alias(disk)).is_some())
     }
 
     /// The VM's place, all of it proven anew; the domain must run.

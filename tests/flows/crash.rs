@@ -2,11 +2,13 @@
 
 use std::cell::Cell;
 
-use lunplug::host::sim::FaultAction;
+use lunplug::host::sim::domain::SimDomain;
+use lunplug::host::sim::{Fault, FaultAction};
+use lunplug::reason::Reason;
 use lunplug::spec::{Phase, RemoveOptions, VolumeSpec};
 
 use crate::faults::{calls, each};
-use crate::world::{Daemon, World, single, volume};
+use crate::world::{Daemon, World, domain, single, volume};
 
 /// One life that ends by `kill -9` when it makes the call that is injected to hang, or else when all
 /// is done and quiet. Says whether the request was taken on, and which call it was.
@@ -112,4 +114,44 @@ fn an_add_killed_at_each_call_can_be_removed() {
 fn a_removal_goes_on_after_a_kill_at_each_call() {
     let spec = volume("data", 1);
     each(calls(&spec).1 + AT_START, |at| killed_in_removal(&spec, at));
+}
+
+/// The daemon is killed after libvirt gave the guest the disk, before it could note that.
+#[test]
+fn a_disk_that_only_the_domain_knows_of_is_not_taken_unasked() {
+    let world = World::new();
+    let spec = volume("data", 1);
+    world.life(async |daemon| {
+        // Noted before: host, device, node, grant, disk. The sixth says that the guest has it.
+        let note = Fault {
+            detail: "effects/".into(),
+            ..world.fault("rundir.store", 5, FaultAction::Hang)
+        };
+        world.host.faults.inject(note);
+        daemon.want(1, &spec).await.unwrap();
+        world.host.faults.meeting().await;
+    });
+    world.host.faults.clear();
+    let disks = world.host.hypervisor.snapshot();
+    assert!(disks.contains("ua-lunplug-data"), "{disks}");
+    // The successor cannot go the whole way again: the guest keeps its disk.
+    world.host.faults.inject(Fault {
+        times: None,
+        ..world.fault("nodes.create", 0, FaultAction::Fail("no".into()))
+    });
+    world.life(async |daemon| {
+        let status = daemon.until(1, "data", |s| s.reason.is_some()).await;
+        assert_eq!((status.phase, status.reason), (Phase::Ready, Some(Reason::NodeRefused)));
+        assert_eq!(world.host.hypervisor.snapshot(), disks);
+        let mounted = |d: &mut SimDomain| d.agent.mounted.insert("data".into(), "/mnt".into());
+        world.host.hypervisor.with_domain(&World::endpoint(1), &domain(1), mounted);
+        let refusal = daemon.drop_volume(1, "data", RemoveOptions::default()).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::InUseByGuest);
+        let unmounted = |d: &mut SimDomain| d.agent.mounted.clear();
+        world.host.hypervisor.with_domain(&World::endpoint(1), &domain(1), unmounted);
+        world.host.faults.clear();
+        daemon.remove(1, "data").await;
+        daemon.quiet().await;
+        world.assert_clean("after the note was lost");
+    });
 }

@@ -290,6 +290,10 @@ async fn delete(
     map: &Map,
 ) -> Result<Option<String>, Error> {
     let name = &map.name;
+    if map.slaves.is_empty() {
+        // Disarmed, or left by its paths: multipathd may not know it any more.
+        return Ok(dmsetup(doors, settings, &["remove", name]).await.err().map(|e| e.to_string()));
+    }
     stop_queueing(&*doors.multipathd, name).await;
     match doors.multipathd.ask(&format!("del map {name}")).await {
         Ok(_) => Ok(None),
@@ -304,6 +308,31 @@ async fn delete(
             }
         }
         Err(e) => Err(Error::Multipathd(e)),
+    }
+}
+
+/// Puts an `error` table under a map that somebody still holds open though nobody may use it any
+/// more: a descriptor outlives its cgroup grant, and must not read or write the LUN. Its paths are
+/// let go of by that.
+pub(crate) async fn disarm(
+    doors: &StorageDoors,
+    settings: &Settings,
+    map: &Map,
+) -> Result<(), Error> {
+    // Not waiting for what is in its queue: with no path left that could be for ever.
+    dmsetup(doors, settings, &["wipe_table", "--force", "--noflush", "--nolockfs", &map.name]).await
+}
+
+async fn dmsetup(doors: &StorageDoors, settings: &Settings, args: &[&str]) -> Result<(), Error> {
+    let doing = || format!("dmsetup {}", args.join(" "));
+    match doors.commands.run(Tool::Dmsetup, args, ms(settings.command_ms)).await {
+        Ok(out) if out.code == Some(0) => Ok(()),
+        Ok(out) => Err(Error::Tool {
+            doing: doing(),
+            code: out.code,
+            stderr: out.stderr.trim().to_owned(),
+        }),
+        Err(source) => Err(Error::Command { doing: doing(), source }),
     }
 }
 

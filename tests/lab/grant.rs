@@ -1,6 +1,10 @@
 //! The pod may open its volume's device, from the grant to the revoke and not a moment longer.
 
-use crate::node::{Lab, Lun, POD, Story, add, open_in_pod, remove, run, sh, volume};
+use std::time::Duration;
+
+use crate::node::{
+    Lab, Lun, POD, Story, VM, add, lunplug, open_in_pod, remove, run, sh, until, volume,
+};
 
 #[test]
 #[ignore = "runs in the lab: hack/test"]
@@ -54,5 +58,39 @@ fn what_is_not_granted_stays_denied() {
     run("pod", &["exec", POD, "sh", "-c", &format!("mknod /tmp/own b {dev}")]).fails();
     drop(other);
     remove("granted", &[]).ok();
+    story.nothing_left();
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_descriptor_that_outlives_its_grant_only_gives_errors() {
+    Lab::get();
+    let lun = Lun::new("kept", 4, "16M");
+    let story = Story::begin();
+    add("kept", &lun.source(), &[]).ok();
+    // A process in the pod keeps the device open, and reads when it is told to.
+    let in_pod = |line: &str| run("pod", &["exec", POD, "sh", "-c", line]);
+    in_pod("rm -f /tmp/opened /tmp/go /tmp/said").ok();
+    let keeper = "exec 9</run/kubevirt/hotplug-disks/kept; touch /tmp/opened; \
+        until [ -e /tmp/go ]; do sleep 0.1; done; \
+        dd bs=4096 count=1 iflag=direct of=/dev/null <&9 2>/tmp/said; sleep 1000";
+    sh(&format!("setsid pod exec {POD} sh -c '{keeper}' >/dev/null 2>&1 </dev/null &")).ok();
+    until("the device is open", Duration::from_secs(20), || {
+        in_pod("test -e /tmp/opened").code == 0
+    });
+
+    let ran = remove("kept", &[]).fails();
+    assert!(ran.stderr.contains("DEVICE_HELD") && ran.stderr.contains("sh["), "{}", ran.stderr);
+    assert_eq!(volume("kept")["phase"], "UnMountedFromPod");
+    in_pod("touch /tmp/go").ok();
+    until("it has read", Duration::from_secs(20), || in_pod("test -s /tmp/said").code == 0);
+    let said = in_pod("cat /tmp/said").ok();
+    assert!(said.contains("Input/output error"), "{said}");
+
+    // The pattern is in its own command line too, hence the bracket.
+    in_pod("pkill -f hotplug-disks/[k]ept").ok();
+    until("the volume is gone", Duration::from_secs(120), || {
+        lunplug(&["describe", VM, "kept"]).code == 3
+    });
     story.nothing_left();
 }

@@ -133,9 +133,17 @@ impl Inner {
         maps: &mut BTreeSet<String>,
     ) -> Result<(), Error> {
         match map {
+            // It was disarmed before: its paths are gone, and all that was to be written is.
+            Some(map) if made && map.slaves.is_empty() => {
+                self.refuse_held(&map.name, &map.dir(), map.dev).await
+            }
             Some(map) => {
                 if made {
-                    self.refuse_held(&map.name, &map.dir(), map.dev).await?;
+                    let free = self.refuse_held(&map.name, &map.dir(), map.dev).await;
+                    if let Err(held) = free {
+                        self.disarm(user, map, maps).await?;
+                        return Err(held);
+                    }
                 }
                 if made && options.force {
                     multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
@@ -144,6 +152,30 @@ impl Inner {
             }
             None => self.flush_paths(user, options, maps).await,
         }
+    }
+
+    /// Makes a map harmless that was a guest's and that somebody still holds open: it gives errors
+    /// from now on, and its paths go. What is stacked upon it on this host is left alone: it never
+    /// came from the guest, and is somebody's mistake to be mended.
+    async fn disarm(
+        &self,
+        user: &User,
+        map: &Map,
+        maps: &mut BTreeSet<String>,
+    ) -> Result<(), Error> {
+        let stacked = scsi::stacked(&*self.doors.sysfs, &map.dir(), &[]).await?;
+        if user.attachment.is_none() || stacked.is_some() {
+            return Ok(());
+        }
+        tracing::warn!(map = map.name, dev = %map.dev, "it is still held open after its revoke: from now on it only gives errors");
+        if let Err(error) = self.doors.blocks.flush(map.dev).await {
+            tracing::warn!(map = map.name, %error, "what the host's cache had of it may be lost");
+        }
+        multipath::disarm(&self.doors, &self.settings, map).await?;
+        for path in user.paths.iter().filter(|p| p.made) {
+            self.delete_path(user, path, maps).await?;
+        }
+        Ok(())
     }
 
     /// A map that multipathd made above our paths, though the lease does not know it (the attach

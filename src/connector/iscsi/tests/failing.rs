@@ -6,18 +6,13 @@ use super::*;
 async fn a_failed_flush_stops_the_detach_unless_forced() {
     let san = San::new();
     let before = san.sim.snapshot();
-    let got = san.attach(&request("a", 1, &[2, 3])).await;
+    san.attach(&request("a", 1, &[2, 3])).await;
     let attached = san.sim.snapshot();
     san.sim.faults().inject(fault("blocks.flush", "", FaultAction::Fail("EIO".into())));
     let error = san.detach("a", 1, &[2, 3]).await.expect_err("stopped");
     assert_eq!(error.reason(), Reason::FlushFailed);
     assert_eq!(san.sim.snapshot(), attached);
     san.sim.faults().clear();
-    san.sim.open(got.device.dev, "qemu[1]");
-    let error = san.detach("a", 1, &[2, 3]).await.expect_err("stopped");
-    assert_eq!(error.reason(), Reason::DeviceHeld);
-    assert_eq!(san.sim.snapshot(), attached);
-    san.sim.release(got.device.dev);
     san.sim.set_portal(portal(2), PortalState::Dead);
     san.sim.set_portal(portal(3), PortalState::Dead);
     assert_eq!(san.detach("a", 1, &[2, 3]).await.expect_err("dead").reason(), Reason::FlushFailed);
@@ -25,6 +20,38 @@ async fn a_failed_flush_stops_the_detach_unless_forced() {
     let r = request("a", 1, &[2, 3]);
     san.connector.detach(&r.owner, &r.source, force).await.expect("forced");
     assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_map_that_is_held_open_after_its_revoke_only_gives_errors() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    let dev = san.attach(&request("a", 1, &[2, 3])).await.device.dev;
+    san.sim.open(dev, "dd[7]");
+    for _ in 0..2 {
+        let error = san.detach("a", 1, &[2, 3]).await.expect_err("held");
+        assert_eq!(error.reason(), Reason::DeviceHeld);
+        assert!(error.to_string().contains("dd[7]"), "{error}");
+        let now = san.sim.snapshot();
+        assert!(now.contains("[] error"), "the map has no path and only gives errors: {now}");
+        assert!(!now.contains(":0:0:1 "), "the paths are gone: {now}");
+        assert_eq!(san.connector.owners().await.expect("read"), [owner("a")], "not forgotten");
+    }
+    san.sim.release(dev);
+    san.detach("a", 1, &[2, 3]).await.expect("let go of");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_host_stacked_on_a_map_is_not_broken() {
+    let san = San::new();
+    let dev = san.attach(&request("a", 1, &[2, 3])).await.device.dev;
+    let attached = san.sim.snapshot();
+    let stacked = san.sim.stack_dm(dev, "vg-root", "LVM-x");
+    let error = san.detach("a", 1, &[2, 3]).await.expect_err("held");
+    assert_eq!(error.reason(), Reason::DeviceHeld);
+    assert!(san.sim.unstack_dm(stacked));
+    assert_eq!(san.sim.snapshot(), attached);
 }
 
 #[tokio::test(start_paused = true)]

@@ -160,7 +160,7 @@ impl SimStorage {
         }
     }
 
-    /// `dmsetup`, only as far as it puts an `error` table under a device.
+    /// `dmsetup`, only as far as it puts an `error` table under a device, and removes one.
     fn dmsetup(&self, args: &[String]) -> Output {
         let words: Vec<&str> = args.iter().map(String::as_str).collect();
         let mut world = self.world();
@@ -171,7 +171,13 @@ impl SimStorage {
             (_, None) => (1, String::new()),
             (Some(&"wipe_table"), Some(dm)) => {
                 dm.error = true;
+                let minor = dm.minor;
+                world.set_slaves(minor, Vec::new());
                 (0, String::new())
+            }
+            (Some(&"remove"), Some(dm)) => {
+                let minor = dm.minor;
+                (i32::from(!world.remove_dm(minor)), String::new())
             }
             (Some(&("load" | "reload")), Some(dm)) => {
                 dm.error = words.iter().any(|w| w.split_whitespace().any(|f| f == "error"));

@@ -73,7 +73,7 @@ fn a_descriptor_that_outlives_its_grant_only_gives_errors() {
     in_pod("rm -f /tmp/opened /tmp/go /tmp/said").ok();
     let keeper = "exec 9</run/kubevirt/hotplug-disks/kept; touch /tmp/opened; \
         until [ -e /tmp/go ]; do sleep 0.1; done; \
-        dd bs=4096 count=1 iflag=direct of=/dev/null <&9 2>/tmp/said; sleep 1000";
+        dd bs=4096 count=1 iflag=direct of=/dev/null <&9 2>/tmp/said; sleep 1000 9<&-";
     sh(&format!("setsid pod exec {POD} sh -c '{keeper}' >/dev/null 2>&1 </dev/null &")).ok();
     until("the device is open", Duration::from_secs(20), || {
         in_pod("test -e /tmp/opened").code == 0

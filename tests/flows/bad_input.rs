@@ -217,7 +217,9 @@ fn socket(_: &SimPod) -> PathBuf {
 #[test]
 fn what_a_hostile_pod_plants() {
     let plant = |at: fn(&SimPod) -> PathBuf, what: SimEntry| {
-        move |pod: &mut SimPod| drop(pod.entries.insert(at(pod), what))
+        move |pod: &mut SimPod| {
+            pod.entries.insert(at(pod), what);
+        }
     };
     let with = |change: &dyn Fn(&mut SimPod), reason| {
         let world = World::new();
@@ -239,9 +241,9 @@ fn what_a_hostile_pod_plants() {
     );
     with(&|pod| pod.restarts = true, Reason::QemuNotFound);
     with(&|pod| pod.processes.clear(), Reason::QemuNotFound);
-    let name = "data".parse().unwrap();
-    let directory =
-        |pod: &mut SimPod| drop(pod.nodes.insert(std::clone::Clone::clone(&name), Seen::Directory));
+    let directory = |pod: &mut SimPod| {
+        pod.nodes.insert("data".parse().unwrap(), Seen::Directory);
+    };
     with(&directory, Reason::NodeRefused);
 }
 

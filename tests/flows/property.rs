@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use lunplug::host::sim::FaultAction;
-use lunplug::spec::{Phase, RemoveOptions, VolumeSpec};
+use lunplug::spec::{Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use lunplug::vm::facade::Volumes;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
@@ -21,8 +21,8 @@ enum Step {
     Fault { skip: usize, hangs: bool },
     /// Time goes by.
     Wait(u64),
-    /// `kill -9`, and the next life.
-    Kill,
+    /// `kill -9` after so many more calls, and the next life.
+    Kill { calls: usize },
 }
 
 fn specs() -> [VolumeSpec; 4] {
@@ -35,7 +35,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (0..4usize).prop_map(Step::Remove),
         3 => (0..300usize, any::<bool>()).prop_map(|(skip, hangs)| Step::Fault { skip, hangs }),
         2 => (0..40_000u64).prop_map(Step::Wait),
-        1 => Just(Step::Kill),
+        2 => (0..300usize).prop_map(|calls| Step::Kill { calls }),
     ];
     prop::collection::vec(step, 1..24)
 }
@@ -47,7 +47,17 @@ type Wanted = BTreeMap<usize, bool>;
 fn live(world: &World, steps: &mut std::vec::IntoIter<Step>, wanted: &mut Wanted) {
     let specs = specs();
     world.life(async |daemon| {
+        let mut changes = daemon.registry.watch();
+        // An add that a fault ended for good is wanted no more.
+        let mut note_failed = |wanted: &mut Wanted| {
+            while let Ok(change) = changes.try_recv() {
+                if change.phase == Phase::Failed {
+                    wanted.remove(&number(&change));
+                }
+            }
+        };
         for step in steps.by_ref() {
+            note_failed(wanted);
             match step {
                 Step::Add(n) => {
                     if daemon.want(1, &specs[n]).await.is_ok() {
@@ -65,18 +75,30 @@ fn live(world: &World, steps: &mut std::vec::IntoIter<Step>, wanted: &mut Wanted
                     world.inject("", skip, if hangs { FaultAction::Hang } else { fails });
                 }
                 Step::Wait(ms) => tokio::time::sleep(std::time::Duration::from_millis(ms)).await,
-                Step::Kill => return,
+                Step::Kill { calls } => {
+                    some_calls(world, calls).await;
+                    return note_failed(wanted);
+                }
             }
         }
-        // A fault may have ended an add for good; that is told as long as this life lasts.
         daemon.quiet().await;
-        for status in daemon.registry.list_volumes(None).await {
-            if status.phase == Phase::Failed {
-                let n = specs.iter().position(|s| s.name == status.spec.name);
-                wanted.remove(&n.unwrap());
-            }
-        }
+        note_failed(wanted);
     });
+}
+
+fn number(status: &VolumeStatus) -> usize {
+    specs().iter().position(|s| s.name == status.spec.name).unwrap()
+}
+
+/// Lets the daemon make so many calls, if it makes any.
+async fn some_calls(world: &World, calls: usize) {
+    let end = world.host.faults.calls() + calls;
+    for _ in 0..20 * calls {
+        if world.host.faults.calls() >= end {
+            return;
+        }
+        tokio::task::yield_now().await;
+    }
 }
 
 fn converges(steps: Vec<Step>) {
@@ -89,20 +111,15 @@ fn converges(steps: Vec<Step>) {
         live(&world, &mut steps, &mut wanted);
     }
     world.host.faults.clear();
-    let specs = specs();
     world.life(async |daemon| {
         daemon.quiet().await;
         let there = daemon.registry.list_volumes(None).await;
         for status in &there {
             assert_eq!((status.phase, status.reason), (Phase::Ready, None), "{status:?}");
-            let n = specs.iter().position(|s| s.name == status.spec.name).unwrap();
-            assert_ne!(wanted.get(&n), Some(&false), "{} was removed", status.spec.name);
+            assert_ne!(wanted.get(&number(status)), Some(&false), "{} was removed", status.key);
         }
-        for (&n, _) in wanted.iter().filter(|(_, wanted)| **wanted) {
-            // Unless the add failed in a life that was killed before it was told.
-            if let Some(status) = there.iter().find(|s| s.spec.name == specs[n].name) {
-                assert_eq!(status.phase, Phase::Ready);
-            }
+        for (n, _) in wanted.iter().filter(|(_, wanted)| **wanted) {
+            assert!(there.iter().any(|s| number(s) == *n), "{} was added", specs()[*n].name);
         }
         for status in &there {
             daemon.remove(1, status.spec.name.as_str()).await;

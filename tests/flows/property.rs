@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use lunplug::host::sim::FaultAction;
+use lunplug::host::sim::{FaultAction, PortalState};
 use lunplug::spec::{Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use lunplug::vm::facade::Volumes;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
-use crate::world::{World, single, volume};
+use crate::world::{Daemon, World, portal, single, volume};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -23,6 +23,10 @@ enum Step {
     Wait(u64),
     /// `kill -9` after so many more calls, and the next life.
     Kill { calls: usize },
+    /// The same for the whole node.
+    Reboot { calls: usize },
+    /// The n-th portal answers, or not.
+    Portal { number: u8, alive: bool },
 }
 
 fn specs() -> [VolumeSpec; 4] {
@@ -36,6 +40,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (0..300usize, any::<bool>()).prop_map(|(skip, hangs)| Step::Fault { skip, hangs }),
         2 => (0..40_000u64).prop_map(Step::Wait),
         2 => (0..300usize).prop_map(|calls| Step::Kill { calls }),
+        1 => (0..300usize).prop_map(|calls| Step::Reboot { calls }),
+        1 => (1..=2u8, any::<bool>()).prop_map(|(number, alive)| Step::Portal { number, alive }),
     ];
     prop::collection::vec(step, 1..24)
 }
@@ -75,15 +81,41 @@ fn live(world: &World, steps: &mut std::vec::IntoIter<Step>, wanted: &mut Wanted
                     world.inject("", skip, if hangs { FaultAction::Hang } else { fails });
                 }
                 Step::Wait(ms) => tokio::time::sleep(std::time::Duration::from_millis(ms)).await,
+                Step::Portal { number, alive } => {
+                    let state = if alive { PortalState::Alive } else { PortalState::Dead };
+                    world.host.storage.set_portal(portal(number), state);
+                }
                 Step::Kill { calls } => {
                     some_calls(world, calls).await;
-                    return note_failed(wanted);
+                    note_failed(wanted);
+                    return unsettle(world, &daemon, wanted).await;
+                }
+                Step::Reboot { calls } => {
+                    some_calls(world, calls).await;
+                    note_failed(wanted);
+                    unsettle(world, &daemon, wanted).await;
+                    world.shut_down();
+                    return world.boot();
                 }
             }
         }
         daemon.quiet().await;
         note_failed(wanted);
     });
+}
+
+/// An add on its way that met a fault may have been ended in the moment of the kill, with nobody left
+/// to tell.
+async fn unsettle(world: &World, daemon: &Daemon, wanted: &mut Wanted) {
+    if world.host.faults.met().is_none() {
+        return;
+    }
+    for status in daemon.registry.list_volumes(None).await {
+        let n = number(&status);
+        if status.phase != Phase::Ready && wanted.get(&n) == Some(&true) {
+            wanted.remove(&n);
+        }
+    }
 }
 
 fn number(status: &VolumeStatus) -> usize {
@@ -111,6 +143,7 @@ fn converges(steps: Vec<Step>) {
         live(&world, &mut steps, &mut wanted);
     }
     world.host.faults.clear();
+    [1, 2].iter().for_each(|n| world.host.storage.set_portal(portal(*n), PortalState::Alive));
     world.life(async |daemon| {
         daemon.quiet().await;
         let there = daemon.registry.list_volumes(None).await;
@@ -131,7 +164,7 @@ fn converges(steps: Vec<Step>) {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 64,
+        cases: 1000,
         failure_persistence: Some(Box::new(FileFailurePersistence::Off)),
         ..ProptestConfig::default()
     })]
@@ -140,4 +173,27 @@ proptest! {
     fn what_was_asked_for_comes_about(steps in steps()) {
         converges(steps);
     }
+}
+
+#[test]
+fn what_multipath_has_to_forget_is_known_to_a_successor() {
+    use Step::*;
+    converges(vec![
+        Kill { calls: 53 },
+        Add(1),
+        Wait(37280),
+        Fault { skip: 175, hangs: true },
+        Add(1),
+        Add(2),
+        Remove(1),
+        Add(0),
+        Remove(2),
+        Fault { skip: 250, hangs: false },
+        Fault { skip: 77, hangs: false },
+        Wait(33412),
+        Remove(2),
+        Kill { calls: 150 },
+        Kill { calls: 275 },
+        Fault { skip: 13, hangs: true },
+    ]);
 }

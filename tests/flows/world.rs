@@ -147,6 +147,23 @@ impl World {
         Fault { point: point.into(), detail, skip, times: Some(1), action }
     }
 
+    /// The node goes down: nothing of the kernel's is left, and no domain runs.
+    pub(crate) fn shut_down(&self) {
+        self.host.storage.reboot();
+        self.host.pods.reboot();
+        for number in 1..=8 {
+            self.host.hypervisor.stop_domain(&Self::endpoint(number), &domain(number));
+        }
+    }
+
+    /// It comes up again: the pods' processes are new, the domains are as they are defined.
+    pub(crate) fn boot(&self) {
+        for number in 1..=8 {
+            self.host.pods.start_qemu(&uid(number), &domain(number));
+            self.host.hypervisor.start_domain(&Self::endpoint(number), &domain(number));
+        }
+    }
+
     /// The node as it is, to compare with later.
     pub(crate) fn picture(&self) -> String {
         self.host.snapshot()
@@ -161,7 +178,7 @@ impl World {
         assert!(now == self.before, "{what}: left {left:#?}, lost {lost:#?}");
     }
 
-    /// The whole state of the node is again that which was before.
+    /// The name of the n-th VM's libvirt.
     pub(crate) fn endpoint(number: u8) -> String {
         SimHost::endpoint(&uid(number))
     }

@@ -172,10 +172,21 @@ impl World {
     /// Nothing of any volume is left on the node.
     #[track_caller]
     pub(crate) fn assert_clean(&self, what: &str) {
+        self.assert_clean_but(what, &[]);
+    }
+
+    /// The same, but for lines that begin so.
+    #[track_caller]
+    pub(crate) fn assert_clean_but(&self, what: &str, but: &[&str]) {
         let now = self.host.snapshot();
-        let left: Vec<&str> = now.lines().filter(|l| !self.before.contains(l)).collect();
-        let lost: Vec<&str> = self.before.lines().filter(|l| !now.contains(l)).collect();
-        assert!(now == self.before, "{what}: left {left:#?}, lost {lost:#?}");
+        let lines = |text: &str| -> Vec<String> {
+            let counts = |l: &&str| !but.iter().any(|b| l.starts_with(b));
+            text.lines().filter(counts).map(str::to_owned).collect()
+        };
+        let (now, before) = (lines(&now), lines(&self.before));
+        let left: Vec<&String> = now.iter().filter(|l| !before.contains(l)).collect();
+        let lost: Vec<&String> = before.iter().filter(|l| !now.contains(l)).collect();
+        assert!(now == before, "{what}: left {left:#?}, lost {lost:#?}");
     }
 
     /// The name of the n-th VM's libvirt.

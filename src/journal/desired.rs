@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::Error;
-use crate::spec::{VmSpec, VolumeSpec};
+use crate::spec::{RemoveOptions, VmSpec, VolumeSpec};
 use crate::types::{VmId, VolumeKey, Wwid};
 
-/// The schema that this version writes. Older ones are migrated, newer ones refused.
+/// The schema that this version writes; newer ones are refused.
 const SCHEMA: i64 = 1;
 
 const CREATE: &str = "
@@ -26,6 +26,7 @@ const CREATE: &str = "
         position INTEGER NOT NULL,
         spec TEXT NOT NULL,
         accept_new_identity INTEGER NOT NULL,
+        removing TEXT,
         PRIMARY KEY (vm, volume)
     ) STRICT;
     CREATE TABLE identities (
@@ -44,6 +45,8 @@ pub struct StoredVolume {
     pub spec: VolumeSpec,
     /// The request allowed another identity than the recorded one; cleared once one is recorded.
     pub accept_new_identity: bool,
+    /// It is wanted no more, but not gone yet.
+    pub removing: Option<RemoveOptions>,
 }
 
 /// The durable store. Clones share one connection, used by one blocking call at a time.
@@ -162,19 +165,23 @@ impl Desired {
         let rows = self
             .with(move |c| {
                 c.prepare(
-                    "SELECT volume, spec, accept_new_identity FROM volumes
+                    "SELECT volume, spec, accept_new_identity, removing FROM volumes
                      WHERE vm = ?1 ORDER BY position",
                 )?
                 .query_map([id], |r| {
-                    Ok((r.get::<_, String>(0)?, r.get::<_, String>(1)?, r.get::<_, bool>(2)?))
+                    let (name, spec): (String, String) = (r.get(0)?, r.get(1)?);
+                    let (accept, removing): (bool, Option<String>) = (r.get(2)?, r.get(3)?);
+                    Ok((name, spec, accept, removing))
                 })?
                 .collect::<Result<Vec<_>, _>>()
             })
             .await?;
         rows.into_iter()
-            .map(|(name, json, accept_new_identity)| {
-                let spec = parse(&format!("volume {vm}/{name}"), &json)?;
-                Ok(StoredVolume { spec, accept_new_identity })
+            .map(|(name, json, accept_new_identity, removing)| {
+                let what = format!("volume {vm}/{name}");
+                let spec = parse(&what, &json)?;
+                let removing = removing.map(|json| parse(&what, &json)).transpose()?;
+                Ok(StoredVolume { spec, accept_new_identity, removing })
             })
             .collect()
     }
@@ -183,20 +190,35 @@ impl Desired {
     pub async fn put_volume(&self, vm: &VmId, volume: &StoredVolume) -> Result<(), Error> {
         let (vm, name) = (vm.to_string(), volume.spec.name.to_string());
         let (json, accept) = (render(&volume.spec)?, volume.accept_new_identity);
+        let removing = volume.removing.as_ref().map(render).transpose()?;
         self.with(move |c| {
             c.execute(
-                "INSERT INTO volumes (vm, volume, position, spec, accept_new_identity)
-                 VALUES (?1, ?2, (SELECT coalesce(max(position), 0) + 1 FROM volumes WHERE vm = ?1), ?3, ?4)
+                "INSERT INTO volumes (vm, volume, position, spec, accept_new_identity, removing)
+                 VALUES (?1, ?2, (SELECT coalesce(max(position), 0) + 1 FROM volumes WHERE vm = ?1), ?3, ?4, ?5)
                  ON CONFLICT (vm, volume) DO UPDATE
-                 SET spec = excluded.spec, accept_new_identity = excluded.accept_new_identity",
-                params![vm, name, json, accept],
+                 SET spec = excluded.spec, accept_new_identity = excluded.accept_new_identity,
+                     removing = excluded.removing",
+                params![vm, name, json, accept, removing],
             )
         })
         .await
         .map(drop)
     }
 
-    /// Forgets that a volume is wanted. Its identity stays: a LUN that was swapped is noticed when a
+    /// A volume is wanted no more. It stays known until it is gone, whatever boots come in between.
+    pub async fn put_removal(&self, key: &VolumeKey, options: RemoveOptions) -> Result<(), Error> {
+        let (vm, name, json) = (key.vm.to_string(), key.volume.to_string(), render(&options)?);
+        self.with(move |c| {
+            c.execute(
+                "UPDATE volumes SET removing = ?3 WHERE vm = ?1 AND volume = ?2",
+                params![vm, name, json],
+            )
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Forgets a volume. Its identity stays: a LUN that was swapped is noticed when a
     /// volume of that name and source comes back.
     pub async fn delete_volume(&self, key: &VolumeKey) -> Result<(), Error> {
         let (vm, name) = (key.vm.to_string(), key.volume.to_string());
@@ -276,13 +298,14 @@ mod tests {
     }
 
     fn stored(name: &str) -> StoredVolume {
-        StoredVolume { spec: volume_fixture(name), accept_new_identity: true }
+        StoredVolume { spec: volume_fixture(name), accept_new_identity: true, removing: None }
     }
 
     #[tokio::test]
     async fn what_was_stored_is_there_after_reopening_and_in_order() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state/lunplug.db");
+        let force = RemoveOptions { force: true, dry_run: false };
         {
             let store = Desired::open(&path).unwrap();
             store.put_vm(&vm("a")).await.unwrap();
@@ -291,11 +314,13 @@ mod tests {
             }
             store.delete_volume(&key("a", "y")).await.unwrap();
             store.put_volume(&vm("a").id, &stored("z")).await.unwrap();
+            store.put_removal(&key("a", "x"), force).await.unwrap();
         }
         let store = Desired::open(&path).unwrap();
         let vms: Vec<_> = store.vms().await.unwrap().into_iter().map(Result::unwrap).collect();
         assert_eq!(vms, [vm("a")]);
-        assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [stored("z"), stored("x")]);
+        let leaving = StoredVolume { removing: Some(force), ..stored("x") };
+        assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [stored("z"), leaving]);
     }
 
     #[tokio::test]

@@ -309,7 +309,7 @@ impl Actor {
     async fn resume(&mut self) -> Result<(), Failure> {
         for stored in self.tools.desired.volumes(&self.vm).await? {
             let key = self.key(&stored.spec.name);
-            let removing = self.tools.effects.removal(&key).await?;
+            let removing = self.tools.effects.removal(&key).await?.or(stored.removing);
             self.tools.board.open(&key, &stored.spec);
             let volume = Volume { lasting: true, ..Volume::new(stored, removing) };
             self.volumes.insert(key.volume, volume);
@@ -323,7 +323,8 @@ impl Actor {
                 self.tools.effects.delete_removal(&key).await?;
                 continue;
             };
-            let stored = StoredVolume { spec: effects.spec, accept_new_identity: false };
+            let stored =
+                StoredVolume { spec: effects.spec, accept_new_identity: false, removing: None };
             self.tools.board.open(&key, &stored.spec);
             self.volumes.insert(key.volume, Volume::new(stored, Some(removal.unwrap_or_default())));
         }
@@ -398,7 +399,8 @@ impl Actor {
         if options.dry_run {
             return Ok(Outcome::Already(publish::blank(&key, &spec)));
         }
-        let stored = StoredVolume { spec, accept_new_identity: options.accept_new_identity };
+        let accept_new_identity = options.accept_new_identity;
+        let stored = StoredVolume { spec, accept_new_identity, removing: None };
         self.tools.desired.put_volume(&self.vm, &stored).await.map_err(Failure::from)?;
         info!(volume = %key.volume, source = stored.spec.source.key(), "volume wanted");
         let status = self.tools.board.open(&key, &stored.spec);
@@ -466,7 +468,7 @@ impl Actor {
             return Ok(Outcome::Already(self.status(name)));
         }
         self.tools.effects.put_removal(&key, options).await.map_err(Failure::from)?;
-        if let Err(error) = self.tools.desired.delete_volume(&key).await {
+        if let Err(error) = self.tools.desired.put_removal(&key, options).await {
             // The removal holds by its mark in /run; the durable store is told when it is done.
             warn!(volume = %name, error = %Failure::from(error).message, "the removal is not durable yet");
         }

@@ -75,14 +75,15 @@ fn has_ended(failure: &Failure, spec: &VolumeSpec) -> bool {
 
 /// The effects to go on from: those of this incarnation, once any of an earlier one are undone.
 async fn begun(ways: &Ways, key: &VolumeKey, spec: &VolumeSpec) -> Result<Effects, Failure> {
-    let fresh = ways.effects.begin(ways.incarnation(), spec);
-    let Some(mut effects) = ways.effects.get(key).await? else { return Ok(fresh) };
+    let Some(mut effects) = ways.effects.get(key).await? else {
+        return detach::begin(ways, key, spec).await;
+    };
     if effects.incarnation == ways.incarnation() {
         return Ok(effects);
     }
     detach::unwind(ways, key, &mut effects, Unwind::Failed).await?;
     ways.effects.delete(key).await?;
-    Ok(fresh)
+    detach::begin(ways, key, spec).await
 }
 
 /// One attach on its way.

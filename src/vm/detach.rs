@@ -35,10 +35,7 @@ pub(super) async fn detach(
     let key = ways.key(&volume.name);
     let limit = ways.settings().detach + ways.settings().guest_unplug;
     let walked = async {
-        let mut effects = match ways.effects.get(&key).await? {
-            Some(effects) => effects,
-            None => earlier(ways, &key, volume).await?,
-        };
+        let mut effects = effects_of(ways, &key, volume).await?;
         unwind(ways, &key, &mut effects, Unwind::Removed(options)).await
     };
     tokio::time::timeout(limit, walked).await.unwrap_or_else(|_| {
@@ -49,19 +46,39 @@ pub(super) async fn detach(
     })
 }
 
-/// The effects of a volume that was not begun in this boot. If it ever was, a boot before has left
-/// its records, multipath's memory of it, its node, and the disk in the persistent definition.
-async fn earlier(ways: &Ways, key: &VolumeKey, volume: &VolumeSpec) -> Result<Effects, Failure> {
-    let mut effects = ways.effects.begin(ways.incarnation(), volume);
-    effects.host = true;
-    if let Some(wwid) = ways.desired.identity(key, &volume.source.key()).await? {
-        ways.host.connector.forget(&wwid).await?;
-        effects.node = Some(NodeEffect { dev: None });
+/// What there is to undo of a volume. One that was attached in an earlier boot has left its records,
+/// multipath's memory of it, its node, and the disk in the persistent definition.
+async fn effects_of(ways: &Ways, key: &VolumeKey, volume: &VolumeSpec) -> Result<Effects, Failure> {
+    let known = ways.desired.identity(key, &volume.source.key()).await?;
+    let mut effects = match ways.effects.get(key).await? {
+        Some(effects) => effects,
+        None => {
+            if let Some(wwid) = &known {
+                ways.host.connector.forget(wwid).await?;
+            }
+            let mut effects = begin(ways, key, volume).await?;
+            effects.host = true;
+            effects
+        }
+    };
+    if known.is_some() && volume.persist {
         let (alias, bus) = (domain::alias(&volume.disk), volume.bus);
-        effects.disk = volume.persist.then_some(DiskEffect { alias, bus, target: None });
+        effects.disk.get_or_insert(DiskEffect { alias, bus, target: None });
     }
     // From here on a successor knows it too.
     ways.effects.put(key, &effects).await?;
+    Ok(effects)
+}
+
+/// Effects to begin with in this boot. A node of an earlier one is there as long as the pod is.
+pub(super) async fn begin(
+    ways: &Ways,
+    key: &VolumeKey,
+    volume: &VolumeSpec,
+) -> Result<Effects, Failure> {
+    let known = ways.desired.identity(key, &volume.source.key()).await?;
+    let mut effects = ways.effects.begin(ways.incarnation(), volume);
+    effects.node = known.map(|_| NodeEffect { dev: None });
     Ok(effects)
 }
 

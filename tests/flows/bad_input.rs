@@ -241,9 +241,8 @@ fn what_a_hostile_pod_plants() {
     );
     with(&|pod| pod.restarts = true, Reason::QemuNotFound);
     with(&|pod| pod.processes.clear(), Reason::QemuNotFound);
-    let name = "data".parse().unwrap();
     let directory = |pod: &mut SimPod| {
-        pod.nodes.insert(std::clone::Clone::clone(&name), Seen::Directory);
+        pod.nodes.insert("data".parse().unwrap(), Seen::Directory);
     };
     with(&directory, Reason::NodeRefused);
 }

@@ -1,119 +1,115 @@
-//! `kill -9` before every call to every door.
+//! `kill -9` at every call to every door.
 
 use std::cell::Cell;
 
 use lunplug::host::sim::domain::SimDomain;
 use lunplug::host::sim::{Fault, FaultAction};
 use lunplug::reason::Reason;
-use lunplug::spec::{Phase, RemoveOptions, VolumeSpec};
+use lunplug::spec::{Phase, RemoveOptions};
 
-use crate::faults::{calls, each};
-use crate::world::{Daemon, World, domain, single, volume};
+use crate::faults::{Sweep, each, kinds};
+use crate::world::{Daemon, World, domain, volume};
 
-/// One life that ends by `kill -9` when it makes the call that is injected to hang, or else when all
-/// is done and quiet. Says whether the request was taken on, and which call it was.
-fn killed(
-    world: &World,
-    at: usize,
-    request: impl AsyncFnOnce(&Daemon, &Cell<bool>),
-) -> (bool, String) {
-    let taken = Cell::new(false);
-    world.life(async |daemon| {
-        world.inject("", at, FaultAction::Hang);
-        tokio::select! {
-            () = world.host.faults.meeting() => {}
-            () = async { request(&daemon, &taken).await; daemon.quiet().await; } => {}
-        }
-    });
+const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
+
+/// One life that ends by `kill -9` at a call, or else when all is done and quiet. Says whether the
+/// request was taken on, and which call it was.
+async fn until_killed(world: &World, at: usize, request: impl Future<Output = ()>) -> String {
+    world.inject("", at, FaultAction::Hang);
+    tokio::select! {
+        () = world.host.faults.meeting() => {}
+        () = request => {}
+    }
     let met = world.host.faults.met();
     world.host.faults.clear();
-    (taken.get(), format!("killed at call {at}, {met:?}"))
+    format!("killed at call {at}, {met:?}")
 }
 
-/// About as many calls as a start with one volume makes.
-const AT_START: usize = 100;
+impl Sweep {
+    /// An add that is killed at a call; whether it was taken on.
+    fn killed_add(&self, world: &World, at: usize) -> (bool, String) {
+        let taken = Cell::new(false);
+        let what = world.life(async |daemon| {
+            daemon.quiet().await;
+            let add = async {
+                taken.set(daemon.want(1, &self.spec).await.is_ok());
+                daemon.comes_to(1, self.name()).await;
+                daemon.quiet().await;
+            };
+            until_killed(world, at, add).await
+        });
+        (taken.get(), what)
+    }
 
-async fn add(daemon: &Daemon, taken: &Cell<bool>, spec: &VolumeSpec) {
-    taken.set(daemon.want(1, spec).await.is_ok());
-    daemon.comes_to(1, spec.name.as_str()).await;
-}
+    /// What was taken on comes about, without being asked for again.
+    fn add_goes_on(&self, at: usize) {
+        let world = self.world();
+        let (taken, what) = self.killed_add(&world, at);
+        world.life(async |daemon| {
+            if !taken {
+                // Perhaps only its answer was lost.
+                daemon.want(1, &self.spec).await.unwrap();
+            }
+            daemon.ready(1, self.name()).await;
+            daemon.remove(1, self.name()).await;
+            self.end(&world, &daemon, &what).await;
+        });
+    }
 
-/// The daemon is killed at a call of the add: what was taken on comes about, without being asked for
-/// again.
-fn killed_in_add(spec: &VolumeSpec, at: usize) {
-    let world = World::new();
-    let name = spec.name.as_str();
-    let (taken, what) = killed(&world, at, async |d, taken| add(d, taken, spec).await);
-    world.life(async |daemon| {
-        if !taken {
-            let _ = daemon.want(1, spec).await;
-        }
-        daemon.ready(1, name).await;
-        daemon.remove(1, name).await;
-        daemon.quiet().await;
-        world.assert_clean(&what);
-    });
-}
+    /// Whoever asked does not want it any more.
+    fn add_is_given_up(&self, at: usize) {
+        let world = self.world();
+        let (_, what) = self.killed_add(&world, at);
+        world.life(async |daemon| {
+            let _ = daemon.drop_volume(1, self.name(), PLAIN).await;
+            daemon.gone(1, self.name()).await;
+            self.end(&world, &daemon, &what).await;
+        });
+    }
 
-/// Killed at a call of the add; whoever asked does not want it any more.
-fn killed_and_removed(spec: &VolumeSpec, at: usize) {
-    let world = World::new();
-    let name = spec.name.as_str();
-    let (_, what) = killed(&world, at, async |d, taken| add(d, taken, spec).await);
-    world.life(async |daemon| {
-        let _ = daemon.drop_volume(1, name, RemoveOptions::default()).await;
-        daemon.gone(1, name).await;
-        daemon.quiet().await;
-        world.assert_clean(&what);
-    });
-}
-
-/// The daemon is killed at a call of the removal: what was taken on is carried through.
-fn killed_in_removal(spec: &VolumeSpec, at: usize) {
-    let world = World::new();
-    let name = spec.name.as_str();
-    world.life(async |daemon| {
-        assert_eq!(daemon.add(1, spec).await.phase, Phase::Ready);
-        daemon.quiet().await;
-    });
-    let (taken, what) = killed(&world, at, async |daemon, taken| {
-        let removed = daemon.drop_volume(1, name, RemoveOptions::default()).await;
-        taken.set(removed.is_ok());
-        daemon.gone(1, name).await;
-    });
-    world.life(async |daemon| {
-        if !taken {
-            let _ = daemon.drop_volume(1, name, RemoveOptions::default()).await;
-        }
-        daemon.gone(1, name).await;
-        daemon.quiet().await;
-        world.assert_clean(&what);
-    });
-}
-
-#[test]
-fn an_add_goes_on_after_a_kill_at_each_call() {
-    let spec = volume("data", 1);
-    each(calls(&spec).0, |at| killed_in_add(&spec, at));
-}
-
-#[test]
-fn an_add_with_one_path_goes_on_after_a_kill_at_each_call() {
-    let spec = single("data", 1);
-    each(calls(&spec).0, |at| killed_in_add(&spec, at));
+    /// A removal that was taken on is carried through.
+    fn removal_goes_on(&self, at: usize) {
+        let world = self.world();
+        let taken = Cell::new(false);
+        let what = world.life(async |daemon: Daemon| {
+            assert_eq!(daemon.add(1, &self.spec).await.phase, Phase::Ready);
+            daemon.quiet().await;
+            let remove = async {
+                taken.set(daemon.drop_volume(1, self.name(), PLAIN).await.is_ok());
+                daemon.gone(1, self.name()).await;
+                daemon.quiet().await;
+            };
+            until_killed(&world, at, remove).await
+        });
+        world.life(async |daemon| {
+            if !taken.get() {
+                let _ = daemon.drop_volume(1, self.name(), PLAIN).await;
+            }
+            daemon.gone(1, self.name()).await;
+            self.end(&world, &daemon, &what).await;
+        });
+    }
 }
 
 #[test]
-fn an_add_killed_at_each_call_can_be_removed() {
-    let spec = volume("data", 1);
-    each(calls(&spec).0, |at| killed_and_removed(&spec, at));
+fn an_add_goes_on_after_a_kill_at_any_call() {
+    for sweep in kinds() {
+        each(sweep.calls().0, |at| sweep.add_goes_on(at));
+    }
 }
 
-/// The start looks at the volume again before the removal is asked for: its calls come first.
 #[test]
-fn a_removal_goes_on_after_a_kill_at_each_call() {
-    let spec = volume("data", 1);
-    each(calls(&spec).1 + AT_START, |at| killed_in_removal(&spec, at));
+fn an_add_that_was_killed_at_any_call_can_be_given_up() {
+    for sweep in kinds() {
+        each(sweep.calls().0, |at| sweep.add_is_given_up(at));
+    }
+}
+
+#[test]
+fn a_removal_goes_on_after_a_kill_at_any_call() {
+    for sweep in kinds() {
+        each(sweep.calls().1, |at| sweep.removal_goes_on(at));
+    }
 }
 
 /// The daemon is killed after libvirt gave the guest the disk, before it could note that.

@@ -2,94 +2,154 @@
 
 use lunplug::host::sim::{Fault, FaultAction};
 use lunplug::spec::{Phase, RemoveOptions, VolumeSpec};
+use lunplug::types::Bus;
 
 use crate::world::{Daemon, World, single, volume};
 
-fn fail() -> FaultAction {
+const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
+
+pub(crate) fn fail() -> FaultAction {
     FaultAction::Fail("ordered to fail".into())
 }
 
-/// How many calls a clean add, and a clean removal after it, make.
-pub(crate) fn calls(spec: &VolumeSpec) -> (usize, usize) {
-    let world = World::new();
-    let faults = world.host.faults.clone();
-    world.life(async |daemon| {
-        let start = faults.calls();
-        assert_eq!(daemon.add(1, spec).await.phase, Phase::Ready);
-        let added = faults.calls();
-        daemon.remove(1, spec.name.as_str()).await;
-        daemon.quiet().await;
-        (added - start, faults.calls() - added)
-    })
+fn hang() -> FaultAction {
+    FaultAction::Hang
 }
 
-async fn remove_whatever(daemon: &Daemon, spec: &VolumeSpec) {
-    let name = spec.name.as_str();
-    let _ = daemon.drop_volume(1, name, RemoveOptions::default()).await;
-    daemon.gone(1, name).await;
-    daemon.quiet().await;
+/// The kinds of volumes whose calls differ.
+pub(crate) fn kinds() -> [Sweep; 4] {
+    let alone = |spec| Sweep { spec, beside: false };
+    let virtio = VolumeSpec { bus: Bus::Virtio, persist: true, ..volume("data", 1) };
+    [
+        alone(volume("data", 1)),
+        alone(single("data", 1)),
+        alone(virtio),
+        Sweep { spec: volume("data", 1), beside: true },
+    ]
 }
 
-/// One call of an add meets a fault; once the fault is over, the volume can be had and removed.
-fn add_with(spec: &VolumeSpec, at: usize, action: &FaultAction) {
-    let world = World::new();
-    world.life(async |daemon| {
-        world.inject("", at, action.clone());
-        let mut end = None;
-        if daemon.want(1, spec).await.is_ok() {
-            let status = daemon.comes_to(1, spec.name.as_str()).await;
-            let trouble = status.reason.is_some();
-            let sound = match status.phase {
-                Phase::Ready => true,
-                Phase::Failed | Phase::Pending => trouble,
-                _ => false,
-            };
-            assert!(sound, "call {at}: {:?} ends in {status:#?}", world.host.faults.met());
-            end = Some(status);
+/// What is done once for each call that it makes.
+pub(crate) struct Sweep {
+    pub(crate) spec: VolumeSpec,
+    /// Another volume of the same target is attached, and is not to notice.
+    beside: bool,
+}
+
+impl Sweep {
+    pub(crate) fn name(&self) -> &str {
+        self.spec.name.as_str()
+    }
+
+    pub(crate) fn world(&self) -> World {
+        let world = World::new();
+        if self.beside {
+            world.life(async |daemon| {
+                assert_eq!(daemon.add(1, &volume("beside", 7)).await.phase, Phase::Ready);
+                daemon.quiet().await;
+            });
         }
-        let met = world.host.faults.met();
-        world.host.faults.clear();
-        let what = format!("call {at}, {met:?}, {:?}", end.map(|s| (s.phase, s.reason, s.message)));
-        if end_is_failed(&daemon, spec).await {
+        world
+    }
+
+    /// Nothing of the volume is left, and all of the other one.
+    pub(crate) async fn end(&self, world: &World, daemon: &Daemon, what: &str) {
+        daemon.quiet().await;
+        if self.beside {
+            let status = daemon.ready(1, "beside").await;
+            assert_eq!(status.device.map(|d| d.paths), Some(2), "{what}");
+            daemon.remove(1, "beside").await;
             daemon.quiet().await;
-            world.assert_clean(&what);
         }
-        let wanted = daemon.want(1, spec).await;
-        assert!(wanted.is_ok(), "{what}: added again: {wanted:?}");
-        daemon.ready(1, spec.name.as_str()).await;
-        remove_whatever(&daemon, spec).await;
-        world.assert_clean(&what);
-    });
+        world.assert_clean(what);
+    }
+
+    /// How many calls a clean add, and a clean removal after it, make.
+    pub(crate) fn calls(&self) -> (usize, usize) {
+        let world = self.world();
+        let faults = world.host.faults.clone();
+        world.life(async |daemon| {
+            daemon.quiet().await;
+            let start = faults.calls();
+            assert_eq!(daemon.add(1, &self.spec).await.phase, Phase::Ready);
+            let added = faults.calls();
+            daemon.remove(1, self.name()).await;
+            daemon.quiet().await;
+            (added - start, faults.calls() - added)
+        })
+    }
+
+    /// One call of an add meets a fault; once that is over, the volume can be had and removed.
+    fn add(&self, at: usize, action: &FaultAction) {
+        let world = self.world();
+        world.life(async |daemon| {
+            daemon.quiet().await;
+            let before = world.picture();
+            world.inject("", at, action.clone());
+            let mut what = format!("call {at}");
+            if daemon.want(1, &self.spec).await.is_ok() {
+                let status = daemon.comes_to(1, self.name()).await;
+                let met = world.host.faults.met();
+                what = format!("{what}, {met:?}: {:?}, {:?}", status.phase, status.reason);
+                match status.phase {
+                    Phase::Ready => assert_eq!(status.reason, None, "{what}"),
+                    Phase::Pending => assert!(status.retry_at.is_some(), "{what}"),
+                    Phase::Failed => {
+                        world.host.faults.clear();
+                        daemon.quiet().await;
+                        assert_eq!(world.picture(), before, "{what}");
+                    }
+                    _ => panic!("{what}"),
+                }
+            }
+            world.host.faults.clear();
+            daemon.want(1, &self.spec).await.unwrap();
+            daemon.ready(1, self.name()).await;
+            daemon.remove(1, self.name()).await;
+            self.end(&world, &daemon, &what).await;
+        });
+    }
+
+    /// What fails goes on failing for a while, so that the undoing fails too; then whoever asked
+    /// gives it up, and it goes without a trace.
+    fn add_in_storm(&self, at: usize, length: u32) {
+        let world = self.world();
+        world.life(async |daemon| {
+            daemon.quiet().await;
+            world.host.faults.inject(Fault { times: Some(length), ..world.fault("", at, fail()) });
+            if daemon.want(1, &self.spec).await.is_err() {
+                return;
+            }
+            let status = daemon.comes_to(1, self.name()).await;
+            let met = world.host.faults.met();
+            world.host.faults.clear();
+            let _ = daemon.drop_volume(1, self.name(), PLAIN).await;
+            daemon.gone(1, self.name()).await;
+            let what = format!("call {at} and {length} more, {met:?}, {:?}", status.reason);
+            self.end(&world, &daemon, &what).await;
+        });
+    }
+
+    /// One call of a removal meets a fault; the removal is refused, or carried through.
+    fn remove(&self, at: usize, action: &FaultAction) {
+        let world = self.world();
+        world.life(async |daemon| {
+            assert_eq!(daemon.add(1, &self.spec).await.phase, Phase::Ready);
+            daemon.quiet().await;
+            world.inject("", at, action.clone());
+            if daemon.drop_volume(1, self.name(), PLAIN).await.is_err() {
+                let status = daemon.get(1, self.name()).await.unwrap();
+                assert_eq!((status.phase, status.reason), (Phase::Ready, None));
+                let _ = daemon.drop_volume(1, self.name(), PLAIN).await;
+            }
+            daemon.gone(1, self.name()).await;
+            let met = world.host.faults.met();
+            world.host.faults.clear();
+            self.end(&world, &daemon, &format!("call {at}, {met:?}")).await;
+        });
+    }
 }
 
-async fn end_is_failed(daemon: &Daemon, spec: &VolumeSpec) -> bool {
-    use lunplug::vm::facade::Volumes;
-    let found = daemon.registry.get_volume(&crate::world::key(1, spec.name.as_str())).await;
-    found.is_ok_and(|s| s.phase == Phase::Failed)
-}
-
-/// One call of a removal meets a fault; the removal is carried through nevertheless.
-fn remove_with(spec: &VolumeSpec, at: usize, action: &FaultAction) {
-    let world = World::new();
-    world.life(async |daemon| {
-        assert_eq!(daemon.add(1, spec).await.phase, Phase::Ready);
-        daemon.quiet().await;
-        world.inject("", at, action.clone());
-        let name = spec.name.as_str();
-        if daemon.drop_volume(1, name, RemoveOptions::default()).await.is_err() {
-            // Refused: nothing has changed, and it can be asked for again.
-            let status = daemon.ready(1, name).await;
-            assert_eq!(status.phase, Phase::Ready);
-        }
-        let _ = daemon.drop_volume(1, name, RemoveOptions::default()).await;
-        daemon.gone(1, name).await;
-        let met = world.host.faults.met();
-        world.host.faults.clear();
-        daemon.quiet().await;
-        world.assert_clean(&format!("call {at}, {met:?}"));
-    });
-}
-
+/// Tells all the calls at which a test fails, not only the first.
 pub(crate) fn each(count: usize, test: impl Fn(usize) + std::panic::RefUnwindSafe) {
     let failed: Vec<usize> =
         (0..count).filter(|&at| std::panic::catch_unwind(|| test(at)).is_err()).collect();
@@ -97,72 +157,37 @@ pub(crate) fn each(count: usize, test: impl Fn(usize) + std::panic::RefUnwindSaf
 }
 
 #[test]
-fn an_add_with_two_paths_survives_the_failure_of_each_call() {
-    let spec = volume("data", 1);
-    each(calls(&spec).0, |at| add_with(&spec, at, &fail()));
-}
-
-#[test]
-fn an_add_with_one_path_survives_the_failure_of_each_call() {
-    let spec = single("data", 1);
-    each(calls(&spec).0, |at| add_with(&spec, at, &fail()));
-}
-
-#[test]
-fn a_removal_of_two_paths_survives_the_failure_of_each_call() {
-    let spec = volume("data", 1);
-    each(calls(&spec).1, |at| remove_with(&spec, at, &fail()));
-}
-
-#[test]
-fn a_removal_of_one_path_survives_the_failure_of_each_call() {
-    let spec = single("data", 1);
-    each(calls(&spec).1, |at| remove_with(&spec, at, &fail()));
-}
-
-fn hang() -> FaultAction {
-    FaultAction::Hang
+fn an_add_survives_that_any_call_fails() {
+    for sweep in kinds() {
+        each(sweep.calls().0, |at| sweep.add(at, &fail()));
+    }
 }
 
 #[test]
 fn an_add_survives_that_any_call_never_returns() {
-    let spec = volume("data", 1);
-    each(calls(&spec).0, |at| add_with(&spec, at, &hang()));
+    for sweep in kinds() {
+        each(sweep.calls().0, |at| sweep.add(at, &hang()));
+    }
+}
+
+#[test]
+fn an_add_survives_that_its_undoing_fails_too() {
+    let [plain, ..] = kinds();
+    for length in [2, 4, 40] {
+        each(plain.calls().0, |at| plain.add_in_storm(at, length));
+    }
+}
+
+#[test]
+fn a_removal_survives_that_any_call_fails() {
+    for sweep in kinds() {
+        each(sweep.calls().1, |at| sweep.remove(at, &fail()));
+    }
 }
 
 #[test]
 fn a_removal_survives_that_any_call_never_returns() {
-    let spec = volume("data", 1);
-    each(calls(&spec).1, |at| remove_with(&spec, at, &hang()));
-}
-
-/// What fails goes on failing for a while, so that the undoing fails too.
-#[test]
-fn an_add_survives_that_its_undoing_fails_too() {
-    let spec = volume("data", 1);
-    for length in [2, 4, 40] {
-        each(calls(&spec).0, |at| add_in_storm(&spec, at, length));
+    for sweep in kinds() {
+        each(sweep.calls().1, |at| sweep.remove(at, &hang()));
     }
-}
-
-fn add_in_storm(spec: &VolumeSpec, at: usize, length: u32) {
-    let world = World::new();
-    world.life(async |daemon| {
-        world.inject("", at, fail());
-        let storm = Fault { times: Some(length), ..world.fault("", at, fail()) };
-        world.host.faults.inject(storm);
-        let name = spec.name.as_str();
-        if daemon.want(1, spec).await.is_err() {
-            return;
-        }
-        let status = daemon.comes_to(1, name).await;
-        let met = world.host.faults.met();
-        world.host.faults.clear();
-        let what = format!("call {at} and {length} more, {met:?}, {status:#?}");
-        // Given up or not, it goes without a trace.
-        let _ = daemon.drop_volume(1, name, RemoveOptions::default()).await;
-        daemon.gone(1, name).await;
-        daemon.quiet().await;
-        world.assert_clean(&what);
-    });
 }

@@ -1,9 +1,11 @@
 //! The daemon ends by `kill -9`, or the node reboots, and what was asked for comes about.
 
 use lunplug::host::sim::SimHost;
+use lunplug::host::sim::domain::{SimDomain, Unplug};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
-use lunplug::spec::{Phase, RemoveOptions};
+use lunplug::spec::{Phase, RemoveOptions, VolumeSpec};
+use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
 use crate::world::{World, domain, single, vm, volume};
@@ -84,23 +86,6 @@ fn a_domain_that_ended_meanwhile() {
     });
 }
 
-/// The node is gone and comes back: nothing of the kernel's is left, the domain is as it is defined,
-/// and the pods' processes are new.
-fn reboot(world: &World) {
-    world.host.storage.reboot();
-    world.host.pods.reboot();
-    for number in 1..=8 {
-        world.host.hypervisor.stop_domain(&World::endpoint(number), &domain(number));
-    }
-}
-
-fn boot(world: &World) {
-    for number in 1..=8 {
-        world.host.pods.start_qemu(&crate::world::uid(number), &domain(number));
-        world.host.hypervisor.start_domain(&World::endpoint(number), &domain(number));
-    }
-}
-
 #[test]
 fn after_a_reboot_what_was_wanted_comes_back() {
     let world = World::new();
@@ -108,7 +93,7 @@ fn after_a_reboot_what_was_wanted_comes_back() {
         daemon.add(1, &volume("a", 1)).await;
         daemon.add(1, &single("b", 2)).await;
     });
-    reboot(&world);
+    world.shut_down();
     world.life(async |daemon| {
         for name in ["a", "b"] {
             let status = daemon.comes_to(1, name).await;
@@ -116,7 +101,7 @@ fn after_a_reboot_what_was_wanted_comes_back() {
             assert!(status.retry_at.is_some());
         }
         daemon.quiet().await;
-        boot(&world);
+        world.boot();
         assert_eq!(daemon.ready(1, "a").await.device.unwrap().paths, 2);
         daemon.ready(1, "b").await;
         for name in ["a", "b"] {
@@ -135,9 +120,9 @@ fn after_a_reboot_what_is_wanted_no_more_goes() {
             daemon.add(1, &volume("a", 1)).await;
             daemon.add(1, &single("b", 2)).await;
         });
-        reboot(&world);
+        world.shut_down();
         if start {
-            boot(&world);
+            world.boot();
         }
         world.life(async |daemon| {
             for name in ["a", "b"] {
@@ -148,7 +133,7 @@ fn after_a_reboot_what_is_wanted_no_more_goes() {
             }
             daemon.quiet().await;
             if !start {
-                boot(&world);
+                world.boot();
             }
             world.assert_clean("removed after a reboot");
         });
@@ -162,11 +147,31 @@ fn a_removal_that_was_taken_on_survives_the_reboot() {
         daemon.add(1, &volume("a", 1)).await;
         daemon.drop_volume(1, "a", PLAIN).await.unwrap();
     });
-    reboot(&world);
-    boot(&world);
+    world.shut_down();
+    world.boot();
     world.life(async |daemon| {
         daemon.quiet().await;
         assert_eq!(daemon.get(1, "a").await, None);
         world.assert_clean("wanted no more before the reboot");
+    });
+}
+
+#[test]
+fn a_removal_that_the_guest_never_answered_survives_the_reboot() {
+    let world = World::new();
+    let spec = VolumeSpec { bus: Bus::Virtio, ..volume("a", 1) };
+    world.life(async |daemon| {
+        daemon.add(1, &spec).await;
+        let silent = |d: &mut SimDomain| d.unplug = Unplug::Silent;
+        world.host.hypervisor.with_domain(&World::endpoint(1), &domain(1), silent);
+        daemon.drop_volume(1, "a", PLAIN).await.unwrap();
+        daemon.until(1, "a", |s| s.reason.is_some()).await;
+    });
+    world.shut_down();
+    world.boot();
+    world.life(async |daemon| {
+        daemon.gone(1, "a").await;
+        daemon.quiet().await;
+        world.assert_clean("never answered");
     });
 }

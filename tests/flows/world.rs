@@ -148,6 +148,23 @@ impl World {
         Fault { point: point.into(), detail, skip, times: Some(1), action }
     }
 
+    /// The node goes down: nothing of the kernel's is left, and no domain runs.
+    pub(crate) fn shut_down(&self) {
+        self.host.storage.reboot();
+        self.host.pods.reboot();
+        for number in 1..=8 {
+            self.host.hypervisor.stop_domain(&Self::endpoint(number), &domain(number));
+        }
+    }
+
+    /// It comes up again: the pods' processes are new, the domains are as they are defined.
+    pub(crate) fn boot(&self) {
+        for number in 1..=8 {
+            self.host.pods.start_qemu(&uid(number), &domain(number));
+            self.host.hypervisor.start_domain(&Self::endpoint(number), &domain(number));
+        }
+    }
+
     /// The node as it is, to compare with later.
     pub(crate) fn picture(&self) -> String {
         self.host.snapshot()
@@ -156,13 +173,24 @@ impl World {
     /// Nothing of any volume is left on the node.
     #[track_caller]
     pub(crate) fn assert_clean(&self, what: &str) {
-        let now = self.host.snapshot();
-        let left: Vec<&str> = now.lines().filter(|l| !self.before.contains(l)).collect();
-        let lost: Vec<&str> = self.before.lines().filter(|l| !now.contains(l)).collect();
-        assert!(now == self.before, "{what}: left {left:#?}, lost {lost:#?}");
+        self.assert_clean_but(what, &[]);
     }
 
-    /// The whole state of the node is again that which was before.
+    /// The same, but for lines that begin so.
+    #[track_caller]
+    pub(crate) fn assert_clean_but(&self, what: &str, but: &[&str]) {
+        let now = self.host.snapshot();
+        let lines = |text: &str| -> Vec<String> {
+            let counts = |l: &&str| !but.iter().any(|b| l.starts_with(b));
+            text.lines().filter(counts).map(str::to_owned).collect()
+        };
+        let (now, before) = (lines(&now), lines(&self.before));
+        let left: Vec<&String> = now.iter().filter(|l| !before.contains(l)).collect();
+        let lost: Vec<&String> = before.iter().filter(|l| !now.contains(l)).collect();
+        assert!(now == before, "{what}: left {left:#?}, lost {lost:#?}");
+    }
+
+    /// The name of the n-th VM's libvirt.
     pub(crate) fn endpoint(number: u8) -> String {
         SimHost::endpoint(&uid(number))
     }

@@ -27,9 +27,10 @@ impl Inner {
     ) -> Result<Outcome, Error> {
         let target = source.target.as_str();
         let lease: Lease<Made> = self.leases.load(target).await?;
-        let user = lease.user(owner).filter(|u| u.lun == source.lun).cloned();
-        if let Some(user) = &user {
+        let mut user = lease.user(owner).filter(|u| u.lun == source.lun).cloned();
+        if let Some(user) = &mut user {
             if lease.other(owner, source.lun).is_none() {
+                self.note_map(target, user).await?;
                 self.remove_device(user, options).await?;
             }
             if let Some(wwid) = &user.wwid {
@@ -64,6 +65,22 @@ impl Inner {
             }
         }
         Ok(())
+    }
+
+    /// Enters a map that multipathd made above our paths into the lease: once it and they are gone, it
+    /// alone tells a successor what multipath has yet to forget.
+    async fn note_map(&self, target: &str, user: &mut User) -> Result<(), Error> {
+        if user.map.is_none() {
+            user.map = self.map_above(user).await?;
+        }
+        let (owner, map) = (user.owner.clone(), user.map.clone());
+        self.leases
+            .update::<Made, _>(target, |lease| {
+                if let Some(user) = lease.user_mut(&owner) {
+                    user.map = map;
+                }
+            })
+            .await
     }
 
     /// Flushes and removes the map and the paths that are ours.

@@ -53,9 +53,10 @@ impl Faults {
         self.lock().push(fault);
     }
 
-    /// Ends all faults; stalled calls go on.
+    /// Ends all faults; stalled calls go on, and what was met is forgotten.
     pub fn clear(&self) {
         self.lock().clear();
+        *self.met.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.changed.notify_waiters();
     }
 

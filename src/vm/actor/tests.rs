@@ -274,7 +274,7 @@ async fn a_disk_that_the_guest_has_stays_ready_with_its_trouble() {
 #[tokio::test(start_paused = true)]
 async fn what_was_wanted_at_the_start_is_not_given_up() {
     let world = World::new().await;
-    let stored = StoredVolume { spec: volume("v"), accept_new_identity: false };
+    let stored = StoredVolume { spec: volume("v"), accept_new_identity: false, removing: None };
     world.tools.desired.put_volume(&vm(), &stored).await.unwrap();
     let fails = failed(Reason::VmNotRunning);
     world.script.attaches.lock().unwrap().push_back(fails);
@@ -367,7 +367,8 @@ async fn a_removal_is_carried_through_whatever_the_trouble() {
 #[tokio::test(start_paused = true)]
 async fn a_successor_takes_up_what_was_wanted_begun_and_being_removed() {
     let world = World::new().await;
-    let stored = |n: &str| StoredVolume { spec: volume(n), accept_new_identity: false };
+    let stored =
+        |n: &str| StoredVolume { spec: volume(n), accept_new_identity: false, removing: None };
     let key = |n: &str| VolumeKey { vm: vm(), volume: name(n) };
     let begun = |n: &str| -> Effects { world.tools.effects.begin("pod", &volume(n)) };
     for wanted in ["wanted", "leaving"] {

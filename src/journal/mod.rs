@@ -5,7 +5,8 @@
 //!   ───────────────────────          ─────────────────────────
 //!   VMs as registered                per volume: each effect, written *before* it is made
 //!   volumes as asked for             stamped with the boot id: a reboot voids them
-//!   identities once proven           survives kill -9, needs no fsync
+//!   removals until they are done     survives kill -9, needs no fsync
+//!   identities once proven
 //! ```
 //!
 //! Desired state must survive a power cut; effects must not, for the cut undid them. A volume's

@@ -12,7 +12,7 @@ use lunplug::spec::{MultipathPolicy, RemoveOptions, Source, VmPlace, VmSpec, Vol
 use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{Daemon, World, domain, key, portal, single, uid, vm, vm_spec, volume};
+use crate::world::{Daemon, World, domain, key, node, portal, single, uid, vm, vm_spec, volume};
 
 /// An add that fails for this reason and leaves nothing, whether it is given up or asked to go.
 async fn refused(world: &World, daemon: &Daemon, spec: &VolumeSpec, reason: Reason) {
@@ -262,12 +262,12 @@ fn a_pod_that_vanished() {
 
 #[test]
 fn a_pod_that_vanishes_takes_its_volumes_and_leaves_the_host_clean() {
-    let host = SimHost::demo();
+    let host = node();
     host.pods.remove_pod(&uid(1));
     host.hypervisor.remove(&World::endpoint(1));
     let after = host.snapshot();
 
-    let world = World::over(SimHost::demo(), Desired::in_memory().unwrap());
+    let world = World::over(node(), Desired::in_memory().unwrap());
     world.life(async |daemon| {
         daemon.add(1, &volume("data", 1)).await;
         world.host.pods.remove_pod(&uid(1));

@@ -1,16 +1,16 @@
 //! The main job: volumes come, are what was asked for, and go without a trace.
 
-use lunplug::config::Config;
 use lunplug::host::grants::{Access, Hierarchy};
 use lunplug::host::libvirt::Definition;
-use lunplug::host::sim::SimHost;
 use lunplug::host::sim::domain::SimDomain;
 use lunplug::journal::Desired;
 use lunplug::spec::{AddOptions, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec};
 use lunplug::types::{Bus, Outcome};
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{Daemon, World, domain, key, lun, single, target, uid, vm, vm_spec, volume};
+use crate::world::{
+    Daemon, World, domain, key, lun, node, single, target, uid, vm, vm_spec, volume,
+};
 
 /// What the guest of the n-th VM has by this alias, as XML.
 fn disk_xml(world: &World, number: u8, name: &str) -> String {
@@ -141,7 +141,7 @@ fn one_lun_is_shared_by_two_vms_and_goes_with_the_last() {
 
 #[test]
 fn a_pod_on_cgroup_v1_is_served_too() {
-    let host = SimHost::demo();
+    let host = node();
     host.pods.add_vm(&uid(1), &domain(1), Hierarchy::V1);
     let world = World::over(host, Desired::in_memory().unwrap());
     world.life(async |daemon| {
@@ -153,7 +153,7 @@ fn a_pod_on_cgroup_v1_is_served_too() {
 
 #[test]
 fn a_vm_straight_on_a_libvirt_host_needs_no_node_and_no_grant() {
-    let host = SimHost::demo();
+    let host = node();
     host.hypervisor.add_domain("/run/libvirt/libvirt-sock", SimDomain::q35("plain", true));
     let world = World::over(host, Desired::in_memory().unwrap());
     world.life(async |daemon| {
@@ -230,9 +230,4 @@ fn without_multipathd_two_portals_give_one_path() {
         daemon.quiet().await;
         world.assert_clean("a single path");
     });
-}
-
-#[test]
-fn the_defaults_are_what_the_stories_run_with() {
-    assert_eq!(World::new().config.deadlines, Config::default().deadlines);
 }

@@ -178,26 +178,3 @@ proptest! {
         converges(steps);
     }
 }
-
-#[test]
-fn what_multipath_has_to_forget_is_known_to_a_successor() {
-    use Step::*;
-    converges(vec![
-        Kill { calls: 53 },
-        Add(1),
-        Wait(37280),
-        Fault { skip: 175, hangs: true },
-        Add(1),
-        Add(2),
-        Remove(1),
-        Add(0),
-        Remove(2),
-        Fault { skip: 250, hangs: false },
-        Fault { skip: 77, hangs: false },
-        Wait(33412),
-        Remove(2),
-        Kill { calls: 150 },
-        Kill { calls: 275 },
-        Fault { skip: 13, hangs: true },
-    ]);
-}

@@ -1,6 +1,5 @@
 //! The daemon ends by `kill -9`, or the node reboots, and what was asked for comes about.
 
-use lunplug::host::sim::SimHost;
 use lunplug::host::sim::domain::{SimDomain, Unplug};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
@@ -8,7 +7,7 @@ use lunplug::spec::{Phase, RemoveOptions, VolumeSpec};
 use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{World, domain, single, vm, volume};
+use crate::world::{World, domain, node, single, vm, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
@@ -16,7 +15,7 @@ const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 fn volumes_stay_and_the_store_is_read_anew() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("state/lunplug.db");
-    let mut world = World::over(SimHost::demo(), Desired::open(&path).unwrap());
+    let mut world = World::over(node(), Desired::open(&path).unwrap());
     world.life(async |daemon| {
         for (name, lun) in [("a", 1), ("b", 2)] {
             assert_eq!(daemon.add(1, &volume(name, lun)).await.phase, Phase::Ready);

@@ -17,7 +17,7 @@ use lunplug::vm::facade::{Refusal, Volumes};
 use lunplug::vm::registry::Registry;
 
 /// Longer than everything that goes on in the background.
-const QUIET: Duration = Duration::from_secs(1500);
+const QUIET: Duration = Duration::from_secs(700);
 
 pub(crate) fn target() -> Iqn {
     "iqn.2026-01.org.lunplug:sim".parse().unwrap()
@@ -56,6 +56,17 @@ pub(crate) fn vm_spec(number: u8) -> VmSpec {
         libvirt_socket: None,
     };
     VmSpec { id: vm(number), domain: domain(number), place }
+}
+
+/// How many VMs the node has.
+const VMS: u8 = 3;
+
+/// A node with VMs and a target of 16 LUNs behind two portals.
+pub(crate) fn node() -> SimHost {
+    let host = SimHost::default();
+    host.add_target(&target(), &[portal(1), portal(2)], 16);
+    (1..=VMS).for_each(|n| host.add_vm(&uid(n), &domain(n)));
+    host
 }
 
 /// A volume with two paths on bus scsi.
@@ -101,11 +112,12 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// Eight VMs, a target with 256 LUNs behind two portals. Two of the VMs are registered.
+    /// A world over [`node`], with a store in memory.
     pub(crate) fn new() -> Self {
-        Self::over(SimHost::demo(), Desired::in_memory().unwrap())
+        Self::over(node(), Desired::in_memory().unwrap())
     }
 
+    /// The first two VMs are registered.
     pub(crate) fn over(host: SimHost, desired: Desired) -> Self {
         let mut config = Config::default();
         config.resolve(None, "node-1");
@@ -152,14 +164,14 @@ impl World {
     pub(crate) fn shut_down(&self) {
         self.host.storage.reboot();
         self.host.pods.reboot();
-        for number in 1..=8 {
+        for number in 1..=VMS {
             self.host.hypervisor.stop_domain(&Self::endpoint(number), &domain(number));
         }
     }
 
     /// It comes up again: the pods' processes are new, the domains are as they are defined.
     pub(crate) fn boot(&self) {
-        for number in 1..=8 {
+        for number in 1..=VMS {
             self.host.pods.start_qemu(&uid(number), &domain(number));
             self.host.hypervisor.start_domain(&Self::endpoint(number), &domain(number));
         }

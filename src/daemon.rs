@@ -30,7 +30,7 @@ use crate::host::storage::{OpenError, RealOptions, StorageDoors};
 use crate::journal::Desired;
 use crate::preflight::{self, Facts as _};
 use crate::types::VmId;
-use crate::vm::actor::Backoff;
+use crate::vm::backoff::Backoff;
 use crate::vm::discover;
 use crate::vm::facade::{NodeInfo, Volumes};
 use crate::vm::failure::Failure;

@@ -7,73 +7,24 @@
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
 
-use async_trait::async_trait;
 use futures_util::FutureExt;
 use jiff::Timestamp;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument, Span, info, warn};
 
+use super::backoff::Backoff;
 use super::facade::Refusal;
 use super::failure::Failure;
+use super::handler::{Asker, Message};
 use super::plan::{self, Admission, Known, Left, Next};
 use super::publish::{self, Board};
+use super::steps::{AttachFailure, Steps};
 use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use crate::types::{Outcome, VmId, VolumeKey, VolumeName};
-
-/// What the handler has done for it: the way of an attach and back.
-#[async_trait]
-pub trait Steps: Send + Sync + 'static {
-    /// Checks an addition against the pod and the domain; changes nothing.
-    async fn check_add(&self, spec: &VolumeSpec) -> Result<(), Refusal>;
-
-    /// Checks a removal against the domain and the guest; changes nothing. `known` is `None` for a
-    /// name that the handler does not know: the refusal then says what is in the domain.
-    async fn check_remove(
-        &self,
-        name: &VolumeName,
-        known: Option<&VolumeSpec>,
-        options: RemoveOptions,
-    ) -> Result<(), Refusal>;
-
-    /// Goes the whole way, or finds it gone; on failure all is undone, unless there is something
-    /// [`Left`].
-    async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure>;
-
-    /// Goes the whole way back, from wherever an attach came to.
-    async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure>;
-}
-
-/// An attach that did not succeed.
-#[derive(Debug)]
-pub struct AttachFailure {
-    /// Why.
-    pub failure: Failure,
-    /// What is there of it.
-    pub left: Left,
-}
-
-/// When a volume in trouble is tried again.
-#[derive(Debug, Clone, Copy)]
-pub struct Backoff {
-    /// After the first failure.
-    pub first: Duration,
-    /// The longest wait.
-    pub cap: Duration,
-}
-
-impl Backoff {
-    /// The wait after `attempts` failures, doubled each time, less up to a fifth of it so that many
-    /// volumes do not come back at the same instant. `dice` is in 0..1.
-    fn delay(self, attempts: u32, dice: f64) -> Duration {
-        let doubled = self.first.saturating_mul(1 << attempts.saturating_sub(1).min(16));
-        doubled.min(self.cap).mul_f64(1.0 - dice * 0.2)
-    }
-}
 
 /// What the handler works with.
 #[derive(Clone)]
@@ -90,134 +41,6 @@ pub struct Tools {
     pub backoff: Backoff,
     /// At most so many volumes.
     pub max_volumes: usize,
-}
-
-/// Who asked: the request's span, under which the work nests, and where its answer goes.
-struct Asker {
-    span: Span,
-    reply: oneshot::Sender<Result<Outcome<VolumeStatus>, Refusal>>,
-}
-
-impl Asker {
-    fn answer(self, result: Result<Outcome<VolumeStatus>, Refusal>) {
-        // The asker may have gone; what was taken on is durable.
-        let _ = self.reply.send(result);
-    }
-}
-
-enum Message {
-    Add {
-        spec: VolumeSpec,
-        options: AddOptions,
-        asker: Asker,
-    },
-    AddChecked {
-        spec: VolumeSpec,
-        options: AddOptions,
-        checked: Result<(), Refusal>,
-        asker: Asker,
-    },
-    Remove {
-        name: VolumeName,
-        options: RemoveOptions,
-        asker: Asker,
-    },
-    RemoveChecked {
-        name: VolumeName,
-        options: RemoveOptions,
-        checked: Result<(), Refusal>,
-        asker: Asker,
-    },
-    Attached {
-        name: VolumeName,
-        result: Result<(), AttachFailure>,
-    },
-    Detached {
-        name: VolumeName,
-        result: Result<(), Failure>,
-    },
-    Due {
-        name: VolumeName,
-    },
-    Count {
-        reply: oneshot::Sender<usize>,
-    },
-    Stop {
-        grace: Duration,
-        reply: oneshot::Sender<()>,
-    },
-}
-
-/// The handler of one VM, for whoever sends it requests. Clones send to the same task.
-#[derive(Debug, Clone)]
-pub struct Handler {
-    vm: VmId,
-    messages: mpsc::Sender<Message>,
-}
-
-/// How many requests may wait; more make their senders wait.
-const MAILBOX: usize = 256;
-
-impl Handler {
-    /// Starts the handler, which first takes up what the stores say was wanted or begun.
-    pub async fn start(vm: VmId, tools: Tools) -> Result<Self, Failure> {
-        let (messages, mailbox) = mpsc::channel(MAILBOX);
-        let mut actor = Actor {
-            vm: vm.clone(),
-            tools,
-            volumes: BTreeMap::new(),
-            tasks: JoinSet::new(),
-            messages: messages.downgrade(),
-        };
-        actor.resume().await?;
-        let span = tracing::info_span!(parent: None, "vm", vm = %vm);
-        tokio::spawn(actor.run(mailbox).instrument(span));
-        Ok(Self { vm, messages })
-    }
-
-    /// Wants a volume; see [`super::facade::Volumes::add_volume`].
-    pub async fn add(
-        &self,
-        spec: VolumeSpec,
-        options: AddOptions,
-    ) -> Result<Outcome<VolumeStatus>, Refusal> {
-        let span = Span::current();
-        self.ask(|reply| Message::Add { spec, options, asker: Asker { span, reply } }).await?
-    }
-
-    /// Wants a volume no more; see [`super::facade::Volumes::remove_volume`].
-    pub async fn remove(
-        &self,
-        name: VolumeName,
-        options: RemoveOptions,
-    ) -> Result<Outcome<VolumeStatus>, Refusal> {
-        let span = Span::current();
-        self.ask(|reply| Message::Remove { name, options, asker: Asker { span, reply } }).await?
-    }
-
-    /// How many volumes it has, those being removed included.
-    pub async fn count(&self) -> Result<usize, Refusal> {
-        self.ask(|reply| Message::Count { reply }).await
-    }
-
-    /// Ends the handler. What is under way has `grace` to end by itself and is dropped then, as a
-    /// crash would: the journal knows it. No volume is detached.
-    pub async fn stop(&self, grace: Duration) {
-        // An error means that it has ended already.
-        let _ = self.ask(|reply| Message::Stop { grace, reply }).await;
-    }
-
-    async fn ask<T>(
-        &self,
-        message: impl FnOnce(oneshot::Sender<T>) -> Message,
-    ) -> Result<T, Refusal> {
-        let gone = || {
-            Refusal::new(Reason::ShuttingDown, format!("the handler of {} is stopping", self.vm))
-        };
-        let (reply, answer) = oneshot::channel();
-        self.messages.send(message(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())
-    }
 }
 
 /// A volume as its handler has it.
@@ -249,7 +72,8 @@ impl Volume {
     }
 }
 
-struct Actor {
+/// The task's own state.
+pub(super) struct Actor {
     vm: VmId,
     tools: Tools,
     volumes: BTreeMap<VolumeName, Volume>,
@@ -259,7 +83,7 @@ struct Actor {
 }
 
 impl Actor {
-    async fn run(mut self, mut mailbox: mpsc::Receiver<Message>) {
+    pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Message>) {
         let names: Vec<_> = self.volumes.keys().cloned().collect();
         for name in names {
             self.work(&name);
@@ -306,29 +130,35 @@ impl Actor {
 
     /// Takes up what the stores say: wanted volumes are attached (or found attached), what was
     /// begun and is wanted no more is detached.
-    async fn resume(&mut self) -> Result<(), Failure> {
-        for stored in self.tools.desired.volumes(&self.vm).await? {
-            let key = self.key(&stored.spec.name);
-            let removing = self.tools.effects.removal(&key).await?.or(stored.removing);
-            self.tools.board.open(&key, &stored.spec);
+    pub(super) async fn resume(
+        vm: VmId,
+        tools: Tools,
+        messages: mpsc::WeakSender<Message>,
+    ) -> Result<Self, Failure> {
+        let key = |volume: &VolumeName| VolumeKey { vm: vm.clone(), volume: volume.clone() };
+        let mut volumes = BTreeMap::new();
+        for stored in tools.desired.volumes(&vm).await? {
+            let key = key(&stored.spec.name);
+            let removing = tools.effects.removal(&key).await?.or(stored.removing);
+            tools.board.open(&key, &stored.spec);
             let volume = Volume { lasting: true, ..Volume::new(stored, removing) };
-            self.volumes.insert(key.volume, volume);
+            volumes.insert(key.volume, volume);
         }
-        for key in self.tools.effects.volumes(&self.vm).await? {
-            if self.volumes.contains_key(&key.volume) {
+        for key in tools.effects.volumes(&vm).await? {
+            if volumes.contains_key(&key.volume) {
                 continue;
             }
-            let removal = self.tools.effects.removal(&key).await?;
-            let Some(effects) = self.tools.effects.get(&key).await? else {
-                self.tools.effects.delete_removal(&key).await?;
+            let removal = tools.effects.removal(&key).await?;
+            let Some(effects) = tools.effects.get(&key).await? else {
+                tools.effects.delete_removal(&key).await?;
                 continue;
             };
-            let stored =
-                StoredVolume { spec: effects.spec, accept_new_identity: false, removing: None };
-            self.tools.board.open(&key, &stored.spec);
-            self.volumes.insert(key.volume, Volume::new(stored, Some(removal.unwrap_or_default())));
+            let spec = effects.spec;
+            tools.board.open(&key, &spec);
+            let stored = StoredVolume { spec, accept_new_identity: false, removing: None };
+            volumes.insert(key.volume, Volume::new(stored, Some(removal.unwrap_or_default())));
         }
-        Ok(())
+        Ok(Self { vm, tools, volumes, tasks: JoinSet::new(), messages })
     }
 
     fn key(&self, name: &VolumeName) -> VolumeKey {

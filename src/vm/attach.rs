@@ -8,11 +8,11 @@
 //! Each step is written to the effects before it is made, and each finds itself done when it was: so
 //! this same way is walked after a restart.
 
-use super::actor::AttachFailure;
 use super::detach::{self, Unwind};
 use super::discover::{Place, PodPlace};
 use super::failure::Failure;
 use super::plan::Left;
+use super::steps::AttachFailure;
 use super::ways::Ways;
 use crate::cgroup::Access;
 use crate::connector::{AttachRequest, Attachment, Expect};

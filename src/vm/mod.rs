@@ -11,18 +11,21 @@
 //!      └────────────── Gone ◄─────────────────────┘                 holder: stays, tried again)
 //! ```
 //!
-//! The handler ([`actor`]) decides, by the pure rules of [`plan`]; the way itself is walked by
-//! [`attach`] and [`detach`], which write each effect to the journal before they make it. Host work
-//! of different volumes runs side by side, libvirt work of one VM in order.
+//! The handler ([`handler`] to others, [`actor`] within) decides, by the pure rules of [`plan`]; the
+//! way itself is walked by `attach` and `detach`, which write each effect to the journal before they
+//! make it. Host work of different volumes runs side by side, libvirt work of one VM in order.
 
 pub mod actor;
 mod attach;
+pub mod backoff;
 mod checks;
 mod detach;
 pub mod discover;
 pub mod facade;
 pub mod failure;
+pub mod handler;
 pub mod plan;
 pub mod publish;
 pub mod registry;
+pub mod steps;
 pub mod ways;

@@ -9,9 +9,11 @@ use futures_util::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::{Mutex, broadcast};
 
-use super::actor::{Backoff, Handler, Tools};
+use super::actor::Tools;
+use super::backoff::Backoff;
 use super::facade::{NodeInfo, Refusal, VmInfo, VmState, Volumes};
 use super::failure::Failure;
+use super::handler::Handler;
 use super::publish::Board;
 use super::ways::{Host, Ways};
 use crate::host::lock::{LockError, LockGuard};

@@ -8,11 +8,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::Mutex;
 
-use super::actor::{AttachFailure, Steps};
 use super::discover::{self, Place};
 use super::facade::{Refusal, VmState};
 use super::failure::Failure;
 use super::publish::Board;
+use super::steps::{AttachFailure, Steps};
 use super::{attach, checks, detach};
 use crate::cgroup::Grants;
 use crate::connector::Connector;

@@ -1,12 +1,15 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Mutex;
+use std::time::Duration;
 
+use async_trait::async_trait;
 use tokio::sync::Notify;
 
 use super::*;
 use crate::host::sim::{Fault, FaultAction, Faults, SimStorage};
 use crate::journal::Effects;
 use crate::spec::{VmPlace, VmSpec, volume_fixture};
+use crate::vm::handler::Handler;
 
 /// Steps that do what they are told, and tell what they did.
 #[derive(Default)]
@@ -227,14 +230,6 @@ async fn transient_trouble_is_tried_again_with_growing_waits() {
     assert_eq!(told, 3);
     assert_eq!(world.script.log().len(), 4);
     drop(handler);
-}
-
-#[test]
-fn waits_double_up_to_their_cap_and_jitter_only_shortens() {
-    let backoff = Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) };
-    let whole: Vec<u64> = (1..9).map(|n| backoff.delay(n, 0.0).as_secs()).collect();
-    assert_eq!(whole, [1, 2, 4, 8, 16, 32, 60, 60]);
-    assert_eq!(backoff.delay(u32::MAX, 1.0), Duration::from_secs(48));
 }
 
 #[tokio::test(start_paused = true)]

@@ -175,8 +175,13 @@ pub async fn compose(
     let grants = Grants::new(pods.overrides.clone(), pods.lists.clone());
     let mechanisms = install_grants(&grants, &pods).await?;
     let connector = IscsiConnector::new(storage.clone(), config.connector());
-    // What a killed daemon's login left and nobody wants.
-    connector.sweep().await.map_err(|e| Error::Open(e.into()))?;
+    // What a killed daemon's login left and nobody wants. One target's trouble is not every VM's.
+    if let Err(error) = connector.sweep().await {
+        tracing::error!(
+            why = Failure::from(error).message,
+            "what was left behind could not be swept"
+        );
+    }
     if let Some(fault) = connector.tool_fault().await {
         tracing::warn!("{fault}");
     }
@@ -224,14 +229,14 @@ async fn install_grants(grants: &Grants, pods: &PodDoors) -> Result<Vec<String>,
                 Ok(0) => {}
                 Ok(count) => tracing::info!(count, "grants of cgroups that are gone collected"),
                 Err(error) => tracing::warn!(
-                    error = Failure::from(error).message,
+                    why = Failure::from(error).message,
                     "grants of cgroups that are gone could not be collected"
                 ),
             }
         }
         Err(error) if has(Hierarchy::V1) => {
             tracing::warn!(
-                error = Failure::from(error).message,
+                why = Failure::from(error).message,
                 "no grants on cgroup v2; v1 goes on"
             );
         }

@@ -78,16 +78,15 @@ pub(super) struct Actor {
     tools: Tools,
     volumes: BTreeMap<VolumeName, Volume>,
     tasks: JoinSet<()>,
+    /// Waits for the VM to go or come back; only while there are volumes to look at then.
+    watcher: Option<AbortHandle>,
     /// Weak, so that the handler ends when all its users have gone.
     messages: mpsc::WeakSender<Message>,
 }
 
 impl Actor {
     pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Message>) {
-        let names: Vec<_> = self.volumes.keys().cloned().collect();
-        for name in names {
-            self.work(&name);
-        }
+        self.look_at_all();
         while let Some(message) = mailbox.recv().await {
             // Ended tasks are only collected here; they have reported by message.
             while self.tasks.try_join_next().is_some() {}
@@ -105,15 +104,18 @@ impl Actor {
                 Message::Attached { name, result } => self.attached(&name, result).await,
                 Message::Detached { name, result } => self.detached(&name, result).await,
                 Message::Due { name } => self.work(&name),
+                Message::VmChanged => {
+                    info!("the VM may have gone or come back");
+                    self.watcher = None;
+                    self.look_at_all();
+                }
                 Message::Count { reply } => {
                     let live = self.volumes.values().filter(|v| !v.failed).count();
                     let _ = reply.send(live);
                 }
                 Message::Stop { grace, reply } => {
-                    self.volumes
-                        .values_mut()
-                        .filter_map(|v| v.timer.take())
-                        .for_each(|t| t.abort());
+                    let timers = self.volumes.values_mut().filter_map(|v| v.timer.take());
+                    timers.chain(self.watcher.take()).for_each(|task| task.abort());
                     let ended = async { while self.tasks.join_next().await.is_some() {} };
                     if tokio::time::timeout(grace, ended).await.is_err() {
                         warn!(
@@ -158,7 +160,28 @@ impl Actor {
             let stored = StoredVolume { spec, accept_new_identity: false, removing: None };
             volumes.insert(key.volume, Volume::new(stored, Some(removal.unwrap_or_default())));
         }
-        Ok(Self { vm, tools, volumes, tasks: JoinSet::new(), messages })
+        Ok(Self { vm, tools, volumes, tasks: JoinSet::new(), watcher: None, messages })
+    }
+
+    /// Sees to it that every volume is as it is wanted.
+    fn look_at_all(&mut self) {
+        let names: Vec<_> = self.volumes.keys().cloned().collect();
+        for name in names {
+            self.work(&name);
+        }
+        self.watch();
+    }
+
+    fn watch(&mut self) {
+        if self.watcher.is_some() || self.volumes.values().all(|v| v.failed) {
+            return;
+        }
+        let steps = self.tools.steps.clone();
+        let changed = async move {
+            steps.vm_changed().await;
+            Message::VmChanged
+        };
+        self.watcher = Some(Self::spawn_in(&mut self.tasks, &self.messages, changed));
     }
 
     fn key(&self, name: &VolumeName) -> VolumeKey {
@@ -237,6 +260,7 @@ impl Actor {
         let volume = Volume { cause: cause.clone(), ..Volume::new(stored, None) };
         self.volumes.insert(key.volume.clone(), volume);
         self.work(&key.volume);
+        self.watch();
         Ok(Outcome::Done(status))
     }
 
@@ -395,6 +419,9 @@ impl Actor {
                     self.volumes.remove(name);
                     self.tools.board.close(&key);
                     info!(volume = %name, "volume gone");
+                    if let Some(idle) = self.watcher.take_if(|_| self.volumes.is_empty()) {
+                        idle.abort();
+                    }
                     return;
                 }
                 Err(failure) => failure,

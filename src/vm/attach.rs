@@ -110,7 +110,7 @@ impl Way<'_> {
             // in another spelling: it cannot lead to another device than the one just verified.
             None => format!("/dev/block/{dev}"),
         };
-        self.ways.board.phase(&self.key, Phase::MountedToPod);
+        self.reached(Phase::MountedToPod);
         self.disk(&place, source).await
     }
 
@@ -119,6 +119,14 @@ impl Way<'_> {
         match &place.pod {
             Some(pod) if !pod.is_current(&self.ways.host.pods).await? => self.ways.place().await,
             _ => Ok(place),
+        }
+    }
+
+    /// Publishes how far it is. A volume that is looked at again stays ready meanwhile.
+    fn reached(&self, phase: Phase) {
+        let shown = self.ways.board.get(&self.key).map(|status| status.phase);
+        if shown != Some(Phase::Ready) {
+            self.ways.board.phase(&self.key, phase);
         }
     }
 
@@ -135,7 +143,7 @@ impl Way<'_> {
         let recorded = self.ways.desired.identity(&self.key, &source).await?;
         self.effects.host = true;
         self.note().await?;
-        self.ways.board.phase(&self.key, Phase::Bound);
+        self.reached(Phase::Bound);
         let request = AttachRequest {
             owner: self.key.clone(),
             source: spec.source.clone(),
@@ -156,7 +164,7 @@ impl Way<'_> {
             self.ways.desired.put_identity(&self.key, &source, &attachment.device.wwid).await?;
         }
         self.ways.board.update(&self.key, |status| status.device = Some(attachment.device.clone()));
-        self.ways.board.phase(&self.key, Phase::AttachedToNode);
+        self.reached(Phase::AttachedToNode);
         Ok(attachment)
     }
 

@@ -61,6 +61,7 @@ pub(super) enum Message {
     Due {
         name: VolumeName,
     },
+    VmChanged,
     Count {
         reply: oneshot::Sender<usize>,
     },

@@ -28,6 +28,9 @@ pub trait Steps: Send + Sync + 'static {
     /// [`Left`].
     async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure>;
 
+    /// Returns when the VM may have gone or come back, so that its volumes have to be looked at.
+    async fn vm_changed(&self);
+
     /// Goes the whole way back, from wherever an attach came to.
     async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure>;
 }

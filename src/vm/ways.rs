@@ -18,7 +18,9 @@ use crate::cgroup::Grants;
 use crate::connector::Connector;
 use crate::devnode::DevNodes;
 use crate::domain;
-use crate::host::libvirt::{Connection, Definition, DomainState, Hypervisor};
+use crate::host::libvirt::{
+    Connection, Definition, DomainEvent, DomainState, Hypervisor, Lifecycle,
+};
 use crate::host::pods::PodDoors;
 use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
@@ -141,6 +143,23 @@ impl Ways {
         Ok(connection)
     }
 
+    /// Returns when the domain has stopped or started, or when nobody can tell any more.
+    async fn gone_or_back(&self, connection: &dyn Connection) {
+        let mut events = connection.events(&self.vm.domain);
+        loop {
+            match events.next().await {
+                DomainEvent::Disconnected
+                | DomainEvent::Lifecycle(Lifecycle::Started | Lifecycle::Stopped) => return,
+                DomainEvent::Recheck if !connection.is_alive() => return,
+                DomainEvent::Lifecycle(_)
+                | DomainEvent::DeviceAdded(_)
+                | DomainEvent::DeviceRemoved(_)
+                | DomainEvent::DeviceRemovalFailed(_)
+                | DomainEvent::Recheck => {}
+            }
+        }
+    }
+
     /// What the domain does; `None` when libvirt knows none of that name.
     pub(super) async fn domain_state(&self) -> Result<Option<DomainState>, Failure> {
         let connection = self.libvirt().await?;
@@ -211,6 +230,9 @@ impl Ways {
     }
 }
 
+/// Between two tries to reach a libvirt that cannot tell its events.
+const RECONNECT: Duration = Duration::from_secs(10);
+
 /// What was found of a VM.
 #[derive(Debug)]
 pub struct Looked {
@@ -243,6 +265,21 @@ impl Steps for Ways {
 
     async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure> {
         attach::attach(self, volume).await
+    }
+
+    async fn vm_changed(&self) {
+        let mut unreachable = false;
+        loop {
+            match self.libvirt().await {
+                Ok(_) if unreachable => return,
+                Ok(connection) => return self.gone_or_back(&*connection).await,
+                Err(failure) => {
+                    tracing::debug!(why = failure.message, "the VM's libvirt is not to be watched");
+                    unreachable = true;
+                    tokio::time::sleep(RECONNECT).await;
+                }
+            }
+        }
     }
 
     async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure> {

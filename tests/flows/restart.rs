@@ -3,11 +3,11 @@
 use lunplug::host::sim::domain::{SimDomain, Unplug};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
-use lunplug::spec::{Phase, RemoveOptions, VolumeSpec};
+use lunplug::spec::{Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{World, domain, node, single, vm, volume};
+use crate::world::{World, domain, node, single, uid, vm, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
@@ -172,5 +172,64 @@ fn a_removal_that_the_guest_never_answered_survives_the_reboot() {
         daemon.gone(1, "a").await;
         daemon.quiet().await;
         world.assert_clean("never answered");
+    });
+}
+
+#[test]
+fn a_vm_that_stops_and_starts_under_a_running_daemon() {
+    let world = World::new();
+    world.life(async |daemon| {
+        for (name, lun) in [("a", 1), ("b", 2)] {
+            daemon.add(1, &volume(name, lun)).await;
+        }
+        world.host.hypervisor.stop_domain(&World::endpoint(1), &domain(1));
+        for name in ["a", "b"] {
+            let away = |s: &VolumeStatus| s.reason == Some(Reason::VmNotRunning);
+            assert_eq!(daemon.until(1, name, away).await.phase, Phase::Pending);
+        }
+        daemon.quiet().await;
+        assert!(!world.picture().contains("session "), "nobody needs the LUNs here now");
+        world.host.hypervisor.start_domain(&World::endpoint(1), &domain(1));
+        for name in ["a", "b"] {
+            daemon.ready(1, name).await;
+        }
+        for name in ["a", "b"] {
+            daemon.remove(1, name).await;
+        }
+        daemon.quiet().await;
+        world.assert_clean("stopped and started");
+    });
+}
+
+#[test]
+fn a_libvirt_that_restarts_changes_nothing() {
+    let world = World::new();
+    world.life(async |daemon| {
+        daemon.add(1, &volume("data", 1)).await;
+        daemon.quiet().await;
+        let before = world.picture();
+        let mut watch = daemon.registry.watch();
+        world.host.hypervisor.restart(&World::endpoint(1));
+        daemon.quiet().await;
+        assert_eq!(world.picture(), before);
+        while let Ok(status) = watch.try_recv() {
+            assert_eq!(status.phase, Phase::Ready, "{status:?}");
+        }
+        daemon.remove(1, "data").await;
+    });
+}
+
+#[test]
+fn a_pod_that_is_deleted_takes_its_volumes_from_the_host() {
+    let world = World::new();
+    world.life(async |daemon| {
+        daemon.add(1, &volume("data", 1)).await;
+        world.host.pods.remove_pod(&uid(1));
+        world.host.hypervisor.remove(&World::endpoint(1));
+        let gone = |s: &VolumeStatus| s.reason == Some(Reason::PodGone);
+        assert_eq!(daemon.until(1, "data", gone).await.phase, Phase::Pending);
+        daemon.quiet().await;
+        let left = world.picture();
+        assert!(!left.contains("session ") && !left.contains("grant "), "{left}");
     });
 }

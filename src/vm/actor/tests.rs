@@ -21,6 +21,7 @@ struct Script {
     /// Attaches of these volumes wait until they are let go.
     gates: Mutex<BTreeSet<String>>,
     opened: Notify,
+    changed: Notify,
     board: Board,
 }
 
@@ -80,6 +81,10 @@ impl Steps for Script {
             self.board.phase(&key, Phase::Ready);
         }
         result
+    }
+
+    async fn vm_changed(&self) {
+        self.changed.notified().await;
     }
 
     async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure> {
@@ -449,4 +454,26 @@ async fn a_stop_detaches_nothing() {
     assert_eq!(after.reason, Reason::ShuttingDown);
     assert_eq!(world.script.log(), ["attach v", "attach slow"]);
     assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_comes_back_has_its_volumes_looked_at() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    handler.add(volume("v"), plain()).await.unwrap();
+    world.reaches("v", Phase::Ready).await;
+    for (found, phase) in [
+        (Err(AttachFailure { failure: away(), left: Left::Nothing }), Phase::Pending),
+        (Ok(()), Phase::Ready),
+    ] {
+        world.script.attaches.lock().unwrap().push_back(found);
+        world.script.changed.notify_one();
+        world.reaches("v", phase).await;
+    }
+    assert_eq!(world.script.log(), ["attach v"; 3]);
+    drop(handler);
+}
+
+fn away() -> Failure {
+    Failure::new(Reason::VmNotRunning, "it was stopped")
 }

@@ -273,6 +273,7 @@ fn node_info(
         grants,
         simulated: form.simulated,
         only_vm: form.only_vm.clone(),
+        stuck_calls: 0,
         max_vms: config.limits.max_vms,
         max_volumes_per_vm: config.limits.max_volumes_per_vm,
     }

@@ -402,5 +402,6 @@ pub fn wire_node(node: &NodeInfo) -> v1::Node {
             max_vms: node.max_vms,
             max_volumes_per_vm: node.max_volumes_per_vm,
         }),
+        stuck_calls: node.stuck_calls,
     }
 }

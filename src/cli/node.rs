@@ -23,6 +23,7 @@ struct NodeView {
     only_vm: String,
     max_vms: u32,
     max_volumes_per_vm: u32,
+    stuck_calls: u64,
 }
 
 impl From<v1::Node> for NodeView {
@@ -40,6 +41,7 @@ impl From<v1::Node> for NodeView {
             only_vm: vm_name(node.only_vm.as_ref()),
             max_vms: limits.max_vms,
             max_volumes_per_vm: limits.max_volumes_per_vm,
+            stuck_calls: node.stuck_calls,
         }
     }
 }
@@ -65,6 +67,14 @@ pub(super) async fn run(
         ("Grants", node.grants.join(", ")),
         ("Host", if node.simulated { "simulated: nothing is real".into() } else { String::new() }),
         ("Serves only", node.only_vm),
+        (
+            "Stuck calls",
+            if node.stuck_calls == 0 {
+                String::new()
+            } else {
+                format!("{} into the kernel; see dmesg", node.stuck_calls)
+            },
+        ),
         ("VMs at most", node.max_vms.to_string()),
         ("Volumes a VM", node.max_volumes_per_vm.to_string()),
     ];

@@ -373,6 +373,6 @@ impl Volumes for Registry {
 
     async fn node(&self) -> NodeInfo {
         let multipathd = self.storage.multipathd.ask("show daemon").await.is_ok();
-        NodeInfo { multipathd, ..self.settings.node.clone() }
+        NodeInfo { multipathd, stuck_calls: (self.storage.stuck)(), ..self.settings.node.clone() }
     }
 }

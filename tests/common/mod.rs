@@ -175,6 +175,7 @@ impl Volumes for Facade {
             grants: vec!["cgroup2-override".into()],
             simulated: true,
             only_vm: None,
+            stuck_calls: 2,
             max_vms: 1,
             max_volumes_per_vm: 2,
         }

@@ -227,7 +227,8 @@ impl Way<'_> {
         let connection = ways.libvirt().await?;
         let desired = desired_disk(spec, source, place.pod.is_some());
         let attached = {
-            let leaving = ways.turn.lock().await;
+            let _turn = ways.turn.lock().await;
+            let leaving = ways.leaving();
             let limit = ways.settings().libvirt;
             domain::attach(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit)
                 .await?

@@ -21,7 +21,7 @@ pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
     };
     let connection = ways.libvirt().await?;
     let desired = desired_disk(spec, source, place.pod.is_some());
-    let leaving = ways.turn.lock().await;
+    let leaving = ways.leaving();
     let limit = ways.settings().libvirt;
     domain::check(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit)
         .await

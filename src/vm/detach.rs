@@ -116,7 +116,7 @@ async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
     let Some(disk) = &effects.disk else { return Ok(()) };
     let target = disk.target.clone();
     if let Some(target) = &target {
-        ways.turn.lock().await.insert(target.clone());
+        ways.set_leaving(target, true);
     }
     let detached = match ways.libvirt().await {
         Ok(connection) => {
@@ -131,7 +131,7 @@ async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
     };
     if let Some(target) = &target {
         // Gone, or still in the XML where every plan sees it.
-        ways.turn.lock().await.remove(target);
+        ways.set_leaving(target, false);
     }
     detached?;
     effects.disk = None;

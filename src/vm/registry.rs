@@ -315,7 +315,7 @@ impl Volumes for Registry {
         };
         let volumes = served.handler.count().await?;
         if volumes > 0 {
-            let message = format!("VM {id} still has {volumes} volumes");
+            let message = format!("VM {id} still has volumes: {volumes}");
             return Err(Refusal::new(Reason::VmHasVolumes, message).field("vm"));
         }
         // Nothing is added from here on.

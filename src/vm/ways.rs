@@ -70,9 +70,10 @@ pub struct Ways {
     pub(super) desired: Desired,
     pub(super) effects: EffectsStore,
     link: Mutex<Option<Arc<dyn Connection>>>,
-    /// Held while a disk is planned and attached, so that two never plan for the same place; in it
-    /// the target names that are being removed.
-    pub(super) turn: Mutex<BTreeSet<String>>,
+    /// Held while a disk is planned and attached, so that two never plan for the same place.
+    pub(super) turn: Mutex<()>,
+    /// The target names that are being removed.
+    leaving: std::sync::Mutex<BTreeSet<String>>,
 }
 
 impl Ways {
@@ -94,6 +95,7 @@ impl Ways {
             effects,
             link: Mutex::default(),
             turn: Mutex::default(),
+            leaving: std::sync::Mutex::default(),
         }
     }
 
@@ -118,6 +120,25 @@ impl Ways {
 
     pub(super) fn key(&self, name: &VolumeName) -> VolumeKey {
         VolumeKey { vm: self.vm.id.clone(), volume: name.clone() }
+    }
+
+    /// The target names that are being removed: not free, though they may be gone from the XML.
+    pub(super) fn leaving(&self) -> BTreeSet<String> {
+        self.leaving_names().clone()
+    }
+
+    /// Notes that a target name is being removed, or that it is no more.
+    pub(super) fn set_leaving(&self, target: &str, leaving: bool) {
+        if leaving {
+            self.leaving_names().insert(target.to_owned());
+        } else {
+            self.leaving_names().remove(target);
+        }
+    }
+
+    fn leaving_names(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+        // Held for single changes only.
+        self.leaving.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Which of the VM's lives the effects belong to.

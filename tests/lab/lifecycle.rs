@@ -24,7 +24,7 @@ fn volumes_leave_the_host_with_their_vm_and_come_back_with_it() {
     lunplug(&["vm", "register", "life", "--pod-uid", uid.trim(), "--domain", "default_life"]).ok();
     lunplug(&["addvolume", "life", "--volume-name", "data", "--source", &lun.source()]).ok();
 
-    sh("pod virsh life destroy default_life").ok();
+    sh("guest down life default_life").ok();
     until("the volume waits for its VM", LONG, || told()["trouble"]["reason"] == "VM_NOT_RUNNING");
     assert_eq!(told()["phase"], "Pending");
     sh("iscsiadm -m session").fails();

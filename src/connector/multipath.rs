@@ -390,6 +390,18 @@ pub(crate) async fn part(
     Ok(())
 }
 
+/// Waits until multipathd is done with the event that it is working on: it may be one of a path that
+/// has gone meanwhile, at whose end it writes `wwids` and `bindings`. The answer needs the lock that
+/// it works under; later events of such a path find no device. That it fails is not worse than not
+/// trying.
+pub(crate) async fn drain(multipathd: &dyn Multipathd) {
+    for command in ["show paths", "show maps"] {
+        if let Err(e) = multipathd.ask(command).await {
+            tracing::debug!(error = %e, "multipathd was not waited for");
+        }
+    }
+}
+
 /// Has multipath forget the LUN of a map that was ours, in its own spelling.
 pub(crate) async fn forget(multipathd: &dyn Multipathd, uuid: &str) -> Result<(), Error> {
     match uuid.strip_prefix("mpath-").map(str::parse::<Wwid>) {

@@ -116,6 +116,9 @@ impl Inner {
             self.delete_path(user, path, &mut maps).await?;
         }
         // Last: as long as it had a path, multipathd could have written them again.
+        if !maps.is_empty() {
+            multipath::drain(&*self.doors.multipathd).await;
+        }
         for uuid in maps {
             multipath::forget(&*self.doors.multipathd, &uuid).await?;
         }

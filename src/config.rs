@@ -7,6 +7,7 @@
 
 mod layers;
 
+use std::net::{AddrParseError, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub struct Config {
     pub node_name: String,
     /// What becomes of a removal when nobody can say whether the guest uses the disk.
     pub guest_unproven: GuestUnproven,
+    /// Where metrics are served for Prometheus over HTTP, as `127.0.0.1:9464`; empty: nowhere.
+    pub metrics_listen: String,
     /// Logs.
     pub log: Log,
     /// How long things may take.
@@ -59,6 +62,7 @@ impl Default for Config {
             kubelet_root: "/var/lib/kubelet".into(),
             node_name: String::new(),
             guest_unproven: GuestUnproven::default(),
+            metrics_listen: String::new(),
             log: Log::default(),
             deadlines: Deadlines::default(),
             iscsi: Iscsi::default(),
@@ -247,6 +251,14 @@ impl Config {
         }
     }
 
+    /// Where metrics are served, if they are.
+    pub fn metrics_listen(&self) -> Result<Option<SocketAddr>, AddrParseError> {
+        match self.metrics_listen.as_str() {
+            "" => Ok(None),
+            text => text.parse().map(Some),
+        }
+    }
+
     /// What no single value's type can express.
     fn check(&self) -> Result<(), (&'static str, String)> {
         let paths = [
@@ -273,6 +285,13 @@ impl Config {
             if limit == 0 {
                 return Err((key, "0 allows nothing: give at least 1".into()));
             }
+        }
+        if self.metrics_listen().is_err() {
+            let message = format!(
+                "{:?} is not an address with a port: write it as 127.0.0.1:9464 or [::1]:9464",
+                self.metrics_listen
+            );
+            return Err(("metrics_listen", message));
         }
         if let Err(error) = crate::telemetry::filter(&self.log.level) {
             return Err(("log.level", error.to_string()));

@@ -29,6 +29,7 @@ use crate::host::sim::{Fault, SimHost};
 use crate::host::storage::{OpenError, RealOptions, StorageDoors};
 use crate::journal::Desired;
 use crate::preflight::{self, Facts as _};
+use crate::telemetry;
 use crate::types::VmId;
 use crate::vm::backoff::Backoff;
 use crate::vm::discover;
@@ -81,6 +82,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Metrics cannot be served.
+    #[error(transparent)]
+    Metrics(#[from] telemetry::metrics::MetricsError),
     /// A door of the host cannot be opened.
     #[error("cannot use the host")]
     Doors(#[from] OpenError),
@@ -100,6 +104,9 @@ pub async fn run(config: Config, form: Form) -> Result<(), Error> {
         if !lacks.is_empty() {
             return Err(Error::Lacks(lacks));
         }
+    }
+    if let Ok(Some(at)) = config.metrics_listen() {
+        telemetry::metrics::serve(at)?;
     }
     // The socket first: its lock keeps a second daemon from the stores.
     let (_socket, listener) = bind(&config)?;
@@ -190,6 +197,7 @@ pub async fn compose(
         hypervisor,
         connector: Arc::new(connector),
         grants,
+        tracker: storage.tracker.clone(),
         settings: Arc::new(way_settings(config)),
     };
     let settings = RegistrySettings {

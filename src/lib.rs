@@ -19,6 +19,7 @@ pub mod preflight;
 pub mod reason;
 pub mod source;
 pub mod spec;
+pub mod step;
 pub mod telemetry;
 pub mod types;
 pub mod uninstall;

@@ -286,6 +286,7 @@ mod tests {
     fn values_that_do_not_fit_are_refused() {
         for (text, key) in [
             ("run_dir = 'here'", "run_dir"),
+            ("metrics_listen = 'localhost'", "metrics_listen"),
             ("socket = 'here'", "socket"),
             ("allowed_uids = [65534]", "allowed_uids"),
             ("[limits]\nmax_vms = 0", "limits.max_vms"),

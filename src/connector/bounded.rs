@@ -29,6 +29,7 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
         }),
         uevents: doors.uevents,
         stuck: doors.stuck,
+        tracker: doors.tracker,
         commands: Arc::new(BoundedCommands(doors.commands)),
         multipathd: Arc::new(BoundedMultipathd(doors.multipathd, ms(settings.multipathd_ms))),
         blocks: Arc::new(BoundedBlocks {

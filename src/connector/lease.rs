@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::lock::LockGuard;
 use crate::host::storage::StorageDoors;
+use crate::step::Step;
 use crate::types::{DevNum, Lun, VolumeKey, Wwid};
 
 use super::error::Error;
@@ -48,6 +49,9 @@ pub(crate) struct User {
     pub(crate) map: Option<MapLease>,
     /// The whole, once handed out.
     pub(crate) attachment: Option<Attachment>,
+    /// The last step that was begun for it; for people.
+    #[serde(default)]
+    pub(crate) step: Option<Step>,
 }
 
 /// One path of a user.
@@ -366,6 +370,7 @@ mod tests {
             }],
             map: Some(MapLease { uuid: "mpath-3x".into(), made }),
             attachment: None,
+            step: None,
         }
     }
 

@@ -8,12 +8,14 @@ use std::time::Duration;
 use super::block::{Blocks, RealBlocks};
 use super::cmd::{Commands, RealCommands, Tool};
 use super::iscsidb::{IscsiDb, RealIscsiDb};
+use super::killpoint::RealKillPoints;
 use super::lock::{RealRunDir, RunDir};
 use super::multipathd::{Multipathd, RealMultipathd};
 use super::sim::SimStorage;
 use super::sysfs::{RealSysfs, Sysfs};
 use super::uevent::{RealUevents, Uevents};
 use crate::reason::Reason;
+use crate::step::Tracker;
 
 /// Where things are on the real host, and how long its kernel and daemons may take.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,6 +95,8 @@ pub struct StorageDoors {
     pub rundir: Arc<dyn RunDir>,
     /// open-iscsi's node records.
     pub iscsidb: Arc<dyn IscsiDb>,
+    /// Runs the steps.
+    pub tracker: Tracker,
     /// How many calls are past their deadline and still in the kernel.
     pub stuck: Arc<dyn Fn() -> u64 + Send + Sync>,
 }
@@ -132,6 +136,7 @@ impl StorageDoors {
             blocks,
             rundir: Arc::new(rundir),
             iscsidb: Arc::new(iscsidb),
+            tracker: Tracker::new(Arc::new(RealKillPoints)),
         })
     }
 
@@ -146,6 +151,7 @@ impl StorageDoors {
             blocks: sim_door.clone(),
             rundir: sim.rundir(),
             iscsidb: sim_door,
+            tracker: Tracker::new(sim.faults().clone()),
             stuck: Arc::new(|| 0),
         }
     }

@@ -11,6 +11,7 @@ use crate::cgroup::GrantRecord;
 use crate::connector::Attachment;
 use crate::host::lock::RunDir;
 use crate::spec::{RemoveOptions, VolumeSpec};
+use crate::step::Step;
 use crate::types::{Bus, DevNum, VmId, VolumeKey};
 
 /// A node that was, or was about to be, made in the pod.
@@ -60,6 +61,10 @@ pub struct Effects {
     pub grant: Option<GrantRecord>,
     /// The disk.
     pub disk: Option<DiskEffect>,
+    /// The last step that was begun, on the way back that was done, of those that the handler makes
+    /// itself. For people.
+    #[serde(default)]
+    pub step: Option<Step>,
 }
 
 impl Effects {
@@ -91,6 +96,7 @@ impl EffectsStore {
             node: None,
             grant: None,
             disk: None,
+            step: None,
         }
     }
 

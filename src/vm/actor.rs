@@ -24,6 +24,7 @@ use super::steps::{AttachFailure, Steps};
 use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
+use crate::step::{Step, Tracker};
 use crate::types::{Outcome, VmId, VolumeKey, VolumeName};
 
 /// What the handler works with.
@@ -39,6 +40,8 @@ pub struct Tools {
     pub effects: EffectsStore,
     /// When to try again.
     pub backoff: Backoff,
+    /// Runs the steps.
+    pub tracker: Tracker,
     /// At most so many volumes.
     pub max_volumes: usize,
 }
@@ -254,7 +257,8 @@ impl Actor {
         }
         let accept_new_identity = options.accept_new_identity;
         let stored = StoredVolume { spec, accept_new_identity, removing: None };
-        self.tools.desired.put_volume(&self.vm, &stored).await.map_err(Failure::from)?;
+        let store = self.tools.desired.put_volume(&self.vm, &stored);
+        self.tools.tracker.run(Step::Intent, store).await.map_err(Failure::from)?;
         info!(volume = %key.volume, source = stored.spec.source.key(), "volume wanted");
         let status = self.tools.board.open(&key, &stored.spec);
         let volume = Volume { cause: cause.clone(), ..Volume::new(stored, None) };
@@ -321,11 +325,8 @@ impl Actor {
         if options.dry_run {
             return Ok(Outcome::Already(self.status(name)));
         }
-        self.tools.effects.put_removal(&key, options).await.map_err(Failure::from)?;
-        if let Err(error) = self.tools.desired.put_removal(&key, options).await {
-            // The removal holds by its mark in /run; the durable store is told when it is done.
-            warn!(volume = %name, error = %Failure::from(error).message, "the removal is not durable yet");
-        }
+        let removal = note_removal(&self.tools, &key, options);
+        self.tools.tracker.run(Step::Removal, removal).await?;
         info!(volume = %name, force = options.force, "volume wanted no more");
         volume.removing = Some(options);
         volume.attempts = 0;
@@ -392,6 +393,7 @@ impl Actor {
             Err(failed) => failed,
         };
         warn!(volume = %name, reason = %failure.reason, why = failure.message, ?left, "attach failed");
+        failure.count("attach");
         let lasting = volume.lasting;
         match plan::after_failure(failure.reason, left, lasting, self.status(name).phase) {
             Next::Retry(phase) => {
@@ -414,7 +416,7 @@ impl Actor {
         let Some(volume) = self.volumes.get_mut(name) else { return };
         volume.working = false;
         let failure = match result {
-            Ok(()) => match self.forget(&key).await {
+            Ok(()) => match self.tools.tracker.run(Step::Gone, self.forget(&key)).await {
                 Ok(()) => {
                     self.volumes.remove(name);
                     self.tools.board.close(&key);
@@ -429,6 +431,7 @@ impl Actor {
             Err(failure) => failure,
         };
         warn!(volume = %name, reason = %failure.reason, why = failure.message, "detach failed");
+        failure.count("detach");
         let phase = match self.status(name).phase {
             Phase::UnmountedFromPod => Phase::UnmountedFromPod,
             _ => Phase::Detaching,
@@ -477,6 +480,21 @@ impl Actor {
             }
         })
     }
+}
+
+/// Notes that a removal was taken on.
+async fn note_removal(
+    tools: &Tools,
+    key: &VolumeKey,
+    options: RemoveOptions,
+) -> Result<(), Failure> {
+    tools.effects.put_removal(key, options).await?;
+    if let Err(error) = tools.desired.put_removal(key, options).await {
+        // The removal holds by its mark in /run; the durable store is told when it is done.
+        let why = Failure::from(error).message;
+        warn!(volume = %key.volume, why, "the removal is not durable yet");
+    }
+    Ok(())
 }
 
 /// Runs a step to its end; a panic in it (a bug) is a failure of this volume alone.

@@ -20,6 +20,7 @@ use crate::domain::{self, DesiredDisk};
 use crate::journal::{DiskEffect, Effects, NodeEffect, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{Phase, VolumeSpec};
+use crate::step::Step;
 use crate::types::{DevNum, VolumeKey};
 
 /// Attaches a volume, or finds it attached; publishes each phase.
@@ -110,7 +111,7 @@ impl Way<'_> {
             // in another spelling: it cannot lead to another device than the one just verified.
             None => format!("/dev/block/{dev}"),
         };
-        self.reached(Phase::MountedToPod);
+        self.reached(Step::Grant.phase());
         self.disk(&place, source).await
     }
 
@@ -130,8 +131,9 @@ impl Way<'_> {
         }
     }
 
-    /// Writes the effects; called before each is made.
-    async fn note(&self) -> Result<(), Failure> {
+    /// Writes the effects down before a step makes the next of them.
+    async fn announce(&mut self, step: Step) -> Result<(), Failure> {
+        self.effects.step = Some(step);
         Ok(self.ways.effects.put(&self.key, &self.effects).await?)
     }
 
@@ -142,8 +144,8 @@ impl Way<'_> {
         let source = spec.source.key();
         let recorded = self.ways.desired.identity(&self.key, &source).await?;
         self.effects.host = true;
-        self.note().await?;
-        self.reached(Phase::Bound);
+        self.announce(Step::Lease).await?;
+        self.reached(Step::Lease.phase());
         let request = AttachRequest {
             owner: self.key.clone(),
             source: spec.source.clone(),
@@ -159,12 +161,14 @@ impl Way<'_> {
         let attachment = self.ways.host.connector.attach(&request).await?.into_inner();
         self.refuse_exchanged(&attachment)?;
         self.effects.device = Some(attachment.clone());
-        self.note().await?;
-        if recorded.as_ref() != Some(&attachment.device.wwid) || self.volume.accept_new_identity {
-            self.ways.desired.put_identity(&self.key, &source, &attachment.device.wwid).await?;
+        self.announce(Step::Remember).await?;
+        let wwid = &attachment.device.wwid;
+        if recorded.as_ref() != Some(wwid) || self.volume.accept_new_identity {
+            let remember = self.ways.desired.put_identity(&self.key, &source, wwid);
+            self.ways.host.tracker.run(Step::Remember, remember).await?;
         }
         self.ways.board.update(&self.key, |status| status.device = Some(attachment.device.clone()));
-        self.reached(Phase::AttachedToNode);
+        self.reached(Step::Remember.phase());
         Ok(attachment)
     }
 
@@ -186,16 +190,15 @@ impl Way<'_> {
     }
 
     /// The block node in the pod's hotplug directory.
-    #[tracing::instrument(name = "node", skip_all)]
     async fn node(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
         self.effects.node = Some(NodeEffect { dev: Some(dev) });
-        self.note().await?;
-        self.ways.nodes.ensure(&pod.hotplug, &self.volume.spec.disk, dev, pod.owner).await?;
+        self.announce(Step::Node).await?;
+        let ensure = self.ways.nodes.ensure(&pod.hotplug, &self.volume.spec.disk, dev, pod.owner);
+        self.ways.host.tracker.run(Step::Node, ensure).await?;
         Ok(())
     }
 
     /// The container may open it.
-    #[tracing::instrument(name = "grant", skip_all)]
     async fn grant(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
         let grants = &self.ways.host.grants;
         if let Some(old) = self.effects.grant.take_if(|g| g.cgroup != pod.cgroup || g.dev != dev) {
@@ -211,36 +214,36 @@ impl Way<'_> {
             }
         };
         self.effects.grant = Some(record.clone());
-        self.note().await?;
-        grants.grant(&record).await?;
+        self.announce(Step::Grant).await?;
+        self.ways.host.tracker.run(Step::Grant, grants.grant(&record)).await?;
         Ok(())
     }
 
     /// The guest has it.
-    #[tracing::instrument(name = "disk", skip_all)]
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
         let (ways, spec) = (self.ways, &self.volume.spec);
         let target = self.effects.disk.take().and_then(|d| d.target);
         let alias = domain::alias(&spec.disk);
         self.effects.disk = Some(DiskEffect { alias, bus: spec.bus, target });
-        self.note().await?;
+        self.announce(Step::Disk).await?;
         let connection = ways.libvirt().await?;
         let desired = desired_disk(spec, source, place.pod.is_some());
         let attached = {
             let _turn = ways.turn.lock().await;
             let leaving = ways.leaving();
             let limit = ways.settings().libvirt;
-            domain::attach(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit)
-                .await?
+            let (domain, persist) = (&ways.vm.domain, spec.persist);
+            let attach = domain::attach(&*connection, domain, &desired, persist, &leaving, limit);
+            ways.host.tracker.run(Step::Disk, attach).await?
         };
         let target = attached.into_inner().target;
         if let Some(disk) = &mut self.effects.disk {
             disk.target = Some(target.clone());
         }
-        self.note().await?;
+        ways.host.tracker.run(Step::Ready, self.announce(Step::Ready)).await?;
         ways.board.update(&self.key, |status| {
             status.target = Some(target);
-            status.phase = Phase::Ready;
+            status.phase = Step::Ready.phase();
             status.reason = None;
             status.message.clear();
             status.retry_at = None;

@@ -14,7 +14,8 @@ use crate::domain;
 use crate::host::poddir::PathError;
 use crate::journal::{DiskEffect, Effects, NodeEffect};
 use crate::reason::Reason;
-use crate::spec::{Phase, RemoveOptions, VolumeSpec};
+use crate::spec::{RemoveOptions, VolumeSpec};
+use crate::step::Step;
 use crate::types::VolumeKey;
 
 /// Why the way back is walked.
@@ -90,11 +91,18 @@ pub(super) async fn unwind(
     why: Unwind,
 ) -> Result<(), Failure> {
     let reached_guest = effects.disk.is_some();
-    disk(ways, key, effects).await?;
-    grant(ways, key, effects).await?;
-    node(ways, key, effects).await?;
+    let tracker = &ways.host.tracker;
+    if reached_guest {
+        tracker.run(Step::Unplug, disk(ways, key, effects)).await?;
+    }
+    if effects.grant.is_some() {
+        tracker.run(Step::Revoke, grant(ways, key, effects)).await?;
+    }
+    if effects.node.is_some() {
+        tracker.run(Step::Unlink, node(ways, key, effects)).await?;
+    }
     if why != Unwind::Failed {
-        ways.board.phase(key, Phase::UnmountedFromPod);
+        ways.board.phase(key, Step::Unlink.phase());
     }
     let force = match why {
         Unwind::Removed(options) => options.force,
@@ -111,7 +119,6 @@ pub(super) async fn unwind(
     Ok(())
 }
 
-#[tracing::instrument(name = "disk", skip_all)]
 async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
     let Some(disk) = &effects.disk else { return Ok(()) };
     let target = disk.target.clone();
@@ -135,18 +142,16 @@ async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
     }
     detached?;
     effects.disk = None;
-    Ok(ways.effects.put(key, effects).await?)
+    strike(ways, key, effects, Step::Unplug).await
 }
 
-#[tracing::instrument(name = "grant", skip_all)]
 async fn grant(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
     let Some(record) = &effects.grant else { return Ok(()) };
     ways.host.grants.revoke(record).await?;
     effects.grant = None;
-    Ok(ways.effects.put(key, effects).await?)
+    strike(ways, key, effects, Step::Revoke).await
 }
 
-#[tracing::instrument(name = "node", skip_all)]
 async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
     let Some(node) = &effects.node else { return Ok(()) };
     let found =
@@ -163,6 +168,17 @@ async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
         Err(error) => return Err(error.into()),
     }
     effects.node = None;
+    strike(ways, key, effects, Step::Unlink).await
+}
+
+/// Writes down that a step was undone.
+async fn strike(
+    ways: &Ways,
+    key: &VolumeKey,
+    effects: &mut Effects,
+    step: Step,
+) -> Result<(), Failure> {
+    effects.step = Some(step);
     Ok(ways.effects.put(key, effects).await?)
 }
 

@@ -38,6 +38,12 @@ impl Failure {
         self
     }
 
+    /// Counts it, by metric `lunplug_failures_total` with labels `way` and `reason`.
+    pub fn count(&self, way: &'static str) {
+        let reason = self.reason.code();
+        metrics::counter!("lunplug_failures_total", "way" => way, "reason" => reason).increment(1);
+    }
+
     /// Whether the same step may succeed later, unchanged.
     pub fn is_transient(&self) -> bool {
         self.reason.is_transient()

@@ -160,6 +160,7 @@ impl Registry {
         };
         let ways = Arc::new(self.ways(spec));
         let tools = Tools {
+            tracker: self.storage.tracker.clone(),
             steps: ways.clone(),
             board: self.board.clone(),
             desired: self.desired.clone(),

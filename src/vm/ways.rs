@@ -25,6 +25,7 @@ use crate::host::pods::PodDoors;
 use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{RemoveOptions, VmPlace, VmSpec, VolumeSpec};
+use crate::step::Tracker;
 use crate::types::{VolumeKey, VolumeName};
 
 /// How long the parts of a way may take, and what is allowed on it.
@@ -57,6 +58,8 @@ pub struct Host {
     pub connector: Arc<dyn Connector>,
     /// Device grants.
     pub grants: Grants,
+    /// Runs the steps.
+    pub tracker: Tracker,
     /// How and how long.
     pub settings: Arc<WaySettings>,
 }

@@ -12,17 +12,22 @@ use crate::world::{Daemon, World, domain, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
-/// One life that ends by `kill -9` at a call, or else when all is done and quiet. Says whether the
-/// request was taken on, and which call it was.
-async fn until_killed(world: &World, at: usize, request: impl Future<Output = ()>) -> String {
-    world.inject("", at, FaultAction::Hang);
+/// The kill at the call that comes after so many others.
+fn at_call(world: &World, at: usize) -> Fault {
+    world.fault("", at, FaultAction::Hang)
+}
+
+/// One life that ends by `kill -9`, or else when all is done and quiet. Says where it was.
+async fn until_killed(world: &World, kill: Fault, request: impl Future<Output = ()>) -> String {
+    let at = format!("{} {:?} and {} more", kill.point, kill.detail, kill.skip);
+    world.host.faults.inject(kill);
     tokio::select! {
         () = world.host.faults.meeting() => {}
         () = request => {}
     }
     let met = world.host.faults.met();
     world.host.faults.clear();
-    format!("killed at call {at}, {met:?}")
+    format!("killed at {at}: {met:?}")
 }
 
 fn failing_claim(world: &World) -> Fault {
@@ -31,7 +36,7 @@ fn failing_claim(world: &World) -> Fault {
 
 impl Sweep {
     /// An add that is killed at a call; whether it was taken on.
-    fn killed_add(&self, world: &World, at: usize) -> (bool, String) {
+    fn killed_add(&self, world: &World, kill: Fault) -> (bool, String) {
         let taken = Cell::new(false);
         let what = world.life(async |daemon| {
             daemon.quiet().await;
@@ -40,34 +45,36 @@ impl Sweep {
                 daemon.comes_to(1, self.name()).await;
                 daemon.quiet().await;
             };
-            until_killed(world, at, add).await
+            until_killed(world, kill, add).await
         });
         (taken.get(), what)
     }
 
     /// What was taken on comes about, without being asked for again.
-    fn add_goes_on(&self, at: usize) {
-        let world = self.world();
-        let (taken, what) = self.killed_add(&world, at);
+    pub(crate) fn add_goes_on(&self, world: &World, kill: Fault) {
+        let (taken, what) = self.killed_add(world, kill);
         world.life(async |daemon| {
             if !taken {
                 // Perhaps only its answer was lost.
                 daemon.want(1, &self.spec).await.unwrap();
             }
-            daemon.ready(1, self.name()).await;
+            let status = daemon.comes_to(1, self.name()).await;
+            assert_eq!((status.phase, status.reason), (Phase::Ready, None), "{what}: {status:?}");
+            daemon.quiet().await;
+            let device = daemon.ready(1, self.name()).await.device;
+            assert_eq!(device.map(|d| d.paths), Some(self.paths()), "{what}");
             daemon.remove(1, self.name()).await;
-            self.end(&world, &daemon, &what).await;
+            self.end(world, &daemon, &what).await;
         });
     }
 
     /// Whoever asked does not want it any more.
-    fn add_is_given_up(&self, at: usize) {
-        let world = self.world();
-        let (_, what) = self.killed_add(&world, at);
+    pub(crate) fn add_is_given_up(&self, world: &World, kill: Fault) {
+        let (_, what) = self.killed_add(world, kill);
         world.life(async |daemon| {
             let _ = daemon.drop_volume(1, self.name(), PLAIN).await;
             daemon.gone(1, self.name()).await;
-            self.end(&world, &daemon, &what).await;
+            self.end(world, &daemon, &what).await;
         });
     }
 
@@ -85,7 +92,7 @@ impl Sweep {
                 daemon.gone(1, self.name()).await;
                 daemon.quiet().await;
             };
-            until_killed(&world, at, add).await
+            until_killed(&world, at_call(&world, at), add).await
         });
         world.life(async |daemon| {
             let _ = daemon.drop_volume(1, self.name(), PLAIN).await;
@@ -107,8 +114,7 @@ impl Sweep {
     }
 
     /// A removal that was taken on is carried through.
-    fn removal_goes_on(&self, at: usize) {
-        let world = self.world();
+    pub(crate) fn removal_goes_on(&self, world: &World, kill: Fault) {
         let taken = Cell::new(false);
         let what = world.life(async |daemon: Daemon| {
             assert_eq!(daemon.add(1, &self.spec).await.phase, Phase::Ready);
@@ -118,14 +124,14 @@ impl Sweep {
                 daemon.gone(1, self.name()).await;
                 daemon.quiet().await;
             };
-            until_killed(&world, at, remove).await
+            until_killed(world, kill, remove).await
         });
         world.life(async |daemon| {
             if !taken.get() {
                 let _ = daemon.drop_volume(1, self.name(), PLAIN).await;
             }
             daemon.gone(1, self.name()).await;
-            self.end(&world, &daemon, &what).await;
+            self.end(world, &daemon, &what).await;
         });
     }
 }
@@ -133,20 +139,29 @@ impl Sweep {
 #[test]
 fn an_add_goes_on_after_a_kill_at_any_call() {
     for sweep in kinds() {
-        each(sweep.calls().0, |at| sweep.add_goes_on(at));
+        each(sweep.calls().0, |at| {
+            let world = sweep.world();
+            sweep.add_goes_on(&world, at_call(&world, at));
+        });
     }
 }
 
 #[test]
 fn an_add_that_was_killed_at_any_call_can_be_given_up() {
     let [plain, ..] = kinds();
-    each(plain.calls().0, |at| plain.add_is_given_up(at));
+    each(plain.calls().0, |at| {
+        let world = plain.world();
+        plain.add_is_given_up(&world, at_call(&world, at));
+    });
 }
 
 #[test]
 fn a_removal_goes_on_after_a_kill_at_any_call() {
     for sweep in kinds() {
-        each(sweep.calls().1, |at| sweep.removal_goes_on(at));
+        each(sweep.calls().1, |at| {
+            let world = sweep.world();
+            sweep.removal_goes_on(&world, at_call(&world, at));
+        });
     }
 }
 

@@ -1,7 +1,7 @@
 //! Every call to every door fails once, or never returns.
 
 use lunplug::host::sim::{Fault, FaultAction};
-use lunplug::spec::{Phase, RemoveOptions, VolumeSpec};
+use lunplug::spec::{MultipathPolicy, Phase, RemoveOptions, Source, VolumeSpec};
 use lunplug::types::Bus;
 
 use crate::world::{Daemon, World, single, volume};
@@ -31,8 +31,8 @@ pub(crate) fn kinds() -> [Sweep; 4] {
 /// What is done once for each call that it makes.
 pub(crate) struct Sweep {
     pub(crate) spec: VolumeSpec,
-    /// Another volume of the same target is attached, and is not to notice.
-    beside: bool,
+    /// Other volumes of the same target are attached, to this VM and another, and are not to notice.
+    pub(crate) beside: bool,
 }
 
 impl Sweep {
@@ -40,11 +40,21 @@ impl Sweep {
         self.spec.name.as_str()
     }
 
+    /// How many paths it is to have.
+    pub(crate) fn paths(&self) -> u32 {
+        let Source::Iscsi(source) = &self.spec.source;
+        match self.spec.multipath {
+            MultipathPolicy::Off => 1,
+            _ => u32::try_from(source.portals.len()).unwrap(),
+        }
+    }
+
     pub(crate) fn world(&self) -> World {
         let world = World::new();
         if self.beside {
             world.life(async |daemon| {
                 assert_eq!(daemon.add(1, &volume("beside", 7)).await.phase, Phase::Ready);
+                assert_eq!(daemon.add(2, &volume("another", 8)).await.phase, Phase::Ready);
                 daemon.quiet().await;
             });
         }
@@ -55,9 +65,11 @@ impl Sweep {
     pub(crate) async fn end(&self, world: &World, daemon: &Daemon, what: &str) {
         daemon.quiet().await;
         if self.beside {
-            let status = daemon.ready(1, "beside").await;
-            assert_eq!(status.device.map(|d| d.paths), Some(2), "{what}");
-            daemon.remove(1, "beside").await;
+            for (vm, name) in [(1, "beside"), (2, "another")] {
+                let status = daemon.ready(vm, name).await;
+                assert_eq!(status.device.map(|d| d.paths), Some(2), "{what}");
+                daemon.remove(vm, name).await;
+            }
             daemon.quiet().await;
         }
         world.assert_clean(what);

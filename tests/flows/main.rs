@@ -10,6 +10,7 @@ mod faults;
 mod guest;
 mod identity;
 mod main_job;
+mod matrix;
 mod property;
 mod restart;
 mod serving;

@@ -12,6 +12,7 @@ mod daemon;
 mod grant;
 mod guest;
 mod identity;
+mod kill;
 mod lifecycle;
 mod node;
 mod places;

@@ -15,6 +15,7 @@ use crate::connector::wait::Wait;
 use crate::connector::{DetachOptions, multipath, scsi};
 use crate::host::sysfs::is_gone;
 use crate::spec::IscsiSource;
+use crate::step::Step;
 use crate::types::{DevNum, Outcome, Portal, VolumeKey};
 
 impl Inner {
@@ -33,10 +34,12 @@ impl Inner {
                 self.note_map(target, user).await?;
                 self.remove_device(user, options).await?;
             }
+            let tracker = &self.doors.tracker;
             if let Some(wwid) = &user.wwid {
-                self.leases.unclaim(wwid, owner).await?;
+                tracker.run(Step::Unclaim, self.leases.unclaim(wwid, owner)).await?;
             }
-            self.leases.update::<Made, _>(target, |lease| lease.remove_user(owner)).await?;
+            let leave = self.leases.update::<Made, _>(target, |lease| lease.remove_user(owner));
+            tracker.run(Step::Unlease, leave).await?;
         }
         self.adopt(source, &lease).await?;
         let lease: Lease<Made> = self.leases.load(target).await?;
@@ -89,6 +92,7 @@ impl Inner {
         user: &User,
         options: DetachOptions,
     ) -> Result<(), Error> {
+        let tracker = &self.doors.tracker;
         let map = match &user.map {
             Some(map) => Some(map.clone()),
             None => self.map_above(user).await?,
@@ -106,21 +110,24 @@ impl Inner {
             }
             tracing::warn!(%error, "it goes without a flush, as forced");
         } else {
-            self.flush_device(user, map_device.as_ref(), made, options, &mut maps).await?;
+            let flush = self.flush_device(user, map_device.as_ref(), made, options, &mut maps);
+            tracker.run(Step::Flush, flush).await?;
         }
         if let Some(map) = map.filter(|m| m.made) {
-            multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
+            let remove = multipath::remove(&self.doors, &self.settings, &map.uuid);
+            tracker.run(Step::Unmap, remove).await?;
             maps.insert(map.uuid);
         }
         for path in user.paths.iter().filter(|p| p.made) {
-            self.delete_path(user, path, &mut maps).await?;
+            tracker.run(Step::DeletePath, self.delete_path(user, path, &mut maps)).await?;
         }
         // Last: as long as it had a path, multipathd could have written them again.
         if !maps.is_empty() {
             multipath::drain(&*self.doors.multipathd).await;
         }
         for uuid in maps {
-            multipath::forget(&*self.doors.multipathd, &uuid).await?;
+            let forget = multipath::forget(&*self.doors.multipathd, &uuid);
+            tracker.run(Step::ForgetMap, forget).await?;
         }
         Ok(())
     }

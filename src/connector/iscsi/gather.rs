@@ -155,7 +155,7 @@ impl Inner {
             Err(error) => all.refused.push(error),
             Ok(session) => {
                 let (inner, job) = (self.clone(), job.clone());
-                let span = tracing::info_span!("scan", %portal, host = session.host);
+                let span = tracing::info_span!("path", %portal, host = session.host);
                 let walk = async move {
                     let walked = inner.path(&job, &session).await;
                     (portal, session, walked)

@@ -19,6 +19,7 @@ use crate::connector::lease::{self, Lease, file_name};
 use crate::connector::wait::Wait;
 use crate::host::cmd::{CmdError, Output};
 use crate::host::iscsidb::Record;
+use crate::step::Step;
 use crate::types::{Iqn, Portal};
 
 /// What we made of a target: intent first, so a session may be here that is not in sysfs yet.
@@ -90,8 +91,8 @@ impl Inner {
         if need.is_empty() {
             return Ok(progress);
         }
-        let span = tracing::info_span!("records", %target);
-        let alone = self.records(target, &need, multipath).instrument(span).await?;
+        let records = self.records(target, &need, multipath);
+        let alone = self.doors.tracker.run(Step::Record, records).await?;
         self.leases
             .update::<Made, _>(target.as_str(), |lease| {
                 for portal in &need {
@@ -182,7 +183,7 @@ impl Inner {
             progress.insert(portal, under_way);
         }
         let (inner, target) = (self.clone(), target.clone());
-        let span = tracing::info_span!("login", %target);
+        let span = tracing::info_span!("session", %target);
         self.background(
             async move {
                 inner.login_group(&target, reports, alone).await;
@@ -218,16 +219,21 @@ impl Inner {
             }
         }
         if together && open.len() > 1 {
-            let out = self.iscsiadm(target).login(None).await;
+            let out = self.login(target, None).await;
             for (portal, report) in open {
                 self.finish(target, portal, report, outcome(portal, &out)).await;
             }
         } else {
             for (portal, report) in open {
-                let out = self.iscsiadm(target).login(Some(portal)).await;
+                let out = self.login(target, Some(portal)).await;
                 self.finish(target, portal, report, outcome(portal, &out)).await;
             }
         }
+    }
+
+    async fn login(&self, target: &Iqn, portal: Option<Portal>) -> Result<Output, CmdError> {
+        let iscsiadm = self.iscsiadm(target);
+        self.doors.tracker.run(Step::Login, iscsiadm.login(portal)).await
     }
 
     /// The number of the session at `portal`.

@@ -43,6 +43,7 @@ use super::settings::{Settings, ms};
 use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect};
 use crate::host::storage::StorageDoors;
 use crate::spec::{IscsiSource, MultipathPolicy, Source};
+use crate::step::Step;
 use crate::types::{Iqn, Outcome, Portal, VolumeKey, Wwid};
 use base::describe;
 use gather::Gathered;
@@ -87,6 +88,7 @@ impl Job {
             paths: Vec::new(),
             map: None,
             attachment: None,
+            step: Some(Step::Lease),
         }
     }
 }
@@ -214,14 +216,12 @@ impl Inner {
 
     /// The attach proper; each step is in the lease before it is made.
     async fn build(self: &Arc<Self>, job: &Job) -> Result<Attachment, Error> {
-        self.intend(job).await?;
+        let tracker = &self.doors.tracker;
+        tracker.run(Step::Lease, self.intend(job)).await?;
         let gathered = self.gather(job).await?;
         let first = &gathered.paths[0];
-        self.claim(job, &first.identity).await?;
-        let map = self
-            .map(job, &gathered)
-            .instrument(tracing::info_span!("map", wwid = %first.identity.wwid))
-            .await?;
+        tracker.run(Step::Claim, self.claim(job, &first.identity)).await?;
+        let map = tracker.run(Step::Map, self.map(job, &gathered)).await?;
         self.refuse_holders(job, &gathered.paths, map.as_ref()).await?;
         let attachment = describe(&gathered.paths, map.as_ref());
         self.complete(job, &gathered, &attachment).await?;
@@ -293,7 +293,9 @@ impl Inner {
         let before = self
             .leases
             .update::<Made, _>(job.source.target.as_str(), |lease| {
-                lease.user_mut(&job.owner).and_then(|user| user.wwid.replace(wwid.clone()))
+                let user = lease.user_mut(&job.owner)?;
+                user.step = Some(Step::Claim);
+                user.wwid.replace(wwid.clone())
             })
             .await?;
         if let Some(other) = before.filter(|w| w != wwid) {
@@ -314,6 +316,7 @@ impl Inner {
                     if let Some(user) = lease.user_mut(&job.owner) {
                         let made = made || user.map.as_ref().is_some_and(|m| m.made);
                         user.map = Some(MapLease { uuid: map.uuid.clone(), made });
+                        user.step = Some(Step::Map);
                     }
                 })
                 .await
@@ -391,6 +394,7 @@ impl Inner {
             .update::<Made, _>(job.source.target.as_str(), |lease| {
                 if let Some(user) = lease.user_mut(&job.owner) {
                     user.attachment = Some(found.clone());
+                    user.step = Some(Step::Remember);
                     if !job.multipath {
                         user.routes = used;
                     }

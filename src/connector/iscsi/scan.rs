@@ -11,9 +11,10 @@ use crate::connector::guestlun;
 use crate::connector::identity::judge;
 use crate::connector::lease::{Lease, PathLease, Seen};
 use crate::connector::multipath;
-use crate::connector::scsi::{self, Deleted, Hctl, ScsiPath};
+use crate::connector::scsi::{self, Deleted, Disk, Hctl, ScsiPath};
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
+use crate::step::Step;
 
 /// How long a scan that was given up is watched: the kernel's own retries end within this.
 const LATE_SCAN: Duration = Duration::from_secs(600);
@@ -36,10 +37,11 @@ impl Inner {
     ) -> Result<Proven, Error> {
         let hctl = session.hctl(job.source.lun.scsi());
         let dir = session.device_dir(hctl);
-        if self.is_there(&dir).await?
-            && let Some(proven) = self.existing(job, session, hctl, &dir).await?
-        {
-            return Ok(proven);
+        if self.is_there(&dir).await? {
+            let existing = self.existing(job, session, hctl, &dir);
+            if let Some(proven) = self.doors.tracker.run(Step::Identity, existing).await? {
+                return Ok(proven);
+            }
         }
         match self.scan(job, hctl, &dir).await {
             Err(Error::Io { doing, source }) if source.kind() == std::io::ErrorKind::TimedOut => {
@@ -200,6 +202,13 @@ impl Inner {
 
     /// Scans for the LUN, and for it alone.
     async fn scan(&self, job: &Job, hctl: Hctl, dir: &str) -> Result<Proven, Error> {
+        let tracker = &self.doors.tracker;
+        let disk = tracker.run(Step::Scan, self.find(job, hctl, dir)).await?;
+        tracker.run(Step::Identity, self.identify(job, hctl, dir, disk)).await
+    }
+
+    /// Has the kernel look at that address, and waits for the disk there.
+    async fn find(&self, job: &Job, hctl: Hctl, dir: &str) -> Result<Disk, Error> {
         let sysfs = &*self.doors.sysfs;
         let target = job.source.target.to_string();
         let lun = job.source.lun.get();
@@ -217,9 +226,19 @@ impl Inner {
             }
         }
         wait.restart(ms(self.settings.disk_ms));
-        let Some(disk) = scsi::await_disk(sysfs, &mut wait, dir).await? else {
-            return Err(Error::NoMedium { at: hctl.to_string(), target, lun });
-        };
+        let disk = scsi::await_disk(sysfs, &mut wait, dir).await?;
+        disk.ok_or_else(|| Error::NoMedium { at: hctl.to_string(), target, lun })
+    }
+
+    /// Proves what was found.
+    async fn identify(
+        &self,
+        job: &Job,
+        hctl: Hctl,
+        dir: &str,
+        disk: Disk,
+    ) -> Result<Proven, Error> {
+        let sysfs = &*self.doors.sysfs;
         let (raw_wwid, identity) = scsi::identity(sysfs, hctl, dir).await?;
         let seen = Seen {
             wwid: raw_wwid.clone(),
@@ -243,10 +262,14 @@ impl Inner {
         made: bool,
         seen: Option<Seen>,
     ) -> Result<(), Error> {
+        let step = if seen.is_some() { Step::Identity } else { Step::Scan };
         let path = PathLease { hctl, dir: dir.into(), made, seen };
         let target = job.source.target.as_str();
         let written = self.leases.update::<Made, _>(target, |lease| {
-            lease.user_mut(&job.owner).map(|user| user.set_path(path))
+            lease.user_mut(&job.owner).map(|user| {
+                user.step = Some(step);
+                user.set_path(path);
+            })
         });
         match written.await? {
             Some(()) => Ok(()),

@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use tracing::Instrument;
-
 use super::Inner;
 use super::login::{Made, login_lock};
 use super::session::{self, Session};
@@ -11,6 +9,7 @@ use crate::connector::error::Error;
 use crate::connector::lease::Lease;
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
+use crate::step::Step;
 use crate::types::{Iqn, Portal};
 
 impl Inner {
@@ -51,7 +50,7 @@ impl Inner {
                 tracing::info!(%target, %portal, device = %left[0], "the session stays: it has devices");
                 return Ok(false);
             }
-            self.log_out(target, session).await?;
+            self.doors.tracker.run(Step::Logout, self.log_out(target, session)).await?;
             changed = true;
         }
         if made.sessions.contains_key(&portal) {
@@ -60,7 +59,8 @@ impl Inner {
                 .await?;
         }
         if made.records.contains(&portal) && at_portal().await?.iter().all(|s| !s.is_plain()) {
-            changed |= self.delete_record(target, portal).await?;
+            let delete = self.delete_record(target, portal);
+            changed |= self.doors.tracker.run(Step::DeleteRecord, delete).await?;
             self.leases
                 .update::<Made, _>(target.as_str(), |l| l.made.records.remove(&portal))
                 .await?;
@@ -81,27 +81,19 @@ impl Inner {
     }
 
     async fn log_out(&self, target: &Iqn, session: &Session) -> Result<(), Error> {
-        let span = tracing::info_span!("logout", %target, portal = %session.portal);
-        async {
-            let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.command_ms));
-            self.iscsiadm(target).logout(session.portal).await?;
-            while session::of_target(&*self.doors.sysfs, target)
-                .await?
-                .iter()
-                .any(|s| s.sid == session.sid)
-            {
-                if !wait.next().await {
-                    return Err(Error::Tool {
-                        doing: format!("logging out of {target} at {}", session.portal),
-                        code: Some(0),
-                        stderr: "the session is still there".into(),
-                    });
-                }
+        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.command_ms));
+        self.iscsiadm(target).logout(session.portal).await?;
+        let sysfs = &*self.doors.sysfs;
+        while session::of_target(sysfs, target).await?.iter().any(|s| s.sid == session.sid) {
+            if !wait.next().await {
+                return Err(Error::Tool {
+                    doing: format!("logging out of {target} at {}", session.portal),
+                    code: Some(0),
+                    stderr: "the session is still there".into(),
+                });
             }
-            Ok(())
         }
-        .instrument(span)
-        .await
+        Ok(())
     }
 
     /// Whether a login at that portal goes on, here or in another process.

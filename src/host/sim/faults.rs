@@ -4,7 +4,11 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+
+use crate::host::killpoint::KillPoints;
+use crate::step::KillPoint;
 
 /// What happens at the door.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +48,7 @@ pub struct Faults {
     changed: tokio::sync::Notify,
     calls: AtomicUsize,
     met: Mutex<Option<String>>,
+    reached: Mutex<Vec<KillPoint>>,
     meeting: tokio::sync::Notify,
 }
 
@@ -75,8 +80,14 @@ impl Faults {
         self.meeting.notified().await;
     }
 
+    /// The kill points that were reached since the last call of this, in their order.
+    pub fn reached(&self) -> Vec<KillPoint> {
+        std::mem::take(&mut *self.reached.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Called by every simulated door before it does anything: returns at once, fails, or hangs.
     pub async fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
         match self.take(point, detail) {
             None => Ok(()),
             Some(FaultAction::Fail(text)) => Err(io::Error::other(text)),
@@ -90,9 +101,8 @@ impl Faults {
     }
 
     fn take(&self, point: &str, detail: &str) -> Option<FaultAction> {
-        self.calls.fetch_add(1, Ordering::Relaxed);
         for fault in self.lock().iter_mut() {
-            let named = fault.point.is_empty() || fault.point == point;
+            let named = fault.point == point || fault.point.is_empty() && point != KILL;
             if !named || !detail.contains(&fault.detail) {
                 continue;
             }
@@ -116,6 +126,21 @@ impl Faults {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Fault>> {
         // A poisoned list of faults is still a list of faults.
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The point of a fault that is to meet a kill point, whose name is the detail; no door, so only a
+/// fault that names it meets it.
+const KILL: &str = "kill";
+
+/// A fault that hangs here stands for the process's end, once its life is dropped.
+#[async_trait]
+impl KillPoints for Faults {
+    async fn reach(&self, point: KillPoint) {
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner).push(point);
+        if self.take(KILL, &point.to_string()).is_some() {
+            std::future::pending::<()>().await;
+        }
     }
 }
 

@@ -113,6 +113,7 @@ impl World {
         let place = VmPlace::Host { libvirt_socket: None };
         desired.put_vm(&VmSpec { id: vm(), domain: "a".into(), place }).await.unwrap();
         let tools = Tools {
+            tracker: Tracker::new(sim.faults().clone()),
             steps: script.clone(),
             board,
             desired,

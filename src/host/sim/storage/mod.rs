@@ -100,7 +100,7 @@ impl SimStorage {
     }
 
     /// The faults in force at its doors.
-    pub fn faults(&self) -> &Faults {
+    pub fn faults(&self) -> &Arc<Faults> {
         &self.inner.faults
     }
 

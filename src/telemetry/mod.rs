@@ -1,6 +1,8 @@
-//! Logs and spans.
+//! Logs, spans and metrics.
 //!
 //! Never logged: secrets, and whole requests (they may come to hold secrets).
+
+pub mod metrics;
 
 use std::io;
 use std::os::fd::AsFd;

@@ -1,0 +1,98 @@
+//! `kill -9` right before and right after every step, on each kind of source, beside other volumes.
+
+use std::collections::BTreeMap;
+
+use lunplug::host::sim::{Fault, FaultAction};
+use lunplug::spec::{MultipathPolicy, Phase, VolumeSpec};
+use lunplug::step::{KillPoint, Way};
+
+use crate::faults::{Sweep, each};
+use crate::world::{World, single, volume};
+
+/// The kinds of sources. multipathd makes a map of a single path as well, so that with policy `off`
+/// one has to be taken off.
+fn kinds() -> [VolumeSpec; 3] {
+    let off = VolumeSpec { multipath: MultipathPolicy::Off, ..volume("data", 1) };
+    [volume("data", 1), single("data", 1), off]
+}
+
+/// The points that a clean add and a clean removal reach, in their order.
+fn trace(spec: &VolumeSpec) -> (Vec<KillPoint>, Vec<KillPoint>) {
+    let world = World::new();
+    let faults = world.host.faults.clone();
+    world.life(async |daemon| {
+        daemon.quiet().await;
+        faults.reached();
+        assert_eq!(daemon.add(1, spec).await.phase, Phase::Ready);
+        daemon.quiet().await;
+        let added = faults.reached();
+        daemon.remove(1, spec.name.as_str()).await;
+        daemon.quiet().await;
+        (added, faults.reached())
+    })
+}
+
+/// Each point as a kill, those that are reached more than once (there are two paths) each time.
+fn kills(reached: &[KillPoint]) -> Vec<Fault> {
+    let mut before = BTreeMap::new();
+    let mut kill = |point: &KillPoint| {
+        let detail = point.to_string();
+        let times: &mut u32 = before.entry(detail.clone()).or_default();
+        let skip = *times;
+        *times += 1;
+        let (times, action) = (Some(1), FaultAction::Hang);
+        Fault { point: "kill".into(), detail, skip, times, action }
+    };
+    reached.iter().map(&mut kill).collect()
+}
+
+#[test]
+fn a_way_takes_all_its_steps_in_their_order() {
+    for spec in kinds() {
+        let (added, removed) = trace(&spec);
+        for (way, reached) in [(Way::Attach, added), (Way::Detach, removed)] {
+            let mut first = Vec::new();
+            for point in reached.iter().filter(|p| p.step.way() == way) {
+                if !first.contains(point) {
+                    first.push(*point);
+                }
+            }
+            let want: Vec<_> = KillPoint::of(way).collect();
+            let names = |all: &[KillPoint]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+            assert_eq!(names(&first), names(&want));
+        }
+    }
+}
+
+#[test]
+fn an_add_goes_on_after_a_kill_on_either_side_of_any_step() {
+    for spec in kinds() {
+        let kills = kills(&trace(&spec).0);
+        for beside in [false, true] {
+            let sweep = Sweep { spec: spec.clone(), beside };
+            each(kills.len(), |at| sweep.add_goes_on(&sweep.world(), kills[at].clone()));
+        }
+    }
+}
+
+#[test]
+fn an_add_that_was_killed_on_either_side_of_any_step_can_be_given_up() {
+    for spec in kinds() {
+        let kills = kills(&trace(&spec).0);
+        for beside in [false, true] {
+            let sweep = Sweep { spec: spec.clone(), beside };
+            each(kills.len(), |at| sweep.add_is_given_up(&sweep.world(), kills[at].clone()));
+        }
+    }
+}
+
+#[test]
+fn a_removal_goes_on_after_a_kill_on_either_side_of_any_step() {
+    for spec in kinds() {
+        let kills = kills(&trace(&spec).1);
+        for beside in [false, true] {
+            let sweep = Sweep { spec: spec.clone(), beside };
+            each(kills.len(), |at| sweep.removal_goes_on(&sweep.world(), kills[at].clone()));
+        }
+    }
+}

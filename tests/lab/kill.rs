@@ -1,0 +1,99 @@
+//! `kill -9` right before and right after every step, and each time what was asked for comes about.
+
+use std::fs;
+use std::time::Duration;
+
+use lunplug::step::{KillPoint, Way};
+
+use crate::node::{
+    Lab, Lun, Story, VM, add, guest_disk, guest_disks, in_guest, lunplug, remove, sh, until, volume,
+};
+
+const LONG: Duration = Duration::from_secs(60);
+
+/// Where the daemon of this build looks for the point at which it is to kill itself.
+const KILL_AT: &str = "/run/lunplugd-kill-at";
+const DROP_IN: &str = "/run/systemd/system/lunplugd.service.d/kill.conf";
+
+/// A daemon that can be killed at points and is started again at once, until the test ends.
+struct Killable;
+
+impl Killable {
+    fn begin() -> Self {
+        let unit = format!(
+            "[Unit]\nStartLimitIntervalSec=0\n[Service]\nEnvironment=LUNPLUGD_KILL_AT={KILL_AT}\nRestartSec=100ms\n"
+        );
+        fs::create_dir_all(DROP_IN.trim_end_matches("/kill.conf")).expect("/run is writable");
+        fs::write(DROP_IN, unit).expect("/run is writable");
+        sh("systemctl daemon-reload; systemctl restart lunplugd").ok();
+        Self
+    }
+
+    /// Makes a request of which the daemon dies at `point`; returns when its successor serves.
+    fn dies_at(&self, point: KillPoint, request: &[&str]) {
+        fs::write(KILL_AT, point.to_string()).expect("/run is writable");
+        lunplug(request);
+        // The point is struck from the file before the end.
+        until(&format!("killed {point}"), LONG, || fs::metadata(KILL_AT).is_err());
+        until("its successor serves", LONG, || lunplug(&["list"]).code == 0);
+    }
+}
+
+impl Drop for Killable {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(KILL_AT);
+        let _ = fs::remove_file(DROP_IN);
+        sh("systemctl daemon-reload; systemctl restart lunplugd");
+    }
+}
+
+/// Whether the daemon knows the volume.
+fn is_known(name: &str) -> bool {
+    lunplug(&["describe", VM, name]).code == 0
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_kill_on_either_side_of_every_step_is_survived() {
+    Lab::get();
+    let (lun, other) = (Lun::new("data", 1, "16M"), Lun::new("beside", 9, "16M"));
+    let daemon = Killable::begin();
+    let clean = Story::begin();
+    // By one portal, so that the other's record, login and logout belong to the volume.
+    let beside = other.source().replace(",127.0.0.3:3260", "");
+    add("beside", &beside, &[]).ok();
+    let reads = format!(
+        "dd if=/dev/{} of=/dev/null bs=64k count=1 iflag=direct",
+        guest_disk("beside").name
+    );
+    let story = Story::begin();
+    let wanted = ["addvolume", VM, "--volume-name", "data", "--source", &lun.source(), "--no-wait"];
+    let unwanted = ["removevolume", VM, "--volume-name", "data", "--no-wait"];
+    let mut detach = KillPoint::of(Way::Detach);
+    for on_the_way in KillPoint::of(Way::Attach) {
+        daemon.dies_at(on_the_way, &wanted);
+        if !is_known("data") {
+            assert_eq!(on_the_way.to_string(), "before intent");
+            lunplug(&wanted).ok();
+        }
+        until(&format!("ready, killed {on_the_way}"), LONG, || volume("data")["phase"] == "Ready");
+        assert_eq!(guest_disk("data").bytes, 16 << 20, "killed {on_the_way}");
+
+        let Some(on_the_way_back) = detach.next() else {
+            remove("data", &[]).ok();
+            story.nothing_left();
+            continue;
+        };
+        daemon.dies_at(on_the_way_back, &unwanted);
+        if on_the_way_back.to_string() == "before removal" {
+            lunplug(&unwanted).ok();
+        }
+        until(&format!("gone, killed {on_the_way_back}"), LONG, || !is_known("data"));
+        story.nothing_left();
+        in_guest(&reads).ok();
+    }
+    assert_eq!(detach.next(), None, "a point was not tried");
+    remove("beside", &[]).ok();
+    assert!(guest_disks().is_empty());
+    clean.nothing_left();
+}

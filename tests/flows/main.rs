@@ -11,7 +11,7 @@ mod guest;
 mod identity;
 mod main_job;
 mod matrix;
-mod property;
 mod restart;
 mod serving;
+mod walk;
 mod world;

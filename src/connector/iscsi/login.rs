@@ -141,15 +141,16 @@ impl Inner {
         }
         let is_ours = |r: &Record| r.iface == "default" && ours.contains(&r.portal);
         let all_ours = found.iter().all(is_ours) && need.iter().all(|p| ours.contains(p));
-        if all_ours {
+        let alone = all_ours && found.iter().all(|r| need.contains(&r.portal));
+        if alone {
             self.iscsiadm(target).configure(None, multipath).await?;
         } else {
-            // A call without a portal would touch the foreign ones.
+            // A call without a portal would touch foreign ones, and those of other volumes.
             for portal in need.iter().filter(|p| ours.contains(p)) {
                 self.iscsiadm(target).configure(Some(*portal), multipath).await?;
             }
         }
-        Ok(all_ours && found.iter().all(|r| need.contains(&r.portal)))
+        Ok(alone)
     }
 
     pub(super) async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> Result<(), Error> {

@@ -381,6 +381,19 @@ async fn foreign_sessions_and_records_are_used_and_left() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_record_is_not_changed_by_another_volume() {
+    let san = San::new();
+    san.attach(&request("a", 1, &[2])).await;
+    san.attach(&request("b", 2, &[2, 3])).await;
+    let timeout = |n| {
+        let name = "node.session.timeo.replacement_timeout";
+        san.sim.record_setting(&target(), portal(n), name)
+    };
+    assert_eq!(timeout(2).as_deref(), Some("120"), "as the single path wanted it");
+    assert_eq!(timeout(3).as_deref(), Some("5"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_damaged_record_is_replaced() {
     let san = San::new();
     san.sim.corrupt_record(&target(), portal(2), "default");

@@ -15,27 +15,42 @@ const LONG: Duration = Duration::from_secs(60);
 const KILL_AT: &str = "/run/lunplugd-kill-at";
 const DROP_IN: &str = "/run/systemd/system/lunplugd.service.d/kill.conf";
 
-/// A daemon that can be killed at points and is started again at once, until the test ends.
-struct Killable;
+/// A daemon that can be killed at points, until the test ends.
+pub struct Killable {
+    comes_back: bool,
+}
 
 impl Killable {
-    fn begin() -> Self {
+    /// It is started again at once.
+    pub fn begin() -> Self {
+        Self::with("RestartSec=100ms", true)
+    }
+
+    /// It stays dead.
+    pub fn for_good() -> Self {
+        Self::with("Restart=no", false)
+    }
+
+    fn with(restart: &str, comes_back: bool) -> Self {
         let unit = format!(
-            "[Unit]\nStartLimitIntervalSec=0\n[Service]\nEnvironment=LUNPLUGD_KILL_AT={KILL_AT}\nRestartSec=100ms\n"
+            "[Unit]\nStartLimitIntervalSec=0\n[Service]\nEnvironment=LUNPLUGD_KILL_AT={KILL_AT}\n{restart}\n"
         );
         fs::create_dir_all(DROP_IN.trim_end_matches("/kill.conf")).expect("/run is writable");
         fs::write(DROP_IN, unit).expect("/run is writable");
         sh("systemctl daemon-reload; systemctl restart lunplugd").ok();
-        Self
+        Self { comes_back }
     }
 
-    /// Makes a request of which the daemon dies at `point`; returns when its successor serves.
-    fn dies_at(&self, point: KillPoint, request: &[&str]) {
+    /// Makes a request of which the daemon dies at `point`; returns when its successor, if there is
+    /// to be one, serves.
+    pub fn dies_at(&self, point: KillPoint, request: &[&str]) {
         fs::write(KILL_AT, point.to_string()).expect("/run is writable");
         lunplug(request);
         // The point is struck from the file before the end.
         until(&format!("killed {point}"), LONG, || fs::metadata(KILL_AT).is_err());
-        until("its successor serves", LONG, || lunplug(&["list"]).code == 0);
+        if self.comes_back {
+            until("its successor serves", LONG, || lunplug(&["list"]).code == 0);
+        }
     }
 }
 

@@ -16,4 +16,5 @@ mod kill;
 mod lifecycle;
 mod node;
 mod places;
+mod power;
 mod soak;

@@ -118,7 +118,7 @@ impl Drop for Story {
     }
 }
 
-/// The pod and guest that the stories share, made by the first of them; a target with no LUN.
+/// The pod and guest that the stories share, made by the first of them, or found; a target with no LUN.
 pub struct Lab {
     /// `pod info`.
     pub pod: Value,
@@ -135,8 +135,9 @@ impl Lab {
         LAB.get_or_init(|| {
             sh("target up").ok();
             sh("daemon start").ok();
-            let pod = sh(&format!("pod up {POD}")).ok();
-            sh(&format!("guest up {POD} {DOMAIN}")).ok();
+            let pod = sh(&format!("pod info {POD} 2>/dev/null || pod up {POD}")).ok();
+            let runs = format!("pod virsh {POD} domstate {DOMAIN} 2>/dev/null | grep -q running");
+            sh(&format!("{runs} || guest up {POD} {DOMAIN}")).ok();
             let lab = Self { pod: serde_json::from_str(&pod).expect("pod up prints JSON") };
             lunplug(&["vm", "register", VM, "--pod-uid", lab.uid(), "--domain", DOMAIN]).ok();
             lab

@@ -153,6 +153,17 @@ vm_reset() {
   first_login
 }
 
+# As an operator does it: the node's own shutdown, then a boot.
+vm_reboot() {
+  local offset
+  need_running
+  offset=$(stat -c %s "$CONSOLE")
+  node_ssh 'systemctl reboot' </dev/null || true
+  drop_ssh
+  wait_ready "$offset"
+  first_login
+}
+
 vm_down() {
   local pid
   drop_ssh

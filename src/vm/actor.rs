@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use futures_util::FutureExt;
 use jiff::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument, Span, info, warn};
 
@@ -54,6 +54,8 @@ struct Volume {
     /// It was ready, or was wanted when this daemon started: no trouble ends it, only a removal.
     lasting: bool,
     working: bool,
+    /// Calls off the attach that is under way.
+    cancel: Option<oneshot::Sender<()>>,
     attempts: u32,
     timer: Option<AbortHandle>,
     /// The span of the request that is being worked on; that of nobody after a restart.
@@ -68,6 +70,7 @@ impl Volume {
             failed: false,
             lasting: false,
             working: false,
+            cancel: None,
             attempts: 0,
             timer: None,
             cause: Span::none(),
@@ -100,7 +103,12 @@ impl Actor {
                     asker.answer(answer);
                 }
                 Message::Remove { name, options, asker } => self.remove(name, options, asker),
-                Message::RemoveChecked { name, options, checked, asker } => {
+                Message::RemoveChecked { name, options, checked, shown, asker } => {
+                    if checked.is_ok() && !options.force && self.became_ready(&name, shown) {
+                        // The guest was not asked about it yet.
+                        self.remove(name, options, asker);
+                        continue;
+                    }
                     let answer = self.remove_checked(&name, options, checked, &asker.span).await;
                     asker.answer(answer);
                 }
@@ -298,14 +306,22 @@ impl Actor {
             }
             Some(Admission::Accept) | None => {
                 let steps = self.tools.steps.clone();
+                let shown = known.as_ref().map(|k| k.phase);
                 let spec = known.map(|k| k.spec);
                 self.spawn(async move {
                     let check = steps.check_remove(&name, spec.as_ref(), options);
                     let checked = check.instrument(asker.span.clone()).await;
-                    Message::RemoveChecked { name, options, checked, asker }
+                    Message::RemoveChecked { name, options, checked, shown, asker }
                 });
             }
         }
+    }
+
+    /// Whether a volume came to be ready since it was `shown` in a phase.
+    fn became_ready(&self, name: &VolumeName, shown: Option<Phase>) -> bool {
+        shown != Some(Phase::Ready)
+            && self.volumes.contains_key(name)
+            && self.status(name).phase == Phase::Ready
     }
 
     async fn remove_checked(
@@ -331,7 +347,11 @@ impl Actor {
         volume.removing = Some(options);
         volume.attempts = 0;
         volume.cause = cause.clone();
-        // An attach that is under way is let end; its report starts the detach.
+        if let Some(attach) = volume.cancel.take() {
+            // It stops where it is, as a crash would; its report starts the detach, which goes by the
+            // effects. An error means that it has ended already.
+            let _ = attach.send(());
+        }
         self.tools.board.phase(&key, Phase::Detaching);
         self.work(name);
         Ok(Outcome::Done(self.status(name)))
@@ -349,6 +369,8 @@ impl Actor {
             return;
         }
         volume.working = true;
+        let (cancel, cancelled) = oneshot::channel();
+        volume.cancel = volume.removing.is_none().then_some(cancel);
         let (steps, name) = (self.tools.steps.clone(), name.clone());
         let (stored, removing) = (volume.stored.clone(), volume.removing);
         let span = match removing {
@@ -358,7 +380,14 @@ impl Actor {
         let task = async move {
             match removing {
                 None => {
-                    let result = whole(steps.attach(&stored)).await.unwrap_or_else(|failure| {
+                    let attached = tokio::select! {
+                        biased;
+                        attached = whole(steps.attach(&stored)) => attached,
+                        Ok(()) = cancelled => {
+                            Err(Failure::new(Reason::Cancelled, "the volume is wanted no more"))
+                        }
+                    };
+                    let result = attached.unwrap_or_else(|failure| {
                         // What the guest has is not known here, so it is not taken away.
                         Err(AttachFailure { failure, left: Left::Unknown })
                     });
@@ -378,6 +407,7 @@ impl Actor {
         let key = self.key(name);
         let Some(volume) = self.volumes.get_mut(name) else { return };
         volume.working = false;
+        volume.cancel = None;
         if volume.removing.is_some() {
             self.tools.board.phase(&key, Phase::Detaching);
             return self.work(name);

@@ -10,7 +10,7 @@ use super::facade::Refusal;
 use super::failure::Failure;
 use super::steps::AttachFailure;
 use crate::reason::Reason;
-use crate::spec::{AddOptions, RemoveOptions, VolumeSpec, VolumeStatus};
+use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use crate::types::{Outcome, VmId, VolumeName};
 
 /// Who asked: the request's span, under which the work nests, and where its answer goes.
@@ -48,6 +48,8 @@ pub(super) enum Message {
         name: VolumeName,
         options: RemoveOptions,
         checked: Result<(), Refusal>,
+        /// The volume's phase when the check began.
+        shown: Option<Phase>,
         asker: Asker,
     },
     Attached {

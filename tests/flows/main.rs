@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod cancel;
 mod crash;
 mod faults;
 mod guest;

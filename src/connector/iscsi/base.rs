@@ -1,8 +1,13 @@
 //! Locks, background tasks, and what a gathering of paths amounts to.
 
-use tokio::sync::watch;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::Inner;
+use tokio::sync::{oneshot, watch};
+use tracing::Instrument;
+
+use super::{Inner, Job};
 use crate::connector::Attachment;
 use crate::connector::error::Error;
 use crate::connector::identity::IdentityError;
@@ -12,7 +17,7 @@ use crate::connector::scsi::ScsiPath;
 use crate::connector::settings::ms;
 use crate::host::lock::LockGuard;
 use crate::spec::{DeviceStatus, IscsiSource};
-use crate::types::Iqn;
+use crate::types::{Iqn, VolumeKey};
 
 impl Inner {
     /// One attach or detach at a time for a LUN.
@@ -25,6 +30,50 @@ impl Inner {
     pub(super) async fn target_lock(&self, target: &Iqn) -> Result<Box<dyn LockGuard>, Error> {
         let name = format!("targets/{}", file_name(target.as_str()));
         Ok(self.doors.rundir.lock(&name, ms(self.settings.lock_ms)).await?)
+    }
+
+    /// Notes that a path is being looked for, until what is returned is dropped.
+    pub(super) fn walking(&self, job: &Job) -> impl Drop + Send + use<> {
+        struct Walking(watch::Sender<Vec<(VolumeKey, Arc<AtomicBool>)>>, Arc<AtomicBool>);
+        impl Drop for Walking {
+            fn drop(&mut self) {
+                self.0.send_modify(|all| all.retain(|(_, off)| !Arc::ptr_eq(off, &self.1)));
+            }
+        }
+        let off = job.called_off.clone();
+        self.walking.send_modify(|all| all.push((job.owner.clone(), off.clone())));
+        Walking(self.walking.clone(), off)
+    }
+
+    /// Calls off the walks that an earlier attach of this owner began, and lets those end that are
+    /// scanning already: what they bring is in the lease then. A scan that hangs is not waited for;
+    /// its own end sees to what it brings.
+    pub(super) async fn await_walks(&self, owner: &VolumeKey) {
+        let mut walking = self.walking.subscribe();
+        for (_, off) in walking.borrow_and_update().iter().filter(|(whose, _)| whose == owner) {
+            off.store(true, Ordering::Release);
+        }
+        let ended = walking.wait_for(|all| all.iter().all(|(whose, _)| whose != owner));
+        // The sender is ours; too late is what was said above.
+        let _ = tokio::time::timeout(ms(self.settings.holders_ms), ended).await;
+    }
+
+    /// Waits for work that goes on to its end also when nobody waits for it any more.
+    pub(super) async fn to_its_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (report, ended) = oneshot::channel();
+        let task = async move {
+            let result = work.await;
+            // Whoever asked may have given up.
+            let _ = report.send(result);
+        };
+        self.background(task.in_current_span());
+        ended.await.unwrap_or_else(|_| {
+            let lost = io::Error::other("it ended without a result");
+            Err(Error::Io { doing: "a task in the background".into(), source: lost })
+        })
     }
 
     /// Runs a task that outlives the call that begins it.

@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tracing::Instrument;
@@ -38,8 +39,10 @@ type Walked = (Portal, Session, Result<Proven, Error>);
 struct Gathering {
     /// Pure waits: may be dropped at any time.
     sessions: JoinSet<Came>,
-    /// Effects: awaited to their end.
-    paths: JoinSet<Walked>,
+    /// Effects under way. Each goes on to its end, also when this gathering is called off, and undoes
+    /// then what nobody waits for any more.
+    walks: usize,
+    walked: (mpsc::UnboundedSender<Walked>, mpsc::UnboundedReceiver<Walked>),
     /// Portals not yet tried.
     queue: VecDeque<Portal>,
     progress: HashMap<Portal, Progress>,
@@ -56,7 +59,8 @@ impl Inner {
     pub(super) async fn gather(self: &Arc<Self>, job: &Job) -> Result<Gathered, Error> {
         let mut all = Gathering {
             sessions: JoinSet::new(),
-            paths: JoinSet::new(),
+            walks: 0,
+            walked: mpsc::unbounded_channel(),
             queue: self.order(job).await?.into(),
             progress: HashMap::new(),
             waiting: Vec::new(),
@@ -67,7 +71,7 @@ impl Inner {
         };
         let mut next = self.begin(job, &mut all).await?;
         loop {
-            let idle = all.sessions.is_empty() && all.paths.is_empty();
+            let idle = all.sessions.is_empty() && all.walks == 0;
             if idle && all.queue.is_empty() || all.fatal.is_some() {
                 break;
             }
@@ -76,8 +80,8 @@ impl Inner {
             }
             tokio::select! {
                 Some(Ok(came)) = all.sessions.join_next() => self.came(job, &mut all, came),
-                Some(Ok(walked)) = all.paths.join_next() => {
-                    if all.walked(walked) && job.multipath {
+                Some(walked) = all.walked.1.recv() => {
+                    if all.take(walked) && job.multipath {
                         next = Instant::now() + ms(self.settings.straggler_ms);
                     }
                 }
@@ -88,7 +92,7 @@ impl Inner {
                     next = self.begin(job, &mut all).await?;
                 }
             }
-            let stuck = all.sessions.is_empty() && all.paths.is_empty() && all.proven.is_empty();
+            let stuck = all.sessions.is_empty() && all.walks == 0 && all.proven.is_empty();
             if stuck && !all.queue.is_empty() && all.fatal.is_none() {
                 next = self.begin(job, &mut all).await?;
             }
@@ -154,20 +158,27 @@ impl Inner {
         match session {
             Err(error) => all.refused.push(error),
             Ok(session) => {
-                let (inner, job) = (self.clone(), job.clone());
+                let (inner, mut job) = (self.clone(), job.clone());
+                job.called_off = Arc::default();
                 let span = tracing::info_span!("path", %portal, host = session.host);
+                let report = all.walked.0.clone();
+                all.walks += 1;
+                let walking = self.walking(&job);
                 let walk = async move {
                     let walked = inner.path(&job, &session).await;
-                    (portal, session, walked)
+                    drop(walking);
+                    if let Err(unread) = report.send((portal, session, walked)) {
+                        inner.take_unawaited(&job, unread.0).await;
+                    }
                 };
-                all.paths.spawn(walk.instrument(span));
+                self.background(walk.instrument(span));
             }
         }
     }
 
     /// A scan that hangs on one host does not hold up the other path: it goes on in the background,
     /// where what it brings is left to the lease that announces it.
-    async fn finish_walks(self: &Arc<Self>, job: &Job, all: &mut Gathering) {
+    async fn finish_walks(&self, job: &Job, all: &mut Gathering) {
         // Long enough for one that has found a stale device to see whether somebody holds it: that
         // must fail the attach. A single path needs no second one.
         let patience = if job.multipath {
@@ -177,34 +188,35 @@ impl Inner {
         };
         let end = Instant::now() + patience;
         let patient = all.proven.is_empty() || all.fatal.is_some();
-        while !all.paths.is_empty() {
+        while all.walks > 0 {
             tokio::select! {
-                Some(Ok(walked)) = all.paths.join_next() => { all.walked(walked); }
+                Some(walked) = all.walked.1.recv() => { all.take(walked); }
                 () = sleep_until(end), if !patient => break,
             }
         }
-        let mut rest = std::mem::take(&mut all.paths);
-        if rest.is_empty() {
-            return;
+        // What has come by now is taken by the caller or in the lease; the rest finds nobody here.
+        all.walked.1.close();
+        while let Ok(walked) = all.walked.1.try_recv() {
+            all.take(walked);
         }
-        let (inner, job) = (self.clone(), job.clone());
-        self.background(async move {
-            while let Some(Ok((portal, session, walked))) = rest.join_next().await {
-                let taken = match walked {
-                    Ok(proven) => inner.take_late(&job, portal, &session, proven).await,
-                    Err(cause) => inner.reclaim(&job, &session).await.and(Err(cause)),
-                };
-                if let Err(error) = taken {
-                    tracing::warn!(%portal, error = &error as &dyn std::error::Error, "a path did not come");
-                }
-            }
-        });
+    }
+
+    /// A path was walked to its end after its gathering had ended, or was called off.
+    async fn take_unawaited(&self, job: &Job, (portal, session, walked): Walked) {
+        let taken = match walked {
+            Ok(proven) => self.take_late(job, portal, &session, proven).await,
+            Err(cause) => self.reclaim(job, &session).await.and(Err(cause)),
+        };
+        if let Err(error) = taken {
+            tracing::warn!(%portal, error = &error as &dyn std::error::Error, "a path did not come");
+        }
     }
 }
 
 impl Gathering {
     /// Files what came of a path; `true` for the first that was proven.
-    fn walked(&mut self, (portal, _, walked): Walked) -> bool {
+    fn take(&mut self, (portal, _, walked): Walked) -> bool {
+        self.walks -= 1;
         match walked {
             Ok(proven) => {
                 self.proven.push((portal, proven));

@@ -68,8 +68,20 @@ impl Logins {
 
 impl Inner {
     /// Sees to it that a login is under way at each of `portals` that has no session yet. Short:
-    /// only the records are waited for, under the target's lock.
+    /// only the records are waited for, under the target's lock. A caller that gives up does not end
+    /// it half way: a record that iscsiadm makes late is made under the lock, and found by whoever
+    /// has it next.
     pub(super) async fn log_in(
+        self: &Arc<Self>,
+        target: &Iqn,
+        portals: &[Portal],
+        multipath: bool,
+    ) -> Result<HashMap<Portal, Progress>, Error> {
+        let (inner, target, portals) = (self.clone(), target.clone(), portals.to_vec());
+        self.to_its_end(async move { inner.begin_logins(&target, &portals, multipath).await }).await
+    }
+
+    async fn begin_logins(
         self: &Arc<Self>,
         target: &Iqn,
         portals: &[Portal],

@@ -26,6 +26,7 @@ mod settle;
 mod tests;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -62,6 +63,8 @@ struct Inner {
     logins: Logins,
     /// How many background tasks run.
     running: watch::Sender<usize>,
+    /// Whose paths are being looked for, once for each path, and what calls that off.
+    walking: watch::Sender<Vec<(VolumeKey, Arc<AtomicBool>)>>,
 }
 
 /// What one attach is about.
@@ -74,6 +77,8 @@ struct Job {
     shareable: bool,
     /// All portals, for a map; otherwise the first that answers.
     multipath: bool,
+    /// It is wanted no more: no scan is to begin.
+    called_off: Arc<AtomicBool>,
 }
 
 impl Job {
@@ -98,10 +103,9 @@ impl IscsiConnector {
     pub fn new(doors: StorageDoors, settings: Settings) -> Self {
         let doors = bounded(doors, &settings);
         let leases = Leases::new(doors.clone(), ms(settings.lock_ms));
-        let running = watch::Sender::new(0);
-        Self {
-            inner: Arc::new(Inner { doors, settings, leases, logins: Logins::default(), running }),
-        }
+        let (running, walking) = (watch::Sender::new(0), watch::Sender::new(Vec::new()));
+        let logins = Logins::default();
+        Self { inner: Arc::new(Inner { doors, settings, leases, logins, running, walking }) }
     }
 
     /// Undoes what no volume wants: sessions and records that a killed daemon's login left. For the
@@ -147,6 +151,7 @@ impl Connector for IscsiConnector {
             tracing::info_span!("detach", %owner, target = %source.target, lun = %source.lun);
         async {
             let _lun = self.inner.lun_lock(source).await?;
+            self.inner.await_walks(owner).await;
             self.inner.release(owner, source, options).await
         }
         .instrument(span)
@@ -184,6 +189,7 @@ impl Inner {
         source: &IscsiSource,
     ) -> Result<Outcome<Attachment>, Error> {
         let _lun = self.lun_lock(source).await?;
+        self.await_walks(&request.owner).await;
         let lease: Lease<Made> = self.leases.load(source.target.as_str()).await?;
         let before = lease.user(&request.owner).cloned();
         if let Some(user) = &before
@@ -254,6 +260,7 @@ impl Inner {
             policy: request.multipath,
             shareable: request.shareable,
             multipath,
+            called_off: Arc::default(),
         })
     }
 

@@ -1,6 +1,7 @@
 //! One path: the LUN's SCSI device under one session, scanned for exactly, and proven.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::login::Made;
@@ -215,6 +216,11 @@ impl Inner {
         self.announce(job, hctl, dir, true, None).await?;
         guestlun::mark(&*self.doors.rundir, hctl).await?;
         let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.lun_ms));
+        if job.called_off.load(Ordering::Acquire) {
+            guestlun::unmark(&*self.doors.rundir, hctl).await?;
+            let problem = "its volume is wanted no more".into();
+            return Err(Error::Path { at: hctl.to_string(), problem });
+        }
         let path = format!("class/scsi_host/host{}/scan", hctl.host);
         let value = format!("{} {} {}", hctl.channel, hctl.target, hctl.lun);
         sysfs.write(&path, &value).await.map_err(Error::io(format!("scanning for {hctl}")))?;

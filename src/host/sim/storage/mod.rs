@@ -19,8 +19,8 @@
 //! that code); `multipathd.ask` (command), `multipathd.forget` (WWID); `blocks.flush`,
 //! `blocks.exclusive`, `blocks.openers` (major:minor); `rundir.lock`, `rundir.load`,
 //! `rundir.store`, `rundir.remove`, `rundir.list` (name); `iscsidb.records`, `iscsidb.remove`
-//! (IQN). Writes to sysfs, flushes and programs that stall are carried out late even though their
-//! caller has given up, as the kernel and iscsid do.
+//! (IQN). Writes to sysfs, flushes, logins and logouts that stall are carried out late even though
+//! their caller has given up, as the kernel and iscsid do; other programs are ended at their deadline.
 
 mod array;
 mod disks;

@@ -339,3 +339,42 @@ async fn a_silent_multipathd_is_waited_for_rather_than_gone_around() {
         assert_eq!(san.sim.snapshot(), before);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_removal_that_multipathd_puts_off_is_not_taken_for_done() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.attach(&request("other", 2, &[2, 3])).await;
+    let beside = san.sim.snapshot();
+    san.attach(&request("a", 1, &[2, 3])).await;
+    let attached = san.sim.snapshot();
+    san.sim.set_multipathd_delays(true);
+    let error = san.detach("a", 1, &[2, 3]).await.expect_err("put off");
+    assert_eq!(error.reason(), Reason::DeviceHeld, "{error}");
+    assert_eq!(san.sim.snapshot(), attached, "the map and its paths are there");
+    let later = async {
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        san.sim.set_multipathd_delays(false);
+    };
+    let (detached, ()) = tokio::join!(san.detach("a", 1, &[2, 3]), later);
+    detached.expect("done late");
+    assert_eq!(san.sim.snapshot(), beside);
+    san.detach("other", 2, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_map_that_multipathd_finds_busy_is_told_and_kept() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.attach(&request("a", 1, &[2, 3])).await;
+    let attached = san.sim.snapshot();
+    let busy = FaultAction::Fail("fail\n".into());
+    san.sim.faults().inject(fault("multipathd.ask", "del map", busy));
+    let error = san.detach("a", 1, &[2, 3]).await.expect_err("busy");
+    assert_eq!(error.reason(), Reason::DeviceHeld);
+    assert_eq!(san.sim.snapshot(), attached);
+    san.sim.faults().clear();
+    san.detach("a", 1, &[2, 3]).await.expect("free");
+    assert_eq!(san.sim.snapshot(), before);
+}

@@ -234,6 +234,18 @@ impl SimStorage {
         world.multipathd_react();
     }
 
+    /// Whether multipathd answers `delayed` to removals. When it no longer does, it carries out those
+    /// that it has put off.
+    pub fn set_multipathd_delays(&self, delays: bool) {
+        let mut world = self.world();
+        world.multipath.delays = delays;
+        if !delays {
+            for command in std::mem::take(&mut world.multipath.delayed) {
+                world.multipathd_command(&command);
+            }
+        }
+    }
+
     /// Lets multipathd handle the disks that wait for it.
     pub fn settle_multipathd(&self) {
         self.world().multipathd_settle();

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use crate::host::block::{Blocks, Exclusive};
 use crate::host::cmd::{CmdError, Commands, Output, Tool};
-use crate::host::iscsidb::{IscsiDb, Record};
+use crate::host::iscsidb::{DbLockState, IscsiDb, Record};
 use crate::host::lock::{LockError, LockGuard, RunDir};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
@@ -170,5 +170,9 @@ impl IscsiDb for BoundedIscsiDb {
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
         let call = self.0.remove_corrupt(target, record);
         within(self.1, || format!("removing a record of {target}"), call).await
+    }
+    async fn look_at_lock(&self) -> io::Result<DbLockState> {
+        let doing = || "looking at open-iscsi's lock".to_owned();
+        within(self.1, doing, self.0.look_at_lock()).await
     }
 }

@@ -24,6 +24,9 @@ pub struct Settings {
     pub flush_ms: u64,
     /// iscsiadm working on records or logging out (default 30 000).
     pub command_ms: u64,
+    /// How long open-iscsi's database may be locked by somebody (default 10 000; iscsiadm works on it
+    /// for some 10 ms).
+    pub db_lock_ms: u64,
     /// How long a LUN's SCSI device may take to appear after its scan returned (default 300).
     pub lun_ms: u64,
     /// How long a SCSI device's disk may take to appear, with its size (default 10 000).
@@ -85,6 +88,7 @@ impl Default for Settings {
             probe_ms: 5_000,
             flush_ms: 30_000,
             command_ms: 30_000,
+            db_lock_ms: 10_000,
             lun_ms: 300,
             disk_ms: 10_000,
             map_ms: 15_000,

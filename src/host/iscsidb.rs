@@ -1,5 +1,6 @@
 //! open-iscsi's database of node records, read without its tool.
 
+mod lock;
 mod real;
 
 use std::io;
@@ -21,6 +22,17 @@ pub struct Record {
     pub corrupt: bool,
 }
 
+/// What one look at the database's lock found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DbLockState {
+    /// Nobody has it.
+    Free,
+    /// It was left by a process that is dead, and is removed now.
+    Cleared,
+    /// It is held, by one of these processes (in the form `iscsiadm[7]`) as far as that is known.
+    Held(Vec<String>),
+}
+
 /// The door to the database's directory (`/etc/iscsi/nodes` on Debian, `/var/lib/iscsi/nodes`
 /// elsewhere). Records are written by iscsiadm alone.
 #[async_trait]
@@ -31,4 +43,8 @@ pub trait IscsiDb: Send + Sync {
     /// Removes a corrupt record's file, which iscsiadm itself may refuse to touch. A record that
     /// is not corrupt is left: `InvalidInput`.
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()>;
+
+    /// One look at the database's lock. A lock that was left by a killed iscsiadm is removed, once
+    /// that is proven: mostly by the second look at it.
+    async fn look_at_lock(&self) -> io::Result<DbLockState>;
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 pub use real::RealRunDir;
+pub(in crate::host) use real::set_lock;
 
 /// A lock that is held; dropping it releases it.
 pub trait LockGuard: Send + Sync {}

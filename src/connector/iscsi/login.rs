@@ -4,8 +4,9 @@
 //! dead portal holds up nothing. When a login ends, in whatever way, what nobody wants (any more)
 //! is undone.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -52,13 +53,27 @@ impl Made {
 pub(crate) type Progress = watch::Receiver<Option<Result<(), LoginError>>>;
 type Report = watch::Sender<Option<Result<(), LoginError>>>;
 
+/// For the end of a login that has met its deadline: SIGTERM, then SIGKILL (host::cmd).
+const LOGIN_GRACE: Duration = Duration::from_secs(6);
+
+/// How long a session is waited for that iscsid may make of a login that was given up.
+const LATE_LOGIN: Duration = Duration::from_secs(600);
+
 /// The logins that go on in this process.
 #[derive(Default)]
-pub(crate) struct Logins(Mutex<HashMap<(Iqn, Portal), Progress>>);
+pub(crate) struct Logins {
+    under_way: Mutex<HashMap<(Iqn, Portal), Progress>>,
+    /// Where a late session is watched for.
+    watched: Mutex<HashSet<(Iqn, Portal)>>,
+}
 
 impl Logins {
     fn lock(&self) -> MutexGuard<'_, HashMap<(Iqn, Portal), Progress>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watched(&self) -> MutexGuard<'_, HashSet<(Iqn, Portal)>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn get(&self, target: &Iqn, portal: Portal) -> Option<Progress> {
@@ -199,10 +214,13 @@ impl Inner {
         let span = tracing::info_span!("session", %target);
         self.background(
             async move {
-                inner.login_group(&target, reports, alone).await;
+                let open = inner.login_group(&target, reports, alone).await;
                 if let Err(error) = inner.settle(&target, &group).await {
                     tracing::warn!(%target, error = &error as &dyn std::error::Error,
                         "what a login left could not be undone");
+                }
+                for portal in open {
+                    inner.watch_login(&target, portal);
                 }
             }
             .instrument(span),
@@ -210,7 +228,34 @@ impl Inner {
         progress
     }
 
-    async fn login_group(&self, target: &Iqn, reports: HashMap<Portal, Report>, alone: bool) {
+    /// iscsid carries out what it was asked for also when iscsiadm has been ended meanwhile (it was
+    /// stopped, or is started anew with the request in its socket): a session that nobody waits for.
+    fn watch_login(self: &Arc<Self>, target: &Iqn, portal: Portal) {
+        let place = (target.clone(), portal);
+        if !self.logins.watched().insert(place.clone()) {
+            return;
+        }
+        let inner = self.clone();
+        let watch = async move {
+            let mut wait = Wait::new(&*inner.doors.uevents, LATE_LOGIN);
+            while inner.sid(&place.0, portal).await.is_none() && wait.next().await {}
+            inner.logins.watched().remove(&place);
+            if let Err(error) = inner.settle(&place.0, &[portal]).await {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(%portal, error, "a session that came late could not be undone");
+            }
+        };
+        self.background(watch.in_current_span());
+    }
+
+    /// Logs in; returns the portals at which nobody has heard how it ended.
+    async fn login_group(
+        &self,
+        target: &Iqn,
+        reports: HashMap<Portal, Report>,
+        alone: bool,
+    ) -> Vec<Portal> {
+        let mut unheard = Vec::new();
         let mut locks = Vec::new();
         let mut open = Vec::new();
         let together = alone && reports.len() > 1;
@@ -234,14 +279,18 @@ impl Inner {
         if together && open.len() > 1 {
             let out = self.login(target, None).await;
             for (portal, report) in open {
-                self.finish(target, portal, report, outcome(portal, &out)).await;
+                let ended = outcome(portal, &out);
+                unheard.extend(ended.as_ref().err().filter(|e| e.is_open()).map(|_| portal));
+                self.finish(target, portal, report, ended).await;
             }
         } else {
             for (portal, report) in open {
-                let out = self.login(target, Some(portal)).await;
-                self.finish(target, portal, report, outcome(portal, &out)).await;
+                let ended = outcome(portal, &self.login(target, Some(portal)).await);
+                unheard.extend(ended.as_ref().err().filter(|e| e.is_open()).map(|_| portal));
+                self.finish(target, portal, report, ended).await;
             }
         }
+        unheard
     }
 
     async fn login(&self, target: &Iqn, portal: Option<Portal>) -> Result<Output, CmdError> {
@@ -279,7 +328,8 @@ impl Inner {
                 {
                     lease.made.sessions.remove(&portal);
                 }
-                (Err(_), None) => {
+                // Where iscsid may still come to it, the intent stays: until nobody wants it.
+                (Err(error), None) if !error.is_open() => {
                     lease.made.sessions.remove(&portal);
                 }
                 _ => {}
@@ -303,7 +353,9 @@ impl Inner {
         portal: Portal,
         mut progress: Option<Progress>,
     ) -> Result<Session, LoginError> {
-        let mut wait = Wait::new(&*self.doors.uevents, self.settings.login());
+        // The login itself says more of its end than that it took too long.
+        let grace = if progress.is_some() { LOGIN_GRACE } else { Duration::ZERO };
+        let mut wait = Wait::new(&*self.doors.uevents, self.settings.login() + grace);
         loop {
             // Read before the look: a login that ended well has its session by then.
             let ended = progress.as_ref().and_then(|p| p.borrow().clone());
@@ -341,7 +393,9 @@ pub(super) fn login_lock(target: &Iqn, portal: Portal) -> String {
 fn outcome(portal: Portal, out: &Result<Output, CmdError>) -> Result<LoggedIn, LoginError> {
     match out {
         Ok(out) => login_result(portal, out),
-        Err(CmdError::TimedOut { .. }) => Err(LoginError::TimedOut { portal }),
+        Err(CmdError::TimedOut { deadline, .. }) => {
+            Err(LoginError::Silent { portal, deadline: *deadline })
+        }
         Err(e) => Err(LoginError::Tool {
             portal,
             detail: crate::connector::error::chain(e),

@@ -42,6 +42,7 @@ use super::multipath::{self, Above, Map};
 use super::scsi::{self, ScsiPath};
 use super::settings::{Settings, ms};
 use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect};
+use crate::host::multipathd::MultipathdError;
 use crate::host::storage::StorageDoors;
 use crate::spec::{IscsiSource, MultipathPolicy, Source};
 use crate::step::Step;
@@ -115,6 +116,9 @@ impl IscsiConnector {
             let Ok(target) = lease.target.parse::<Iqn>() else { continue };
             let portals: Vec<Portal> = lease.made.portals().into_iter().collect();
             self.inner.settle(&target, &portals).await?;
+        }
+        for (target, portal) in session::marked(&*self.inner.doors.sysfs).await? {
+            self.inner.settle(&target, &[portal]).await?;
         }
         Ok(())
     }
@@ -240,18 +244,24 @@ impl Inner {
         let multipath = match request.multipath {
             MultipathPolicy::Off => false,
             MultipathPolicy::Required => {
-                let alive = multipath::alive(&*self.doors.multipathd).await;
-                alive.map_err(Error::MultipathUnavailable)?;
+                multipath::alive(&*self.doors.multipathd).await.map_err(|e| match e {
+                    silent @ MultipathdError::TimedOut { .. } => Error::Multipathd(silent),
+                    absent => Error::MultipathUnavailable(absent),
+                })?;
                 true
             }
             MultipathPolicy::Preferred if source.portals.len() < 2 => false,
-            MultipathPolicy::Preferred => {
-                let alive = multipath::alive(&*self.doors.multipathd).await;
-                if let Err(error) = &alive {
-                    tracing::warn!(%error, "no multipath: the volume gets a single path");
+            MultipathPolicy::Preferred => match multipath::alive(&*self.doors.multipathd).await {
+                Ok(()) => true,
+                // It runs, and would put a map over a path that was given away without one.
+                Err(silent @ MultipathdError::TimedOut { .. }) => {
+                    return Err(Error::Multipathd(silent));
                 }
-                alive.is_ok()
-            }
+                Err(error) => {
+                    tracing::warn!(%error, "no multipath: the volume gets a single path");
+                    false
+                }
+            },
         };
         Ok(Job {
             owner: request.owner.clone(),

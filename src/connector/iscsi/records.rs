@@ -4,9 +4,14 @@
 //! is only called where there is none; one `-o update` takes any number of `-n`/`-v` pairs, and
 //! without `-p` meets every record of the target.
 
+use std::time::Duration;
+
+use tokio::time::Instant;
+
 use crate::connector::error::Error;
 use crate::connector::settings::{Settings, ms};
 use crate::host::cmd::{CmdError, Output, Tool};
+use crate::host::iscsidb::DbLockState;
 use crate::host::storage::StorageDoors;
 use crate::reason::Reason;
 use crate::types::{Iqn, Portal};
@@ -14,12 +19,21 @@ use crate::types::{Iqn, Portal};
 /// Two timeouts that mean nothing to anybody else tell our records from foreign ones across boots,
 /// where no lease knows of them any more: seconds of `tgt_reset_timeout`, `host_reset_timeout`.
 const MARK: [(&str, &str); 2] = [
-    ("node.session.err_timeo.tgt_reset_timeout", "31"),
+    ("node.session.err_timeo.tgt_reset_timeout", MARKED_SESSION),
     ("node.session.err_timeo.host_reset_timeout", "61"),
 ];
 
+/// What sysfs shows as `tgt_reset_tmo` of a session that was made by a record of ours.
+pub(super) const MARKED_SESSION: &str = "31";
+
 /// How long a portal may take to list its targets: long enough for one that is there.
-const DISCOVERY: std::time::Duration = std::time::Duration::from_secs(3);
+const DISCOVERY: Duration = Duration::from_secs(3);
+
+/// How often the lock of the database is looked at.
+const LOCK_LOOK: Duration = Duration::from_millis(150);
+
+/// The one of our calls that leaves the records alone.
+const LOGOUT: &[&str] = &["--logout"];
 
 /// A login did not lead to a session.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -48,6 +62,16 @@ pub enum LoginError {
         /// iscsiadm's words.
         detail: String,
     },
+    /// iscsid, which bounds the login itself, did not answer in time.
+    #[error(
+        "iscsid did not end the login at portal {portal} within {deadline:?}; see systemctl status iscsid"
+    )]
+    Silent {
+        /// The portal.
+        portal: Portal,
+        /// How long it was given.
+        deadline: Duration,
+    },
     /// It took too long.
     #[error("no session at portal {portal} in time")]
     TimedOut {
@@ -71,10 +95,19 @@ impl LoginError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Unreachable { .. } | Self::TimedOut { .. } => Reason::PortalUnreachable,
+            Self::Silent { .. } => Reason::DeadlineExceeded,
             Self::Refused { .. } => Reason::LoginRefused,
             Self::NotFound { .. } => Reason::TargetNotFound,
             Self::Tool { missing: true, .. } => Reason::ToolMissing,
             Self::Tool { missing: false, .. } => Reason::ToolFailed,
+        }
+    }
+
+    /// Whether iscsid may still be about to log in: nobody has heard how it ended.
+    pub(crate) fn is_open(&self) -> bool {
+        match self {
+            Self::Silent { .. } | Self::TimedOut { .. } | Self::Tool { .. } => true,
+            Self::Unreachable { .. } | Self::Refused { .. } | Self::NotFound { .. } => false,
         }
     }
 
@@ -83,9 +116,10 @@ impl LoginError {
         match self {
             Self::TimedOut { .. } => 0,
             Self::Unreachable { .. } => 1,
-            Self::Tool { .. } => 2,
-            Self::NotFound { .. } => 3,
-            Self::Refused { .. } => 4,
+            Self::Silent { .. } => 2,
+            Self::Tool { .. } => 3,
+            Self::NotFound { .. } => 4,
+            Self::Refused { .. } => 5,
         }
     }
 }
@@ -209,10 +243,13 @@ impl Iscsiadm<'_> {
         self.expect(out, &[21], || format!("removing the record of {} at {portal}", self.target))
     }
 
-    /// Logs out at `portal`; no such session is fine (2, 21).
-    pub(crate) async fn logout(&self, portal: Portal) -> Result<(), Error> {
-        let out = self.node(Some(portal), &["--logout"]).await?;
-        self.expect(out, &[2, 21], || format!("logging out of {} at {portal}", self.target))
+    /// Asks iscsid to log out at `portal`; `false` when it does not know the session (2, 21) or has
+    /// no connection of it (32), as for a moment after it was started anew.
+    pub(crate) async fn logout(&self, portal: Portal) -> Result<bool, Error> {
+        let out = self.node(Some(portal), LOGOUT).await?;
+        let taken = out.code == Some(0);
+        let doing = || format!("logging out of {} at {portal}", self.target);
+        self.expect(out, &[2, 21, 32], doing).map(|()| taken)
     }
 
     /// Logs in at `portal`, or by every record of the target.
@@ -247,8 +284,11 @@ impl Iscsiadm<'_> {
         &self,
         portal: Option<Portal>,
         args: &[&str],
-        deadline: std::time::Duration,
+        deadline: Duration,
     ) -> Result<Output, CmdError> {
+        if args != LOGOUT {
+            self.unlocked().await?;
+        }
         let at = portal.map(|p| p.to_string());
         let mut all = vec!["-m", "node", "-T", self.target.as_str()];
         if let Some(at) = &at {
@@ -257,6 +297,36 @@ impl Iscsiadm<'_> {
         }
         all.extend(args);
         self.doors.commands.run(Tool::Iscsiadm, &all, deadline).await
+    }
+
+    /// Waits while the database is locked: iscsiadm would, too, but for 30 s and then in vain when
+    /// whoever locked it was killed.
+    async fn unlocked(&self) -> Result<(), CmdError> {
+        let end = Instant::now() + ms(self.settings.db_lock_ms);
+        loop {
+            let by = match self.doors.iscsidb.look_at_lock().await {
+                Ok(DbLockState::Free) => return Ok(()),
+                Ok(DbLockState::Cleared) => {
+                    tracing::warn!(
+                        "open-iscsi's database was locked by a process that is dead: the lock is removed"
+                    );
+                    return Ok(());
+                }
+                Ok(DbLockState::Held(by)) => by,
+                Err(error) => {
+                    tracing::warn!(%error, "open-iscsi's lock could not be looked at");
+                    return Ok(());
+                }
+            };
+            if Instant::now() >= end {
+                let by = if by.is_empty() { "another process".into() } else { by.join(" or ") };
+                let text = format!("open-iscsi's database is locked, perhaps by {by}");
+                let source = std::io::Error::new(std::io::ErrorKind::WouldBlock, text);
+                return Err(CmdError::Io { tool: Tool::Iscsiadm, source });
+            }
+            // Nothing tells when the lock goes.
+            tokio::time::sleep(LOCK_LOOK).await;
+        }
     }
 
     fn expect(

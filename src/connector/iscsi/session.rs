@@ -1,5 +1,6 @@
 //! iSCSI sessions as sysfs shows them: what iscsiadm prints, without starting it.
 
+use super::records::MARKED_SESSION;
 use crate::connector::error::Error;
 use crate::connector::scsi::Hctl;
 use crate::host::sysfs::Sysfs;
@@ -22,6 +23,8 @@ pub(crate) struct Session {
     pub(crate) iface: String,
     /// Logged in and usable now.
     pub(crate) up: bool,
+    /// It bears the mark of our records.
+    pub(crate) marked: bool,
 }
 
 impl Session {
@@ -57,6 +60,24 @@ pub(crate) async fn of_target(sysfs: &dyn Sysfs, target: &Iqn) -> Result<Vec<Ses
     Ok(found)
 }
 
+/// The targets and portals of all sessions that bear our mark.
+pub(crate) async fn marked(sysfs: &dyn Sysfs) -> Result<Vec<(Iqn, Portal)>, Error> {
+    let class = "class/iscsi_session";
+    let names = sysfs.entries(class).await.map_err(Error::io("listing iSCSI sessions"))?;
+    let mut found = Vec::new();
+    for name in names {
+        let path = format!("{class}/{name}/targetname");
+        let target = sysfs.text(&path).await.map_err(Error::io(format!("reading {path}")))?;
+        let Some(Ok(target)) = target.map(|t| t.parse::<Iqn>()) else {
+            continue;
+        };
+        let sessions = of_target(sysfs, &target).await?;
+        let ours = sessions.iter().filter(|s| format!("session{}", s.sid) == name && s.marked);
+        found.extend(ours.map(|s| (target.clone(), s.portal)));
+    }
+    Ok(found)
+}
+
 /// The session if it is of that target; `None` also while it is half made or half gone.
 async fn read(sysfs: &dyn Sysfs, target: &Iqn, sid: u32) -> std::io::Result<Option<Session>> {
     let class = format!("class/iscsi_session/session{sid}");
@@ -75,6 +96,7 @@ async fn read(sysfs: &dyn Sysfs, target: &Iqn, sid: u32) -> std::io::Result<Opti
     let state = sysfs.text(&format!("{class}/state")).await?;
     let iface = sysfs.text(&format!("{class}/ifacename")).await?;
     let target_id = target_id(sysfs, &class, dir).await?;
+    let mark = sysfs.text(&format!("{class}/tgt_reset_tmo")).await?;
     Ok(host.map(|host| Session {
         sid,
         dir: dir.to_owned(),
@@ -83,6 +105,7 @@ async fn read(sysfs: &dyn Sysfs, target: &Iqn, sid: u32) -> std::io::Result<Opti
         portal,
         iface: iface.unwrap_or_default(),
         up: state.as_deref() == Some("LOGGED_IN"),
+        marked: mark.as_deref() == Some(MARKED_SESSION),
     }))
 }
 

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::Inner;
 use super::login::{Made, login_lock};
 use super::session::{self, Session};
@@ -11,6 +13,10 @@ use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::step::Step;
 use crate::types::{Iqn, Portal};
+
+/// When to ask for a logout again that iscsid could not make: it connects the sessions anew that it
+/// finds at its start.
+const LOGOUT_AGAIN: Duration = Duration::from_secs(1);
 
 impl Inner {
     /// Undoes what we made at those of `portals` that no user of the target wants: logout when
@@ -44,7 +50,11 @@ impl Inner {
             return Ok(false); // The login's own end sees to it.
         }
         let mut changed = false;
-        if let Some(session) = plain.filter(|s| made.has(s)) {
+        let ours = match plain {
+            Some(session) => made.has(session) || self.is_orphan(target, session).await?,
+            None => false,
+        };
+        if let Some(session) = plain.filter(|_| ours) {
             let left = session::devices(sysfs, session).await?;
             if !left.is_empty() {
                 tracing::info!(%target, %portal, device = %left[0], "the session stays: it has devices");
@@ -68,6 +78,18 @@ impl Inner {
         Ok(changed)
     }
 
+    /// Whether it is of a login of ours that iscsid carried out after it was given up and undone: it
+    /// bears our mark, and has no record. iscsiadm removes no record of a session that is there.
+    async fn is_orphan(&self, target: &Iqn, session: &Session) -> Result<bool, Error> {
+        if !session.marked {
+            return Ok(false);
+        }
+        let records = self.doors.iscsidb.records(target).await;
+        let records = records.map_err(Error::io(format!("reading the records of {target}")))?;
+        let mut records = records.iter();
+        Ok(!records.any(|r| r.portal == session.portal && r.iface == session.iface))
+    }
+
     /// Removes our record, whatever state it is in; `false` when there is none.
     async fn delete_record(&self, target: &Iqn, portal: Portal) -> Result<bool, Error> {
         let found = self.doors.iscsidb.records(target).await;
@@ -81,11 +103,20 @@ impl Inner {
     }
 
     async fn log_out(&self, target: &Iqn, session: &Session) -> Result<(), Error> {
-        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.command_ms));
-        self.iscsiadm(target).logout(session.portal).await?;
-        let sysfs = &*self.doors.sysfs;
-        while session::of_target(sysfs, target).await?.iter().any(|s| s.sid == session.sid) {
-            if !wait.next().await {
+        let end = Instant::now() + ms(self.settings.command_ms);
+        loop {
+            let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.command_ms));
+            let taken = self.iscsiadm(target).logout(session.portal).await?;
+            let until = if taken { end } else { end.min(Instant::now() + LOGOUT_AGAIN) };
+            while self.is_logged_in(target, session).await? {
+                if Instant::now() >= until || !wait.next_before(until).await {
+                    break;
+                }
+            }
+            if !self.is_logged_in(target, session).await? {
+                return Ok(());
+            }
+            if Instant::now() >= end {
                 return Err(Error::Tool {
                     doing: format!("logging out of {target} at {}", session.portal),
                     code: Some(0),
@@ -93,7 +124,11 @@ impl Inner {
                 });
             }
         }
-        Ok(())
+    }
+
+    async fn is_logged_in(&self, target: &Iqn, session: &Session) -> Result<bool, Error> {
+        let all = session::of_target(&*self.doors.sysfs, target).await?;
+        Ok(all.iter().any(|s| s.sid == session.sid))
     }
 
     /// Whether a login at that portal goes on, here or in another process.

@@ -8,11 +8,13 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::{IscsiDb, Record};
+use super::lock::{self, Watcher};
+use super::{DbLockState, IscsiDb, Record};
 use crate::host::workers::Workers;
 use crate::types::{Iqn, Portal};
 
@@ -21,14 +23,11 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// A record is a few kilobytes; nothing behind this is looked at.
 const MAX_RECORD: u64 = 1 << 20;
 
-/// How often and how long apart the database's lock is tried; iscsiadm itself tries 3000 times.
-const LOCK_TRIES: u32 = 100;
-const LOCK_RETRY: Duration = Duration::from_millis(10);
-
 /// The real database.
 pub struct RealIscsiDb {
     nodes: PathBuf,
     locks: PathBuf,
+    watcher: Arc<Mutex<Watcher>>,
     workers: Workers,
 }
 
@@ -41,6 +40,7 @@ impl RealIscsiDb {
         Self {
             nodes: nodes.into(),
             locks: PathBuf::from("/run/lock/iscsi"),
+            watcher: Arc::default(),
             workers: Workers::new("lunplug-iscsidb", 4, 4),
         }
     }
@@ -122,42 +122,9 @@ fn find(nodes: &Path, target: &Iqn) -> io::Result<Vec<Found>> {
     Ok(found)
 }
 
-/// open-iscsi's lock of the database: the hard link `lock.write` to `lock` (usr/idbm.c,
-/// `idbm_lock`). While iscsiadm writes a record it is empty for a moment, and not corrupt.
-struct DbLock(PathBuf);
-
-impl DbLock {
-    fn take(dir: &Path) -> io::Result<Self> {
-        fs::create_dir_all(dir)?;
-        let (file, link) = (dir.join("lock"), dir.join("lock.write"));
-        fs::OpenOptions::new().write(true).create(true).truncate(false).open(&file)?;
-        for _ in 0..LOCK_TRIES {
-            match fs::hard_link(&file, &link) {
-                Ok(()) => return Ok(Self(link)),
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(e) => return Err(e),
-            }
-            // Nothing tells when the link goes away.
-            std::thread::sleep(LOCK_RETRY);
-        }
-        Err(io::Error::new(
-            io::ErrorKind::WouldBlock,
-            format!(
-                "the iSCSI database is locked; if no iscsiadm runs, one was killed: remove {}",
-                link.display()
-            ),
-        ))
-    }
-}
-
-impl Drop for DbLock {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
 fn remove_corrupt(nodes: &Path, locks: &Path, target: &Iqn, record: &Record) -> io::Result<()> {
-    let _lock = DbLock::take(locks)?;
+    // While iscsiadm writes a record it is empty for a moment, and not corrupt.
+    let _lock = lock::Held::take(locks)?;
     for found in find(nodes, target)? {
         if (found.record.portal, &found.record.iface) != (record.portal, &record.iface) {
             continue;
@@ -192,6 +159,15 @@ impl IscsiDb for RealIscsiDb {
         let locks = self.locks.clone();
         let call = move || remove_corrupt(&nodes, &locks, &target, &record);
         self.workers.run("nodes", DEADLINE, call).await
+    }
+
+    async fn look_at_lock(&self) -> io::Result<DbLockState> {
+        let (locks, watcher) = (self.locks.clone(), self.watcher.clone());
+        let call = move || {
+            let mut watcher = watcher.lock().unwrap_or_else(PoisonError::into_inner);
+            watcher.look(&locks, Path::new("/proc"))
+        };
+        self.workers.run("lock", DEADLINE, call).await
     }
 }
 
@@ -241,6 +217,7 @@ mod tests {
         db.remove_corrupt(&target, &records[3]).await.unwrap();
         assert_eq!(db.records(&target).await.unwrap().len(), 2);
         assert!(!locks.path().join("lock.write").exists(), "the database is unlocked again");
+        assert_eq!(db.look_at_lock().await.unwrap(), DbLockState::Free);
         fs::write(locks.path().join("lock.write"), "").unwrap();
         let locked = db.remove_corrupt(&target, &records[0]).await.unwrap_err();
         assert_eq!(locked.kind(), io::ErrorKind::WouldBlock);

@@ -157,7 +157,7 @@ impl Watch {
 }
 
 /// Sets or releases the OFD lock of the whole file; `false` when somebody else has it.
-fn set_lock(file: &File, kind: libc::c_int) -> io::Result<bool> {
+pub(in crate::host) fn set_lock(file: &File, kind: libc::c_int) -> io::Result<bool> {
     let lock = libc::flock {
         l_type: kind as i16,
         l_whence: libc::SEEK_SET as i16,

@@ -58,7 +58,9 @@ async fn what_the_host_stacked_on_a_map_is_not_broken() {
 async fn calls_that_never_return_meet_their_deadline() {
     for (point, detail, reason) in [
         ("sysfs.write", "scan", Reason::DeadlineExceeded),
-        ("cmd.run", "--login", Reason::PortalUnreachable),
+        ("cmd.run", "--login", Reason::DeadlineExceeded),
+        ("iscsid", "login", Reason::DeadlineExceeded),
+        ("multipathd.ask", "show daemon", Reason::MapFailed),
         ("cmd.run", "-o new", Reason::DeadlineExceeded),
         ("iscsidb.records", "", Reason::DeadlineExceeded),
         ("blocks.openers", "", Reason::DeadlineExceeded),
@@ -213,4 +215,166 @@ async fn a_lun_that_the_array_took_away_or_swapped_needs_force_to_go() {
         san.connector.detach(&r.owner, &r.source, force).await.expect("forced");
         assert_eq!(san.sim.snapshot(), before);
     }
+}
+
+/// iscsid is stopped while it is asked for a login, and goes on when all of it was given up.
+#[tokio::test(start_paused = true)]
+async fn a_session_that_iscsid_makes_long_after_it_was_given_up_is_ended() {
+    for restarted in [false, true] {
+        let san = San::new();
+        let before = san.sim.snapshot();
+        san.sim.faults().inject(fault("iscsid", "login", FaultAction::Stall));
+        let error = san.connector.attach(&request("a", 1, &[2, 3])).await.expect_err("silent");
+        assert!(error.to_string().contains("no session"), "{error}");
+        assert!(crate::connector::error::chain(&error).contains("iscsid"), "{error:?}");
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(san.sim.snapshot(), before, "all is undone, as far as can be seen");
+        if restarted {
+            // The daemon that was watching is gone by the time the sessions come.
+            san.connector.settled().await;
+        }
+        san.sim.faults().clear();
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        if restarted {
+            assert_ne!(san.count("session"), 0, "iscsid came back to it");
+            san.connector.sweep().await.expect("swept");
+        }
+        san.connector.settled().await;
+        assert_eq!(san.sim.snapshot(), before);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_late_session_of_a_wanted_portal_stays_and_goes_with_the_volume() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.sim.set_portal(portal(3), PortalState::Refusing);
+    let r = request("a", 1, &[2, 3]);
+    assert_eq!(san.attach(&r).await.device.paths, 1);
+    san.connector.settled().await;
+    san.sim.set_portal(portal(3), PortalState::Alive);
+    san.sim.faults().inject(fault("iscsid", "login", FaultAction::Stall));
+    assert_eq!(san.attach(&r).await.device.paths, 1);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    san.sim.faults().clear();
+    san.connector.settled().await;
+    assert_eq!(san.count("session"), 2);
+    san.attach(&r).await;
+    san.connector.settled().await;
+    assert_eq!(san.attach(&r).await.device.paths, 2);
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_foreign_session_without_a_record_is_left() {
+    let san = San::new();
+    san.sim.add_session(&target(), portal(2), "default");
+    let before = san.sim.snapshot();
+    san.attach(&request("a", 1, &[2])).await;
+    san.detach("a", 1, &[2]).await.expect("detached");
+    san.connector.sweep().await.expect("swept");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_logout_that_iscsid_cannot_make_yet_is_asked_for_again() {
+    for code in [2, 21, 32] {
+        let san = San::new();
+        let before = san.sim.snapshot();
+        san.attach(&request("a", 1, &[2, 3])).await;
+        let not_yet = FaultAction::Fail(format!("exit {code}"));
+        san.sim.faults().inject(Fault { times: Some(2), ..fault("cmd.run", "--logout", not_yet) });
+        san.detach("a", 1, &[2, 3]).await.expect("detached");
+        assert_eq!(san.sim.snapshot(), before, "{code}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_that_a_killed_iscsiadm_left_is_removed_and_a_living_ones_waited_for() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.sim.lock_records(&[]);
+    let began = tokio::time::Instant::now();
+    san.attach(&request("a", 1, &[2, 3])).await;
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+
+    san.sim.lock_records(&["iscsiadm[7], which is stopped"]);
+    let error = san.connector.attach(&request("a", 1, &[2, 3])).await.expect_err("locked");
+    assert_eq!(error.reason(), Reason::ToolFailed);
+    let told = crate::connector::error::chain(&error);
+    assert!(told.contains("iscsiadm[7], which is stopped"), "{told}");
+    san.sim.unlock_records();
+    san.connector.settled().await;
+    san.attach(&request("a", 1, &[2, 3])).await;
+    san.sim.lock_records(&["iscsiadm[8]"]);
+    let unlock = async {
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        san.sim.unlock_records();
+    };
+    let (detached, ()) = tokio::join!(san.detach("a", 1, &[2, 3]), unlock);
+    detached.expect("it waited");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_multipathd_is_waited_for_rather_than_gone_around() {
+    for policy in [MultipathPolicy::Required, MultipathPolicy::Preferred] {
+        let san = San::new();
+        let before = san.sim.snapshot();
+        san.sim.faults().inject(fault("multipathd.ask", "", FaultAction::Hang));
+        let r = AttachRequest { multipath: policy, ..request("a", 1, &[2, 3]) };
+        let error = san.connector.attach(&r).await.expect_err("silent");
+        assert_eq!(error.reason(), Reason::MapFailed, "it passes: {error}");
+        assert_eq!(san.sim.snapshot(), before);
+        san.sim.faults().clear();
+        assert_eq!(san.attach(&r).await.device.paths, 2);
+        san.sim.faults().inject(fault("multipathd.ask", "", FaultAction::Hang));
+        let error = san.detach("a", 1, &[2, 3]).await.expect_err("silent");
+        assert_eq!(error.reason(), Reason::MapFailed);
+        san.sim.faults().clear();
+        san.detach("a", 1, &[2, 3]).await.expect("detached");
+        assert_eq!(san.sim.snapshot(), before);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_removal_that_multipathd_puts_off_is_not_taken_for_done() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.attach(&request("other", 2, &[2, 3])).await;
+    let beside = san.sim.snapshot();
+    san.attach(&request("a", 1, &[2, 3])).await;
+    let attached = san.sim.snapshot();
+    san.sim.set_multipathd_delays(true);
+    let error = san.detach("a", 1, &[2, 3]).await.expect_err("put off");
+    assert_eq!(error.reason(), Reason::DeviceHeld, "{error}");
+    assert_eq!(san.sim.snapshot(), attached, "the map and its paths are there");
+    let later = async {
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        san.sim.set_multipathd_delays(false);
+    };
+    let (detached, ()) = tokio::join!(san.detach("a", 1, &[2, 3]), later);
+    detached.expect("done late");
+    assert_eq!(san.sim.snapshot(), beside);
+    san.detach("other", 2, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_map_that_multipathd_finds_busy_is_told_and_kept() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.attach(&request("a", 1, &[2, 3])).await;
+    let attached = san.sim.snapshot();
+    let busy = FaultAction::Fail("fail\n".into());
+    san.sim.faults().inject(fault("multipathd.ask", "del map", busy));
+    let error = san.detach("a", 1, &[2, 3]).await.expect_err("busy");
+    assert_eq!(error.reason(), Reason::DeviceHeld);
+    assert_eq!(san.sim.snapshot(), attached);
+    san.sim.faults().clear();
+    san.detach("a", 1, &[2, 3]).await.expect("free");
+    assert_eq!(san.sim.snapshot(), before);
 }

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use super::SimStorage;
 use crate::host::block::{Blocks, Exclusive};
 use crate::host::cmd::{CmdError, Commands, Output, Tool};
-use crate::host::iscsidb::{IscsiDb, Record};
+use crate::host::iscsidb::{DbLockState, IscsiDb, Record};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::sysfs::{Guard, Guarded, Sysfs};
 use crate::host::uevent::{UeventStream, Uevents};
@@ -291,5 +291,18 @@ impl IscsiDb for SimStorage {
                 Ok(())
             }
         }
+    }
+
+    async fn look_at_lock(&self) -> io::Result<DbLockState> {
+        self.pass("iscsidb.lock", "").await?;
+        let mut world = self.world();
+        Ok(match &world.db_lock {
+            None => DbLockState::Free,
+            Some(by) if !by.is_empty() => DbLockState::Held(by.clone()),
+            Some(_) => {
+                world.db_lock = None;
+                DbLockState::Cleared
+            }
+        })
     }
 }

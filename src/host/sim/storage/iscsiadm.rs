@@ -18,6 +18,7 @@ mod code {
     pub(super) const TRANS_TIMEOUT: i32 = 8;
     pub(super) const SESS_EXISTS: i32 = 15;
     pub(super) const FATAL_LOGIN: i32 = 19;
+    pub(super) const ISCSID_NOTCONN: i32 = 20;
     pub(super) const NO_OBJS_FOUND: i32 = 21;
     pub(super) const LOGIN_AUTH_FAILED: i32 = 24;
 }
@@ -117,6 +118,11 @@ fn done(stdout: String) -> Output {
     output(0, stdout, "")
 }
 
+/// How long iscsiadm tries to lock the database.
+const LOCK_TIME: Duration = Duration::from_secs(30);
+const LOCKED: &str =
+    "iscsiadm: Timeout on acquiring lock on DB: /run/lock/iscsi/lock.write: 17: File exists\n";
+
 const NO_RECORDS: &str = "iscsiadm: No records found\n";
 
 impl SimStorage {
@@ -128,9 +134,16 @@ impl SimStorage {
         if args.version {
             return done("iscsiadm version 2.1.11\n".into());
         }
+        // A logout looks at sessions alone (open-iscsi 2.1.11), the rest reads or writes records.
+        if args.mode == "node" && !args.logout && self.db_locked().await {
+            return output(code::IDBM, String::new(), LOCKED);
+        }
         match (args.mode.as_str(), args.op.as_str()) {
             ("node", _) if args.login => self.login(&args, login_time).await,
-            ("node" | "session", _) if args.logout => logout(&mut self.world(), &args),
+            ("node" | "session", _) if args.logout => match self.iscsid("logout").await {
+                Ok(()) => logout(&mut self.world(), &args),
+                Err(none) => none,
+            },
             ("session", _) if args.rescan => rescan(&mut self.world(), &args),
             ("session", "" | "show") => show_sessions(&self.world()),
             ("node", "new") => new(&mut self.world(), &args),
@@ -142,19 +155,42 @@ impl SimStorage {
         }
     }
 
+    /// Whether the database is locked for as long as iscsiadm tries.
+    async fn db_locked(&self) -> bool {
+        if self.world().db_lock.is_some() {
+            tokio::time::sleep(LOCK_TIME).await;
+        }
+        self.world().db_lock.is_some()
+    }
+
+    /// iscsid takes the request, when it comes to it. A fault may stall it: what iscsiadm has asked
+    /// for by then is done late, though iscsiadm may have ended.
+    async fn iscsid(&self, request: &str) -> Result<(), Output> {
+        let passed = self.faults().pass("iscsid", request).await;
+        passed.map_err(|_| {
+            let text = "iscsiadm: can not connect to iSCSI daemon (111)!\n";
+            output(code::ISCSID_NOTCONN, String::new(), text)
+        })
+    }
+
     async fn login(&self, args: &Args, login_time: Duration) -> Output {
         let keys = matching(&self.world(), args);
         if keys.is_empty() {
             return output(code::NO_OBJS_FOUND, String::new(), NO_RECORDS);
         }
-        if self.world().records.iter().any(|(k, r)| keys.contains(k) && r.corrupt) {
+        // iscsid gets the records with the request, and does not look at their files.
+        let records = self.world().records.clone();
+        if records.iter().any(|(k, r)| keys.contains(k) && r.corrupt) {
             return output(code::IDBM, String::new(), "iscsiadm: Could not read node record\n");
+        }
+        if let Err(none) = self.iscsid("login").await {
+            return none;
         }
         let mut result = 0;
         let mut text = (String::new(), String::new());
         let mut silent = Vec::new();
         for key in keys {
-            match try_login(&mut self.world(), &key) {
+            match try_login(&mut self.world(), &key, &records) {
                 Some(0) => text.0 += &format!("Login to [{}] successful.\n", label(&key)),
                 Some(code) => (result, text.1) = (code, text.1 + &complaint(&key, code)),
                 None => silent.push(key),
@@ -165,7 +201,7 @@ impl SimStorage {
         }
         for key in silent {
             // iscsid tries on until its time is over: a portal that came back is logged in.
-            match try_login(&mut self.world(), &key) {
+            match try_login(&mut self.world(), &key, &records) {
                 Some(0) => text.0 += &format!("Login to [{}] successful.\n", label(&key)),
                 late => {
                     result = late.unwrap_or(code::TRANS_TIMEOUT);
@@ -197,7 +233,7 @@ fn complaint(key: &RecordKey, code: i32) -> String {
 }
 
 /// One login; `None` when nothing answers.
-fn try_login(world: &mut World, key: &RecordKey) -> Option<i32> {
+fn try_login(world: &mut World, key: &RecordKey, records: &Records) -> Option<i32> {
     let (target, portal, iface) = key;
     if world
         .sessions
@@ -214,7 +250,11 @@ fn try_login(world: &mut World, key: &RecordKey) -> Option<i32> {
         None => return Some(code::FATAL_LOGIN),
     }
     let sid = world.login(target, *portal, iface);
-    let scan = world.records.get(key).and_then(|r| r.settings.get("node.session.scan"));
+    let setting = |name: &str| records.get(key).and_then(|r| r.settings.get(name));
+    if let Some(value) = setting("node.session.err_timeo.tgt_reset_timeout") {
+        world.set_session_attribute(sid, "tgt_reset_tmo", value);
+    }
+    let scan = setting("node.session.scan");
     if scan.is_none_or(|s| s != "manual") {
         let host = world.sessions[&sid].host;
         // What iscsid does after a login with scan=auto; a host it just made is there.

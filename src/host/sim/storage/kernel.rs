@@ -43,6 +43,8 @@ pub(super) struct World {
     pub(super) events: broadcast::Sender<Notice>,
     pub(super) targets: BTreeMap<Iqn, SimTarget>,
     pub(super) records: Records,
+    /// The database's lock, with the processes that may hold it: none when they are dead.
+    pub(super) db_lock: Option<Vec<String>>,
     pub(super) sessions: BTreeMap<u32, Session>,
     pub(super) disks: BTreeMap<String, ScsiDev>,
     pub(super) dm: BTreeMap<u32, Dm>,
@@ -63,6 +65,7 @@ impl World {
             events,
             targets: BTreeMap::new(),
             records: Records::default(),
+            db_lock: None,
             sessions: BTreeMap::new(),
             disks: BTreeMap::new(),
             dm: BTreeMap::new(),
@@ -85,6 +88,7 @@ impl World {
         self.dm.clear();
         self.claims.clear();
         self.opens.clear();
+        self.db_lock = None;
         self.multipath.pending.clear();
         (self.last_sid, self.last_diskseq) = (0, 0);
         self.boot_tree();
@@ -189,6 +193,7 @@ impl World {
         tree.put(&format!("{attrs}/ifacename"), iface);
         tree.put(&format!("{attrs}/state"), "LOGGED_IN");
         tree.put(&format!("{attrs}/recovery_tmo"), 120);
+        tree.put(&format!("{attrs}/tgt_reset_tmo"), 30);
         tree.put(&format!("{attrs}/tpgt"), 1);
         tree.link(&format!("{attrs}/device"), &session_dir);
         tree.link(&format!("class/iscsi_session/session{sid}"), &attrs);
@@ -207,6 +212,13 @@ impl World {
         self.emit("add", &iscsi_host, "iscsi_host", &[]);
         self.emit("add", &attrs, "iscsi_session", &[]);
         self.emit("add", &conn, "iscsi_connection", &[]);
+    }
+
+    pub(super) fn set_session_attribute(&mut self, sid: u32, name: &str, value: &str) {
+        if let Some(session) = self.sessions.get(&sid) {
+            let attribute = format!("{}/iscsi_session/session{sid}/{name}", session.dir());
+            self.tree.put(&attribute, value);
+        }
     }
 
     /// Ends a session with all its devices.

@@ -16,11 +16,12 @@
 //! Points where [`Faults`] act, with the detail that a fault is matched against:
 //! `sysfs.read`, `sysfs.list`, `sysfs.resolve`, `sysfs.write` (path); `cmd.run` (program and
 //! arguments, joined by spaces; `exit N` as the text of a failure lets the program run and end with
-//! that code); `multipathd.ask` (command), `multipathd.forget` (WWID); `blocks.flush`,
+//! that code); `iscsid` (`login` or `logout`, once iscsiadm has read the records); `multipathd.ask` (command), `multipathd.forget` (WWID); `blocks.flush`,
 //! `blocks.exclusive`, `blocks.openers` (major:minor); `rundir.lock`, `rundir.load`,
 //! `rundir.store`, `rundir.remove`, `rundir.list` (name); `iscsidb.records`, `iscsidb.remove`
-//! (IQN). Writes to sysfs, flushes, logins and logouts that stall are carried out late even though
-//! their caller has given up, as the kernel and iscsid do; other programs are ended at their deadline.
+//! (IQN), `iscsidb.lock`. Writes to sysfs, flushes, logins and logouts that stall are carried out late
+//! even though their caller has given up, as the kernel and iscsid do; other programs are ended at
+//! their deadline.
 
 mod array;
 mod disks;
@@ -197,6 +198,17 @@ impl SimStorage {
         self.world().records.entry(key).or_default().corrupt = true;
     }
 
+    /// Locks open-iscsi's database, as one of these processes would; with none of them it is the
+    /// lock of an iscsiadm that was killed.
+    pub fn lock_records(&self, by: &[&str]) {
+        self.world().db_lock = Some(by.iter().map(|b| (*b).to_owned()).collect());
+    }
+
+    /// Ends the lock, as its holder would.
+    pub fn unlock_records(&self) {
+        self.world().db_lock = None;
+    }
+
     /// A setting of a node record.
     pub fn record_setting(&self, target: &Iqn, portal: Portal, name: &str) -> Option<String> {
         let key = (target.clone(), portal, "default".to_owned());
@@ -221,6 +233,18 @@ impl SimStorage {
         let mut world = self.world();
         world.multipath.auto = auto;
         world.multipathd_react();
+    }
+
+    /// Whether multipathd answers `delayed` to removals. When it no longer does, it carries out those
+    /// that it has put off.
+    pub fn set_multipathd_delays(&self, delays: bool) {
+        let mut world = self.world();
+        world.multipath.delays = delays;
+        if !delays {
+            for command in std::mem::take(&mut world.multipath.delayed) {
+                world.multipathd_command(&command);
+            }
+        }
     }
 
     /// Lets multipathd handle the disks that wait for it.
@@ -295,6 +319,9 @@ impl SimStorage {
         for ((target, portal, iface), record) in &world.records {
             let corrupt = if record.corrupt { " corrupt" } else { "" };
             line("record", format!("{target} {portal} {iface}{corrupt}"));
+        }
+        if world.db_lock.is_some() {
+            line("lock", "of the records".into());
         }
         for d in world.disks.values() {
             let wwid = d.known.wwid.as_ref().map_or("-", |w| w.as_str());

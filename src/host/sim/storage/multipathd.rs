@@ -13,6 +13,10 @@ pub(super) struct MultipathModel {
     pub(super) auto: bool,
     /// Disks it has not looked at yet.
     pub(super) pending: Vec<String>,
+    /// Whether it puts removals off, as for a map that is in use by udev: `delayed`, a success.
+    pub(super) delays: bool,
+    /// Commands that it has put off.
+    pub(super) delayed: Vec<String>,
     /// `/etc/multipath/wwids`.
     pub(super) wwids: BTreeSet<String>,
     /// `/etc/multipath/bindings`: alias to WWID.
@@ -25,6 +29,8 @@ impl Default for MultipathModel {
             running: true,
             auto: true,
             pending: Vec::new(),
+            delays: false,
+            delayed: Vec::new(),
             wwids: BTreeSet::new(),
             bindings: BTreeMap::new(),
         }
@@ -33,6 +39,8 @@ impl Default for MultipathModel {
 
 /// What the daemon answers when a command failed.
 pub(super) const FAIL: &str = "fail\n";
+/// What it answers when it will do it later, or not.
+pub(super) const DELAYED: &str = "delayed\n";
 /// What it answers when a command needs no other answer.
 pub(super) const OK: &str = "ok\n";
 
@@ -100,6 +108,10 @@ impl World {
     /// Carries out one command of the daemon's socket.
     pub(super) fn multipathd_command(&mut self, command: &str) -> String {
         let words: Vec<&str> = command.split_whitespace().collect();
+        if self.multipath.delays && matches!(words[..], ["del" | "remove", ..]) {
+            self.multipath.delayed.push(command.to_owned());
+            return DELAYED.into();
+        }
         let done = |ok: bool| if ok { OK.to_owned() } else { FAIL.to_owned() };
         match words[..] {
             ["show" | "list", "daemon"] => "pid 1 idle\n".into(),

@@ -163,13 +163,20 @@ impl Leases {
         self.load_file(&name).await.map(|lease| lease.unwrap_or_else(|| self.empty(target)))
     }
 
-    /// All leases of this boot.
+    /// All leases of this boot that can be read. One that cannot is told and left: it is its target's
+    /// trouble alone.
     pub(crate) async fn all<M: Made>(&self) -> Result<Vec<Lease<M>>, Error> {
         let dir = format!("leases/{}", M::TRANSPORT);
         let names = self.doors.rundir.list(&dir).await.map_err(Error::store("listing leases"))?;
         let mut all = Vec::new();
         for name in names {
-            all.extend(self.load_file(&format!("{dir}/{name}")).await?);
+            match self.load_file(&format!("{dir}/{name}")).await {
+                Ok(lease) => all.extend(lease),
+                Err(error) => {
+                    let why = super::error::chain(&error);
+                    tracing::error!(why, "see docs/operations.md, damaged records");
+                }
+            }
         }
         Ok(all)
     }

@@ -13,4 +13,5 @@ mod main_job;
 mod property;
 mod restart;
 mod serving;
+mod stores;
 mod world;

@@ -108,7 +108,11 @@ impl IscsiConnector {
         for lease in self.inner.leases.all::<Made>().await? {
             let Ok(target) = lease.target.parse::<Iqn>() else { continue };
             let portals: Vec<Portal> = lease.made.portals().into_iter().collect();
-            self.inner.settle(&target, &portals).await?;
+            // One target's trouble must not keep what is left at the others.
+            if let Err(error) = self.inner.settle(&target, &portals).await {
+                let why = super::error::chain(&error);
+                tracing::error!(%target, why, "what was left behind could not be swept");
+            }
         }
         Ok(())
     }

@@ -86,6 +86,11 @@ pub(crate) struct MapLease {
 }
 
 impl<M> Lease<M> {
+    /// The boot that it is of.
+    pub(crate) fn boot_id(&self) -> &str {
+        &self.boot_id
+    }
+
     /// The user of that name.
     pub(crate) fn user(&self, owner: &VolumeKey) -> Option<&User> {
         self.users.iter().find(|u| u.owner == *owner)
@@ -306,9 +311,11 @@ pub(crate) struct Claim {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Claims {
-    boot_id: String,
-    claims: Vec<Claim>,
+pub(crate) struct Claims {
+    /// The boot that they are of.
+    pub(crate) boot_id: String,
+    /// Those that there are.
+    pub(crate) claims: Vec<Claim>,
 }
 
 /// A name as a file's name: injective, within `[A-Za-z0-9._-]` and 255 bytes.

@@ -15,7 +15,9 @@
 
 mod desired;
 mod effects;
+pub mod inspect;
 mod store;
+pub mod verify;
 
 pub use desired::{Desired, StoredVolume};
 pub use effects::{DiskEffect, Effects, EffectsStore, NodeEffect};

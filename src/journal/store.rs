@@ -211,7 +211,7 @@ fn open_known(at: &Path, path: &Path, flags: OpenFlags) -> Result<Connection, Er
 }
 
 /// What SQLite finds wrong with the database's pages, `most` lines at most.
-fn integrity(connection: &Connection, most: u32) -> Result<Vec<String>, rusqlite::Error> {
+pub(super) fn integrity(connection: &Connection, most: u32) -> Result<Vec<String>, rusqlite::Error> {
     let mut check = connection.prepare(&format!("PRAGMA integrity_check({most})"))?;
     let lines = check.query_map([], |r| r.get::<_, String>(0))?.collect::<Result<Vec<_>, _>>()?;
     Ok(lines.into_iter().filter(|line| line != "ok").collect())
@@ -220,6 +220,28 @@ fn integrity(connection: &Connection, most: u32) -> Result<Vec<String>, rusqlite
 /// The database at `path` as it is now, in memory, with what only its `-wal` has; nothing of it is
 /// touched. `scratch` is where it is copied to for a moment.
 pub(super) fn copy_of(path: &Path, scratch: &Path) -> Result<Connection, Error> {
+    let of = |source| Error::of(path, source);
+    with_copy(path, scratch, |copy| {
+        let file = open_known(copy, path, COPY)?;
+        // What is in memory cannot have a WAL, and the backup copies the mode too.
+        file.query_row("PRAGMA journal_mode = DELETE", [], |_| Ok(())).map_err(of)?;
+        let mut memory = Connection::open_in_memory().map_err(of)?;
+        let backup = rusqlite::backup::Backup::new(&file, &mut memory).map_err(of)?;
+        backup.run_to_completion(1000, Duration::ZERO, None).map_err(of)?;
+        drop(backup);
+        memory.execute_batch("PRAGMA query_only = ON;").map_err(of)?;
+        Ok(memory)
+    })
+}
+
+const COPY: OpenFlags = OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
+
+/// Shows `work` a copy of the database at `path`, whatever state that is in.
+pub(super) fn with_copy<T>(
+    path: &Path,
+    scratch: &Path,
+    work: impl FnOnce(&Path) -> Result<T, Error>,
+) -> Result<T, Error> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let n = COUNT.fetch_add(1, Ordering::Relaxed);
     let dir = scratch.join(format!(".state-copy-{}-{n}", std::process::id()));
@@ -231,17 +253,7 @@ pub(super) fn copy_of(path: &Path, scratch: &Path) -> Result<Connection, Error> 
     let copied = (|| {
         let copy = dir.join("copy.db");
         copy_still(path, &copy).map_err(io(path))?;
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let file = open_known(&copy, path, flags)?;
-        let of = |source| Error::of(path, source);
-        // What is in memory cannot have a WAL, and the backup copies the mode too.
-        file.query_row("PRAGMA journal_mode = DELETE", [], |_| Ok(())).map_err(of)?;
-        let mut memory = Connection::open_in_memory().map_err(of)?;
-        let backup = rusqlite::backup::Backup::new(&file, &mut memory).map_err(of)?;
-        backup.run_to_completion(1000, Duration::ZERO, None).map_err(of)?;
-        drop(backup);
-        memory.execute_batch("PRAGMA query_only = ON;").map_err(of)?;
-        Ok(memory)
+        work(&copy)
     })();
     // Nothing of it is needed any more, whatever came of it.
     let _ = fs::remove_dir_all(&dir);

@@ -46,7 +46,8 @@ use crate::spec::{IscsiSource, MultipathPolicy, Source};
 use crate::types::{Iqn, Outcome, Portal, VolumeKey, Wwid};
 use base::describe;
 use gather::Gathered;
-use login::{Logins, Made};
+use login::Logins;
+pub(super) use login::Made;
 
 /// Attaches and detaches iSCSI LUNs. Clones share everything.
 #[derive(Clone)]

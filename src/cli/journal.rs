@@ -58,9 +58,8 @@ impl Place {
             Failure::plain(Exit::Usage, format!("{error}{}", cause.unwrap_or_default()))
         })?;
         let config = config.config;
-        let sidecar = |vm: &VmId| {
-            config.state_dir.join(format!("{}_{}.db", vm.namespace(), vm.name()))
-        };
+        let sidecar =
+            |vm: &VmId| config.state_dir.join(format!("{}_{}.db", vm.namespace(), vm.name()));
         let only = self.vm.as_ref().map(sidecar);
         if let Some(store) = only.as_ref().filter(|store| !facts::is_there(store)) {
             let message = format!("there is no sidecar's store {}", store.display());
@@ -113,11 +112,7 @@ pub(super) async fn run(
     }
 }
 
-fn report(
-    findings: &[Finding],
-    format: Format,
-    screen: &mut Screen<'_>,
-) -> Result<(), Failure> {
+fn report(findings: &[Finding], format: Format, screen: &mut Screen<'_>) -> Result<(), Failure> {
     let problems = findings.iter().filter(|f| !f.note).count();
     if format == Format::Table {
         for finding in findings {

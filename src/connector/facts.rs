@@ -80,7 +80,6 @@ pub fn read_lease(name: &str, bytes: &[u8]) -> Result<LeaseFacts, String> {
 /// Reads the claims on a LUN, and the boot that they are of.
 pub fn read_claims(bytes: &[u8]) -> Result<(String, Vec<ClaimFacts>), String> {
     let claims: Claims = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    let claim =
-        |c: Claim| ClaimFacts { owner: c.owner, target: c.target, shareable: c.shareable };
+    let claim = |c: Claim| ClaimFacts { owner: c.owner, target: c.target, shareable: c.shareable };
     Ok((claims.boot_id, claims.claims.into_iter().map(claim).collect()))
 }

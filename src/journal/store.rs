@@ -211,7 +211,10 @@ fn open_known(at: &Path, path: &Path, flags: OpenFlags) -> Result<Connection, Er
 }
 
 /// What SQLite finds wrong with the database's pages, `most` lines at most.
-pub(super) fn integrity(connection: &Connection, most: u32) -> Result<Vec<String>, rusqlite::Error> {
+pub(super) fn integrity(
+    connection: &Connection,
+    most: u32,
+) -> Result<Vec<String>, rusqlite::Error> {
     let mut check = connection.prepare(&format!("PRAGMA integrity_check({most})"))?;
     let lines = check.query_map([], |r| r.get::<_, String>(0))?.collect::<Result<Vec<_>, _>>()?;
     Ok(lines.into_iter().filter(|line| line != "ok").collect())

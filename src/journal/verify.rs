@@ -95,7 +95,14 @@ impl Judge<'_> {
         self.push(place, problem, means, "Nothing.", true);
     }
 
-    fn push(&mut self, place: String, problem: impl Display, means: &str, remedy: &str, note: bool) {
+    fn push(
+        &mut self,
+        place: String,
+        problem: impl Display,
+        means: &str,
+        remedy: &str,
+        note: bool,
+    ) {
         let (problem, means, remedy) = (problem.to_string(), means.into(), remedy.into());
         self.findings.push(Finding { place, problem, means, remedy, note });
     }
@@ -141,12 +148,14 @@ impl Judge<'_> {
             let name = format!("{}/{} {}", identity.vm, identity.volume, identity.source);
             let place = row("identities", &name);
             if let Err(error) = identity.wwid.parse::<Wwid>() {
-                let means = "this volume cannot be attached: nobody can say whether it is the same LUN";
+                let means =
+                    "this volume cannot be attached: nobody can say whether it is the same LUN";
                 self.problem(place.clone(), error, means, DAMAGED_RECORDS);
             }
             if !store.vms.iter().any(|vm| vm.vm == identity.vm) {
                 let means = "it is used when a VM of that name is registered again";
-                let remedy = "Harmless; delete the row while lunplugd is stopped if it is not meant.";
+                let remedy =
+                    "Harmless; delete the row while lunplugd is stopped if it is not meant.";
                 self.problem(place, "its VM is not registered", means, remedy);
             }
         }
@@ -201,7 +210,11 @@ impl Judge<'_> {
                 None
             }
             Ok(value) if boot_of(value) != self.found.boot_id => {
-                self.note(place, "it is of an earlier boot", "it is void: that boot's end undid it");
+                self.note(
+                    place,
+                    "it is of an earlier boot",
+                    "it is void: that boot's end undid it",
+                );
                 None
             }
             Ok(value) => Some(value),
@@ -236,7 +249,8 @@ impl Judge<'_> {
             if self.skips(&key.vm) {
                 continue;
             }
-            let means = "lunplugd does not know what was done for this volume, and leaves it as it is";
+            let means =
+                "lunplugd does not know what was done for this volume, and leaves it as it is";
             let place = self.file(&file.name);
             let effects = self.current(file, |e| e.boot_id(), means);
             if effects.is_some() || file.value.is_err() {
@@ -267,7 +281,8 @@ impl Judge<'_> {
             if self.skips(&key.vm) {
                 continue;
             }
-            let means = "lunplugd does not know whether the volume is to go, and leaves its VM unserved";
+            let means =
+                "lunplugd does not know whether the volume is to go, and leaves its VM unserved";
             if self.current(file, |r| &r.boot_id, means).is_none() {
                 continue;
             }
@@ -293,7 +308,8 @@ impl Judge<'_> {
     fn leases(&mut self) {
         let found = self.found;
         for file in &found.leases {
-            let means = "no volume of this target can be attached or detached; guests keep their disks";
+            let means =
+                "no volume of this target can be attached or detached; guests keep their disks";
             self.known.blind |= file.value.is_err();
             let Some(lease) = self.current(file, |l| &l.boot_id, means) else { continue };
             let place = self.file(&file.name);
@@ -309,7 +325,8 @@ impl Judge<'_> {
                 self.user(&place, user);
             }
             if lease.users.is_empty() && !lease.portals.is_empty() {
-                let problem = format!("nobody uses it, but lunplug has made {}", lease.portals.join(", "));
+                let problem =
+                    format!("nobody uses it, but lunplug has made {}", lease.portals.join(", "));
                 let means = "records or sessions at these portals that nobody needs";
                 self.problem(place, problem, means, NEXT_START);
             }
@@ -338,14 +355,20 @@ impl Judge<'_> {
             let place = format!("{place}: {owner}");
             let problem = format!("it has {wwid} without a claim in {}", self.file(&name));
             let means = "another volume could be given the same LUN by another target";
-            self.problem(place, problem, means, "Remove the volume when it can be spared, and add it again: that claims it.");
+            self.problem(
+                place,
+                problem,
+                means,
+                "Remove the volume when it can be spared, and add it again: that claims it.",
+            );
         }
     }
 
     fn claims(&mut self) {
         let found = self.found;
         for file in &found.claims {
-            let means = "no volume with this LUN can be attached or detached; guests keep their disks";
+            let means =
+                "no volume with this LUN can be attached or detached; guests keep their disks";
             let Some((_, claims)) = self.current(file, |c| &c.0, means) else { continue };
             let place = self.file(&file.name);
             for claim in claims.iter().filter(|_| !self.known.blind) {
@@ -376,10 +399,11 @@ impl Judge<'_> {
     fn rest(&mut self) {
         for name in &self.found.others {
             let place = self.file(name);
-            self.note(place, "not a file of lunplug's, or one that was being written", "a killed process left it");
+            self.note(
+                place,
+                "not a file of lunplug's, or one that was being written",
+                "a killed process left it",
+            );
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

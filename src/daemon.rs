@@ -166,7 +166,7 @@ async fn open(config: &Config, form: &Form) -> Result<Arc<Registry>, Error> {
         }
         (Doors::sim(&host), Desired::in_memory())
     } else {
-        (Doors::real(config)?, Desired::open(&store_path(config, form)))
+        (Doors::real(config)?, Desired::open_beside(&store_path(config, form), &config.run_dir))
     };
     compose(config, form, doors, desired.map_err(|e| Error::Open(e.into()))?).await
 }
@@ -282,6 +282,7 @@ fn node_info(
         simulated: form.simulated,
         only_vm: form.only_vm.clone(),
         stuck_calls: 0,
+        state_trouble: None,
         max_vms: config.limits.max_vms,
         max_volumes_per_vm: config.limits.max_volumes_per_vm,
     }

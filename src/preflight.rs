@@ -116,6 +116,10 @@ pub fn check(config: &Config, facts: &dyn Facts) -> Vec<Lack> {
     }
     for (key, path) in [("state_dir", &config.state_dir), ("run_dir", &config.run_dir)] {
         if let Err(why) = facts.writable_dir(path) {
+            if key == "state_dir" && facts.exists(path) {
+                // What is stored there can be read, and volumes be removed; the store says it if not.
+                continue;
+            }
             lacks.push(Lack::Directory { key, path: path.clone(), why });
         }
     }
@@ -234,6 +238,43 @@ mod tests {
             assert!(!lines[0].contains('\n'));
         }
         assert_eq!(lines(0, &["/sys", "iscsiadm", "net"]).len(), 3);
+    }
+
+    #[test]
+    fn a_state_directory_that_is_only_readable_is_the_stores_affair() {
+        struct ReadOnly(Host);
+        impl Facts for ReadOnly {
+            fn euid(&self) -> u32 {
+                0
+            }
+            fn has_program(&self, name: &str) -> bool {
+                self.0.has_program(name)
+            }
+            fn exists(&self, path: &Path) -> bool {
+                self.0.exists(path)
+            }
+            fn text(&self, path: &Path) -> Option<String> {
+                self.0.text(path)
+            }
+            fn has_openat2(&self) -> bool {
+                true
+            }
+            fn writable_dir(&self, path: &Path) -> io::Result<()> {
+                let fine = path != Path::new("/var/lib/lunplug");
+                fine.then_some(()).ok_or_else(|| io::ErrorKind::ReadOnlyFilesystem.into())
+            }
+            fn writable_fs(&self, _: &Path) -> bool {
+                true
+            }
+            fn in_host_pid_namespace(&self) -> bool {
+                true
+            }
+            fn in_net_namespace_of_pid_1(&self) -> bool {
+                true
+            }
+        }
+        let lacks = check(&Config::default(), &ReadOnly(Host::default()));
+        assert!(lacks.is_empty(), "{lacks:?}");
     }
 
     #[test]

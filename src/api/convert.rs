@@ -403,5 +403,6 @@ pub fn wire_node(node: &NodeInfo) -> v1::Node {
             max_volumes_per_vm: node.max_volumes_per_vm,
         }),
         stuck_calls: node.stuck_calls,
+        state_trouble: node.state_trouble.clone().unwrap_or_default(),
     }
 }

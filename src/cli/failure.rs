@@ -34,6 +34,8 @@ pub enum Exit {
     Denied = 7,
     /// Called off.
     Cancelled = 8,
+    /// `journal verify` found problems.
+    Problems = 9,
 }
 
 impl From<Kind> for Exit {

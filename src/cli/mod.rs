@@ -5,6 +5,7 @@ mod client;
 mod describe;
 mod failure;
 mod file;
+mod journal;
 mod list;
 mod node;
 mod output;
@@ -35,6 +36,7 @@ Exit codes:
   6  not now, or not within --timeout; lunplugd goes on with it
   7  not allowed
   8  called off
+  9  journal verify found problems
 docs/errors.md explains every reason.";
 
 /// Hot-plugs SAN volumes into running KVM virtual machines, by the lunplugd of this node.
@@ -83,6 +85,9 @@ enum Command {
     Node,
     /// Follow the changes of volumes.
     Watch(watch::Args),
+    /// Look at what is stored, without lunplugd: as root, beside it or while it is down.
+    #[command(subcommand)]
+    Journal(journal::Command),
 }
 
 /// Names a VM.
@@ -154,6 +159,7 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
         Command::Vm(command) => vm::run(command, &socket, format, screen).await,
         Command::Node => node::run(&socket, format, screen).await,
         Command::Watch(args) => watch::run(args, &socket, format, screen).await,
+        Command::Journal(command) => journal::run(command, format, screen).await,
     }
 }
 

@@ -24,6 +24,7 @@ struct NodeView {
     max_vms: u32,
     max_volumes_per_vm: u32,
     stuck_calls: u64,
+    state_trouble: String,
 }
 
 impl From<v1::Node> for NodeView {
@@ -42,6 +43,7 @@ impl From<v1::Node> for NodeView {
             max_vms: limits.max_vms,
             max_volumes_per_vm: limits.max_volumes_per_vm,
             stuck_calls: node.stuck_calls,
+            state_trouble: node.state_trouble,
         }
     }
 }
@@ -75,6 +77,7 @@ pub(super) async fn run(
                 format!("{} into the kernel; see dmesg", node.stuck_calls)
             },
         ),
+        ("State", node.state_trouble),
         ("VMs at most", node.max_vms.to_string()),
         ("Volumes a VM", node.max_volumes_per_vm.to_string()),
     ];

@@ -90,6 +90,11 @@ pub(crate) struct MapLease {
 }
 
 impl<M> Lease<M> {
+    /// The boot that it is of.
+    pub(crate) fn boot_id(&self) -> &str {
+        &self.boot_id
+    }
+
     /// The user of that name.
     pub(crate) fn user(&self, owner: &VolumeKey) -> Option<&User> {
         self.users.iter().find(|u| u.owner == *owner)
@@ -167,13 +172,20 @@ impl Leases {
         self.load_file(&name).await.map(|lease| lease.unwrap_or_else(|| self.empty(target)))
     }
 
-    /// All leases of this boot.
+    /// All leases of this boot that can be read. One that cannot is told and left: it is its target's
+    /// trouble alone.
     pub(crate) async fn all<M: Made>(&self) -> Result<Vec<Lease<M>>, Error> {
         let dir = format!("leases/{}", M::TRANSPORT);
         let names = self.doors.rundir.list(&dir).await.map_err(Error::store("listing leases"))?;
         let mut all = Vec::new();
         for name in names {
-            all.extend(self.load_file(&format!("{dir}/{name}")).await?);
+            match self.load_file(&format!("{dir}/{name}")).await {
+                Ok(lease) => all.extend(lease),
+                Err(error) => {
+                    let why = super::error::chain(&error);
+                    tracing::error!(why, "see docs/operations.md, damaged records");
+                }
+            }
         }
         Ok(all)
     }
@@ -303,9 +315,11 @@ pub(crate) struct Claim {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Claims {
-    boot_id: String,
-    claims: Vec<Claim>,
+pub(crate) struct Claims {
+    /// The boot that they are of.
+    pub(crate) boot_id: String,
+    /// Those that there are.
+    pub(crate) claims: Vec<Claim>,
 }
 
 /// A name as a file's name: injective, within `[A-Za-z0-9._-]` and 255 bytes.

@@ -2,6 +2,7 @@
 
 mod bounded;
 pub mod error;
+pub mod facts;
 mod guestlun;
 mod identity;
 pub mod iscsi;

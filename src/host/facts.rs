@@ -89,6 +89,11 @@ pub fn hostname() -> String {
         .map_or_else(|_| "localhost".into(), |name| name.trim().into())
 }
 
+/// Whether a file is there.
+pub fn is_there(path: &Path) -> bool {
+    path.exists()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,40 +3,15 @@
 //! An operator can read it with `sqlite3`; the values are JSON. Every write is one transaction with
 //! `synchronous=FULL`, so that a call that returned is on disk.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::Arc;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::Error;
+use super::store::Store;
 use crate::spec::{RemoveOptions, VmSpec, VolumeSpec};
 use crate::types::{VmId, VolumeKey, Wwid};
-
-/// The schema that this version writes; newer ones are refused.
-const SCHEMA: i64 = 1;
-
-const CREATE: &str = "
-    CREATE TABLE vms (
-        vm TEXT PRIMARY KEY,
-        spec TEXT NOT NULL
-    ) STRICT;
-    CREATE TABLE volumes (
-        vm TEXT NOT NULL REFERENCES vms(vm),
-        volume TEXT NOT NULL,
-        position INTEGER NOT NULL,
-        spec TEXT NOT NULL,
-        accept_new_identity INTEGER NOT NULL,
-        removing TEXT,
-        PRIMARY KEY (vm, volume)
-    ) STRICT;
-    CREATE TABLE identities (
-        vm TEXT NOT NULL,
-        volume TEXT NOT NULL,
-        source TEXT NOT NULL,
-        wwid TEXT NOT NULL,
-        PRIMARY KEY (vm, volume, source)
-    ) STRICT;
-    PRAGMA user_version = 1;";
 
 /// A volume as it is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,76 +26,53 @@ pub struct StoredVolume {
 
 /// The durable store. Clones share one connection, used by one blocking call at a time.
 #[derive(Debug, Clone)]
-pub struct Desired {
-    path: Arc<PathBuf>,
-    connection: Arc<Mutex<Connection>>,
-}
+pub struct Desired(Arc<Store>);
 
 impl Desired {
     /// Opens the database at `path`, or makes it (its directory with mode 0700).
     pub fn open(path: &Path) -> Result<Self, Error> {
-        if let Some(dir) = path.parent() {
-            let io = |source| Error::Io { what: dir.display().to_string(), source };
-            std::os::unix::fs::DirBuilderExt::mode(
-                std::fs::DirBuilder::new().recursive(true),
-                0o700,
-            )
-            .create(dir)
-            .map_err(io)?;
-        }
-        let database = |source| Error::Database { path: path.to_owned(), source };
-        let connection = Connection::open(path).map_err(database)?;
-        Self::prepare(connection, path.to_owned())
+        Self::open_beside(path, &std::env::temp_dir())
+    }
+
+    /// The same. While its disk is full or read-only the store is read by way of a copy below
+    /// `scratch`, and every write is refused; it becomes whole with the first write that succeeds.
+    pub fn open_beside(path: &Path, scratch: &Path) -> Result<Self, Error> {
+        Store::open(path, scratch).map(|store| Self(Arc::new(store)))
     }
 
     /// A store in memory, for the simulated host.
     pub fn in_memory() -> Result<Self, Error> {
-        let path = PathBuf::from(":memory:");
-        let database = |source| Error::Database { path: path.clone(), source };
-        let connection = Connection::open_in_memory().map_err(database)?;
-        Self::prepare(connection, path)
+        Store::in_memory().map(|store| Self(Arc::new(store)))
     }
 
-    fn prepare(connection: Connection, path: PathBuf) -> Result<Self, Error> {
-        let database = |source| Error::Database { path: path.clone(), source };
-        let version: i64 =
-            connection.query_row("PRAGMA user_version", [], |r| r.get(0)).map_err(database)?;
-        if version > SCHEMA {
-            return Err(Error::Newer { path, found: version, known: SCHEMA });
-        }
-        connection
-            .execute_batch(
-                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
-                 PRAGMA busy_timeout = 5000;",
-            )
-            .map_err(database)?;
-        if version == 0 {
-            connection.execute_batch(&format!("BEGIN; {CREATE} COMMIT;")).map_err(database)?;
-        }
-        Ok(Self { path: Arc::new(path), connection: Arc::new(Mutex::new(connection)) })
+    /// Why nothing can be written, if that is so.
+    pub async fn trouble(&self) -> Option<String> {
+        let store = self.0.clone();
+        tokio::task::spawn_blocking(move || store.trouble()).await.ok().flatten()
     }
 
-    /// Runs `work` on a blocking worker; the connection is locked for its time.
-    async fn with<T: Send + 'static>(
+    /// Reads on a blocking worker.
+    async fn read<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let store = self.0.clone();
+        tokio::task::spawn_blocking(move || store.read(work)).await.map_err(|_| Error::Closed)?
+    }
+
+    /// Writes on a blocking worker.
+    async fn write<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let this = self.clone();
-        let joined = tokio::task::spawn_blocking(move || {
-            // SQLite rolls back what a panicking holder had begun.
-            let mut held = this.connection.lock().unwrap_or_else(PoisonError::into_inner);
-            work(&mut held)
-        });
-        joined
-            .await
-            .map_err(|_| Error::Closed)?
-            .map_err(|source| Error::Database { path: self.path.to_path_buf(), source })
+        let store = self.0.clone();
+        tokio::task::spawn_blocking(move || store.write(work)).await.map_err(|_| Error::Closed)?
     }
 
     /// All VMs, ordered by name; one whose value is damaged is an error of its own, with its name.
     pub async fn vms(&self) -> Result<Vec<Result<VmSpec, (String, Error)>>, Error> {
         let rows = self
-            .with(|c| {
+            .read(|c| {
                 c.prepare("SELECT vm, spec FROM vms ORDER BY vm")?
                     .query_map([], |r| Ok((r.get::<_, String>(0)?, r.get::<_, String>(1)?)))?
                     .collect::<Result<Vec<_>, _>>()
@@ -135,7 +87,7 @@ impl Desired {
     /// Stores a VM.
     pub async fn put_vm(&self, spec: &VmSpec) -> Result<(), Error> {
         let (vm, json) = (spec.id.to_string(), render(spec)?);
-        self.with(move |c| {
+        self.write(move |c| {
             c.execute(
                 "INSERT INTO vms (vm, spec) VALUES (?1, ?2)
                  ON CONFLICT (vm) DO UPDATE SET spec = excluded.spec",
@@ -149,7 +101,7 @@ impl Desired {
     /// Forgets a VM, its volumes and their identities.
     pub async fn delete_vm(&self, vm: &VmId) -> Result<(), Error> {
         let vm = vm.to_string();
-        self.with(move |c| {
+        self.write(move |c| {
             let tx = c.transaction()?;
             for table in ["volumes", "identities", "vms"] {
                 tx.execute(&format!("DELETE FROM {table} WHERE vm = ?1"), [&vm])?;
@@ -163,7 +115,7 @@ impl Desired {
     pub async fn volumes(&self, vm: &VmId) -> Result<Vec<StoredVolume>, Error> {
         let id = vm.to_string();
         let rows = self
-            .with(move |c| {
+            .read(move |c| {
                 c.prepare(
                     "SELECT volume, spec, accept_new_identity, removing FROM volumes
                      WHERE vm = ?1 ORDER BY position",
@@ -191,7 +143,7 @@ impl Desired {
         let (vm, name) = (vm.to_string(), volume.spec.name.to_string());
         let (json, accept) = (render(&volume.spec)?, volume.accept_new_identity);
         let removing = volume.removing.as_ref().map(render).transpose()?;
-        self.with(move |c| {
+        self.write(move |c| {
             c.execute(
                 "INSERT INTO volumes (vm, volume, position, spec, accept_new_identity, removing)
                  VALUES (?1, ?2, (SELECT coalesce(max(position), 0) + 1 FROM volumes WHERE vm = ?1), ?3, ?4, ?5)
@@ -208,7 +160,7 @@ impl Desired {
     /// A volume is wanted no more. It stays known until it is gone, whatever boots come in between.
     pub async fn put_removal(&self, key: &VolumeKey, options: RemoveOptions) -> Result<(), Error> {
         let (vm, name, json) = (key.vm.to_string(), key.volume.to_string(), render(&options)?);
-        self.with(move |c| {
+        self.write(move |c| {
             c.execute(
                 "UPDATE volumes SET removing = ?3 WHERE vm = ?1 AND volume = ?2",
                 params![vm, name, json],
@@ -222,7 +174,7 @@ impl Desired {
     /// volume of that name and source comes back.
     pub async fn delete_volume(&self, key: &VolumeKey) -> Result<(), Error> {
         let (vm, name) = (key.vm.to_string(), key.volume.to_string());
-        self.with(move |c| {
+        self.write(move |c| {
             c.execute("DELETE FROM volumes WHERE vm = ?1 AND volume = ?2", params![vm, name])
         })
         .await
@@ -233,7 +185,7 @@ impl Desired {
     pub async fn identity(&self, key: &VolumeKey, source: &str) -> Result<Option<Wwid>, Error> {
         let (vm, name, source) = (key.vm.to_string(), key.volume.to_string(), source.to_owned());
         let found = self
-            .with(move |c| {
+            .read(move |c| {
                 c.query_row(
                     "SELECT wwid FROM identities WHERE vm = ?1 AND volume = ?2 AND source = ?3",
                     params![vm, name, source],
@@ -254,7 +206,7 @@ impl Desired {
     ) -> Result<(), Error> {
         let (vm, name, source) = (key.vm.to_string(), key.volume.to_string(), source.to_owned());
         let wwid = wwid.to_string();
-        self.with(move |c| {
+        self.write(move |c| {
             let tx = c.transaction()?;
             tx.execute(
                 "INSERT INTO identities (vm, volume, source, wwid) VALUES (?1, ?2, ?3, ?4)
@@ -356,7 +308,7 @@ mod tests {
     async fn a_damaged_value_is_named_not_reset_and_is_that_vms_alone() {
         let store = Desired::in_memory().unwrap();
         store.put_vm(&vm("b")).await.unwrap();
-        store.with(|c| c.execute("INSERT INTO vms VALUES ('prod/a', '{')", [])).await.unwrap();
+        store.write(|c| c.execute("INSERT INTO vms VALUES ('prod/a', '{')", [])).await.unwrap();
         let vms = store.vms().await.unwrap();
         let (name, error) = vms[0].as_ref().unwrap_err();
         assert_eq!((name.as_str(), error.reason()), ("prod/a", Reason::RecordCorrupt));

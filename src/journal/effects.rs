@@ -36,9 +36,9 @@ pub struct DiskEffect {
 /// although that may be full, and in a file of its own, for the volume's effects may be being
 /// written by an attach that it is about to end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Removal {
-    boot_id: String,
-    options: RemoveOptions,
+pub(super) struct Removal {
+    pub(super) boot_id: String,
+    pub(super) options: RemoveOptions,
 }
 
 /// What was begun for one volume. An absent field was not begun, or is undone.
@@ -68,6 +68,11 @@ pub struct Effects {
 }
 
 impl Effects {
+    /// The boot in which this was written.
+    pub fn boot_id(&self) -> &str {
+        &self.boot_id
+    }
+
     /// Whether nothing is left to undo.
     pub fn is_empty(&self) -> bool {
         let Self { host, device, node, grant, disk, .. } = self;

@@ -15,6 +15,9 @@
 
 mod desired;
 mod effects;
+pub mod inspect;
+mod store;
+pub mod verify;
 
 pub use desired::{Desired, StoredVolume};
 pub use effects::{DiskEffect, Effects, EffectsStore, NodeEffect};
@@ -45,6 +48,23 @@ pub enum Error {
         #[source]
         source: rusqlite::Error,
     },
+    /// Its disk is full, read-only or does not answer. What was asked for was not done.
+    #[error("the state in {} cannot be written, so nothing new is taken on", .path.display())]
+    Unwritable {
+        /// The database.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// The file is not the database that it was. It is never reset silently.
+    #[error("the state in {} is damaged: {what}", .path.display())]
+    Corrupt {
+        /// The database.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// A value in a store is not what it should be. It is never reset silently.
     #[error("{what} in the state is damaged")]
     Damaged {
@@ -73,8 +93,10 @@ impl Error {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Newer { .. } => Reason::StateStoreNewer,
-            Self::Database { .. } | Self::Io { .. } => Reason::StateStoreFailed,
-            Self::Damaged { .. } => Reason::RecordCorrupt,
+            Self::Database { .. } | Self::Unwritable { .. } | Self::Io { .. } => {
+                Reason::StateStoreFailed
+            }
+            Self::Corrupt { .. } | Self::Damaged { .. } => Reason::RecordCorrupt,
             Self::Closed => Reason::ShuttingDown,
         }
     }

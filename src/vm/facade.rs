@@ -147,6 +147,8 @@ pub struct NodeInfo {
     pub only_vm: Option<VmId>,
     /// Calls into the kernel that were abandoned and have not come back.
     pub stuck_calls: u64,
+    /// Why nothing new can be stored; `None` when all is well.
+    pub state_trouble: Option<String>,
     /// At most so many VMs.
     pub max_vms: u32,
     /// At most so many volumes a VM.

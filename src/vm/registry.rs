@@ -322,7 +322,19 @@ impl Volumes for Registry {
         // Nothing is added from here on.
         served.handler.stop(Duration::ZERO).await;
         self.vms().remove(id);
-        self.desired.delete_vm(id).await.map_err(Failure::from)?;
+        if let Err(error) = self.desired.delete_vm(id).await {
+            // It is registered still, so it is served on.
+            let spec = served.ways.spec().clone();
+            drop(served);
+            match self.serve(spec.clone()).await {
+                Ok(served) => drop(self.vms().insert(spec.id, Arc::new(served))),
+                Err(failure) => {
+                    let unserved = (spec, failure, Timestamp::now());
+                    self.unserved().insert(id.clone(), unserved);
+                }
+            }
+            return Err(Failure::from(error).into());
+        }
         for failed in self.board.list(Some(id)) {
             self.board.close(&failed.key);
         }
@@ -374,6 +386,11 @@ impl Volumes for Registry {
 
     async fn node(&self) -> NodeInfo {
         let multipathd = self.storage.multipathd.ask("show daemon").await.is_ok();
-        NodeInfo { multipathd, stuck_calls: (self.storage.stuck)(), ..self.settings.node.clone() }
+        NodeInfo {
+            multipathd,
+            stuck_calls: (self.storage.stuck)(),
+            state_trouble: self.desired.trouble().await,
+            ..self.settings.node.clone()
+        }
     }
 }

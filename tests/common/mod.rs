@@ -176,6 +176,7 @@ impl Volumes for Facade {
             simulated: true,
             only_vm: None,
             stuck_calls: 2,
+            state_trouble: None,
             max_vms: 1,
             max_volumes_per_vm: 2,
         }

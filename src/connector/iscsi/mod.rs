@@ -49,7 +49,8 @@ use crate::step::Step;
 use crate::types::{Iqn, Outcome, Portal, VolumeKey, Wwid};
 use base::describe;
 use gather::Gathered;
-use login::{Logins, Made};
+use login::Logins;
+pub(super) use login::Made;
 
 /// Attaches and detaches iSCSI LUNs. Clones share everything.
 #[derive(Clone)]
@@ -115,7 +116,11 @@ impl IscsiConnector {
         for lease in self.inner.leases.all::<Made>().await? {
             let Ok(target) = lease.target.parse::<Iqn>() else { continue };
             let portals: Vec<Portal> = lease.made.portals().into_iter().collect();
-            self.inner.settle(&target, &portals).await?;
+            // One target's trouble must not keep what is left at the others.
+            if let Err(error) = self.inner.settle(&target, &portals).await {
+                let why = super::error::chain(&error);
+                tracing::error!(%target, why, "what was left behind could not be swept");
+            }
         }
         for (target, portal) in session::marked(&*self.inner.doors.sysfs).await? {
             self.inner.settle(&target, &[portal]).await?;

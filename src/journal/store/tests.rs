@@ -1,0 +1,220 @@
+//! Damaged files, and (as root) a disk without room.
+
+use std::os::unix::fs::FileExt;
+
+use super::*;
+use crate::reason::Reason;
+
+fn count(store: &Store) -> i64 {
+    store.read(|c| c.query_row("SELECT count(*) FROM vms", [], |r| r.get(0))).unwrap()
+}
+
+fn put(store: &Store, vm: &str) -> Result<usize, Error> {
+    let vm = vm.to_owned();
+    store.write(move |c| c.execute("INSERT INTO vms VALUES (?1, '{}')", [vm]))
+}
+
+/// A store with some VMs in it, and its file.
+fn made(dir: &Path) -> PathBuf {
+    let path = dir.join("lunplug.db");
+    let store = Store::open(&path, dir).unwrap();
+    for n in 0..200 {
+        put(&store, &format!("ns/vm-{n}")).unwrap();
+    }
+    path
+}
+
+#[test]
+fn a_damaged_file_is_refused_by_name_and_left_as_it_is() {
+    type Damage = fn(&Path);
+    let cases: &[(&str, Damage)] = &[
+        ("cut to nothing", |p| fs::write(p, "").unwrap()),
+        ("cut in the middle", |p| {
+            let len = fs::metadata(p).unwrap().len();
+            File::options().write(true).open(p).unwrap().set_len(len / 2).unwrap();
+        }),
+        ("garbage", |p| fs::write(p, [0xA5; 8192]).unwrap()),
+        ("wrong header", |p| {
+            File::options()
+                .write(true)
+                .open(p)
+                .unwrap()
+                .write_at(b"SQLite 2", 0)
+                .map(drop)
+                .unwrap();
+        }),
+        ("a page overwritten", |p| {
+            let len = fs::metadata(p).unwrap().len();
+            let file = File::options().write(true).open(p).unwrap();
+            file.write_at(&[0x5A; 4096], len - 4096).unwrap();
+        }),
+        ("another program's database", |p| {
+            fs::remove_file(p).unwrap();
+            Connection::open(p).unwrap().execute_batch("CREATE TABLE x (y)").unwrap();
+        }),
+    ];
+    for (what, damage) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let path = made(dir.path());
+        damage(&path);
+        let before = fs::read(&path).unwrap();
+        for _ in 0..2 {
+            let error = Store::open(&path, dir.path()).unwrap_err();
+            assert_eq!(error.reason(), Reason::RecordCorrupt, "{what}: {error}");
+            assert!(error.to_string().contains("lunplug.db"), "{what}: {error}");
+        }
+        assert_eq!(fs::read(&path).unwrap(), before, "{what}");
+    }
+}
+
+#[test]
+fn a_file_that_went_without_its_wal_is_not_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = made(dir.path());
+    let store = Store::open(&path, dir.path()).unwrap();
+    put(&store, "ns/last").unwrap();
+    fs::copy(with(&path, "-wal"), dir.path().join("kept")).unwrap();
+    drop(store);
+    fs::remove_file(&path).unwrap();
+    fs::rename(dir.path().join("kept"), with(&path, "-wal")).unwrap();
+    let error = Store::open(&path, dir.path()).unwrap_err();
+    assert_eq!(error.reason(), Reason::RecordCorrupt, "{error}");
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_creation_that_was_cut_short_is_begun_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lunplug.db");
+    fs::write(with(&path, ".new"), "half a database").unwrap();
+    assert_eq!(count(&Store::open(&path, dir.path()).unwrap()), 0);
+    assert!(!with(&path, ".new").exists());
+}
+
+#[test]
+fn a_copy_has_what_only_the_wal_has_and_touches_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = made(dir.path());
+    let writer = Store::open(&path, dir.path()).unwrap();
+    put(&writer, "ns/last").unwrap();
+    let files = || {
+        let mut all: Vec<_> = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .map(|p| (p.clone(), fs::read(p).unwrap()))
+            .collect();
+        all.sort();
+        all
+    };
+    let before = files();
+    assert!(before.iter().any(|(p, b)| p.ends_with("lunplug.db-wal") && !b.is_empty()));
+    let copy = copy_of(&path, dir.path()).unwrap();
+    let there: i64 = copy.query_row("SELECT count(*) FROM vms", [], |r| r.get(0)).unwrap();
+    assert_eq!(there, 201);
+    assert!(copy.execute("DELETE FROM vms", []).is_err());
+    assert!(files() == before, "the store was touched");
+}
+
+/// A small filesystem of its own, and what is in the way of writing to it.
+struct Disk(tempfile::TempDir);
+
+impl Disk {
+    fn mount() -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: it needs root");
+            return None;
+        }
+        let disk = Self(tempfile::tempdir().unwrap());
+        disk.flags(nix::mount::MsFlags::empty());
+        Some(disk)
+    }
+
+    fn flags(&self, flags: nix::mount::MsFlags) {
+        let options = Some("size=256k");
+        nix::mount::mount(Some("lunplug"), self.0.path(), Some("tmpfs"), flags, options).unwrap();
+    }
+
+    fn db(&self) -> PathBuf {
+        self.0.path().join("lunplug.db")
+    }
+
+    fn fill(&self) {
+        use std::io::Write;
+        let mut file = File::create(self.0.path().join("filler")).unwrap();
+        while file.write_all(&[1; 1024]).is_ok() {}
+    }
+
+    fn free(&self) {
+        fs::remove_file(self.0.path().join("filler")).unwrap();
+    }
+
+    fn read_only(&self, is: bool) {
+        let ro = if is { nix::mount::MsFlags::MS_RDONLY } else { nix::mount::MsFlags::empty() };
+        self.flags(nix::mount::MsFlags::MS_REMOUNT | ro);
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// What a killed daemon leaves: the last write is in the `-wal` alone, and there is no `-shm`.
+fn killed(disk: &Disk) {
+    let store = Store::open(&disk.db(), disk.0.path()).unwrap();
+    for vm in ["ns/a", "ns/b"] {
+        put(&store, vm).unwrap();
+    }
+    let (db, wal) = (fs::read(disk.db()).unwrap(), fs::read(with(&disk.db(), "-wal")).unwrap());
+    drop(store);
+    fs::write(disk.db(), db).unwrap();
+    fs::write(with(&disk.db(), "-wal"), wal).unwrap();
+}
+
+#[test]
+fn root_a_store_without_room_is_read_refuses_and_becomes_whole() {
+    type InTheWay = (fn(&Disk), fn(&Disk));
+    let full: InTheWay = (Disk::fill, Disk::free);
+    let read_only: InTheWay = (|d| d.read_only(true), |d| d.read_only(false));
+    for (hinder, mend) in [full, read_only] {
+        let Some(disk) = Disk::mount() else { return };
+        let scratch = tempfile::tempdir().unwrap();
+        killed(&disk);
+        hinder(&disk);
+        let store = Store::open(&disk.db(), scratch.path()).unwrap();
+        assert!(store.trouble().is_some());
+        assert_eq!(count(&store), 2, "what was asked for last is known");
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "the copy is gone");
+        let error = put(&store, "ns/c").unwrap_err();
+        assert_eq!(error.reason(), Reason::StateStoreFailed);
+        assert!(error.to_string().contains("cannot be written"), "{error}");
+        mend(&disk);
+        put(&store, "ns/c").unwrap();
+        assert_eq!((count(&store), store.trouble()), (3, None));
+        drop(store);
+        assert_eq!(count(&Store::open(&disk.db(), scratch.path()).unwrap()), 3);
+    }
+}
+
+#[test]
+fn root_a_running_store_whose_disk_fills_up_goes_on_when_there_is_room() {
+    let Some(disk) = Disk::mount() else { return };
+    let store = Store::open(&disk.db(), disk.0.path()).unwrap();
+    put(&store, "ns/a").unwrap();
+    disk.fill();
+    let refused = (0..1000).find_map(|n| put(&store, &format!("ns/filler-{n}")).err()).unwrap();
+    assert_eq!(refused.reason(), Reason::StateStoreFailed);
+    let before = count(&store);
+    disk.free();
+    put(&store, "ns/b").unwrap();
+    assert_eq!(count(&store), before + 1);
+}
+
+#[test]
+fn root_without_a_store_and_without_room_there_is_nothing_to_serve() {
+    let Some(disk) = Disk::mount() else { return };
+    disk.read_only(true);
+    let error = Store::open(&disk.db(), disk.0.path()).unwrap_err();
+    assert_eq!(error.reason(), Reason::StateStoreFailed, "{error}");
+}

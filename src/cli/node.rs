@@ -72,7 +72,10 @@ pub(super) async fn run(
             if node.stuck_calls == 0 {
                 String::new()
             } else {
-                format!("{} into the kernel; see dmesg", node.stuck_calls)
+                format!(
+                    "{} into the kernel or libvirt; see dmesg, lunplug vm list",
+                    node.stuck_calls
+                )
             },
         ),
         ("VMs at most", node.max_vms.to_string()),

@@ -226,10 +226,12 @@ impl Way<'_> {
         self.note().await?;
         let connection = ways.libvirt().await?;
         let desired = desired_disk(spec, source, place.pod.is_some());
+        let limit = ways.settings().libvirt;
+        // Before the turn, which others need.
+        domain::settled(&*connection, &ways.vm.domain, &spec.disk, limit).await?;
         let attached = {
             let _turn = ways.turn.lock().await;
             let leaving = ways.leaving();
-            let limit = ways.settings().libvirt;
             domain::attach(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit)
                 .await?
         };
@@ -259,7 +261,7 @@ pub(super) fn desired_disk(spec: &VolumeSpec, source: String, keep_owner: bool) 
         cache: spec.cache,
         read_only: spec.read_only,
         shareable: spec.shareable,
-        error_policy: None,
+        error_policy: spec.error_policy,
         keep_owner,
     }
 }

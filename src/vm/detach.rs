@@ -1,9 +1,11 @@
 //! The way back, from wherever an attach came to.
 //!
 //! ```text
-//! disk (QEMU has let go) ─► grant ─► node ─► UnMountedFromPod ─► flush, map, paths, session ─► Gone
+//! disk (QEMU has let go) ─► grant ─► node ─► no disk ─► UnMountedFromPod ─► flush, map, paths, session ─► Gone
 //! ```
-//! Nothing later is touched before QEMU has let go. Each effect is struck from the journal after it
+//! Nothing later is touched before QEMU has let go. That there is no disk is asked again once grant and
+//! node are gone: an attach that was given up on, also by a daemon that was killed since, may have come
+//! to the guest in between; from then on none can ([`domain::confirm_gone`]). Each effect is struck from the journal after it
 //! was undone, so that a crash repeats one step at most, and each step finds itself done.
 
 use super::discover::{self, DiscoverError};
@@ -93,6 +95,7 @@ pub(super) async fn unwind(
     disk(ways, key, effects).await?;
     grant(ways, key, effects).await?;
     node(ways, key, effects).await?;
+    no_disk(ways, key, effects).await?;
     if why != Unwind::Failed {
         ways.board.phase(key, Phase::UnmountedFromPod);
     }
@@ -134,6 +137,29 @@ async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
         ways.set_leaving(target, false);
     }
     detached?;
+    // Not struck before it is confirmed; but the guest has it no more.
+    if let Some(disk) = &mut effects.disk {
+        disk.target = None;
+    }
+    Ok(ways.effects.put(key, effects).await?)
+}
+
+/// Nothing came to the guest since, and nothing can any more.
+#[tracing::instrument(skip_all)]
+async fn no_disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
+    if effects.disk.is_none() {
+        return Ok(());
+    }
+    match ways.libvirt().await {
+        Ok(connection) => {
+            let limit = ways.settings().guest_unplug;
+            let disk = &effects.spec.disk;
+            domain::confirm_gone(&*connection, &ways.vm.domain, disk, limit).await?;
+        }
+        // The pod took its QEMU with it.
+        Err(failure) if failure.reason == Reason::PodGone => {}
+        Err(failure) => return Err(failure),
+    }
     effects.disk = None;
     Ok(ways.effects.put(key, effects).await?)
 }

@@ -373,6 +373,8 @@ impl Volumes for Registry {
 
     async fn node(&self) -> NodeInfo {
         let multipathd = self.storage.multipathd.ask("show daemon").await.is_ok();
-        NodeInfo { multipathd, stuck_calls: (self.storage.stuck)(), ..self.settings.node.clone() }
+        let libvirt = u64::try_from(self.host.hypervisor.stuck_calls()).unwrap_or(u64::MAX);
+        let stuck_calls = (self.storage.stuck)().saturating_add(libvirt);
+        NodeInfo { multipathd, stuck_calls, ..self.settings.node.clone() }
     }
 }

@@ -9,6 +9,7 @@ mod crash;
 mod faults;
 mod guest;
 mod identity;
+mod late;
 mod main_job;
 mod property;
 mod restart;

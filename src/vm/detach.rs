@@ -128,9 +128,7 @@ async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
                 domain::detach(&*connection, &ways.vm.domain, &effects.spec.disk, limit).await;
             done.map(drop).map_err(Failure::from)
         }
-        // The pod took its QEMU with it.
-        Err(failure) if failure.reason == Reason::PodGone => Ok(()),
-        Err(failure) => Err(failure),
+        Err(failure) => no_qemu(ways, failure).await,
     };
     if let Some(target) = &target {
         // Gone, or still in the XML where every plan sees it.
@@ -156,12 +154,27 @@ async fn no_disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<
             let disk = &effects.spec.disk;
             domain::confirm_gone(&*connection, &ways.vm.domain, disk, limit).await?;
         }
-        // The pod took its QEMU with it.
-        Err(failure) if failure.reason == Reason::PodGone => {}
-        Err(failure) => return Err(failure),
+        Err(failure) => no_qemu(ways, failure).await?,
     }
     effects.disk = None;
     Ok(ways.effects.put(key, effects).await?)
+}
+
+/// Without a libvirt to ask: a pod that is gone took its QEMU with it, once its last process has ended.
+async fn no_qemu(ways: &Ways, failure: Failure) -> Result<(), Failure> {
+    if failure.reason != Reason::PodGone {
+        return Err(failure);
+    }
+    match discover::processes(&ways.host.pods, &ways.vm.place).await? {
+        0 => Ok(()),
+        left => {
+            let message = format!(
+                "{}, but {left} of its processes still run: nobody can say whether QEMU has let go",
+                failure.message
+            );
+            Err(Failure::new(Reason::LibvirtUnreachable, message))
+        }
+    }
 }
 
 #[tracing::instrument(name = "grant", skip_all)]

@@ -8,7 +8,7 @@ use lunplug::spec::{Phase, RemoveOptions};
 use lunplug::vm::facade::{VmState, Volumes};
 
 use crate::faults::{each, kinds};
-use crate::world::{FORCE, World, vm, volume};
+use crate::world::{FORCE, World, domain, uid, vm, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
@@ -178,5 +178,38 @@ fn a_libvirtd_that_hangs_holds_up_its_own_vm_alone() {
         daemon.gone(1, "data").await;
         daemon.quiet().await;
         world.assert_clean("hung and back");
+    });
+}
+
+/// Its directory is gone, but QEMU runs on with the disk open.
+#[test]
+fn a_pod_without_a_directory_keeps_its_disks_while_it_runs() {
+    let world = World::new();
+    let endpoint = World::endpoint(1);
+    world.life(async |daemon| {
+        daemon.add(1, &volume("data", 1)).await;
+        daemon.quiet().await;
+        world.host.pods.remove_dir(&uid(1));
+        // The socket went with it, and the connection for whatever reason.
+        world.host.hypervisor.disconnect(&endpoint);
+        daemon.quiet().await;
+        let kept =
+            |picture: String| ["grant ", "dm ", "session "].iter().all(|p| picture.contains(p));
+        assert!(kept(world.picture()), "{}", world.picture());
+        daemon.drop_volume(1, "data", FORCE).await.unwrap();
+        let status = daemon.until(1, "data", |s| s.phase == Phase::Detaching && s.reason.is_some());
+        assert_eq!(status.await.reason, Some(Reason::LibvirtUnreachable));
+        daemon.quiet().await;
+        assert!(kept(world.picture()), "{}", world.picture());
+        world.host.pods.kill_qemu(&uid(1));
+        world.host.hypervisor.stop_domain(&endpoint, &domain(1));
+        daemon.gone(1, "data").await;
+        daemon.quiet().await;
+        world.host.pods.edit(&uid(1), |pod| pod.dir_gone = false);
+        let left = world.picture();
+        assert!(
+            !["grant ", "dm ", "session ", "record "].iter().any(|p| left.contains(p)),
+            "{left}"
+        );
     });
 }

@@ -142,7 +142,7 @@ impl Doors {
         Ok(Self {
             storage: StorageDoors::real(&options)?,
             pods: PodDoors::real(Path::new("/proc")),
-            hypervisor: Arc::new(RealHypervisor),
+            hypervisor: Arc::new(RealHypervisor::default()),
         })
     }
 

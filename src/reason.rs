@@ -100,6 +100,8 @@ reasons! {
     LimitReached = "LIMIT_REACHED", Precondition, "Remove what is not needed, or raise the limit in the configuration.";
     /// The domain does not run.
     VmNotRunning = "VM_NOT_RUNNING", Precondition, "Start the VM.";
+    /// The guest is paused because one of its I/Os failed; only told of a VM that is served.
+    VmPausedIoError = "VM_PAUSED_IO_ERROR", Precondition, "Mend the disk's paths or space, then resume the VM (virsh resume); lunplug does not.";
     /// The pod's directory is gone.
     PodGone = "POD_GONE", Precondition, "Register the VM with its new pod.";
     /// libvirt does not answer.

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::reason::Reason;
 use crate::types::{
-    Bus, CacheMode, DevNum, Iqn, Lun, Malformed, Portal, Serial, VmId, VolumeKey, VolumeName, Wwid,
+    Bus, CacheMode, DevNum, ErrorPolicy, Iqn, Lun, Malformed, Portal, Serial, VmId, VolumeKey,
+    VolumeName, Wwid,
 };
 
 /// Where the VM's QEMU and its libvirt are to be found.
@@ -117,6 +118,10 @@ pub struct VolumeSpec {
     pub multipath: MultipathPolicy,
     /// The identity that the LUN must have.
     pub expect_wwid: Option<Wwid>,
+    /// What QEMU does on an I/O error; its own default where `None`. Volumes that were stored before
+    /// there was a choice have none.
+    #[serde(default)]
+    pub error_policy: Option<ErrorPolicy>,
     /// The size in bytes that the LUN must have.
     pub expect_size: Option<u64>,
 }
@@ -264,11 +269,25 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
         serial: name.parse().expect("a serial"),
         bus: Bus::Scsi,
         cache: CacheMode::None,
+        error_policy: None,
         read_only: false,
         shareable: false,
         persist: false,
         multipath: MultipathPolicy::Preferred,
         expect_wwid: None,
         expect_size: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volume_that_was_stored_before_there_were_error_policies_is_read() {
+        let spec = volume_fixture("data");
+        let mut json = serde_json::to_value(&spec).unwrap();
+        json.as_object_mut().unwrap().remove("error_policy").unwrap();
+        assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), spec);
     }
 }

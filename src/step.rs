@@ -86,7 +86,9 @@ steps! {
     /// The container may not open it any more.
     Detach Revoke "revoke" Detaching,
     /// The node goes.
-    Detach Unlink "unlink" UnmountedFromPod,
+    Detach Unlink "unlink" Detaching,
+    /// Asked again, for a late attach of before could not open the device any more: there is no disk.
+    Detach Confirm "confirm" UnmountedFromPod,
     /// Nobody holds the device, and the host's cache of it is written out.
     Detach Flush "flush" UnmountedFromPod,
     /// The map goes.

@@ -4,7 +4,7 @@
 use lunplug::api::convert::{vm_spec, volume_spec, wire_spec};
 use lunplug::api::v1;
 use lunplug::spec::{MultipathPolicy, Source, VolumeSpec};
-use lunplug::types::{Bus, CacheMode};
+use lunplug::types::{Bus, CacheMode, ErrorPolicy};
 use proptest::prelude::*;
 use prost::Message;
 
@@ -15,6 +15,7 @@ prop_compose! {
         virtio: bool,
         cache in 0..3usize,
         multipath in 0..3usize,
+        policy in proptest::option::of(0..4usize),
         (read_only, shareable, persist) in any::<(bool, bool, bool)>(),
         wwid in proptest::option::of("naa\\.[0-9a-f]{16}"),
         blocks in proptest::option::of(1..u64::MAX / 512),
@@ -23,6 +24,12 @@ prop_compose! {
         let cache = [CacheMode::None, CacheMode::Writethrough, CacheMode::Writeback][cache];
         let policies =
             [MultipathPolicy::Preferred, MultipathPolicy::Required, MultipathPolicy::Off];
+        const ERRORS: [ErrorPolicy; 4] = [
+            ErrorPolicy::Stop,
+            ErrorPolicy::Report,
+            ErrorPolicy::Ignore,
+            ErrorPolicy::Enospace,
+        ];
         let url = format!("iscsi://10.0.0.1,[fd00::1]:99/iqn.2001-04.com.example:{name}/{lun}");
         VolumeSpec {
             name: name.parse().unwrap(),
@@ -31,6 +38,7 @@ prop_compose! {
             serial: serial.parse().unwrap(),
             bus: if virtio { Bus::Virtio } else { Bus::Scsi },
             cache: if shareable { CacheMode::None } else { cache },
+            error_policy: policy.map(|at| ERRORS[at]),
             read_only,
             shareable,
             persist,

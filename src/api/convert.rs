@@ -12,7 +12,9 @@ use crate::spec::{
     DeviceStatus, IscsiSource, MultipathPolicy, Phase, Source, VmPlace, VmSpec, VolumeSpec,
     VolumeStatus,
 };
-use crate::types::{Bus, CacheMode, Lun, Malformed, Serial, VmId, VolumeKey, VolumeName};
+use crate::types::{
+    Bus, CacheMode, ErrorPolicy, Lun, Malformed, Serial, VmId, VolumeKey, VolumeName,
+};
 use crate::vm::facade::{NodeInfo, Refusal, VmInfo, VmState};
 
 fn missing(field: &str, reason: Reason, what: &str) -> Refusal {
@@ -131,6 +133,7 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>) -> Result<VolumeSpec, Refusal> 
         serial: serial(&spec.serial, &name)?,
         source: source(spec.source)?,
         cache: cache(spec.cache)?,
+        error_policy: error_policy(spec.error_policy)?,
         read_only: spec.read_only,
         shareable: spec.shareable,
         persist: spec.persist,
@@ -211,6 +214,21 @@ fn cache(value: i32) -> Result<CacheMode, Refusal> {
             Err(unknown_value("volume.cache", value, rule))
         }
     }
+}
+
+fn error_policy(value: i32) -> Result<Option<ErrorPolicy>, Refusal> {
+    use v1::ErrorPolicy as Wire;
+    Ok(match Wire::try_from(value) {
+        Ok(Wire::Unspecified) => None,
+        Ok(Wire::Stop) => Some(ErrorPolicy::Stop),
+        Ok(Wire::Report) => Some(ErrorPolicy::Report),
+        Ok(Wire::Ignore) => Some(ErrorPolicy::Ignore),
+        Ok(Wire::Enospace) => Some(ErrorPolicy::Enospace),
+        Err(_) => {
+            let rule = "stop (1), report (2), ignore (3) or enospace (4)";
+            return Err(unknown_value("volume.error_policy", value, rule));
+        }
+    })
 }
 
 fn multipath(value: i32) -> Result<MultipathPolicy, Refusal> {
@@ -327,6 +345,7 @@ pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
             CacheMode::Writeback => v1::CacheMode::Writeback,
         }
         .into(),
+        error_policy: wire_error_policy(spec.error_policy).into(),
         read_only: spec.read_only,
         shareable: spec.shareable,
         persist: spec.persist,
@@ -338,6 +357,17 @@ pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
         .into(),
         wwid: spec.expect_wwid.as_ref().map(ToString::to_string).unwrap_or_default(),
         size_bytes: spec.expect_size.unwrap_or_default(),
+    }
+}
+
+/// An error policy on the wire.
+pub fn wire_error_policy(policy: Option<ErrorPolicy>) -> v1::ErrorPolicy {
+    match policy {
+        None => v1::ErrorPolicy::Unspecified,
+        Some(ErrorPolicy::Stop) => v1::ErrorPolicy::Stop,
+        Some(ErrorPolicy::Report) => v1::ErrorPolicy::Report,
+        Some(ErrorPolicy::Ignore) => v1::ErrorPolicy::Ignore,
+        Some(ErrorPolicy::Enospace) => v1::ErrorPolicy::Enospace,
     }
 }
 

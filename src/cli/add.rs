@@ -82,6 +82,10 @@ pub(super) struct Args {
     /// none, writethrough or writeback [default: none].
     #[arg(long, value_name = "MODE")]
     cache: Option<String>,
+    /// What QEMU does on an I/O error: stop (pause the guest), report, ignore or enospace [default:
+    /// QEMU's own].
+    #[arg(long, value_name = "POLICY")]
+    error_policy: Option<String>,
     /// scsi or virtio [default: scsi].
     #[arg(long)]
     bus: Option<String>,
@@ -129,6 +133,7 @@ impl Args {
         set(&mut volume.disk_name, &self.disk_name);
         set(&mut volume.serial, &self.serial);
         set(&mut volume.cache, &self.cache);
+        set(&mut volume.error_policy, &self.error_policy);
         set(&mut volume.bus, &self.bus);
         set(&mut volume.disk_type, &self.disk_type);
         set(&mut volume.wwid, &self.wwid);

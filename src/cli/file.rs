@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use crate::api::{convert, v1};
 use crate::spec::Source;
-use crate::types::{Bus, CacheMode, Malformed};
+use crate::types::{Bus, CacheMode, ErrorPolicy, Malformed};
 
 /// A volume's fields; what is not given has the contract's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +31,8 @@ pub(super) struct VolumeFile {
     pub(super) disk_type: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) cache: String,
+    #[serde(alias = "errorPolicy", skip_serializing_if = "String::is_empty")]
+    pub(super) error_policy: String,
     #[serde(alias = "readOnly")]
     pub(super) read_only: bool,
     pub(super) shareable: bool,
@@ -126,6 +128,7 @@ impl VolumeFile {
             bus: bus(&self.bus)?.into(),
             disk_type: disk_type(&self.disk_type)?.into(),
             cache: cache(&self.cache)?.into(),
+            error_policy: error_policy(&self.error_policy)?.into(),
             read_only: self.read_only,
             shareable: self.shareable,
             persist: self.persist,
@@ -150,6 +153,7 @@ impl VolumeFile {
             bus: plain(spec.bus().as_str_name(), "BUS_"),
             disk_type: plain(spec.disk_type().as_str_name(), "DISK_TYPE_"),
             cache: plain(spec.cache().as_str_name(), "CACHE_MODE_"),
+            error_policy: plain(spec.error_policy().as_str_name(), "ERROR_POLICY_"),
             read_only: spec.read_only,
             shareable: spec.shareable,
             persist: spec.persist,
@@ -202,6 +206,14 @@ fn cache(text: &str) -> Result<v1::CacheMode, Failure> {
             CacheMode::Writeback => v1::CacheMode::Writeback,
         },
     })
+}
+
+fn error_policy(text: &str) -> Result<v1::ErrorPolicy, Failure> {
+    let policy = match text {
+        "" => None,
+        text => Some(word::<ErrorPolicy>("error_policy", text)?),
+    };
+    Ok(convert::wire_error_policy(policy))
 }
 
 fn disk_type(text: &str) -> Result<v1::DiskType, Failure> {
@@ -264,6 +276,7 @@ serial: Data-1
 bus: virtio
 disk_type: disk
 cache: none
+error_policy: stop
 read_only: true
 multipath: required
 size_bytes: 1024
@@ -303,6 +316,7 @@ size_bytes: 1024
         for (text, field) in [
             ("bus: ide", "bus"),
             ("cache: unsafe", "cache"),
+            ("error_policy: pause", "error_policy"),
             ("disk_type: floppy", "disk_type"),
             ("multipath: maybe", "multipath"),
             ("source: x", "source"),

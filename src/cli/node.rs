@@ -74,7 +74,10 @@ pub(super) async fn run(
             if node.stuck_calls == 0 {
                 String::new()
             } else {
-                format!("{} into the kernel; see dmesg", node.stuck_calls)
+                format!(
+                    "{} into the kernel or libvirt; see dmesg, lunplug vm list",
+                    node.stuck_calls
+                )
             },
         ),
         ("State", node.state_trouble),

@@ -239,6 +239,7 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Serial", v.spec.serial.clone()),
         ("Bus", v.spec.bus.clone()),
         ("Cache", v.spec.cache.clone()),
+        ("Error policy", v.spec.error_policy.clone()),
         ("Multipath", v.spec.multipath.clone()),
         ("Read-only", flag(v.spec.read_only)),
         ("Shareable", flag(v.spec.shareable)),

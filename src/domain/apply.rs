@@ -1,13 +1,12 @@
-//! Attaching a disk to a domain and detaching it, as libvirt and the guest let us.
+//! Attaching a disk to a domain, as libvirt lets us; and what can go wrong with it and on the way back.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::host::libvirt::{
-    Affect, Connection, Definition, DomainEvent, DomainInfo, DomainState, Job, LibvirtError,
-    Lifecycle,
+    Affect, Connection, Definition, DomainInfo, DomainState, Job, LibvirtError,
 };
 use crate::reason::Reason;
 use crate::types::{Outcome, VolumeName};
@@ -27,17 +26,6 @@ pub struct Attached {
     /// the domain then, other disks may come to lie on it, and removing it takes a guest's
     /// acknowledgement.
     pub controller_added: bool,
-}
-
-/// How a detach came to its end. In each case QEMU has let go of the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Detached {
-    /// The domain has let go of it.
-    Removed,
-    /// It was not there.
-    Absent,
-    /// The domain does not run (any more).
-    DomainGone,
 }
 
 /// A disk could not be attached or detached.
@@ -150,28 +138,32 @@ impl Error {
 }
 
 /// One domain, and until when all of it must be done.
-struct At<'a> {
-    connection: &'a dyn Connection,
-    domain: &'a str,
-    until: Instant,
+pub(super) struct At<'a> {
+    pub(super) connection: &'a dyn Connection,
+    pub(super) domain: &'a str,
+    pub(super) until: Instant,
 }
 
 impl At<'_> {
-    fn left(&self) -> Duration {
+    pub(super) fn left(&self) -> Duration {
         self.until.saturating_duration_since(Instant::now())
     }
 
-    fn failed(&self, step: &'static str, what: &str) -> impl FnOnce(LibvirtError) -> Error {
+    pub(super) fn failed(
+        &self,
+        step: &'static str,
+        what: &str,
+    ) -> impl FnOnce(LibvirtError) -> Error {
         let what = what.to_owned();
         move |source| Error::Libvirt { step, what, source }
     }
 
-    async fn info(&self) -> Result<Option<DomainInfo>, Error> {
+    pub(super) async fn info(&self) -> Result<Option<DomainInfo>, Error> {
         let info = self.connection.info(self.domain, self.left()).await;
         info.map_err(self.failed("query", self.domain))
     }
 
-    async fn read(&self, definition: Definition) -> Result<Domain, Error> {
+    pub(super) async fn read(&self, definition: Definition) -> Result<Domain, Error> {
         let text = self.connection.xml(self.domain, definition, self.left()).await;
         let text = text.map_err(self.failed("reading", self.domain))?;
         xml::parse(&text).map_err(|source| Error::Xml { domain: self.domain.to_owned(), source })
@@ -272,146 +264,15 @@ async fn send(
     if let Some(new) = &placement.controller {
         let xml = template::controller(new).map_err(written)?;
         at.connection
-            .attach_device(at.domain, &xml, affect(new.needs), at.left())
+            .attach_device(at.domain, alias, &xml, affect(new.needs), at.left())
             .await
             .map_err(at.failed("attach", "a virtio-scsi controller"))?;
     }
     let xml = template::disk(desired, placement).map_err(written)?;
     at.connection
-        .attach_device(at.domain, &xml, affect(placement.needs), at.left())
+        .attach_device(at.domain, alias, &xml, affect(placement.needs), at.left())
         .await
         .map_err(at.failed("attach", alias))
-}
-
-/// Detaches a volume's disk from the running domain and from its persistent definition, wherever it
-/// is; only ever a disk of our alias.
-///
-/// The device counts as gone when libvirt says so by its event, which it sends after everything of
-/// the device is torn down, or when a further request finds none (that request waits for the
-/// domain's lock, so for a teardown that is under way). A guest's refusal, and its silence until the
-/// deadline, are errors that leave the disk working. libvirt's own call waits up to 5 s for the guest
-/// (`qemuDomainRemoveDeviceWaitTime`), so a deadline should be longer than that.
-pub async fn detach(
-    connection: &dyn Connection,
-    domain: &str,
-    volume: &VolumeName,
-    deadline: Duration,
-) -> Result<Detached, Error> {
-    let at = At { connection, domain, until: Instant::now() + deadline };
-    let alias = super::alias(volume);
-    let mut events = connection.events(domain);
-    let Some(info) = at.info().await? else { return Ok(Detached::DomainGone) };
-    if let Some(job) = info.job {
-        return Err(Error::Busy { domain: domain.to_owned(), job });
-    }
-    let live = if info.state == DomainState::Shutoff {
-        Detached::DomainGone
-    } else {
-        match request(&at, &alias).await? {
-            Requested::Asked => wait_gone(&at, &alias, &mut events, deadline).await?,
-            Requested::Missing => Detached::Absent,
-            Requested::NoDomain => Detached::DomainGone,
-        }
-    };
-    let forgotten = info.persistent && forget(&at, &alias).await?;
-    Ok(if forgotten && live == Detached::Absent { Detached::Removed } else { live })
-}
-
-/// What came of asking libvirt for a removal.
-enum Requested {
-    /// The guest is asked, or was before.
-    Asked,
-    /// There is no such disk.
-    Missing,
-    /// The domain does not run.
-    NoDomain,
-}
-
-async fn request(at: &At<'_>, alias: &str) -> Result<Requested, Error> {
-    let result = at.connection.detach_alias(at.domain, alias, Affect::LIVE, at.left()).await;
-    match result {
-        Ok(()) | Err(LibvirtError::UnplugPending { .. }) => Ok(Requested::Asked),
-        Err(LibvirtError::DeviceMissing { .. }) => Ok(Requested::Missing),
-        Err(LibvirtError::NoDomain { .. } | LibvirtError::NotRunning { .. }) => {
-            Ok(Requested::NoDomain)
-        }
-        Err(LibvirtError::UnplugRejected { .. }) => {
-            Err(Error::GuestRefused { alias: alias.to_owned() })
-        }
-        Err(source) => Err(at.failed("detach", alias)(source)),
-    }
-}
-
-async fn wait_gone(
-    at: &At<'_>,
-    alias: &str,
-    events: &mut crate::host::libvirt::DomainEvents,
-    waited: Duration,
-) -> Result<Detached, Error> {
-    loop {
-        let unacknowledged = || Error::Unacknowledged { alias: alias.to_owned(), waited };
-        match timeout_at(at.until, events.next()).await.map_err(|_| unacknowledged())? {
-            DomainEvent::DeviceRemoved(gone) if gone == alias => return Ok(Detached::Removed),
-            DomainEvent::DeviceRemovalFailed(kept) if kept == alias => {
-                return Err(Error::GuestRefused { alias: alias.to_owned() });
-            }
-            DomainEvent::Lifecycle(Lifecycle::Stopped) => return Ok(Detached::DomainGone),
-            DomainEvent::Disconnected => {
-                return Err(at.failed("detach", alias)(LibvirtError::NoConnect {
-                    endpoint: at.domain.to_owned(),
-                    message: "the connection broke while the guest was asked".into(),
-                }));
-            }
-            DomainEvent::Recheck => {
-                if let Some(end) = look(at, alias).await? {
-                    return Ok(end);
-                }
-            }
-            DomainEvent::Lifecycle(_)
-            | DomainEvent::DeviceAdded(_)
-            | DomainEvent::DeviceRemoved(_)
-            | DomainEvent::DeviceRemovalFailed(_) => {}
-        }
-    }
-}
-
-/// Looks for itself when no event came; `None` when the disk is still there, or cannot be seen now.
-async fn look(at: &At<'_>, alias: &str) -> Result<Option<Detached>, Error> {
-    match at.connection.info(at.domain, at.left()).await {
-        Ok(None) => return Ok(Some(Detached::DomainGone)),
-        Ok(Some(info)) if info.state == DomainState::Shutoff => {
-            return Ok(Some(Detached::DomainGone));
-        }
-        Ok(Some(_)) => {}
-        Err(source) if source.is_disconnect() => return Err(at.failed("query", at.domain)(source)),
-        // Slow or odd just now: the deadline of the whole ends it.
-        Err(_) => return Ok(None),
-    }
-    match at.read(Definition::Live).await {
-        Ok(domain) if domain.disk(alias).is_none() => {}
-        Ok(_) | Err(_) => return Ok(None),
-    }
-    // Only now that the XML no longer has it: to ask a guest again and again would be rude.
-    Ok(match request(at, alias).await? {
-        Requested::Missing => Some(Detached::Removed),
-        Requested::NoDomain => Some(Detached::DomainGone),
-        Requested::Asked => None,
-    })
-}
-
-/// Takes the disk out of the persistent definition; whether it was there. Not by way of its XML: one
-/// that cannot be read must not keep a disk from going.
-async fn forget(at: &At<'_>, alias: &str) -> Result<bool, Error> {
-    match at.connection.detach_alias(at.domain, alias, Affect::CONFIG, at.left()).await {
-        Ok(()) => Ok(true),
-        // A definition that was undefined meanwhile has no disk either.
-        Err(
-            LibvirtError::DeviceMissing { .. }
-            | LibvirtError::NoDomain { .. }
-            | LibvirtError::NotRunning { .. },
-        ) => Ok(false),
-        Err(source) => Err(at.failed("detach from the definition", alias)(source)),
-    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@ use std::sync::Arc;
 
 use super::*;
 use crate::domain::guest::{Usage, usage};
+use crate::domain::{Detached, detach};
+use crate::host::libvirt::DomainEvent;
 use crate::host::libvirt::{Endpoint, Hypervisor, Instance};
 use crate::host::sim::domain::{SimDomain, Unplug};
 use crate::host::sim::hypervisor::SimHypervisor;

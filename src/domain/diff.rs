@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use crate::reason::Reason;
-use crate::types::{Bus, CacheMode, Serial, VolumeName};
+use crate::types::{Bus, CacheMode, ErrorPolicy, Serial, VolumeName};
 
 use super::place::{free_slot, free_target, place_scsi};
 use super::xml::{Disk, Domain, DriveAddress, PciAddress};
@@ -14,31 +14,6 @@ use super::xml::{Disk, Domain, DriveAddress, PciAddress};
 /// The model of a controller that we add: plain `virtio-scsi` is modern behind a PCIe root port and
 /// transitional on conventional PCI.
 pub const CONTROLLER_MODEL: &str = "virtio-scsi";
-
-/// What QEMU does on an I/O error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ErrorPolicy {
-    /// Pause the guest.
-    Stop,
-    /// Hand it to the guest.
-    Report,
-    /// Pause when space ran out, hand on otherwise.
-    Enospace,
-    /// Pretend that it did not happen.
-    Ignore,
-}
-
-impl ErrorPolicy {
-    /// libvirt's name of it.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Report => "report",
-            Self::Enospace => "enospace",
-            Self::Ignore => "ignore",
-        }
-    }
-}
 
 /// A disk as it should be in the domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -326,12 +301,14 @@ fn refuse_clashes(view: &Domain, desired: &DesiredDisk, alias: &str) -> Result<(
 
 fn refuse_difference(disk: &Disk, desired: &DesiredDisk, alias: &str) -> Result<(), PlanError> {
     let flag = |set: bool| if set { "yes" } else { "no" };
+    let policy = desired.error_policy.map_or("", ErrorPolicy::as_str);
     let pairs = [
         ("source", disk.source.as_deref().unwrap_or(""), desired.source.as_str()),
         ("serial", disk.serial.as_deref().unwrap_or(""), desired.serial.as_str()),
         ("bus", disk.bus.as_str(), desired.bus.as_str()),
         ("readonly", flag(disk.readonly), flag(desired.read_only)),
         ("shareable", flag(disk.shareable), flag(desired.shareable)),
+        ("error_policy", disk.error_policy.as_deref().unwrap_or(""), policy),
     ];
     match pairs.iter().find(|(_, found, wanted)| found != wanted) {
         None => Ok(()),

@@ -68,6 +68,27 @@ fn the_owner_is_mentioned_only_where_libvirt_would_change_it() {
 }
 
 #[test]
+fn a_disk_that_is_there_has_its_own_error_policy() {
+    let [none_given, stop, report] = [None, Some(ErrorPolicy::Stop), Some(ErrorPolicy::Report)];
+    for (has, wants, same) in [
+        (none_given, none_given, true),
+        (stop, stop, true),
+        (none_given, stop, false),
+        (stop, none_given, false),
+        (stop, report, false),
+    ] {
+        let with = |policy| DesiredDisk { error_policy: policy, ..desired("new", Bus::Scsi) };
+        let p = attach(plan(&live(BARE), &with(has), &none()).unwrap());
+        let there = live(&apply(BARE, &with(has), &p));
+        match plan(&there, &with(wants), &none()) {
+            Ok(Plan::Already { .. }) => assert!(same, "{has:?} {wants:?}"),
+            Err(PlanError::Differs { field: "error_policy", .. }) => assert!(!same),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
 fn a_virtio_disk_takes_a_free_root_port() {
     let p = attach(plan(&live(KUBEVIRT), &desired("new", Bus::Virtio), &none()).unwrap());
     assert_eq!(p.target, "vdb");

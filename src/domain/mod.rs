@@ -7,20 +7,23 @@
 //! detach: events ── by alias ── libvirt ── DEVICE_REMOVED ─> gone
 //!                                   ├───── DEVICE_REMOVAL_FAILED ─> the guest refused
 //!                                   └───── silence until the deadline ─> unacknowledged
+//! once QEMU cannot open it any more ── by alias again ─> nothing came late
 //! ```
 //!
-//! [`xml`] and [`diff`] are pure; [`apply`] and [`guest`] go through the door to libvirt.
+//! [`xml`] and [`diff`] are pure; [`apply`], [`unplug`] and [`guest`] go through the door to libvirt.
 
 pub mod apply;
 pub mod diff;
 pub mod guest;
 mod place;
 pub mod template;
+pub mod unplug;
 pub mod xml;
 
-pub use apply::{Attached, Detached, Error, attach, check, detach};
-pub use diff::{DesiredDisk, ErrorPolicy};
+pub use apply::{Attached, Error, attach, check};
+pub use diff::DesiredDisk;
 pub use guest::{Usage, usage};
+pub use unplug::{Detached, confirm_gone, detach, settled};
 
 use crate::types::VolumeName;
 

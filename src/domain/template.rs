@@ -96,9 +96,9 @@ pub fn controller(new: &NewController) -> Result<String, TemplateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::diff::{ErrorPolicy, Needs};
+    use crate::domain::diff::Needs;
     use crate::domain::xml::DriveAddress;
-    use crate::types::Bus;
+    use crate::types::{Bus, ErrorPolicy};
 
     fn sample() -> (DesiredDisk, Placement) {
         let desired = DesiredDisk {

@@ -78,5 +78,5 @@ macro_rules! text_type {
 mod names;
 mod san;
 
-pub use names::{Bus, CacheMode, Serial, VmId, VolumeKey, VolumeName};
+pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};
 pub use san::{DevNum, Iqn, Lun, Portal, Wwid};

@@ -196,6 +196,46 @@ impl FromStr for CacheMode {
     }
 }
 
+/// What QEMU does when an I/O of the guest's fails (its `werror` and `rerror`). Without one it pauses
+/// the guest at a write for which there is no space, and hands everything else on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ErrorPolicy {
+    /// Pause the guest.
+    Stop,
+    /// Hand it to the guest.
+    Report,
+    /// Pretend that it did not happen: the guest's data are lost without its knowing.
+    Ignore,
+    /// Pause when space ran out, hand on otherwise.
+    Enospace,
+}
+
+impl ErrorPolicy {
+    /// libvirt's name of it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Report => "report",
+            Self::Ignore => "ignore",
+            Self::Enospace => "enospace",
+        }
+    }
+}
+
+impl FromStr for ErrorPolicy {
+    type Err = Malformed;
+    fn from_str(s: &str) -> Result<Self, Malformed> {
+        match s {
+            "stop" => Ok(Self::Stop),
+            "report" => Ok(Self::Report),
+            "ignore" => Ok(Self::Ignore),
+            "enospace" => Ok(Self::Enospace),
+            _ => Err(Malformed::new("error policy", s, "stop, report, ignore or enospace")),
+        }
+    }
+}
+
 /// A disk's serial number as the guest sees it; upper and lower case are kept.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

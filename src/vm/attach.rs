@@ -228,10 +228,12 @@ impl Way<'_> {
         self.announce(Step::Disk).await?;
         let connection = ways.libvirt().await?;
         let desired = desired_disk(spec, source, place.pod.is_some());
+        let limit = ways.settings().libvirt;
+        // Before the turn, which others need.
+        domain::settled(&*connection, &ways.vm.domain, &spec.disk, limit).await?;
         let attached = {
             let _turn = ways.turn.lock().await;
             let leaving = ways.leaving();
-            let limit = ways.settings().libvirt;
             let (domain, persist) = (&ways.vm.domain, spec.persist);
             let attach = domain::attach(&*connection, domain, &desired, persist, &leaving, limit);
             ways.host.tracker.run(Step::Disk, attach).await?
@@ -262,7 +264,7 @@ pub(super) fn desired_disk(spec: &VolumeSpec, source: String, keep_owner: bool) 
         cache: spec.cache,
         read_only: spec.read_only,
         shareable: spec.shareable,
-        error_policy: None,
+        error_policy: spec.error_policy,
         keep_owner,
     }
 }

@@ -1,9 +1,11 @@
 //! The way back, from wherever an attach came to.
 //!
 //! ```text
-//! disk (QEMU has let go) ─► grant ─► node ─► UnMountedFromPod ─► flush, map, paths, session ─► Gone
+//! disk (QEMU has let go) ─► grant ─► node ─► no disk ─► UnMountedFromPod ─► flush, map, paths, session ─► Gone
 //! ```
-//! Nothing later is touched before QEMU has let go. Each effect is struck from the journal after it
+//! Nothing later is touched before QEMU has let go. That there is no disk is asked again once grant and
+//! node are gone: an attach that was given up on, also by a daemon that was killed since, may have come
+//! to the guest in between; from then on none can ([`domain::confirm_gone`]). Each effect is struck from the journal after it
 //! was undone, so that a crash repeats one step at most, and each step finds itself done.
 
 use super::discover::{self, DiscoverError};
@@ -101,8 +103,11 @@ pub(super) async fn unwind(
     if effects.node.is_some() {
         tracker.run(Step::Unlink, node(ways, key, effects)).await?;
     }
+    if reached_guest {
+        tracker.run(Step::Confirm, no_disk(ways, key, effects)).await?;
+    }
     if why != Unwind::Failed {
-        ways.board.phase(key, Step::Unlink.phase());
+        ways.board.phase(key, Step::Confirm.phase());
     }
     let force = match why {
         Unwind::Removed(options) => options.force,
@@ -132,17 +137,52 @@ async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
                 domain::detach(&*connection, &ways.vm.domain, &effects.spec.disk, limit).await;
             done.map(drop).map_err(Failure::from)
         }
-        // The pod took its QEMU with it.
-        Err(failure) if failure.reason == Reason::PodGone => Ok(()),
-        Err(failure) => Err(failure),
+        Err(failure) => no_qemu(ways, failure).await,
     };
     if let Some(target) = &target {
         // Gone, or still in the XML where every plan sees it.
         ways.set_leaving(target, false);
     }
     detached?;
-    effects.disk = None;
+    // Not struck before it is confirmed; but the guest has it no more.
+    if let Some(disk) = &mut effects.disk {
+        disk.target = None;
+    }
     strike(ways, key, effects, Step::Unplug).await
+}
+
+/// Nothing came to the guest since, and nothing can any more.
+async fn no_disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
+    if effects.disk.is_none() {
+        return Ok(());
+    }
+    match ways.libvirt().await {
+        Ok(connection) => {
+            let limit = ways.settings().guest_unplug;
+            let disk = &effects.spec.disk;
+            domain::confirm_gone(&*connection, &ways.vm.domain, disk, limit).await?;
+        }
+        Err(failure) => no_qemu(ways, failure).await?,
+    }
+    effects.disk = None;
+    strike(ways, key, effects, Step::Confirm).await
+}
+
+/// Without a libvirt to ask: a pod that is gone took its QEMU with it, once its last process has ended.
+async fn no_qemu(ways: &Ways, failure: Failure) -> Result<(), Failure> {
+    if failure.reason != Reason::PodGone {
+        return Err(failure);
+    }
+    match discover::processes(&ways.host.pods, &ways.vm.place).await? {
+        0 => Ok(()),
+        left => {
+            let message = format!(
+                "{}, but {left} of its processes still run: nobody can say whether QEMU has let go",
+                failure.message
+            );
+            Err(Failure::new(Reason::LibvirtUnreachable, message))
+        }
+    }
 }
 
 async fn grant(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {

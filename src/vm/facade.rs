@@ -145,7 +145,7 @@ pub struct NodeInfo {
     pub simulated: bool,
     /// The one VM that this daemon serves, in its sidecar form.
     pub only_vm: Option<VmId>,
-    /// Calls into the kernel that were abandoned and have not come back.
+    /// Calls into the kernel or to libvirt that were abandoned and have not come back.
     pub stuck_calls: u64,
     /// Why nothing new can be stored; `None` when all is well.
     pub state_trouble: Option<String>,

@@ -386,9 +386,10 @@ impl Volumes for Registry {
 
     async fn node(&self) -> NodeInfo {
         let multipathd = self.storage.multipathd.ask("show daemon").await.is_ok();
+        let libvirt = u64::try_from(self.host.hypervisor.stuck_calls()).unwrap_or(u64::MAX);
         NodeInfo {
             multipathd,
-            stuck_calls: (self.storage.stuck)(),
+            stuck_calls: (self.storage.stuck)().saturating_add(libvirt),
             state_trouble: self.desired.trouble().await,
             ..self.settings.node.clone()
         }

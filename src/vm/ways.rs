@@ -228,7 +228,7 @@ impl Ways {
                 cgroup: place.pod.as_ref().map(|p| p.cgroup.path.clone()),
                 hotplug_dir: place.pod.as_ref().map(|p| p.hotplug.to_string().into()),
                 hotplug_dir_in_pod: place.pod.map(|p| p.dir_in_pod),
-                failure: None,
+                failure: self.paused().await,
             },
             Err(failure) => {
                 let state = match failure.reason {
@@ -239,6 +239,17 @@ impl Ways {
                 Looked { state, cgroup: None, hotplug_dir: None, hotplug_dir_in_pod: None, failure }
             }
         }
+    }
+
+    /// What has paused the guest, if it was an I/O error.
+    async fn paused(&self) -> Option<Failure> {
+        let connection = self.libvirt().await.ok()?;
+        let info = connection.info(&self.vm.domain, self.settings().libvirt).await.ok()??;
+        let message = || {
+            let domain = &self.vm.domain;
+            format!("an I/O of the guest's failed, so QEMU has paused domain {domain}")
+        };
+        info.io_error.then(|| Failure::new(Reason::VmPausedIoError, message()))
     }
 
     /// Checks what can be checked of a VM before it runs: its pod and libvirt's socket.

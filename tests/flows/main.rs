@@ -11,6 +11,7 @@ mod faults;
 mod guest;
 mod identity;
 mod journal;
+mod late;
 mod main_job;
 mod matrix;
 mod restart;

@@ -79,6 +79,7 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         serial: name.parse().unwrap(),
         bus: Bus::Scsi,
         cache: CacheMode::None,
+        error_policy: None,
         read_only: false,
         shareable: false,
         persist: false,

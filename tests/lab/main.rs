@@ -9,8 +9,10 @@
 mod attach;
 mod bad_input;
 mod daemon;
+mod gone;
 mod grant;
 mod guest;
+mod hypervisor;
 mod identity;
 mod initiator;
 mod kill;
@@ -19,6 +21,7 @@ mod mpathd;
 mod node;
 mod paths;
 mod places;
+mod policy;
 mod power;
 mod san;
 mod soak;

@@ -164,6 +164,51 @@ impl Lab {
     }
 }
 
+/// lunplugd with settings of a story's own, until that ends.
+pub struct Configured(());
+
+impl Configured {
+    /// `settings` as after `--set`.
+    #[track_caller]
+    pub fn with(settings: &[&str]) -> Self {
+        run("daemon", &[&["configure"], settings].concat()).ok();
+        Self(())
+    }
+}
+
+impl Drop for Configured {
+    fn drop(&mut self) {
+        run("daemon", &["configure"]);
+    }
+}
+
+/// Programs in a pod that are stopped by a signal, until this is dropped.
+pub struct Stopped {
+    pod: &'static str,
+    program: &'static str,
+}
+
+impl Stopped {
+    #[track_caller]
+    pub fn new(pod: &'static str, program: &'static str) -> Self {
+        signal(pod, program, "STOP").ok();
+        Self { pod, program }
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        signal(self.pod, self.program, "CONT");
+    }
+}
+
+/// Sends a signal to a program's processes in a pod.
+pub fn signal(pod: &str, program: &str, signal: &str) -> Ran {
+    run("pod", &["signal", pod, program, signal])
+}
+
+pub const QEMU: &str = "qemu-system-x86";
+
 /// A LUN of the lab's target that goes when the test ends.
 pub struct Lun {
     pub name: String,
@@ -240,6 +285,38 @@ pub fn volume(name: &str) -> Value {
     let json = lunplug(&["describe", VM, name, "-o", "json"]).ok();
     serde_json::from_str(&json)
         .unwrap_or_else(|e| panic!("describe -o json printed no JSON ({e}): {json}"))
+}
+
+/// Why a volume is not further; empty when all is well, or when it is gone.
+pub fn reason(name: &str) -> String {
+    let json = lunplug(&["describe", VM, name, "-o", "json"]).stdout;
+    let told: Value = serde_json::from_str(&json).unwrap_or_default();
+    told["trouble"]["reason"].as_str().unwrap_or_default().to_owned()
+}
+
+/// Waits until a volume is told to be gone.
+#[track_caller]
+pub fn gone(name: &str, deadline: Duration) {
+    until(&format!("volume {name} is gone"), deadline, || {
+        lunplug(&["describe", VM, name]).code == 3
+    });
+}
+
+/// A VM as the daemon tells it.
+#[track_caller]
+pub fn vm_info(name: &str) -> Value {
+    let json = lunplug(&["vm", "list", "-o", "json"]).ok();
+    let vms: Vec<Value> = serde_json::from_str(&json).expect("vm list -o json prints JSON");
+    let found = vms.iter().find(|v| v["vm"] == format!("default/{name}"));
+    found.unwrap_or_else(|| panic!("no VM {name}: {vms:?}")).clone()
+}
+
+/// How many calls of the daemon are stuck.
+#[track_caller]
+pub fn stuck_calls() -> u64 {
+    let json = lunplug(&["node", "-o", "json"]).ok();
+    let node: Value = serde_json::from_str(&json).expect("node -o json prints JSON");
+    node["stuck_calls"].as_u64().expect("a number")
 }
 
 /// The code that a failed call carries in its message.

@@ -73,6 +73,8 @@ pub struct Disk {
     pub readonly: bool,
     /// Others may write too.
     pub shareable: bool,
+    /// `error_policy` of the driver, as written.
+    pub error_policy: Option<String>,
     /// Its address, where it is of the `drive` kind.
     pub drive: Option<DriveAddress>,
     /// Its address, where it is of the `pci` kind.

@@ -47,6 +47,7 @@ pub(super) struct RawDevices {
 pub(super) struct RawDisk {
     #[serde(rename = "@device")]
     pub(super) device: Option<String>,
+    pub(super) driver: Option<RawDriver>,
     pub(super) alias: Option<RawAlias>,
     pub(super) target: Option<RawTarget>,
     pub(super) serial: Option<String>,
@@ -58,6 +59,12 @@ pub(super) struct RawDisk {
 
 #[derive(Deserialize)]
 pub(super) struct Empty {}
+
+#[derive(Deserialize)]
+pub(super) struct RawDriver {
+    #[serde(rename = "@error_policy")]
+    pub(super) error_policy: Option<String>,
+}
 
 #[derive(Deserialize)]
 pub(super) struct RawAlias {
@@ -204,6 +211,7 @@ impl RawDisk {
             source: self.source.and_then(|s| s.dev.or(s.file)),
             readonly: self.readonly.is_some(),
             shareable: self.shareable.is_some(),
+            error_policy: self.driver.and_then(|d| d.error_policy),
             drive,
             pci,
         })

@@ -84,6 +84,18 @@ pub enum LibvirtError {
         /// Abandoned calls of this connection that have not returned.
         stuck: usize,
     },
+    /// A call that was given up on may still take effect.
+    #[error(
+        "an earlier change of {device} has not returned from libvirt at {endpoint} after another {waited:?} and may still take effect"
+    )]
+    InFlight {
+        /// The endpoint's name.
+        endpoint: String,
+        /// The device.
+        device: String,
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// Something else.
     #[error("libvirt error {code}: {message}")]
     Other {
@@ -107,7 +119,7 @@ impl LibvirtError {
             Self::UnplugRejected { .. } => Reason::GuestRefusedUnplug,
             Self::UnplugPending { .. } => Reason::DetachUnacknowledged,
             Self::NoConnect { .. } => Reason::LibvirtUnreachable,
-            Self::TimedOut { .. } => Reason::LibvirtUnreachable,
+            Self::TimedOut { .. } | Self::InFlight { .. } => Reason::LibvirtUnreachable,
         }
     }
 

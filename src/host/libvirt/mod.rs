@@ -12,11 +12,17 @@
 //! [`Connection::is_alive`] denies is to be made anew; with a libvirt client library before 10.4 that
 //! is so after any call that timed out (CVE-2024-4418, see `real`).
 //!
+//! A change of a device that was abandoned may still come about: [`Connection::landed`] tells when
+//! that is over. It holds for this process's own calls on connections that live. A libvirtd that hung
+//! while its client went away carries out what it had received once it goes on; see `vm::detach` for
+//! how that is made harmless.
+//!
 //! All that libvirt needs of `unsafe` is in `ffi`.
 
 mod error;
 mod events;
 mod ffi;
+mod inflight;
 mod real;
 mod workers;
 
@@ -30,6 +36,7 @@ use async_trait::async_trait;
 
 pub use error::LibvirtError;
 pub use events::{DomainEvent, DomainEvents, EventSender, Lifecycle};
+pub(in crate::host) use inflight::{Flight, InFlight};
 pub use real::RealHypervisor;
 
 /// Which of libvirt's two instances answers at a socket: this decides the path of the URI. The
@@ -147,6 +154,8 @@ pub struct DomainInfo {
     pub persistent: bool,
     /// What has it to itself, if anything.
     pub job: Option<Job>,
+    /// It is paused because an I/O of the guest's failed (`VIR_DOMAIN_PAUSED_IOERROR`).
+    pub io_error: bool,
 }
 
 /// Which of a domain's two definitions.
@@ -172,6 +181,15 @@ impl Affect {
     pub const LIVE: Self = Self { live: true, config: false };
     /// The persistent definition alone.
     pub const CONFIG: Self = Self { live: false, config: true };
+}
+
+/// Calls that change a domain's devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Calls {
+    /// [`Connection::attach_device`] alone.
+    Attach,
+    /// [`Connection::detach_alias`] too.
+    All,
 }
 
 /// A libvirt version.
@@ -200,6 +218,9 @@ pub trait Hypervisor: Send + Sync {
         endpoint: &Endpoint,
         deadline: Duration,
     ) -> Result<Arc<dyn Connection>, LibvirtError>;
+
+    /// Calls at any connection that were abandoned and have not returned yet.
+    fn stuck_calls(&self) -> usize;
 }
 
 /// One connection. Domains are named; a name is looked up anew in each call, so that a domain that
@@ -224,10 +245,11 @@ pub trait Connection: Send + Sync {
         deadline: Duration,
     ) -> Result<String, LibvirtError>;
 
-    /// Adds a device (`virDomainAttachDeviceFlags`).
+    /// Adds a device (`virDomainAttachDeviceFlags`), which `landed` knows as `device`.
     async fn attach_device(
         &self,
         domain: &str,
+        device: &str,
         xml: &str,
         affect: Affect,
         deadline: Duration,
@@ -241,6 +263,16 @@ pub trait Connection: Send + Sync {
         domain: &str,
         alias: &str,
         affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError>;
+
+    /// Waits until no such call of this process for that device is in flight, given up on or not;
+    /// [`LibvirtError::InFlight`] when there still is one after `deadline`.
+    async fn landed(
+        &self,
+        domain: &str,
+        device: &str,
+        calls: Calls,
         deadline: Duration,
     ) -> Result<(), LibvirtError>;
 

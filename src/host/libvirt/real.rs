@@ -3,18 +3,19 @@
 use std::ffi::CString;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use virt::domain::Domain;
+use virt::domain::{Domain, DomainPausedReason, DomainStateReason};
+use virt::enumutil::Enum;
 use virt::sys;
 
 use super::ffi::{self, Handle};
 use super::workers::Workers;
 use super::{
-    Affect, Connection, Definition, DomainEvents, DomainInfo, DomainState, Endpoint, EventSender,
-    Hypervisor, Instance, LibvirtError, Socket, Version,
+    Affect, Calls, Connection, Definition, DomainEvents, DomainInfo, DomainState, Endpoint,
+    EventSender, Hypervisor, InFlight, Instance, LibvirtError, Socket, Version,
 };
 
 /// How many calls of one connection run at once. libvirt has one modifying job a domain at a time,
@@ -35,7 +36,10 @@ pub(super) fn client_is_sound() -> bool {
 
 /// libvirt as it is on this host.
 #[derive(Debug, Default)]
-pub struct RealHypervisor;
+pub struct RealHypervisor {
+    in_flight: InFlight,
+    stuck: Arc<AtomicUsize>,
+}
 
 #[async_trait]
 impl Hypervisor for RealHypervisor {
@@ -46,7 +50,8 @@ impl Hypervisor for RealHypervisor {
     ) -> Result<Arc<dyn Connection>, LibvirtError> {
         let name: Arc<str> = endpoint.name.as_str().into();
         let sound = client_is_sound();
-        let workers = Workers::new(&name, if sound { PLACES } else { 1 });
+        let places = if sound { PLACES } else { 1 };
+        let workers = Workers::new(&name, places, Arc::clone(&self.stuck));
         let events = EventSender::default();
         let alive = Arc::new(AtomicBool::new(true));
         let handle = {
@@ -55,7 +60,12 @@ impl Hypervisor for RealHypervisor {
                 .run("connect", deadline, move || open(&endpoint, &events, &alive, sound))
                 .await?
         };
-        Ok(Arc::new(RealConnection { name, handle, workers, events, alive, sound }))
+        let in_flight = self.in_flight.clone();
+        Ok(Arc::new(RealConnection { name, handle, workers, events, alive, sound, in_flight }))
+    }
+
+    fn stuck_calls(&self) -> usize {
+        self.stuck.load(Ordering::Acquire)
     }
 }
 
@@ -131,6 +141,7 @@ struct RealConnection {
     events: EventSender,
     alive: Arc<AtomicBool>,
     sound: bool,
+    in_flight: InFlight,
 }
 
 impl RealConnection {
@@ -229,14 +240,20 @@ impl Connection for RealConnection {
         deadline: Duration,
     ) -> Result<Option<DomainInfo>, LibvirtError> {
         let info = self.with_domain("info", domain, deadline, |domain| {
-            let (found, _reason) = domain.state()?;
+            let (found, reason) = domain.state()?;
             let state = state(found);
+            let io_error = match reason {
+                Enum::Known(DomainStateReason::Paused(why)) => {
+                    why.known() == Some(DomainPausedReason::IOError)
+                }
+                Enum::Known(_) | Enum::Unknown(_) => false,
+            };
             let job = match state {
                 DomainState::Shutoff => None,
                 // Not offered by every driver; then a conflict shows by libvirt's own lock.
                 DomainState::Running | DomainState::Paused => ffi::job(domain).unwrap_or(None),
             };
-            Ok(DomainInfo { state, persistent: domain.is_persistent()?, job })
+            Ok(DomainInfo { state, persistent: domain.is_persistent()?, job, io_error })
         });
         match info.await {
             Ok(info) => Ok(Some(info)),
@@ -261,12 +278,15 @@ impl Connection for RealConnection {
     async fn attach_device(
         &self,
         domain: &str,
+        device: &str,
         xml: &str,
         affect: Affect,
         deadline: Duration,
     ) -> Result<(), LibvirtError> {
         let xml = xml.to_owned();
+        let flight = self.in_flight.attach(&self.name, domain, device);
         self.with_domain("attach", domain, deadline, move |d| {
+            let _flight = flight;
             d.attach_device_flags(&xml, flags(affect))
         })
         .await
@@ -279,13 +299,25 @@ impl Connection for RealConnection {
         affect: Affect,
         deadline: Duration,
     ) -> Result<(), LibvirtError> {
+        let flight = self.in_flight.detach(&self.name, domain, alias);
         let alias = CString::new(alias).map_err(|_| LibvirtError::DeviceMissing {
             message: format!("an alias cannot hold NUL: {alias:?}"),
         })?;
         self.with_domain("detach", domain, deadline, move |d| {
+            let _flight = flight;
             ffi::detach_alias(d, &alias, flags(affect))
         })
         .await
+    }
+
+    async fn landed(
+        &self,
+        domain: &str,
+        device: &str,
+        calls: Calls,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        self.in_flight.landed_within(&self.name, domain, device, calls, deadline).await
     }
 
     async fn agent_command(

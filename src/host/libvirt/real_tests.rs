@@ -15,7 +15,7 @@ async fn connect() -> Arc<dyn Connection> {
         socket: Socket::Uri("test:///default".into()),
         instance: Instance::Session,
     };
-    RealHypervisor.connect(&endpoint, SOON).await.unwrap()
+    RealHypervisor::default().connect(&endpoint, SOON).await.unwrap()
 }
 
 #[tokio::test]
@@ -72,7 +72,7 @@ async fn lifecycle_events_come_through_the_event_loop() {
 async fn nobody_at_the_socket_is_no_connect() {
     let dir = tempfile::tempdir().unwrap();
     let endpoint = Endpoint::path(dir.path().join("no-such-sock"), Instance::Session);
-    let error = RealHypervisor.connect(&endpoint, SOON).await.err().unwrap();
+    let error = RealHypervisor::default().connect(&endpoint, SOON).await.err().unwrap();
     assert!(error.is_disconnect(), "{error:?}");
     assert_eq!(error.reason(), crate::reason::Reason::LibvirtUnreachable);
 }
@@ -94,7 +94,7 @@ async fn an_opened_socket_is_reached_though_its_path_was_replaced() {
     let planted = std::os::unix::net::UnixListener::bind(&path).unwrap();
     planted.set_nonblocking(true).unwrap();
     let endpoint = Endpoint::opened("in the pod", Arc::new(fd), Instance::Session);
-    let connecting = RealHypervisor.connect(&endpoint, Duration::from_millis(300)).await;
+    let connecting = RealHypervisor::default().connect(&endpoint, Duration::from_millis(300)).await;
     assert!(matches!(connecting, Err(LibvirtError::TimedOut { stuck: 1, .. })));
     let accepted = tokio::task::spawn_blocking(move || real.accept().is_ok()).await.unwrap();
     assert!(accepted, "the opened socket was connected to");

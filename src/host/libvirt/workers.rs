@@ -17,34 +17,54 @@ use super::LibvirtError;
 pub(super) struct Workers {
     endpoint: Arc<str>,
     places: Arc<Semaphore>,
-    stuck: Arc<AtomicUsize>,
+    stuck: Stuck,
+}
+
+/// How many calls are stuck: here, and at all connections.
+#[derive(Debug, Clone)]
+struct Stuck {
+    here: Arc<AtomicUsize>,
+    all: Arc<AtomicUsize>,
+}
+
+impl Stuck {
+    fn one_more(&self) {
+        self.here.fetch_add(1, Ordering::AcqRel);
+        self.all.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn one_less(&self) {
+        self.here.fetch_sub(1, Ordering::AcqRel);
+        self.all.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// Counts a call as stuck from when its caller gave up until it returns.
 struct Call {
-    stuck: Arc<AtomicUsize>,
+    stuck: Stuck,
     abandoned: Arc<std::sync::atomic::AtomicBool>,
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
         if self.abandoned.swap(true, Ordering::AcqRel) {
-            self.stuck.fetch_sub(1, Ordering::AcqRel);
+            self.stuck.one_less();
         }
     }
 }
 
 impl Workers {
-    pub(super) fn new(endpoint: &str, places: usize) -> Self {
+    /// `all` counts what is stuck at this connection and others.
+    pub(super) fn new(endpoint: &str, places: usize, all: Arc<AtomicUsize>) -> Self {
         Self {
             endpoint: endpoint.into(),
             places: Arc::new(Semaphore::new(places)),
-            stuck: Arc::default(),
+            stuck: Stuck { here: Arc::default(), all },
         }
     }
 
     pub(super) fn stuck(&self) -> usize {
-        self.stuck.load(Ordering::Acquire)
+        self.stuck.here.load(Ordering::Acquire)
     }
 
     /// Runs `work` on a thread of its own. When `deadline` passes first, the thread is left to
@@ -68,7 +88,7 @@ impl Workers {
             .map_err(|_| timed_out())?;
         let (sender, receiver) = oneshot::channel();
         let abandoned = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let running = Call { stuck: Arc::clone(&self.stuck), abandoned: Arc::clone(&abandoned) };
+        let running = Call { stuck: self.stuck.clone(), abandoned: Arc::clone(&abandoned) };
         std::thread::Builder::new()
             .name(format!("libvirt-{call}"))
             .spawn(move || {
@@ -93,16 +113,16 @@ impl Workers {
 
 /// The caller's half of the count.
 struct Abandon<'a> {
-    stuck: &'a AtomicUsize,
+    stuck: &'a Stuck,
     abandoned: &'a std::sync::atomic::AtomicBool,
 }
 
 impl Drop for Abandon<'_> {
     fn drop(&mut self) {
         // Whoever comes second undoes what the first did: a call that has returned is not stuck.
-        self.stuck.fetch_add(1, Ordering::AcqRel);
+        self.stuck.one_more();
         if self.abandoned.swap(true, Ordering::AcqRel) {
-            self.stuck.fetch_sub(1, Ordering::AcqRel);
+            self.stuck.one_less();
         }
     }
 }
@@ -114,7 +134,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stuck_call_is_left_behind_and_counted() {
-        let workers = Workers::new("here", 2);
+        let workers = Workers::new("here", 2, Arc::default());
         let (release, held) = mpsc::channel::<()>();
         let (done, returned) = mpsc::channel::<()>();
         let stuck = workers
@@ -141,7 +161,7 @@ mod tests {
 
     #[tokio::test]
     async fn when_all_places_are_stuck_a_call_fails_and_says_so() {
-        let workers = Workers::new("here", 1);
+        let workers = Workers::new("here", 1, Arc::default());
         let (release, held) = mpsc::channel::<()>();
         let _ = workers
             .run("attach", Duration::from_millis(20), move || {
@@ -156,7 +176,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_an_error() {
-        let workers = Workers::new("here", 1);
+        let workers = Workers::new("here", 1, Arc::default());
         let result: Result<(), _> =
             workers.run("xml", Duration::from_secs(30), || panic!("on purpose")).await;
         assert!(matches!(result, Err(LibvirtError::Other { .. })));

@@ -40,6 +40,8 @@ pub struct SimDomain {
     config: Option<String>,
     /// The guest is held.
     pub paused: bool,
+    /// It is so because of an I/O error.
+    pub io_error: bool,
     /// What has the domain to itself.
     pub job: Option<Job>,
     /// How the guest takes removals.
@@ -57,6 +59,7 @@ impl SimDomain {
             live: Some(xml.to_owned()),
             config: persistent.then(|| xml.to_owned()),
             paused: false,
+            io_error: false,
             job: None,
             unplug: Unplug::default(),
             agent: SimAgent { connected: true, ..SimAgent::default() },
@@ -112,7 +115,12 @@ impl SimDomain {
             (Some(_), true) => DomainState::Paused,
             (Some(_), false) => DomainState::Running,
         };
-        DomainInfo { state, persistent: self.config.is_some(), job: self.job }
+        DomainInfo {
+            state,
+            persistent: self.config.is_some(),
+            job: self.job,
+            io_error: state == DomainState::Paused && self.io_error,
+        }
     }
 
     /// One of its definitions, as libvirt has it: of a domain that does not run, both are the

@@ -2,7 +2,9 @@
 //!
 //! Faults: `libvirt.connect` (detail: the endpoint), and `libvirt.info`, `libvirt.xml`,
 //! `libvirt.attach`, `libvirt.detach`, `libvirt.agent` (detail: `DOMAIN` and the device's XML, alias
-//! or command). As with the real one, a call whose caller gave up may still take effect later.
+//! or command). As with the real one, a call whose caller gave up may still take effect later: one that
+//! was stalled, when the faults are cleared; one that a libvirtd had received before it hung
+//! ([`SimHypervisor::hang`]), when that goes on, whatever became of the caller.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,22 +13,31 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::{Notify, oneshot};
 
 use super::Faults;
 use super::domain::{SimDomain, Unplug};
 use crate::host::libvirt::{
-    Affect, Connection, Definition, DomainEvent, DomainEvents, DomainInfo, Endpoint, EventSender,
-    Hypervisor, Job, LibvirtError, Lifecycle, Version,
+    Affect, Calls, Connection, Definition, DomainEvent, DomainEvents, DomainInfo, Endpoint,
+    EventSender, Flight, Hypervisor, InFlight, Job, LibvirtError, Lifecycle, Version,
 };
 
 /// Asked when QEMU opens a device: endpoint, path in the pod, and whether for reading only. `Err` is
 /// the system's words for why it may not.
 pub type OpenCheck = Arc<dyn Fn(&str, &str, bool) -> Result<(), String> + Send + Sync>;
 
+/// A call that a hung libvirtd has received.
+type Request = Box<dyn FnOnce(&mut State) + Send>;
+
 #[derive(Default)]
 struct SimLibvirt {
     domains: BTreeMap<String, SimDomain>,
     events: EventSender,
+    /// It hangs from when this call comes; any call when empty.
+    hangs_at: Option<&'static str>,
+    hung: bool,
+    received: Vec<Request>,
+    withheld: Vec<Request>,
 }
 
 #[derive(Default)]
@@ -40,12 +51,21 @@ struct State {
 pub struct SimHypervisor {
     faults: Arc<Faults>,
     state: Arc<Mutex<State>>,
+    in_flight: InFlight,
+    goes_on: Arc<Notify>,
+    stuck: Arc<AtomicUsize>,
 }
 
 impl SimHypervisor {
     /// None yet.
     pub fn new(faults: Arc<Faults>) -> Self {
-        Self { faults, state: Arc::default() }
+        Self {
+            faults,
+            state: Arc::default(),
+            in_flight: InFlight::default(),
+            goes_on: Arc::default(),
+            stuck: Arc::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -111,11 +131,79 @@ impl SimHypervisor {
         }
     }
 
-    /// Breaks all connections to this endpoint, as a restart of libvirtd does; domains go on.
+    /// Breaks all connections to this endpoint, as a restart of libvirtd does; domains go on. What a
+    /// hung one had received is lost.
     pub fn restart(&self, endpoint: &str) {
+        self.disconnect(endpoint);
+        if let Some(libvirt) = self.lock().libvirts.get_mut(endpoint) {
+            (libvirt.hung, libvirt.hangs_at) = (false, None);
+            libvirt.received.clear();
+            libvirt.withheld.clear();
+        }
+        self.goes_on.notify_waiters();
+    }
+
+    /// Breaks all connections to this endpoint from the client's side, as keepalive does. What was
+    /// received stays received.
+    pub fn disconnect(&self, endpoint: &str) {
         if let Some(libvirt) = self.lock().libvirts.get_mut(endpoint) {
             libvirt.events.disconnected();
             libvirt.events = EventSender::default();
+        }
+    }
+
+    /// The libvirtd at this endpoint hangs from when it receives this call on (`info`, `xml`, `attach`,
+    /// `detach`, `agent`; the next one when empty), as one that is stopped by a signal does.
+    pub fn hang(&self, endpoint: &str, call: &'static str) {
+        if let Some(libvirt) = self.lock().libvirts.get_mut(endpoint) {
+            libvirt.hangs_at = Some(call);
+        }
+    }
+
+    /// A hung libvirtd goes on: it carries out what it has received, in that order.
+    pub fn go_on(&self, endpoint: &str) {
+        let mut state = self.lock();
+        let Some(libvirt) = state.libvirts.get_mut(endpoint) else { return };
+        (libvirt.hung, libvirt.hangs_at) = (false, None);
+        for request in std::mem::take(&mut libvirt.received) {
+            request(&mut state);
+        }
+        drop(state);
+        self.goes_on.notify_waiters();
+    }
+
+    /// A hung libvirtd goes on, but what it has received waits in its queue until [`Self::deliver`], as
+    /// for a domain's job.
+    pub fn withhold(&self, endpoint: &str) {
+        if let Some(libvirt) = self.lock().libvirts.get_mut(endpoint) {
+            let received = std::mem::take(&mut libvirt.received);
+            libvirt.withheld.extend(received);
+        }
+        self.go_on(endpoint);
+    }
+
+    /// What was withheld is carried out.
+    pub fn deliver(&self, endpoint: &str) {
+        let mut state = self.lock();
+        let withheld = state.libvirts.get_mut(endpoint).map(|l| std::mem::take(&mut l.withheld));
+        for request in withheld.into_iter().flatten() {
+            request(&mut state);
+        }
+    }
+
+    /// Whether the libvirtd at this endpoint hangs.
+    pub fn is_hung(&self, endpoint: &str) -> bool {
+        self.lock().libvirts.get(endpoint).is_some_and(|l| l.hung)
+    }
+
+    /// Returns when it does not hang.
+    async fn answers(&self, endpoint: &str) {
+        loop {
+            let goes_on = self.goes_on.notified();
+            if !self.is_hung(endpoint) {
+                return;
+            }
+            goes_on.await;
         }
     }
 
@@ -149,9 +237,12 @@ impl Hypervisor for SimHypervisor {
     ) -> Result<Arc<dyn Connection>, LibvirtError> {
         let no_connect =
             |message: String| LibvirtError::NoConnect { endpoint: endpoint.name.clone(), message };
-        match tokio::time::timeout(deadline, self.faults.pass("libvirt.connect", &endpoint.name))
-            .await
-        {
+        let passed = async {
+            self.faults.pass("libvirt.connect", &endpoint.name).await?;
+            self.answers(&endpoint.name).await;
+            Ok::<_, std::io::Error>(())
+        };
+        match tokio::time::timeout(deadline, passed).await {
             Err(_) => {
                 return Err(LibvirtError::TimedOut {
                     endpoint: endpoint.name.clone(),
@@ -172,6 +263,10 @@ impl Hypervisor for SimHypervisor {
             host: self.clone(),
             stuck: Arc::default(),
         }))
+    }
+
+    fn stuck_calls(&self) -> usize {
+        self.stuck.load(Ordering::Acquire)
     }
 }
 
@@ -200,6 +295,7 @@ impl SimConnection {
         domain: &str,
         detail: &str,
         deadline: Duration,
+        flight: Option<Flight>,
         work: impl FnOnce(Scene<'_>) -> Result<T, LibvirtError> + Send + 'static,
     ) -> Result<T, LibvirtError> {
         if !self.is_alive() {
@@ -208,31 +304,42 @@ impl SimConnection {
         let (host, endpoint, domain) =
             (self.host.clone(), self.endpoint.clone(), domain.to_owned());
         let detail = format!("{domain} {detail}");
+        let broken = broken(self.events.subscribe(&domain));
         let mut task = tokio::spawn(async move {
-            let passed = host.faults.pass(&format!("libvirt.{call}"), &detail).await;
-            passed.map_err(|e| LibvirtError::Other { code: 0, message: e.to_string() })?;
-            let mut state = host.lock();
-            let open_check = state.open_check.clone();
-            let libvirt =
-                state.libvirts.get_mut(&endpoint).ok_or_else(|| LibvirtError::NoConnect {
-                    endpoint: endpoint.clone(),
-                    message: "client socket is closed".into(),
-                })?;
-            let domain =
-                libvirt.domains.get_mut(&domain).ok_or_else(|| LibvirtError::NoDomain {
-                    message: format!("no domain with matching name '{domain}'"),
-                })?;
-            work(Scene { endpoint: &endpoint, domain, events: &libvirt.events, open_check })
+            let _flight = flight;
+            let gone = || LibvirtError::NoConnect {
+                endpoint: endpoint.clone(),
+                message: "client socket is closed".into(),
+            };
+            host.faults
+                .pass_or_end(&format!("libvirt.{call}"), &detail)
+                .await
+                .map_err(|e| LibvirtError::Other { code: 0, message: e.to_string() })?;
+            let (answer, answered) = oneshot::channel();
+            let at = endpoint.clone();
+            let request: Request = Box::new(move |state| {
+                // Whoever asked may have gone.
+                let _ = answer.send(state.carry_out(&at, &domain, work));
+            });
+            host.lock().receive(&endpoint, call, request);
+            tokio::select! {
+                biased;
+                result = answered => result.unwrap_or_else(|_| Err(gone())),
+                () = broken => Err(gone()),
+            }
         });
         match tokio::time::timeout(deadline, &mut task).await {
             Ok(Ok(result)) => result,
             Ok(Err(e)) => Err(LibvirtError::Other { code: 0, message: e.to_string() }),
             Err(_) => {
                 let stuck = self.stuck.fetch_add(1, Ordering::AcqRel) + 1;
-                let count = Arc::clone(&self.stuck);
+                self.host.stuck.fetch_add(1, Ordering::AcqRel);
+                let counts = [Arc::clone(&self.stuck), Arc::clone(&self.host.stuck)];
                 tokio::spawn(async move {
                     let _ = task.await;
-                    count.fetch_sub(1, Ordering::AcqRel);
+                    for count in counts {
+                        count.fetch_sub(1, Ordering::AcqRel);
+                    }
                 });
                 let endpoint = self.endpoint.clone();
                 Err(LibvirtError::TimedOut { endpoint, call, deadline, stuck })
@@ -242,6 +349,42 @@ impl SimConnection {
 
     fn no_connect(&self, message: &str) -> LibvirtError {
         LibvirtError::NoConnect { endpoint: self.endpoint.clone(), message: message.into() }
+    }
+}
+
+/// Returns when the connection breaks.
+async fn broken(mut events: DomainEvents) {
+    while events.next().await != DomainEvent::Disconnected {}
+}
+
+impl State {
+    /// A call comes to the libvirt of an endpoint, which answers it now, or hangs and keeps it.
+    fn receive(&mut self, endpoint: &str, call: &str, request: Request) {
+        if let Some(libvirt) = self.libvirts.get_mut(endpoint) {
+            libvirt.hung |= libvirt.hangs_at.is_some_and(|at| at.is_empty() || at == call);
+            if libvirt.hung {
+                libvirt.received.push(request);
+                return;
+            }
+        }
+        request(self);
+    }
+
+    fn carry_out<T>(
+        &mut self,
+        endpoint: &str,
+        domain: &str,
+        work: impl FnOnce(Scene<'_>) -> Result<T, LibvirtError>,
+    ) -> Result<T, LibvirtError> {
+        let open_check = self.open_check.clone();
+        let libvirt = self.libvirts.get_mut(endpoint).ok_or_else(|| LibvirtError::NoConnect {
+            endpoint: endpoint.to_owned(),
+            message: "client socket is closed".into(),
+        })?;
+        let domain = libvirt.domains.get_mut(domain).ok_or_else(|| LibvirtError::NoDomain {
+            message: format!("no domain with matching name '{domain}'"),
+        })?;
+        work(Scene { endpoint, domain, events: &libvirt.events, open_check })
     }
 }
 
@@ -267,7 +410,7 @@ impl Connection for SimConnection {
         domain: &str,
         deadline: Duration,
     ) -> Result<Option<DomainInfo>, LibvirtError> {
-        match self.call("info", domain, "", deadline, |s| Ok(s.domain.info())).await {
+        match self.call("info", domain, "", deadline, None, |s| Ok(s.domain.info())).await {
             Err(LibvirtError::NoDomain { .. }) => Ok(None),
             other => other.map(Some),
         }
@@ -279,18 +422,20 @@ impl Connection for SimConnection {
         definition: Definition,
         deadline: Duration,
     ) -> Result<String, LibvirtError> {
-        self.call("xml", domain, "", deadline, move |s| Ok(s.domain.xml(definition))).await
+        self.call("xml", domain, "", deadline, None, move |s| Ok(s.domain.xml(definition))).await
     }
 
     async fn attach_device(
         &self,
         domain: &str,
+        device: &str,
         xml: &str,
         affect: Affect,
         deadline: Duration,
     ) -> Result<(), LibvirtError> {
+        let flight = self.host.in_flight.attach(&self.endpoint, domain, device);
         let device = xml.to_owned();
-        self.call("attach", domain, xml, deadline, move |s| {
+        self.call("attach", domain, xml, deadline, Some(flight), move |s| {
             refuse_busy(s.domain)?;
             let endpoint = s.endpoint;
             let check = |path: &str, read_only| {
@@ -311,8 +456,9 @@ impl Connection for SimConnection {
         affect: Affect,
         deadline: Duration,
     ) -> Result<(), LibvirtError> {
+        let flight = self.host.in_flight.detach(&self.endpoint, domain, alias);
         let wanted = alias.to_owned();
-        self.call("detach", domain, alias, deadline, move |s| {
+        self.call("detach", domain, alias, deadline, Some(flight), move |s| {
             refuse_busy(s.domain)?;
             match s.domain.detach(&wanted, affect)? {
                 Some(Unplug::Acknowledge) => {
@@ -328,6 +474,16 @@ impl Connection for SimConnection {
         .await
     }
 
+    async fn landed(
+        &self,
+        domain: &str,
+        device: &str,
+        calls: Calls,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        self.host.in_flight.landed_within(&self.endpoint, domain, device, calls, deadline).await
+    }
+
     async fn agent_command(
         &self,
         domain: &str,
@@ -335,7 +491,7 @@ impl Connection for SimConnection {
         deadline: Duration,
     ) -> Result<String, LibvirtError> {
         let request = command.to_owned();
-        self.call("agent", domain, command, deadline, move |s| s.domain.agent(&request)).await
+        self.call("agent", domain, command, deadline, None, move |s| s.domain.agent(&request)).await
     }
 
     fn events(&self, domain: &str) -> DomainEvents {

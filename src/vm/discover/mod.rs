@@ -252,6 +252,18 @@ pub async fn hotplug_dir(
     doors.dirs.hotplug(&pod, rel).await.map(Some).map_err(DiscoverError::Hotplug)
 }
 
+/// How many processes a VM's pod has, as the host counts them. That its directory is gone does not say
+/// that its QEMU is.
+pub async fn processes(doors: &PodDoors, place: &VmPlace) -> Result<usize> {
+    let VmPlace::Pod { uid, .. } = place else { return Ok(0) };
+    let failed = procs("counting the pod's processes");
+    let mut count = 0;
+    for cgroup in doors.procs.pod_cgroups(uid).await.map_err(&failed)? {
+        count += doors.procs.members(&cgroup).await.map_err(&failed)?.len();
+    }
+    Ok(count)
+}
+
 /// Finds all of a VM whose QEMU runs `domain`.
 pub async fn discover(
     doors: &PodDoors,

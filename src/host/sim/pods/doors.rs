@@ -44,7 +44,8 @@ fn uid(pod: &PodDir) -> String {
 
 impl State {
     fn pod(&self, dir: &PodDir) -> Result<&SimPod, PathError> {
-        self.pods.get(&uid(dir)).ok_or_else(|| PathError::PodGone(dir.path.clone()))
+        let there = self.pods.get(&uid(dir)).filter(|pod| !pod.dir_gone);
+        there.ok_or_else(|| PathError::PodGone(dir.path.clone()))
     }
 
     /// What openat2 finds beneath the pod's directory.
@@ -70,7 +71,7 @@ impl State {
             Err(e) => return Err(NodeError::Dir(e)),
         }
         let gone = || NodeError::Dir(PathError::PodGone(dir.pod.path.clone()));
-        self.pods.get_mut(&uid(&dir.pod)).ok_or_else(gone)
+        self.pods.get_mut(&uid(&dir.pod)).filter(|pod| !pod.dir_gone).ok_or_else(gone)
     }
 
     fn process(&self, id: ProcessId) -> Option<(&SimPod, &ProcessInfo)> {

@@ -52,6 +52,8 @@ pub struct SimPod {
     pub hotplug: PathBuf,
     /// The hotplug directory as QEMU sees it.
     pub hotplug_in_pod: PathBuf,
+    /// Its directory is gone, but not what runs in it.
+    pub dir_gone: bool,
     /// QEMU's mount of it has `nodev`.
     pub nodev: bool,
     /// QEMU sees another directory at that path.
@@ -148,6 +150,11 @@ impl SimPods {
     /// Ends all QEMU processes of a pod.
     pub fn kill_qemu(&self, uid: &str) {
         self.edit(uid, |pod| pod.processes.clear());
+    }
+
+    /// Removes a pod's directory alone; its processes go on.
+    pub fn remove_dir(&self, uid: &str) {
+        self.edit(uid, |pod| pod.dir_gone = true);
     }
 
     /// Removes a pod with all that is in it. Its grants become those of a dead cgroup.
@@ -282,6 +289,7 @@ fn new_pod(uid: &str, hierarchy: Hierarchy, number: u32) -> SimPod {
         entries: [(hotplug.clone(), SimEntry::Dir), (socket, SimEntry::Socket)].into(),
         hotplug,
         hotplug_in_pod: "/var/run/kubevirt/hotplug-disks".into(),
+        dir_gone: false,
         nodev: false,
         another_dir: false,
         idmap: 0,

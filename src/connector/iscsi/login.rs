@@ -13,8 +13,9 @@ use tokio::sync::watch;
 use tracing::Instrument;
 
 use super::Inner;
-use super::records::{Iscsiadm, LoggedIn, LoginError, login_result};
+use super::records::Iscsiadm;
 use super::session::{self, Session};
+use super::verdict::{LoggedIn, LoginError, login_result};
 use crate::connector::error::Error;
 use crate::connector::lease::{self, Lease, file_name};
 use crate::connector::wait::Wait;

@@ -146,7 +146,7 @@ impl Iscsiadm<'_> {
 
     /// Waits while the database is locked: iscsiadm would, too, but for 30 s and then in vain when
     /// whoever locked it was killed.
-    async fn unlocked(&self) -> Result<(), CmdError> {
+    pub(super) async fn unlocked(&self) -> Result<(), CmdError> {
         let end = Instant::now() + ms(self.settings.db_lock_ms);
         loop {
             let by = match self.doors.iscsidb.look_at_lock().await {

@@ -295,6 +295,7 @@ async fn a_lock_that_a_killed_iscsiadm_left_is_removed_and_a_living_ones_waited_
     let san = San::new();
     let before = san.sim.snapshot();
     san.sim.lock_records(&[]);
+    san.sim.corrupt_record(&target(), portal(2), "default");
     let began = tokio::time::Instant::now();
     san.attach(&request("a", 1, &[2, 3])).await;
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());

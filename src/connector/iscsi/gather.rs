@@ -11,9 +11,9 @@ use tracing::Instrument;
 
 use super::base::agree;
 use super::login::Progress;
-use super::records::LoginError;
 use super::scan::Proven;
 use super::session::{self, Session};
+use super::verdict::LoginError;
 use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::scsi::ScsiPath;

@@ -5,6 +5,7 @@
 //! is undone.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,8 +14,9 @@ use tokio::sync::watch;
 use tracing::Instrument;
 
 use super::Inner;
-use super::records::{Iscsiadm, LoggedIn, LoginError, login_result};
+use super::records::Iscsiadm;
 use super::session::{self, Session};
+use super::verdict::{LoggedIn, LoginError, login_result};
 use crate::connector::error::Error;
 use crate::connector::lease::{self, Lease, file_name};
 use crate::connector::wait::Wait;
@@ -182,12 +184,18 @@ impl Inner {
 
     pub(super) async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> Result<(), Error> {
         tracing::warn!(%target, portal = %record.portal, "removing a damaged node record");
-        self.doors.iscsidb.remove_corrupt(target, record).await.map_err(|source| {
-            Error::RecordCorrupt {
+        let doing = || format!("removing a damaged record of {target}");
+        let unlocked = self.iscsiadm(target).unlocked().await;
+        unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
+        let removed = self.doors.iscsidb.remove_corrupt(target, record).await;
+        removed.map_err(|source| match source.kind() {
+            // Locked again, in this very moment.
+            io::ErrorKind::WouldBlock => Error::Io { doing: doing(), source },
+            _ => Error::RecordCorrupt {
                 target: target.to_string(),
                 portal: record.portal.to_string(),
                 source,
-            }
+            },
         })
     }
 

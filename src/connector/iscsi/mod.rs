@@ -24,6 +24,7 @@ mod session;
 mod settle;
 #[cfg(test)]
 mod tests;
+mod verdict;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -32,7 +33,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tracing::Instrument;
 
-pub use records::LoginError;
+pub use verdict::LoginError;
 
 use super::bounded::bounded;
 use super::error::Error;
@@ -246,27 +247,24 @@ impl Inner {
 
     /// Decides between map and single path, once, before anything is made.
     async fn job(&self, request: &AttachRequest, source: &IscsiSource) -> Result<Job, Error> {
+        let alive = multipath::alive(&*self.doors.multipathd).await;
+        if let Err(silent @ MultipathdError::TimedOut { .. }) = alive {
+            // It runs, and would put a map over a path that was given away without one.
+            return Err(Error::Multipathd(silent));
+        }
         let multipath = match request.multipath {
             MultipathPolicy::Off => false,
             MultipathPolicy::Required => {
-                multipath::alive(&*self.doors.multipathd).await.map_err(|e| match e {
-                    silent @ MultipathdError::TimedOut { .. } => Error::Multipathd(silent),
-                    absent => Error::MultipathUnavailable(absent),
-                })?;
+                alive.map_err(Error::MultipathUnavailable)?;
                 true
             }
             MultipathPolicy::Preferred if source.portals.len() < 2 => false,
-            MultipathPolicy::Preferred => match multipath::alive(&*self.doors.multipathd).await {
-                Ok(()) => true,
-                // It runs, and would put a map over a path that was given away without one.
-                Err(silent @ MultipathdError::TimedOut { .. }) => {
-                    return Err(Error::Multipathd(silent));
-                }
-                Err(error) => {
+            MultipathPolicy::Preferred => {
+                if let Err(error) = &alive {
                     tracing::warn!(%error, "no multipath: the volume gets a single path");
-                    false
                 }
-            },
+                alive.is_ok()
+            }
         };
         Ok(Job {
             owner: request.owner.clone(),
@@ -348,8 +346,13 @@ impl Inner {
             note(&map).await?;
             return Ok(Some(map));
         }
-        if multipath::alive(&*self.doors.multipathd).await.is_err() {
-            return Ok(None);
+        match multipath::alive(&*self.doors.multipathd).await {
+            Ok(()) => {}
+            // It runs, and would come to the path later.
+            Err(silent @ MultipathdError::TimedOut { .. }) => {
+                return Err(Error::Multipathd(silent));
+            }
+            Err(_) => return Ok(None),
         }
         multipath::decide(&self.doors, &self.settings, paths).await?;
         match multipath::above(&*self.doors.sysfs, paths).await? {

@@ -1,4 +1,4 @@
-//! iscsiadm's part: node records, logins, logouts; and what its exit codes mean.
+//! iscsiadm's part: node records, logins, logouts.
 //!
 //! Facts (open-iscsi 2.1.11): `-o new` takes no settings and writes an existing record anew, so it
 //! is only called where there is none; one `-o update` takes any number of `-n`/`-v` pairs, and
@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::verdict::last_line;
 use crate::connector::error::Error;
 use crate::connector::settings::{Settings, ms};
 use crate::host::cmd::{CmdError, Output, Tool};
 use crate::host::iscsidb::DbLockState;
 use crate::host::storage::StorageDoors;
-use crate::reason::Reason;
 use crate::types::{Iqn, Portal};
 
 /// Two timeouts that mean nothing to anybody else tell our records from foreign ones across boots,
@@ -34,161 +34,6 @@ const LOCK_LOOK: Duration = Duration::from_millis(150);
 
 /// The one of our calls that leaves the records alone.
 const LOGOUT: &[&str] = &["--logout"];
-
-/// A login did not lead to a session.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum LoginError {
-    /// Nothing answers there.
-    #[error("portal {portal} does not answer: {detail}")]
-    Unreachable {
-        /// The portal.
-        portal: Portal,
-        /// iscsiadm's words.
-        detail: String,
-    },
-    /// The target does not let us in.
-    #[error("portal {portal} refused the login: {detail}")]
-    Refused {
-        /// The portal.
-        portal: Portal,
-        /// iscsiadm's words.
-        detail: String,
-    },
-    /// The portal has no such target.
-    #[error("portal {portal} does not know the target: {detail}")]
-    NotFound {
-        /// The portal.
-        portal: Portal,
-        /// iscsiadm's words.
-        detail: String,
-    },
-    /// iscsid, which bounds the login itself, did not answer in time.
-    #[error(
-        "iscsid did not end the login at portal {portal} within {deadline:?}; see systemctl status iscsid"
-    )]
-    Silent {
-        /// The portal.
-        portal: Portal,
-        /// How long it was given.
-        deadline: Duration,
-    },
-    /// It took too long.
-    #[error("no session at portal {portal} in time")]
-    TimedOut {
-        /// The portal.
-        portal: Portal,
-    },
-    /// iscsiadm or iscsid is missing or does not work.
-    #[error("iscsiadm could not log in at portal {portal}: {detail}")]
-    Tool {
-        /// The portal.
-        portal: Portal,
-        /// What was wrong.
-        detail: String,
-        /// Not installed.
-        missing: bool,
-    },
-}
-
-impl LoginError {
-    /// The stable code.
-    pub fn reason(&self) -> Reason {
-        match self {
-            Self::Unreachable { .. } | Self::TimedOut { .. } => Reason::PortalUnreachable,
-            Self::Silent { .. } => Reason::DeadlineExceeded,
-            Self::Refused { .. } => Reason::LoginRefused,
-            Self::NotFound { .. } => Reason::TargetNotFound,
-            Self::Tool { missing: true, .. } => Reason::ToolMissing,
-            Self::Tool { missing: false, .. } => Reason::ToolFailed,
-        }
-    }
-
-    /// Whether iscsid may still be about to log in: nobody has heard how it ended.
-    pub(crate) fn is_open(&self) -> bool {
-        match self {
-            Self::Silent { .. } | Self::TimedOut { .. } | Self::Tool { .. } => true,
-            Self::Unreachable { .. } | Self::Refused { .. } | Self::NotFound { .. } => false,
-        }
-    }
-
-    /// How much it tells, of several portals' failures: an answer says more than silence.
-    pub(crate) fn weight(&self) -> u8 {
-        match self {
-            Self::TimedOut { .. } => 0,
-            Self::Unreachable { .. } => 1,
-            Self::Silent { .. } => 2,
-            Self::Tool { .. } => 3,
-            Self::NotFound { .. } => 4,
-            Self::Refused { .. } => 5,
-        }
-    }
-}
-
-/// What a successful login says about whose the session is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum LoggedIn {
-    /// This call made it.
-    New,
-    /// It was there (`ISCSI_ERR_SESS_EXISTS`).
-    Existed,
-}
-
-/// The outcome at `portal` of one `--login` that may have been for several portals. Codes are those
-/// of open-iscsi's include/iscsi_err.h; per portal they stand in lines like
-/// `Could not login to [iface: default, target: T, portal: 10.0.0.1,3260].` and
-/// `initiator reported error (8 - connection timed out)`.
-pub(crate) fn login_result(portal: Portal, out: &Output) -> Result<LoggedIn, LoginError> {
-    let address = format!("portal: {},{}]", portal.ip(), portal.port());
-    let at = |line: &str| line.contains(&address);
-    if out.stdout.lines().any(|l| l.starts_with("Login to ") && at(l) && l.contains("successful")) {
-        return Ok(LoggedIn::New);
-    }
-    let mut lines = out.stderr.lines().skip_while(|l| !(l.contains("Could not login to") && at(l)));
-    let told = lines.nth(1).and_then(reported_code);
-    match told.or(out.code) {
-        None => Err(LoginError::Tool {
-            portal,
-            detail: "it was ended by a signal".into(),
-            missing: false,
-        }),
-        Some(code) => classify(portal, code, &out.stderr),
-    }
-}
-
-/// The number in `initiator reported error (8 - connection timed out)`.
-fn reported_code(line: &str) -> Option<i32> {
-    let (_, rest) = line.split_once("initiator reported error (")?;
-    rest.split_once(' ')?.0.parse().ok()
-}
-
-fn classify(portal: Portal, code: i32, stderr: &str) -> Result<LoggedIn, LoginError> {
-    let detail = match last_line(stderr) {
-        "" => format!("code {code}"),
-        line => line.to_owned(),
-    };
-    match code {
-        0 => Ok(LoggedIn::New),
-        15 => Ok(LoggedIn::Existed),
-        // transport, connect timed out, PDU timed out
-        4 | 8 | 11 => Err(LoginError::Unreachable { portal, detail }),
-        // generic login failure, access denied, authorization failure
-        5 | 13 | 24 => Err(LoginError::Refused { portal, detail }),
-        // Fatal login error. A missing authorization has a code of its own (24), so what remains of
-        // the initiator-error class is mostly 0x0203, target not found.
-        19 if stderr.contains("authoriz") || stderr.contains("authentic") => {
-            Err(LoginError::Refused { portal, detail })
-        }
-        19 => Err(LoginError::NotFound { portal, detail }),
-        _ => Err(LoginError::Tool { portal, detail, missing: false }),
-    }
-}
-
-/// The most telling line of what a program said: the reported error, else the first line.
-fn last_line(stderr: &str) -> &str {
-    let mut lines = stderr.lines().map(|l| l.trim().trim_start_matches("iscsiadm: "));
-    let first = lines.clone().find(|l| !l.is_empty()).unwrap_or("");
-    lines.find(|l| l.contains("reported error")).unwrap_or(first)
-}
 
 /// What is known to be wrong with the installed iscsiadm. One that cannot be asked is told when it is
 /// needed.
@@ -301,7 +146,7 @@ impl Iscsiadm<'_> {
 
     /// Waits while the database is locked: iscsiadm would, too, but for 30 s and then in vain when
     /// whoever locked it was killed.
-    async fn unlocked(&self) -> Result<(), CmdError> {
+    pub(super) async fn unlocked(&self) -> Result<(), CmdError> {
         let end = Instant::now() + ms(self.settings.db_lock_ms);
         loop {
             let by = match self.doors.iscsidb.look_at_lock().await {
@@ -374,7 +219,6 @@ fn is_marked(shown: &str) -> bool {
     };
     has("node.session.scan", "manual") && MARK.iter().all(|(name, value)| has(name, value))
 }
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -385,63 +229,6 @@ mod tests {
         for version in ["iscsiadm version 2.1.1\n", "iscsiadm version 2.1.11\n", ""] {
             assert_eq!(fault_of(version), None);
         }
-    }
-
-    fn portal(n: u8) -> Portal {
-        format!("127.0.0.{n}:3260").parse().expect("portal")
-    }
-
-    fn out(code: i32, stdout: &str, stderr: &str) -> Output {
-        Output { code: Some(code), stdout: stdout.into(), stderr: stderr.into() }
-    }
-
-    fn failed(n: u8, code: i32, text: &str) -> String {
-        format!(
-            "iscsiadm: Could not login to [iface: default, target: iqn.2026-01.a:b, portal: 127.0.0.{n},3260].\n\
-             iscsiadm: initiator reported error ({code} - {text})\n"
-        )
-    }
-
-    #[test]
-    fn each_code_has_its_reason() {
-        let cases = [
-            (4, "encountered connection failure", Reason::PortalUnreachable),
-            (8, "connection timed out", Reason::PortalUnreachable),
-            (11, "iSCSI PDU timed out", Reason::PortalUnreachable),
-            (5, "encountered iSCSI login failure", Reason::LoginRefused),
-            (24, "iSCSI login failed due to authorization failure", Reason::LoginRefused),
-            (19, "encountered non-retryable iSCSI login failure", Reason::TargetNotFound),
-            (20, "could not connect to iscsid", Reason::ToolFailed),
-            (6, "encountered iSCSI database failure", Reason::ToolFailed),
-            (21, "no objects found", Reason::ToolFailed),
-        ];
-        for (code, text, reason) in cases {
-            let o = out(code, "", &failed(2, code, text));
-            let got = login_result(portal(2), &o).expect_err("failed");
-            assert_eq!(got.reason(), reason, "{code}");
-            assert!(got.to_string().contains(text), "{got}");
-            // Without the line the exit code alone decides.
-            let bare = login_result(portal(2), &out(code, "", "")).expect_err("failed");
-            assert_eq!(bare.reason(), reason, "{code}");
-        }
-        assert_eq!(login_result(portal(2), &out(0, "", "")), Ok(LoggedIn::New));
-        assert_eq!(login_result(portal(2), &out(15, "", "")), Ok(LoggedIn::Existed));
-        let killed = Output { code: None, stdout: String::new(), stderr: String::new() };
-        assert!(login_result(portal(2), &killed).is_err());
-    }
-
-    #[test]
-    fn of_several_portals_each_has_its_own_outcome() {
-        let o = out(
-            8,
-            "Logging in to [iface: default, target: iqn.2026-01.a:b, portal: 127.0.0.2,3260]\n\
-             Login to [iface: default, target: iqn.2026-01.a:b, portal: 127.0.0.2,3260] successful.\n",
-            &(failed(3, 8, "connection timed out") + &failed(20, 24, "authorization failure")),
-        );
-        let reason = |n| login_result(portal(n), &o).map_err(|e| e.reason());
-        assert_eq!(reason(2), Ok(LoggedIn::New));
-        assert_eq!(reason(3), Err(Reason::PortalUnreachable));
-        assert_eq!(reason(20), Err(Reason::LoginRefused));
     }
 
     #[test]

@@ -122,7 +122,11 @@ impl Suspect {
     /// Whether it may hold the lock now. A zombie has nothing. iscsid runs for ever: it holds the
     /// lock only while it works on files, and never sleeps interruptibly then.
     fn may_hold(&self) -> bool {
-        !matches!(self.state, 'Z' | 'X') && !(self.name == "iscsid" && self.state == 'S')
+        match self.state {
+            'Z' | 'X' => false,
+            'S' => self.name != "iscsid",
+            _ => true,
+        }
     }
 
     fn describe(&self) -> String {

@@ -295,6 +295,7 @@ async fn a_lock_that_a_killed_iscsiadm_left_is_removed_and_a_living_ones_waited_
     let san = San::new();
     let before = san.sim.snapshot();
     san.sim.lock_records(&[]);
+    san.sim.corrupt_record(&target(), portal(2), "default");
     let began = tokio::time::Instant::now();
     san.attach(&request("a", 1, &[2, 3])).await;
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
@@ -321,21 +322,27 @@ async fn a_lock_that_a_killed_iscsiadm_left_is_removed_and_a_living_ones_waited_
 
 #[tokio::test(start_paused = true)]
 async fn a_silent_multipathd_is_waited_for_rather_than_gone_around() {
-    for policy in [MultipathPolicy::Required, MultipathPolicy::Preferred] {
+    use MultipathPolicy::{Off, Preferred, Required};
+    let cases: [(_, &[u8], u32); 4] =
+        [(Required, &[2, 3], 2), (Preferred, &[2, 3], 2), (Preferred, &[2], 1), (Off, &[2, 3], 1)];
+    for (policy, portals, paths) in cases {
         let san = San::new();
         let before = san.sim.snapshot();
         san.sim.faults().inject(fault("multipathd.ask", "", FaultAction::Hang));
-        let r = AttachRequest { multipath: policy, ..request("a", 1, &[2, 3]) };
+        let r = AttachRequest { multipath: policy, ..request("a", 1, portals) };
         let error = san.connector.attach(&r).await.expect_err("silent");
         assert_eq!(error.reason(), Reason::MapFailed, "it passes: {error}");
+        san.connector.settled().await;
         assert_eq!(san.sim.snapshot(), before);
         san.sim.faults().clear();
-        assert_eq!(san.attach(&r).await.device.paths, 2);
-        san.sim.faults().inject(fault("multipathd.ask", "", FaultAction::Hang));
-        let error = san.detach("a", 1, &[2, 3]).await.expect_err("silent");
-        assert_eq!(error.reason(), Reason::MapFailed);
-        san.sim.faults().clear();
-        san.detach("a", 1, &[2, 3]).await.expect("detached");
+        assert_eq!(san.attach(&r).await.device.paths, paths);
+        if policy != Off {
+            san.sim.faults().inject(fault("multipathd.ask", "", FaultAction::Hang));
+            let error = san.detach("a", 1, portals).await.expect_err("silent");
+            assert_eq!(error.reason(), Reason::MapFailed);
+            san.sim.faults().clear();
+        }
+        san.detach("a", 1, portals).await.expect("detached");
         assert_eq!(san.sim.snapshot(), before);
     }
 }

@@ -284,6 +284,9 @@ impl IscsiDb for SimStorage {
         self.pass("iscsidb.remove", target.as_str()).await?;
         let key = (target.clone(), record.portal, record.iface.clone());
         let mut world = self.world();
+        if world.db_lock.is_some() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         match world.records.get(&key) {
             Some(found) if !found.corrupt => Err(io::ErrorKind::InvalidInput.into()),
             _ => {

@@ -14,7 +14,6 @@ const LONG: Duration = Duration::from_secs(90);
 /// Deadlines that a story can wait for.
 const SHORT: &[&str] = &[
     "deadlines.libvirt_call=4s",
-    "deadlines.attach=15s",
     "deadlines.guest_unplug=6s",
     "deadlines.kernel_call=4s",
 ];

@@ -26,10 +26,11 @@ use crate::types::{DevNum, VolumeKey};
 /// Attaches a volume, or finds it attached; publishes each phase.
 pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), AttachFailure> {
     let failed = |failure| AttachFailure { failure, left: Left::Unknown };
+    let on_the_way = ways.order.set_out(&volume.spec.name);
     let key = ways.key(&volume.spec.name);
     let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
     let had_disk = had_disk(ways, &effects).await;
-    let mut way = Way { ways, key, volume, effects };
+    let mut way = Way { ways, key, volume, effects, returns: false };
     let limit = ways.settings().attach;
     let failure = match tokio::time::timeout(limit, way.walk()).await {
         Ok(Ok(())) => return Ok(()),
@@ -39,6 +40,8 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
             Failure::new(Reason::DeadlineExceeded, format!("the attach took longer than {limit:?}"))
         }
     };
+    // Those behind it need not wait for what goes back.
+    drop(on_the_way);
     if had_disk && !has_ended(&failure, &volume.spec) {
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
         return Err(AttachFailure { failure, left: Left::Disk });
@@ -93,6 +96,8 @@ struct Way<'a> {
     key: VolumeKey,
     volume: &'a StoredVolume,
     effects: Effects,
+    /// It was attached before.
+    returns: bool,
 }
 
 impl Way<'_> {
@@ -143,6 +148,7 @@ impl Way<'_> {
         let spec = &self.volume.spec;
         let source = spec.source.key();
         let recorded = self.ways.desired.identity(&self.key, &source).await?;
+        self.returns = recorded.is_some();
         self.effects.host = true;
         self.announce(Step::Lease).await?;
         self.reached(Step::Lease.phase());
@@ -219,8 +225,22 @@ impl Way<'_> {
         Ok(())
     }
 
+    /// Waits for the volumes that were asked for before this one and come back with it.
+    async fn in_order(&self) -> Result<(), Failure> {
+        let has_it = self.effects.disk.as_ref().is_some_and(|disk| disk.target.is_some());
+        if !self.returns || has_it {
+            return Ok(());
+        }
+        let own = &self.volume.spec.name;
+        let all = self.ways.desired.volumes(&self.ways.vm.id).await?;
+        let names = all.into_iter().map(|stored| stored.spec.name);
+        self.ways.order.after(&names.take_while(|name| name != own).collect()).await;
+        Ok(())
+    }
+
     /// The guest has it.
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
+        self.in_order().await?;
         let (ways, spec) = (self.ways, &self.volume.spec);
         let target = self.effects.disk.take().and_then(|d| d.target);
         let alias = domain::alias(&spec.disk);

@@ -24,6 +24,7 @@ pub mod discover;
 pub mod facade;
 pub mod failure;
 pub mod handler;
+mod order;
 pub mod plan;
 pub mod publish;
 pub mod registry;

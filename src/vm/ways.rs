@@ -11,6 +11,7 @@ use tokio::sync::Mutex;
 use super::discover::{self, Place};
 use super::facade::{Refusal, VmState};
 use super::failure::Failure;
+use super::order::Order;
 use super::publish::Board;
 use super::steps::{AttachFailure, Steps};
 use super::{attach, checks, detach};
@@ -75,6 +76,8 @@ pub struct Ways {
     link: Mutex<Option<Arc<dyn Connection>>>,
     /// Held while a disk is planned and attached, so that two never plan for the same place.
     pub(super) turn: Mutex<()>,
+    /// Who is on its way to the guest.
+    pub(super) order: Order,
     /// The target names that are being removed.
     leaving: std::sync::Mutex<BTreeSet<String>>,
 }
@@ -98,6 +101,7 @@ impl Ways {
             effects,
             link: Mutex::default(),
             turn: Mutex::default(),
+            order: Order::default(),
             leaving: std::sync::Mutex::default(),
         }
     }

@@ -1,13 +1,16 @@
 //! The daemon ends by `kill -9`, or the node reboots, and what was asked for comes about.
 
+use std::time::Duration;
+
 use lunplug::host::sim::domain::{SimDomain, Unplug};
+use lunplug::host::sim::{Fault, FaultAction};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
 use lunplug::spec::{Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{World, domain, node, single, uid, vm, volume};
+use crate::world::{Daemon, World, domain, node, single, uid, vm, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
@@ -232,4 +235,45 @@ fn a_pod_that_is_deleted_takes_its_volumes_from_the_host() {
         let left = world.picture();
         assert!(!left.contains("session ") && !left.contains("grant "), "{left}");
     });
+}
+
+/// However long each takes on its way, and also after a restart of the whole node.
+#[test]
+fn volumes_come_back_in_the_order_in_which_they_were_asked_for() {
+    let names = ["c", "a", "b"];
+    let world = World::new();
+    let targets = async |daemon: &Daemon| {
+        let mut targets = Vec::new();
+        for name in names {
+            targets.push(daemon.ready(1, name).await.target.unwrap());
+        }
+        targets
+    };
+    let slow = |name: &str| Fault {
+        detail: format!("effects/default/vm-1/{name}.json"),
+        ..world.fault("rundir.store", 1, FaultAction::Stall)
+    };
+    let slowly = async |daemon: &Daemon| {
+        world.host.faults.meeting().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        world.host.faults.clear();
+        assert_eq!(targets(daemon).await, ["sda", "sdb", "sdc"]);
+        daemon.quiet().await;
+    };
+    world.life(async |daemon| {
+        for (name, lun) in names.into_iter().zip(1..) {
+            assert_eq!(daemon.add(1, &volume(name, lun)).await.phase, Phase::Ready);
+        }
+        daemon.quiet().await;
+        world.host.hypervisor.stop_domain(&World::endpoint(1), &domain(1));
+        daemon.until(1, "c", |s| s.reason == Some(Reason::VmNotRunning)).await;
+        daemon.quiet().await;
+        world.host.faults.inject(slow("c"));
+        world.host.hypervisor.start_domain(&World::endpoint(1), &domain(1));
+        slowly(&daemon).await;
+    });
+    world.shut_down();
+    world.boot();
+    world.host.faults.inject(slow("c"));
+    world.life(async |daemon| slowly(&daemon).await);
 }

@@ -94,3 +94,29 @@ fn a_descriptor_that_outlives_its_grant_only_gives_errors() {
     });
     story.nothing_left();
 }
+
+/// A single path has no map to make harmless: it stays as it is, and nobody else gets it.
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_single_path_that_is_held_open_waits_for_its_holder() {
+    Lab::get();
+    let lun = Lun::new("single", 5, "16M");
+    let story = Story::begin();
+    add("single", &lun.source(), &["--multipath", "off"]).ok();
+    let in_pod = |line: &str| run("pod", &["exec", POD, "sh", "-c", line]);
+    in_pod("rm -f /tmp/opened").ok();
+    let keeper = "exec 9</run/kubevirt/hotplug-disks/single; touch /tmp/opened; exec sleep 1000";
+    sh(&format!("setsid pod exec {POD} sh -c '{keeper}' >/dev/null 2>&1 </dev/null &")).ok();
+    until("the device is open", Duration::from_secs(20), || {
+        in_pod("test -e /tmp/opened").code == 0
+    });
+    let ran = remove("single", &[]).fails();
+    assert!(ran.stderr.contains("DEVICE_HELD") && ran.stderr.contains("sleep["), "{}", ran.stderr);
+    assert_eq!(volume("single")["phase"], "UnMountedFromPod");
+    sh("ls /sys/class/iscsi_session | grep .").ok();
+    in_pod("pkill -f 'sleep [1]000'").ok();
+    until("the volume is gone", Duration::from_secs(120), || {
+        lunplug(&["describe", VM, "single"]).code == 3
+    });
+    story.nothing_left();
+}

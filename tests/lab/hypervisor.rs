@@ -12,12 +12,8 @@ use crate::node::{
 const LONG: Duration = Duration::from_secs(90);
 
 /// Deadlines that a story can wait for.
-const SHORT: &[&str] = &[
-    "deadlines.libvirt_call=4s",
-    "deadlines.attach=15s",
-    "deadlines.guest_unplug=6s",
-    "deadlines.kernel_call=4s",
-];
+const SHORT: &[&str] =
+    &["deadlines.libvirt_call=4s", "deadlines.guest_unplug=6s", "deadlines.kernel_call=4s"];
 
 /// Wants a volume, and does not wait for it.
 #[track_caller]
@@ -169,7 +165,7 @@ fn a_qemu_that_is_killed_leaves_nothing_and_its_volumes_wait() {
     sh("iscsiadm -m session").fails();
     sh("multipath -l | grep .").fails();
 
-    sh(&format!("guest up {POD} {DOMAIN}")).ok();
+    sh(&format!("guest down {POD} {DOMAIN} && guest up {POD} {DOMAIN}")).ok();
     for name in ["b", "c"] {
         until("it is back", LONG, || volume(name)["phase"] == "Ready");
     }

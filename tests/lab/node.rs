@@ -108,6 +108,12 @@ impl Drop for Story {
         }
         println!("lunplugd's last lines:\n{}", sh("daemon log 25").stdout);
         sh("target portal restore 127.0.0.3; umount -l /mnt 2>/dev/null");
+        signal(POD, "libvirtd", "CONT");
+        if signal(POD, QEMU, "CONT").code == 0 {
+            virsh(&["resume", DOMAIN]);
+        } else {
+            sh(&format!("guest down {POD} {DOMAIN}; guest up {POD} {DOMAIN}"));
+        }
         run("guest", &["hotplug", POD, DOMAIN, "on"]);
         let listed = lunplug(&["list", "-o", "json"]).stdout;
         let volumes: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();

@@ -257,6 +257,28 @@ pub async fn check(
     })
 }
 
+/// What a running domain is now, and with `persist` its definition too where it has one. Looking does
+/// not disturb a job that has the domain.
+pub async fn observe(
+    connection: &dyn Connection,
+    domain: &str,
+    persist: bool,
+    deadline: Duration,
+) -> Result<Views, Error> {
+    let at = At { connection, domain, until: Instant::now() + deadline };
+    match at.info().await? {
+        Some(info) if info.state != DomainState::Shutoff => Ok(Views {
+            live: Some(at.read(Definition::Live).await?),
+            config: if persist && info.persistent {
+                Some(at.read(Definition::Config).await?)
+            } else {
+                None
+            },
+        }),
+        _ => Err(Error::NotRunning { domain: domain.to_owned() }),
+    }
+}
+
 const fn affect(needs: Needs) -> Affect {
     Affect { live: needs.live, config: needs.config }
 }

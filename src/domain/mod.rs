@@ -18,7 +18,7 @@ mod place;
 pub mod template;
 pub mod xml;
 
-pub use apply::{Attached, Detached, Error, attach, check, detach};
+pub use apply::{Attached, Detached, Error, attach, check, detach, observe};
 pub use diff::{DesiredDisk, ErrorPolicy};
 pub use guest::{Usage, usage};
 

@@ -100,16 +100,11 @@ impl Way<'_> {
         let attachment = self.host().await?;
         let place = self.still_there(place).await?;
         let dev = attachment.device.dev;
-        let source = match &place.pod {
-            Some(pod) => {
-                self.node(pod, dev).await?;
-                self.grant(pod, dev).await?;
-                pod.dir_in_pod.join(self.volume.spec.disk.as_str()).to_string_lossy().into_owned()
-            }
-            // libvirt itself makes the device accessible to QEMU. The link is the kernel's number
-            // in another spelling: it cannot lead to another device than the one just verified.
-            None => format!("/dev/block/{dev}"),
-        };
+        if let Some(pod) = &place.pod {
+            self.node(pod, dev).await?;
+            self.grant(pod, dev).await?;
+        }
+        let source = source_of(&place, &self.volume.spec, dev);
         self.reached(Phase::MountedToPod);
         self.disk(&place, source).await
     }
@@ -163,7 +158,16 @@ impl Way<'_> {
         if recorded.as_ref() != Some(&attachment.device.wwid) || self.volume.accept_new_identity {
             self.ways.desired.put_identity(&self.key, &source, &attachment.device.wwid).await?;
         }
-        self.ways.board.update(&self.key, |status| status.device = Some(attachment.device.clone()));
+        self.ways.board.update(&self.key, |status| {
+            let mut device = attachment.device.clone();
+            // How many of a ready volume's paths live is told by looks at it.
+            if let Some(known) = status.device.as_ref().filter(|d| d.dev == device.dev)
+                && status.phase == Phase::Ready
+            {
+                device.paths = known.paths;
+            }
+            status.device = Some(device);
+        });
         self.reached(Phase::AttachedToNode);
         Ok(attachment)
     }
@@ -240,12 +244,25 @@ impl Way<'_> {
         self.note().await?;
         ways.board.update(&self.key, |status| {
             status.target = Some(target);
-            status.phase = Phase::Ready;
-            status.reason = None;
-            status.message.clear();
             status.retry_at = None;
+            // How its paths are is told by looks at it.
+            if status.phase != Phase::Ready || !status.reason.is_some_and(Reason::is_of_paths) {
+                status.reason = None;
+                status.message.clear();
+            }
+            status.phase = Phase::Ready;
         });
         Ok(())
+    }
+}
+
+/// The device as QEMU sees it.
+pub(super) fn source_of(place: &Place, spec: &VolumeSpec, dev: DevNum) -> String {
+    match &place.pod {
+        Some(pod) => pod.dir_in_pod.join(spec.disk.as_str()).to_string_lossy().into_owned(),
+        // libvirt itself makes the device accessible to QEMU. The link is the kernel's number
+        // in another spelling: it cannot lead to another device than the one just verified.
+        None => format!("/dev/block/{dev}"),
     }
 }
 

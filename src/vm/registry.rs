@@ -28,6 +28,8 @@ use crate::types::{Outcome, VmId, VolumeKey};
 pub struct RegistrySettings {
     /// What is told of the node, less what is asked of the host each time.
     pub node: NodeInfo,
+    /// How often a VM's volumes are looked at when nothing happens.
+    pub look_interval: Duration,
     /// When a volume in trouble is tried again.
     pub backoff: Backoff,
 }
@@ -165,6 +167,7 @@ impl Registry {
             desired: self.desired.clone(),
             effects: self.effects(),
             backoff: self.settings.backoff,
+            look_interval: self.settings.look_interval,
             max_volumes: self.settings.node.max_volumes_per_vm as usize,
         };
         let handler = Handler::start(id, tools).await?;

@@ -12,6 +12,7 @@ mod guest;
 mod identity;
 mod main_job;
 mod property;
+mod reconcile;
 mod restart;
 mod serving;
 mod world;

@@ -10,7 +10,7 @@ use crate::host::libvirt::{
     Lifecycle,
 };
 use crate::reason::Reason;
-use crate::types::{Outcome, VolumeName};
+use crate::types::{Bus, Outcome, VolumeName};
 
 use super::diff::{self, DesiredDisk, Needs, Placement, Plan, PlanError, Views};
 use super::template::{self, TemplateError};
@@ -205,12 +205,14 @@ impl At<'_> {
 /// `pending` are target names that are being removed. When the call is cut off half way, calling it
 /// again finds what is there and does the rest: everything goes by the disk's alias. libvirt's attach
 /// is done when it returns, so no event is waited for; the XML, read anew, is what confirms it.
+/// `ahead` are disks that were added before and may not be there yet: their places are left to them.
 pub async fn attach(
     connection: &dyn Connection,
     domain: &str,
     desired: &DesiredDisk,
     persist: bool,
     pending: &BTreeSet<String>,
+    ahead: &[(VolumeName, Bus)],
     deadline: Duration,
 ) -> Result<Outcome<Attached>, Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
@@ -218,7 +220,8 @@ pub async fn attach(
     let plan_error =
         |source| Error::Plan { volume: desired.volume.clone(), domain: domain.to_owned(), source };
     let views = at.views(persist).await?;
-    let placement = match diff::plan(&views, desired, pending).map_err(plan_error)? {
+    let planned = diff::plan_behind(&views, desired, pending, ahead).map_err(plan_error)?;
+    let placement = match planned {
         Plan::Already { target } => {
             return Ok(Outcome::Already(Attached { target, alias, controller_added: false }));
         }

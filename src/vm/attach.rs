@@ -20,7 +20,7 @@ use crate::domain::{self, DesiredDisk};
 use crate::journal::{DiskEffect, Effects, NodeEffect, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{Phase, VolumeSpec};
-use crate::types::{DevNum, VolumeKey};
+use crate::types::{Bus, DevNum, VolumeKey, VolumeName};
 
 /// Attaches a volume, or finds it attached; publishes each phase.
 pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), AttachFailure> {
@@ -220,6 +220,18 @@ impl Way<'_> {
         Ok(())
     }
 
+    /// The disks of volumes that were added before and are wanted: their places are left to them. A
+    /// store that cannot be read now costs the order, not the volume.
+    async fn ahead(&self) -> Vec<(VolumeName, Bus)> {
+        let volumes = self.ways.desired.volumes(&self.ways.vm.id).await.unwrap_or_default();
+        volumes
+            .into_iter()
+            .take_while(|v| v.spec.name != self.volume.spec.name)
+            .filter(|v| v.removing.is_none())
+            .map(|v| (v.spec.disk, v.spec.bus))
+            .collect()
+    }
+
     /// The guest has it.
     #[tracing::instrument(name = "disk", skip_all)]
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
@@ -232,10 +244,10 @@ impl Way<'_> {
         let desired = desired_disk(spec, source, place.pod.is_some());
         let attached = {
             let _turn = ways.turn.lock().await;
-            let leaving = ways.leaving();
+            let (leaving, ahead) = (ways.leaving(), self.ahead().await);
             let limit = ways.settings().libvirt;
-            domain::attach(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit)
-                .await?
+            let (name, persist) = (&ways.vm.domain, spec.persist);
+            domain::attach(&*connection, name, &desired, persist, &leaving, &ahead, limit).await?
         };
         let target = attached.into_inner().target;
         if let Some(disk) = &mut self.effects.disk {

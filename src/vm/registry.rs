@@ -20,7 +20,7 @@ use crate::host::lock::{LockError, LockGuard};
 use crate::host::storage::StorageDoors;
 use crate::journal::{Desired, EffectsStore};
 use crate::reason::Reason;
-use crate::spec::{AddOptions, RemoveOptions, VmSpec, VolumeSpec, VolumeStatus};
+use crate::spec::{AddOptions, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
 use crate::types::{Outcome, VmId, VolumeKey};
 
 /// What a registry is told.
@@ -209,6 +209,25 @@ impl Registry {
     }
 }
 
+/// Whether a VM's volumes may go over to its registration as `new`: to another pod of the same name,
+/// once the guest in the one before has ended.
+async fn may_take_over(old: &Ways, new: &VmSpec) -> Result<(), Refusal> {
+    let (id, known) = (&new.id, old.spec());
+    let refusal = |message| Err(Refusal::new(Reason::VmExists, message).field("vm"));
+    let (VmPlace::Pod { uid, .. }, VmPlace::Pod { uid: other, .. }) = (&known.place, &new.place)
+    else {
+        return refusal(format!("VM {id} is registered with other particulars and has volumes"));
+    };
+    if uid == other {
+        return refusal(format!("VM {id} is registered with other particulars and has volumes"));
+    }
+    if !old.has_ended().await? {
+        return refusal(format!("VM {id} still runs in pod {uid}, with volumes"));
+    }
+    tracing::info!(vm = %id, from = uid, to = other, "the VM has a new pod: its volumes go there");
+    Ok(())
+}
+
 /// What is told of a VM that could not be taken up.
 fn unserved_info((spec, failure, since): &(VmSpec, Failure, Timestamp)) -> VmInfo {
     VmInfo {
@@ -278,9 +297,7 @@ impl Volumes for Registry {
                 return Ok(Outcome::Already(served.info().await));
             }
             if served.handler.count().await? > 0 {
-                let message =
-                    format!("VM {} is registered with other particulars and has volumes", spec.id);
-                return Err(Refusal::new(Reason::VmExists, message).field("vm"));
+                may_take_over(&served.ways, &spec).await?;
             }
         } else if self.vms().len() >= self.settings.node.max_vms as usize {
             let most = self.settings.node.max_vms;

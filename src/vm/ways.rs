@@ -251,6 +251,17 @@ impl Ways {
         }
     }
 
+    /// Whether this life of the VM has ended, so that its volumes may go over to another pod of the same
+    /// name: nothing is taken from under a guest.
+    pub async fn has_ended(&self) -> Result<bool, Failure> {
+        let VmPlace::Pod { uid, .. } = &self.vm.place else { return Ok(false) };
+        match self.domain_state().await {
+            Ok(state) => Ok(!matches!(state, Some(DomainState::Running | DomainState::Paused))),
+            Err(failure) if failure.reason == Reason::PodGone => Ok(true),
+            Err(_) => Ok(!discover::runs(&self.host.pods, uid, &self.vm.domain).await?),
+        }
+    }
+
     /// Checks what can be checked of a VM before it runs: its pod and libvirt's socket.
     pub async fn check(&self) -> Result<(), Failure> {
         discover::endpoint(&self.host.pods, &self.settings().discover, &self.vm.place).await?;

@@ -7,11 +7,11 @@ use lunplug::host::nodes::Seen;
 use lunplug::host::sim::PortalState;
 use lunplug::host::sim::domain::SimDomain;
 use lunplug::reason::Reason;
-use lunplug::spec::{MultipathPolicy, Phase, VolumeSpec, VolumeStatus};
+use lunplug::spec::{MultipathPolicy, Phase, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
 use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{Daemon, World, domain, portal, single, target, uid, volume};
+use crate::world::{Daemon, World, domain, portal, single, target, uid, vm_spec, volume};
 
 /// A world in which volumes are looked at every minute.
 fn world() -> World {
@@ -56,7 +56,9 @@ fn a_node_that_was_deleted_or_replaced_in_the_pod() {
     let name = || "data".parse().unwrap();
     repaired("deleted", |w| w.host.pods.edit(&uid(1), |pod| pod.nodes.clear()));
     repaired("a file", |w| {
-        w.host.pods.edit(&uid(1), |pod| drop(pod.nodes.insert(name(), Seen::Other)));
+        w.host.pods.edit(&uid(1), |pod| {
+            pod.nodes.insert(name(), Seen::Other);
+        });
     });
     repaired("another device", |w| {
         w.host.pods.edit(&uid(1), |pod| {
@@ -147,7 +149,9 @@ fn dead_paths_are_told_and_come_back() {
             assert_eq!(status.device.as_ref().map(|d| d.paths), Some(living), "{status:?}");
             assert!(status.message.contains("transport-offline"), "{}", status.message);
         }
-        [1, 2].map(|n| storage.set_portal(portal(n), PortalState::Alive));
+        for number in [1, 2] {
+            storage.set_portal(portal(number), PortalState::Alive);
+        }
         let status = daemon.ready(1, "data").await;
         assert_eq!(status.device.map(|d| d.paths), Some(2));
         assert_eq!(status.message, "");
@@ -212,7 +216,6 @@ fn a_libvirt_that_is_down_is_told_by_each_volume() {
 }
 
 #[test]
-#[ignore = "next"]
 fn volumes_come_back_in_the_order_in_which_they_were_added() {
     for bus in [Bus::Scsi, Bus::Virtio] {
         let world = World::new();
@@ -264,4 +267,54 @@ fn a_quiet_node_is_left_in_peace() {
         assert_eq!(lunplug::host::cmd::Commands::started(&world.host.storage), programs);
         assert!(watch.try_recv().is_err(), "and nobody is told anything");
     });
+}
+
+/// The n-th VM's registration with another pod.
+fn with_pod(uid: &str) -> VmSpec {
+    let mut spec = vm_spec(1);
+    let VmPlace::Pod { uid: place, .. } = &mut spec.place else { unreachable!() };
+    uid.clone_into(place);
+    spec
+}
+
+const SECOND: &str = "00000000-0000-4000-8000-0000000000aa";
+
+#[test]
+fn a_new_pod_of_the_same_name_gets_the_volumes_and_inherits_nothing() {
+    for gone in [true, false] {
+        let world = world();
+        let ended = world.life(async |daemon| {
+            steady(&daemon, &volume("data", 1)).await;
+            world.host.add_vm(SECOND, &domain(1));
+            let second = with_pod(SECOND);
+            let refused = daemon.registry.register_vm(second.clone()).await.unwrap_err();
+            assert_eq!(refused.reason, Reason::VmExists, "the first one runs");
+            assert!(refused.message.contains("still runs"), "{}", refused.message);
+            assert_eq!(daemon.ready(1, "data").await.reason, None);
+            if gone {
+                world.host.pods.remove_pod(&uid(1));
+                world.host.hypervisor.remove(&World::endpoint(1));
+            } else {
+                // Its directory is still there, and no process of its.
+                world.host.pods.kill_qemu(&uid(1));
+                world.host.hypervisor.stop_domain(&World::endpoint(1), &domain(1));
+            }
+            daemon.registry.register_vm(second).await.unwrap();
+            let status = daemon.ready(1, "data").await;
+            some_minutes().await;
+            let picture = world.picture();
+            let dev = status.device.unwrap().dev;
+            let access = lunplug::cgroup::Access::READ;
+            assert!(world.host.pods.may_open(SECOND, dev, access), "{picture}");
+            assert!(!world.host.pods.may_open(&uid(1), dev, access), "{picture}");
+            assert_eq!(picture.matches("node data").count(), 1, "{picture}");
+            assert_eq!(picture.matches("grant ").count(), 1, "{picture}");
+            daemon.remove(1, "data").await;
+            daemon.quiet().await;
+            world.picture()
+        });
+        for left in ["session ", "node ", "grant ", "dm ", "record ", "ua-lunplug-"] {
+            assert!(!ended.contains(left), "{ended}");
+        }
+    }
 }

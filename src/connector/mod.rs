@@ -1,6 +1,6 @@
 //! Attaches a remote LUN to the host as one verified block device, and detaches it.
 
-mod bounded;
+pub(crate) mod bounded;
 pub mod error;
 mod guestlun;
 mod health;

@@ -43,7 +43,11 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
         return Err(AttachFailure { failure, left: Left::Disk });
     }
     tracing::info!(reason = %failure.reason, why = failure.message, "undoing the attach");
-    let undone = detach::unwind(ways, &way.key, &mut way.effects, Unwind::Failed).await;
+    let limit = ways.settings().detach + ways.settings().guest_unplug;
+    let undone = detach::unwind(ways, &way.key, &mut way.effects, Unwind::Failed);
+    let undone = tokio::time::timeout(limit, undone).await.unwrap_or_else(|_| {
+        Err(Failure::new(Reason::DeadlineExceeded, format!("it took longer than {limit:?}")))
+    });
     match undone {
         Ok(()) => Err(AttachFailure { failure, left: Left::Nothing }),
         Err(undo) => {

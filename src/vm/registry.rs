@@ -16,6 +16,7 @@ use super::failure::Failure;
 use super::handler::Handler;
 use super::publish::Board;
 use super::ways::{Host, Ways};
+use crate::connector::bounded::bounded_rundir;
 use crate::host::lock::{LockError, LockGuard};
 use crate::host::storage::StorageDoors;
 use crate::journal::{Desired, EffectsStore};
@@ -36,6 +37,8 @@ pub struct RegistrySettings {
 
 /// How long a look at one VM may take when all are listed.
 const LOOK: Duration = Duration::from_secs(5);
+/// How long a call on the effects under /run may take: a file system in memory.
+const EFFECTS: Duration = Duration::from_secs(5);
 /// How long a VM's lock is waited for: a predecessor that is just ending still has it.
 const TAKE_OVER: Duration = Duration::from_secs(5);
 
@@ -145,7 +148,7 @@ impl Registry {
     }
 
     fn effects(&self) -> EffectsStore {
-        EffectsStore::new(self.storage.rundir.clone())
+        EffectsStore::new(bounded_rundir(self.storage.rundir.clone(), EFFECTS))
     }
 
     fn ways(&self, spec: VmSpec) -> Ways {
@@ -291,12 +294,14 @@ impl Volumes for Registry {
             return Err(failure.clone().into());
         }
         let old = self.vms().get(&spec.id).cloned();
+        let mut has_volumes = false;
         if let Some(served) = &old {
             if *served.ways.spec() == spec {
                 drop(changing);
                 return Ok(Outcome::Already(served.info().await));
             }
-            if served.handler.count().await? > 0 {
+            has_volumes = served.handler.count().await? > 0;
+            if has_volumes {
                 may_take_over(&served.ways, &spec).await?;
             }
         } else if self.vms().len() >= self.settings.node.max_vms as usize {
@@ -313,6 +318,12 @@ impl Volumes for Registry {
         }
         let served = match self.serve(spec.clone()).await {
             Ok(served) => Arc::new(served),
+            Err(failure) if has_volumes => {
+                // They are still wanted: the next start takes them up.
+                let unserved = (spec.clone(), failure.clone(), Timestamp::now());
+                self.unserved().insert(spec.id, unserved);
+                return Err(failure.into());
+            }
             Err(failure) => {
                 self.desired.delete_vm(&spec.id).await.map_err(Failure::from)?;
                 return Err(failure.into());
@@ -392,7 +403,8 @@ impl Volumes for Registry {
     }
 
     async fn node(&self) -> NodeInfo {
-        let multipathd = self.storage.multipathd.ask("show daemon").await.is_ok();
+        let asked = tokio::time::timeout(LOOK, self.storage.multipathd.ask("show daemon")).await;
+        let multipathd = asked.is_ok_and(|answer| answer.is_ok());
         NodeInfo { multipathd, stuck_calls: (self.storage.stuck)(), ..self.settings.node.clone() }
     }
 }

@@ -257,7 +257,7 @@ impl Ways {
         let VmPlace::Pod { uid, .. } = &self.vm.place else { return Ok(false) };
         match self.domain_state().await {
             Ok(state) => Ok(!matches!(state, Some(DomainState::Running | DomainState::Paused))),
-            Err(failure) if failure.reason == Reason::PodGone => Ok(true),
+            // Its directory may be gone and its QEMU not.
             Err(_) => Ok(!discover::runs(&self.host.pods, uid, &self.vm.domain).await?),
         }
     }

@@ -11,6 +11,7 @@ mod bad_input;
 mod daemon;
 mod grant;
 mod guest;
+mod heal;
 mod identity;
 mod lifecycle;
 mod node;

@@ -45,6 +45,8 @@ pub struct Config {
     pub log: Log,
     /// How long things may take.
     pub deadlines: Deadlines,
+    /// How volumes are looked at.
+    pub reconcile: Reconcile,
     /// iSCSI sessions that lunplug makes.
     pub iscsi: Iscsi,
     /// How much there may be.
@@ -65,6 +67,7 @@ impl Default for Config {
             metrics_listen: String::new(),
             log: Log::default(),
             deadlines: Deadlines::default(),
+            reconcile: Reconcile::default(),
             iscsi: Iscsi::default(),
             limits: Limits::default(),
         }
@@ -127,6 +130,9 @@ pub struct Deadlines {
     /// One call to libvirt.
     #[serde(with = "friendly")]
     pub libvirt_call: Duration,
+    /// The whole of a check of a request, or of a look at a VM's volumes.
+    #[serde(with = "friendly")]
+    pub check: Duration,
     /// One child process, e.g. iscsiadm.
     #[serde(with = "friendly")]
     pub command: Duration,
@@ -152,12 +158,28 @@ impl Default for Deadlines {
             attach: s(120),
             detach: s(120),
             libvirt_call: s(30),
+            check: s(60),
             command: s(60),
             agent: s(5),
             guest_unplug: s(30),
             kernel_call: s(30),
             multipathd: s(10),
         }
+    }
+}
+
+/// How volumes are looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Reconcile {
+    /// How often when nothing happens; events make it look at once.
+    #[serde(with = "friendly")]
+    pub interval: Duration,
+}
+
+impl Default for Reconcile {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(60) }
     }
 }
 

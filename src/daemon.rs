@@ -202,6 +202,7 @@ pub async fn compose(
     };
     let settings = RegistrySettings {
         node: node_info(config, form, &storage, mechanisms),
+        look_interval: config.reconcile.interval,
         backoff: Backoff { first: Duration::from_secs(2), cap: Duration::from_secs(60) },
     };
     Registry::start(settings, host, storage, desired).await.map_err(Error::Open)
@@ -259,6 +260,7 @@ fn way_settings(config: &Config) -> WaySettings {
         attach: config.deadlines.attach,
         detach: config.deadlines.detach,
         libvirt: config.deadlines.libvirt_call,
+        check: config.deadlines.check,
         agent: config.deadlines.agent,
         guest_unplug: config.deadlines.guest_unplug,
         allow_unproven: config.guest_unproven == GuestUnproven::Allow,

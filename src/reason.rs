@@ -138,6 +138,10 @@ reasons! {
     DeviceHeld = "DEVICE_HELD", Precondition, "Release the holder that is named, then try again.";
     /// A map was required and could not be had.
     MultipathUnavailable = "MULTIPATH_UNAVAILABLE", Precondition, "Start multipathd, or ask for multipath preferred or off.";
+    /// Fewer paths work than there should be.
+    PathsDegraded = "PATHS_DEGRADED", Unavailable, "Bring the portal or path back that the message names; it joins by itself.";
+    /// No path works.
+    NoPaths = "NO_PATHS", Unavailable, "Bring a portal back; the guest's I/O goes on, or has failed, as its timeouts say.";
     /// multipathd did not make or remove the map.
     MapFailed = "MAP_FAILED", Unavailable, "See multipathd's log; lunplug tries again.";
     /// Data could not be flushed.
@@ -200,6 +204,11 @@ impl Reason {
     /// back, and what was wanted for it is still wanted then.
     pub const fn is_vm_away(self) -> bool {
         matches!(self, Self::VmNotRunning | Self::PodGone | Self::QemuNotFound)
+    }
+
+    /// Whether it tells how a volume's paths are, which changes nothing for its guest.
+    pub const fn is_of_paths(self) -> bool {
+        matches!(self, Self::PathsDegraded | Self::NoPaths)
     }
 
     /// Whether trying again, unchanged, can help by itself.

@@ -251,7 +251,7 @@ pub struct DeviceStatus {
     pub size: u64,
     /// Name of the multipath map, where there is one.
     pub map: Option<String>,
-    /// How many paths it has.
+    /// How many of its paths work, as of the last look.
     pub paths: u32,
 }
 

@@ -177,6 +177,31 @@ impl Grants {
         }
     }
 
+    /// Whether grants are in force as they were made, in the order asked for.
+    pub async fn hold(&self, records: &[GrantRecord]) -> Result<Vec<bool>> {
+        let mut hold = Vec::with_capacity(records.len());
+        // Those of one VM are of one cgroup.
+        for group in records.chunk_by(|a, b| a.cgroup == b.cgroup) {
+            let cgroup = &group[0].cgroup;
+            if cgroup.hierarchy == Hierarchy::V2 {
+                let devs: Vec<DevNum> = group.iter().map(|r| r.dev).collect();
+                let found = self.overrides.look_up(cgroup.id, &devs).await;
+                let found = found.map_err(CgroupError::Store)?;
+                hold.extend(group.iter().zip(found).map(|(record, has)| record.access == has));
+                continue;
+            }
+            for record in group {
+                let mut holds = true;
+                for change in &record.lists {
+                    let has = self.lists.allowed(&change.cgroup, record.dev).await;
+                    holds &= has.map_err(CgroupError::Store)?.covers(change.added);
+                }
+                hold.push(holds);
+            }
+        }
+        Ok(hold)
+    }
+
     /// All grants of v2 on this host, those of other lunplug processes and dead cgroups included.
     pub async fn list(&self) -> Result<Vec<Entry>> {
         self.overrides.entries().await.map_err(CgroupError::Store)

@@ -42,6 +42,11 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
     }
 }
 
+/// The run directory alone, with `limit` around each call.
+pub(crate) fn bounded_rundir(door: Arc<dyn RunDir>, limit: Duration) -> Arc<dyn RunDir> {
+    Arc::new(BoundedRunDir(door, limit))
+}
+
 async fn within<T>(
     limit: Duration,
     what: impl FnOnce() -> String,

@@ -1,23 +1,30 @@
 //! Attaches a remote LUN to the host as one verified block device, and detaches it.
 
-mod bounded;
+pub(crate) mod bounded;
 pub mod error;
 pub mod facts;
 mod guestlun;
+mod health;
 mod identity;
 pub mod iscsi;
 mod lease;
 mod multipath;
 mod scsi;
 pub mod settings;
+mod touched;
 mod wait;
 
 pub use error::Error;
+pub use health::{Health, Paths};
 pub use iscsi::IscsiConnector;
 pub use settings::Settings;
+pub use touched::Touched;
+
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast;
 
 use crate::spec::{DeviceStatus, MultipathPolicy, Source};
 use crate::types::{DevNum, Outcome, VolumeKey, Wwid};
@@ -105,6 +112,13 @@ pub trait Connector: Send + Sync {
         owner: &VolumeKey,
         source: &Source,
     ) -> Result<Option<Attachment>, Error>;
+
+    /// How attached volumes are, in the order asked for. Cheap: no program is run, nothing is scanned
+    /// or rescanned, and multipathd is asked once at most.
+    async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>>;
+
+    /// Tells, from now on, which attached volumes may have changed.
+    fn changes(&self) -> broadcast::Receiver<Arc<Touched>>;
 
     /// Everybody in whose name something is held on this node, to find what nobody wants any more.
     async fn owners(&self) -> Result<Vec<VolumeKey>, Error>;

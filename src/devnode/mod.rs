@@ -94,6 +94,18 @@ impl DevNodes {
         }
     }
 
+    /// Whether the volume's node is there as [`DevNodes::ensure`] leaves it, its label apart.
+    pub async fn is_right(
+        &self,
+        dir: &HotplugDir,
+        volume: &VolumeName,
+        dev: DevNum,
+        owner: NodeOwner,
+    ) -> Result<bool> {
+        let seen = self.door.observe(dir, volume).await.map_err(|e| error(volume, e))?;
+        Ok(seen == Some(Seen::Node { dev, owner, mode: NODE_MODE }))
+    }
+
     /// The device of the volume's node; `None` when there is none, or something else.
     pub async fn observe(&self, dir: &HotplugDir, volume: &VolumeName) -> Result<Option<DevNum>> {
         let seen = self.door.observe(dir, volume).await.map_err(|e| error(volume, e))?;

@@ -9,7 +9,7 @@ use crate::host::libvirt::{
     Affect, Connection, Definition, DomainInfo, DomainState, Job, LibvirtError,
 };
 use crate::reason::Reason;
-use crate::types::{Outcome, VolumeName};
+use crate::types::{Bus, Outcome, VolumeName};
 
 use super::diff::{self, DesiredDisk, Needs, Placement, Plan, PlanError, Views};
 use super::template::{self, TemplateError};
@@ -197,12 +197,14 @@ impl At<'_> {
 /// `pending` are target names that are being removed. When the call is cut off half way, calling it
 /// again finds what is there and does the rest: everything goes by the disk's alias. libvirt's attach
 /// is done when it returns, so no event is waited for; the XML, read anew, is what confirms it.
+/// `ahead` are disks that were added before and may not be there yet: their places are left to them.
 pub async fn attach(
     connection: &dyn Connection,
     domain: &str,
     desired: &DesiredDisk,
     persist: bool,
     pending: &BTreeSet<String>,
+    ahead: &[(VolumeName, Bus)],
     deadline: Duration,
 ) -> Result<Outcome<Attached>, Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
@@ -210,7 +212,8 @@ pub async fn attach(
     let plan_error =
         |source| Error::Plan { volume: desired.volume.clone(), domain: domain.to_owned(), source };
     let views = at.views(persist).await?;
-    let placement = match diff::plan(&views, desired, pending).map_err(plan_error)? {
+    let planned = diff::plan_behind(&views, desired, pending, ahead).map_err(plan_error)?;
+    let placement = match planned {
         Plan::Already { target } => {
             return Ok(Outcome::Already(Attached { target, alias, controller_added: false }));
         }
@@ -247,6 +250,28 @@ pub async fn check(
         domain: domain.to_owned(),
         source,
     })
+}
+
+/// What a running domain is now, and with `persist` its definition too where it has one. Looking does
+/// not disturb a job that has the domain.
+pub async fn observe(
+    connection: &dyn Connection,
+    domain: &str,
+    persist: bool,
+    deadline: Duration,
+) -> Result<Views, Error> {
+    let at = At { connection, domain, until: Instant::now() + deadline };
+    match at.info().await? {
+        Some(info) if info.state != DomainState::Shutoff => Ok(Views {
+            live: Some(at.read(Definition::Live).await?),
+            config: if persist && info.persistent {
+                Some(at.read(Definition::Config).await?)
+            } else {
+                None
+            },
+        }),
+        _ => Err(Error::NotRunning { domain: domain.to_owned() }),
+    }
 }
 
 const fn affect(needs: Needs) -> Affect {

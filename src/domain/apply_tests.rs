@@ -45,7 +45,7 @@ fn disk(volume: &str, bus: Bus) -> DesiredDisk {
 
 impl World {
     async fn attach(&self, disk: &DesiredDisk, persist: bool) -> Result<Outcome<Attached>, Error> {
-        attach(&*self.connection, "vm", disk, persist, &BTreeSet::new(), SOON).await
+        attach(&*self.connection, "vm", disk, persist, &BTreeSet::new(), &[], SOON).await
     }
 
     async fn detach(&self, volume: &str) -> Result<Detached, Error> {

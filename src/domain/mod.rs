@@ -20,7 +20,7 @@ pub mod template;
 pub mod unplug;
 pub mod xml;
 
-pub use apply::{Attached, Error, attach, check};
+pub use apply::{Attached, Error, attach, check, observe};
 pub use diff::DesiredDisk;
 pub use guest::{Usage, usage};
 pub use unplug::{Detached, confirm_gone, detach, settled};

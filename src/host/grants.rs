@@ -175,6 +175,10 @@ pub trait Overrides: Send + Sync {
     /// Takes a grant away; an absent one (or an absent program) is fine.
     async fn take(&self, cgroup: u64, dev: DevNum) -> Result<Outcome, GrantStoreError>;
 
+    /// What a cgroup is granted for each of `devs`: looked up one by one, so cheap however many there
+    /// are in all. Nothing when the program is not installed.
+    async fn look_up(&self, cgroup: u64, devs: &[DevNum]) -> Result<Vec<Access>, GrantStoreError>;
+
     /// All grants, those of dead cgroups too; empty when the program is not installed.
     async fn entries(&self) -> Result<Vec<Entry>, GrantStoreError>;
 

@@ -46,6 +46,15 @@ impl UeventStream {
         Self(receiver)
     }
 
+    /// The next event, or [`Notice::Lost`], however long it takes. Safe to cancel.
+    pub async fn event(&mut self) -> Notice {
+        match self.0.recv().await {
+            Ok(notice) => notice,
+            Err(broadcast::error::RecvError::Lagged(_)) => Notice::Lost,
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        }
+    }
+
     /// The next notice. Never ends: when the source is gone, only `Recheck` comes.
     pub async fn next(&mut self) -> Notice {
         match tokio::time::timeout(Self::RECHECK, self.0.recv()).await {

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use jiff::Timestamp;
@@ -21,11 +22,14 @@ use super::handler::{Asker, Message};
 use super::plan::{self, Admission, Known, Left, Next};
 use super::publish::{self, Board};
 use super::steps::{AttachFailure, Steps};
+use crate::connector::Attachment;
 use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use crate::step::{Step, Tracker};
 use crate::types::{Outcome, VmId, VolumeKey, VolumeName};
+
+mod look;
 
 /// What the handler works with.
 #[derive(Clone)]
@@ -42,6 +46,8 @@ pub struct Tools {
     pub backoff: Backoff,
     /// Runs the steps.
     pub tracker: Tracker,
+    /// How often volumes are looked at when nothing happens.
+    pub look_interval: Duration,
     /// At most so many volumes.
     pub max_volumes: usize,
 }
@@ -58,6 +64,9 @@ struct Volume {
     cancel: Option<oneshot::Sender<()>>,
     attempts: u32,
     timer: Option<AbortHandle>,
+    /// What was attached, as of the last look at it.
+    attachment: Option<Attachment>,
+    missing: look::Missing,
     /// The span of the request that is being worked on; that of nobody after a restart.
     cause: Span,
 }
@@ -73,6 +82,8 @@ impl Volume {
             cancel: None,
             attempts: 0,
             timer: None,
+            attachment: None,
+            missing: look::Missing::default(),
             cause: Span::none(),
         }
     }
@@ -84,7 +95,8 @@ pub(super) struct Actor {
     tools: Tools,
     volumes: BTreeMap<VolumeName, Volume>,
     tasks: JoinSet<()>,
-    /// Waits for the VM to go or come back; only while there are volumes to look at then.
+    looks: look::Looks,
+    /// Tells what may have changed; only while there are volumes to look at then.
     watcher: Option<AbortHandle>,
     /// Weak, so that the handler ends when all its users have gone.
     messages: mpsc::WeakSender<Message>,
@@ -115,11 +127,9 @@ impl Actor {
                 Message::Attached { name, result } => self.attached(&name, result).await,
                 Message::Detached { name, result } => self.detached(&name, result).await,
                 Message::Due { name } => self.work(&name),
-                Message::VmChanged => {
-                    info!("the VM may have gone or come back");
-                    self.watcher = None;
-                    self.look_at_all();
-                }
+                Message::Stirred(stir) => self.stirred(&stir),
+                Message::Look => self.look(),
+                Message::Looked { found } => self.looked(found),
                 Message::Count { reply } => {
                     let live = self.volumes.values().filter(|v| !v.failed).count();
                     let _ = reply.send(live);
@@ -127,6 +137,7 @@ impl Actor {
                 Message::Stop { grace, reply } => {
                     let timers = self.volumes.values_mut().filter_map(|v| v.timer.take());
                     timers.chain(self.watcher.take()).for_each(|task| task.abort());
+                    self.looks.stop();
                     let ended = async { while self.tasks.join_next().await.is_some() {} };
                     if tokio::time::timeout(grace, ended).await.is_err() {
                         warn!(
@@ -171,7 +182,8 @@ impl Actor {
             let stored = StoredVolume { spec, accept_new_identity: false, removing: None };
             volumes.insert(key.volume, Volume::new(stored, Some(removal.unwrap_or_default())));
         }
-        Ok(Self { vm, tools, volumes, tasks: JoinSet::new(), watcher: None, messages })
+        let (tasks, looks) = (JoinSet::new(), look::Looks::default());
+        Ok(Self { vm, tools, volumes, tasks, looks, watcher: None, messages })
     }
 
     /// Sees to it that every volume is as it is wanted.
@@ -187,12 +199,20 @@ impl Actor {
         if self.watcher.is_some() || self.volumes.values().all(|v| v.failed) {
             return;
         }
-        let steps = self.tools.steps.clone();
-        let changed = async move {
-            steps.vm_changed().await;
-            Message::VmChanged
+        let (steps, messages) = (self.tools.steps.clone(), self.messages.clone());
+        let (tell, mut told) = mpsc::channel(8);
+        let pass_on = async move {
+            while let Some(stir) = told.recv().await {
+                let Some(messages) = messages.upgrade() else { return };
+                if messages.send(Message::Stirred(stir)).await.is_err() {
+                    return;
+                }
+            }
         };
-        self.watcher = Some(Self::spawn_in(&mut self.tasks, &self.messages, changed));
+        let watch = async move {
+            tokio::join!(steps.watch(tell), pass_on);
+        };
+        self.watcher = Some(self.tasks.spawn(watch));
     }
 
     fn key(&self, name: &VolumeName) -> VolumeKey {
@@ -418,7 +438,8 @@ impl Actor {
                 volume.lasting = true;
                 volume.cause = Span::none();
                 volume.stored.accept_new_identity = false;
-                return;
+                volume.attachment = None;
+                return self.look_when_settled();
             }
             Err(failed) => failed,
         };
@@ -453,6 +474,7 @@ impl Actor {
                     info!(volume = %name, "volume gone");
                     if let Some(idle) = self.watcher.take_if(|_| self.volumes.is_empty()) {
                         idle.abort();
+                        self.looks.stop();
                     }
                     return;
                 }

@@ -21,7 +21,7 @@ use crate::journal::{DiskEffect, Effects, NodeEffect, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{Phase, VolumeSpec};
 use crate::step::Step;
-use crate::types::{DevNum, VolumeKey};
+use crate::types::{Bus, DevNum, VolumeKey, VolumeName};
 
 /// Attaches a volume, or finds it attached; publishes each phase.
 pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), AttachFailure> {
@@ -47,7 +47,11 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
         return Err(AttachFailure { failure, left: Left::Disk });
     }
     tracing::info!(reason = %failure.reason, why = failure.message, "undoing the attach");
-    let undone = detach::unwind(ways, &way.key, &mut way.effects, Unwind::Failed).await;
+    let limit = ways.settings().detach + ways.settings().guest_unplug;
+    let undone = detach::unwind(ways, &way.key, &mut way.effects, Unwind::Failed);
+    let undone = tokio::time::timeout(limit, undone).await.unwrap_or_else(|_| {
+        Err(Failure::new(Reason::DeadlineExceeded, format!("it took longer than {limit:?}")))
+    });
     match undone {
         Ok(()) => Err(AttachFailure { failure, left: Left::Nothing }),
         Err(undo) => {
@@ -106,16 +110,11 @@ impl Way<'_> {
         let attachment = self.host().await?;
         let place = self.still_there(place).await?;
         let dev = attachment.device.dev;
-        let source = match &place.pod {
-            Some(pod) => {
-                self.node(pod, dev).await?;
-                self.grant(pod, dev).await?;
-                pod.dir_in_pod.join(self.volume.spec.disk.as_str()).to_string_lossy().into_owned()
-            }
-            // libvirt itself makes the device accessible to QEMU. The link is the kernel's number
-            // in another spelling: it cannot lead to another device than the one just verified.
-            None => format!("/dev/block/{dev}"),
-        };
+        if let Some(pod) = &place.pod {
+            self.node(pod, dev).await?;
+            self.grant(pod, dev).await?;
+        }
+        let source = source_of(&place, &self.volume.spec, dev);
         self.reached(Step::Grant.phase());
         self.disk(&place, source).await
     }
@@ -173,7 +172,16 @@ impl Way<'_> {
             let remember = self.ways.desired.put_identity(&self.key, &source, wwid);
             self.ways.host.tracker.run(Step::Remember, remember).await?;
         }
-        self.ways.board.update(&self.key, |status| status.device = Some(attachment.device.clone()));
+        self.ways.board.update(&self.key, |status| {
+            let mut device = attachment.device.clone();
+            // How many of a ready volume's paths live is told by looks at it.
+            if let Some(known) = status.device.as_ref().filter(|d| d.dev == device.dev)
+                && status.phase == Phase::Ready
+            {
+                device.paths = known.paths;
+            }
+            status.device = Some(device);
+        });
         self.reached(Step::Remember.phase());
         Ok(attachment)
     }
@@ -238,6 +246,18 @@ impl Way<'_> {
         Ok(())
     }
 
+    /// The disks of volumes that were added before and are wanted: their places are left to them. A
+    /// store that cannot be read now costs the order, not the volume.
+    async fn ahead(&self) -> Vec<(VolumeName, Bus)> {
+        let volumes = self.ways.desired.volumes(&self.ways.vm.id).await.unwrap_or_default();
+        volumes
+            .into_iter()
+            .take_while(|v| v.spec.name != self.volume.spec.name)
+            .filter(|v| v.removing.is_none())
+            .map(|v| (v.spec.disk, v.spec.bus))
+            .collect()
+    }
+
     /// The guest has it.
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
         self.in_order().await?;
@@ -253,9 +273,10 @@ impl Way<'_> {
         domain::settled(&*connection, &ways.vm.domain, &spec.disk, limit).await?;
         let attached = {
             let _turn = ways.turn.lock().await;
-            let leaving = ways.leaving();
-            let (domain, persist) = (&ways.vm.domain, spec.persist);
-            let attach = domain::attach(&*connection, domain, &desired, persist, &leaving, limit);
+            let (leaving, ahead) = (ways.leaving(), self.ahead().await);
+            let (name, persist) = (&ways.vm.domain, spec.persist);
+            let attach =
+                domain::attach(&*connection, name, &desired, persist, &leaving, &ahead, limit);
             ways.host.tracker.run(Step::Disk, attach).await?
         };
         let target = attached.into_inner().target;
@@ -265,12 +286,25 @@ impl Way<'_> {
         ways.host.tracker.run(Step::Ready, self.announce(Step::Ready)).await?;
         ways.board.update(&self.key, |status| {
             status.target = Some(target);
-            status.phase = Step::Ready.phase();
-            status.reason = None;
-            status.message.clear();
             status.retry_at = None;
+            // How its paths are is told by looks at it.
+            if status.phase != Phase::Ready || !status.reason.is_some_and(Reason::is_of_paths) {
+                status.reason = None;
+                status.message.clear();
+            }
+            status.phase = Step::Ready.phase();
         });
         Ok(())
+    }
+}
+
+/// The device as QEMU sees it.
+pub(super) fn source_of(place: &Place, spec: &VolumeSpec, dev: DevNum) -> String {
+    match &place.pod {
+        Some(pod) => pod.dir_in_pod.join(spec.disk.as_str()).to_string_lossy().into_owned(),
+        // libvirt itself makes the device accessible to QEMU. The link is the kernel's number
+        // in another spelling: it cannot lead to another device than the one just verified.
+        None => format!("/dev/block/{dev}"),
     }
 }
 

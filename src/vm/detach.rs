@@ -16,7 +16,7 @@ use crate::domain;
 use crate::host::poddir::PathError;
 use crate::journal::{DiskEffect, Effects, NodeEffect};
 use crate::reason::Reason;
-use crate::spec::{RemoveOptions, VolumeSpec};
+use crate::spec::{RemoveOptions, VmPlace, VolumeSpec};
 use crate::step::Step;
 use crate::types::VolumeKey;
 
@@ -126,6 +126,11 @@ pub(super) async fn unwind(
 
 async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
     let Some(disk) = &effects.disk else { return Ok(()) };
+    if effects.incarnation != ways.incarnation() {
+        // It was another pod's, whose QEMU had ended when the VM was registered with this one.
+        effects.disk = None;
+        return Ok(ways.effects.put(key, effects).await?);
+    }
     let target = disk.target.clone();
     if let Some(target) = &target {
         ways.set_leaving(target, true);
@@ -194,8 +199,12 @@ async fn grant(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<()
 
 async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
     let Some(node) = &effects.node else { return Ok(()) };
-    let found =
-        discover::hotplug_dir(&ways.host.pods, &ways.settings().discover, &ways.vm.place).await;
+    // That of the pod for which it was made.
+    let mut place = ways.vm.place.clone();
+    if let VmPlace::Pod { uid, .. } = &mut place {
+        uid.clone_from(&effects.incarnation);
+    }
+    let found = discover::hotplug_dir(&ways.host.pods, &ways.settings().discover, &place).await;
     match found {
         Ok(Some(dir)) => {
             ways.nodes.remove(&dir, &effects.spec.disk, node.dev).await?;

@@ -16,7 +16,8 @@ use crate::types::{Outcome, VmId, VolumeKey};
 #[async_trait]
 pub trait Volumes: Send + Sync {
     /// Makes a VM known. The same again is [`Outcome::Already`]; other particulars are
-    /// [`Reason::VmExists`].
+    /// [`Reason::VmExists`] while it has volumes, but for a new pod once the guest in the one before
+    /// has ended: its volumes go over to that.
     async fn register_vm(&self, spec: VmSpec) -> Result<Outcome<VmInfo>, Refusal>;
 
     /// Forgets a VM; an unknown one is [`Outcome::Already`], one with volumes

@@ -1,5 +1,6 @@
 //! The handler of a VM as others see it: requests go in by message, answers come back.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -8,7 +9,7 @@ use tracing::{Instrument, Span};
 use super::actor::{Actor, Tools};
 use super::facade::Refusal;
 use super::failure::Failure;
-use super::steps::AttachFailure;
+use super::steps::{AttachFailure, Sight, Stir};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use crate::types::{Outcome, VmId, VolumeName};
@@ -63,7 +64,11 @@ pub(super) enum Message {
     Due {
         name: VolumeName,
     },
-    VmChanged,
+    Stirred(Stir),
+    Look,
+    Looked {
+        found: Result<BTreeMap<VolumeName, Sight>, Failure>,
+    },
     Count {
         reply: oneshot::Sender<usize>,
     },

@@ -24,6 +24,7 @@ pub mod discover;
 pub mod facade;
 pub mod failure;
 pub mod handler;
+mod look;
 mod order;
 pub mod plan;
 pub mod publish;

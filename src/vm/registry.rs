@@ -16,11 +16,12 @@ use super::failure::Failure;
 use super::handler::Handler;
 use super::publish::Board;
 use super::ways::{Host, Ways};
+use crate::connector::bounded::bounded_rundir;
 use crate::host::lock::{LockError, LockGuard};
 use crate::host::storage::StorageDoors;
 use crate::journal::{Desired, EffectsStore};
 use crate::reason::Reason;
-use crate::spec::{AddOptions, RemoveOptions, VmSpec, VolumeSpec, VolumeStatus};
+use crate::spec::{AddOptions, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
 use crate::types::{Outcome, VmId, VolumeKey};
 
 /// What a registry is told.
@@ -28,12 +29,16 @@ use crate::types::{Outcome, VmId, VolumeKey};
 pub struct RegistrySettings {
     /// What is told of the node, less what is asked of the host each time.
     pub node: NodeInfo,
+    /// How often a VM's volumes are looked at when nothing happens.
+    pub look_interval: Duration,
     /// When a volume in trouble is tried again.
     pub backoff: Backoff,
 }
 
 /// How long a look at one VM may take when all are listed.
 const LOOK: Duration = Duration::from_secs(5);
+/// How long a call on the effects under /run may take: a file system in memory.
+const EFFECTS: Duration = Duration::from_secs(5);
 /// How long a VM's lock is waited for: a predecessor that is just ending still has it.
 const TAKE_OVER: Duration = Duration::from_secs(5);
 
@@ -143,7 +148,7 @@ impl Registry {
     }
 
     fn effects(&self) -> EffectsStore {
-        EffectsStore::new(self.storage.rundir.clone())
+        EffectsStore::new(bounded_rundir(self.storage.rundir.clone(), EFFECTS))
     }
 
     fn ways(&self, spec: VmSpec) -> Ways {
@@ -166,6 +171,7 @@ impl Registry {
             desired: self.desired.clone(),
             effects: self.effects(),
             backoff: self.settings.backoff,
+            look_interval: self.settings.look_interval,
             max_volumes: self.settings.node.max_volumes_per_vm as usize,
         };
         let handler = Handler::start(id, tools).await?;
@@ -205,6 +211,25 @@ impl Registry {
             Refusal::new(Reason::VmNotFound, message).field("vm")
         })
     }
+}
+
+/// Whether a VM's volumes may go over to its registration as `new`: to another pod of the same name,
+/// once the guest in the one before has ended.
+async fn may_take_over(old: &Ways, new: &VmSpec) -> Result<(), Refusal> {
+    let (id, known) = (&new.id, old.spec());
+    let refusal = |message| Err(Refusal::new(Reason::VmExists, message).field("vm"));
+    let (VmPlace::Pod { uid, .. }, VmPlace::Pod { uid: other, .. }) = (&known.place, &new.place)
+    else {
+        return refusal(format!("VM {id} is registered with other particulars and has volumes"));
+    };
+    if uid == other {
+        return refusal(format!("VM {id} is registered with other particulars and has volumes"));
+    }
+    if !old.has_ended().await? {
+        return refusal(format!("VM {id} still runs in pod {uid}, with volumes"));
+    }
+    tracing::info!(vm = %id, from = uid, to = other, "the VM has a new pod: its volumes go there");
+    Ok(())
 }
 
 /// What is told of a VM that could not be taken up.
@@ -270,15 +295,15 @@ impl Volumes for Registry {
             return Err(failure.clone().into());
         }
         let old = self.vms().get(&spec.id).cloned();
+        let mut has_volumes = false;
         if let Some(served) = &old {
             if *served.ways.spec() == spec {
                 drop(changing);
                 return Ok(Outcome::Already(served.info().await));
             }
-            if served.handler.count().await? > 0 {
-                let message =
-                    format!("VM {} is registered with other particulars and has volumes", spec.id);
-                return Err(Refusal::new(Reason::VmExists, message).field("vm"));
+            has_volumes = served.handler.count().await? > 0;
+            if has_volumes {
+                may_take_over(&served.ways, &spec).await?;
             }
         } else if self.vms().len() >= self.settings.node.max_vms as usize {
             let most = self.settings.node.max_vms;
@@ -294,6 +319,12 @@ impl Volumes for Registry {
         }
         let served = match self.serve(spec.clone()).await {
             Ok(served) => Arc::new(served),
+            Err(failure) if has_volumes => {
+                // They are still wanted: the next start takes them up.
+                let unserved = (spec.clone(), failure.clone(), Timestamp::now());
+                self.unserved().insert(spec.id, unserved);
+                return Err(failure.into());
+            }
             Err(failure) => {
                 self.desired.delete_vm(&spec.id).await.map_err(Failure::from)?;
                 return Err(failure.into());
@@ -385,7 +416,8 @@ impl Volumes for Registry {
     }
 
     async fn node(&self) -> NodeInfo {
-        let multipathd = self.storage.multipathd.ask("show daemon").await.is_ok();
+        let asked = tokio::time::timeout(LOOK, self.storage.multipathd.ask("show daemon")).await;
+        let multipathd = asked.is_ok_and(|answer| answer.is_ok());
         let libvirt = u64::try_from(self.host.hypervisor.stuck_calls()).unwrap_or(u64::MAX);
         NodeInfo {
             multipathd,

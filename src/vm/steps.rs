@@ -1,10 +1,15 @@
 //! What a handler has done for it.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use async_trait::async_trait;
+use tokio::sync::mpsc;
 
 use super::facade::Refusal;
 use super::failure::Failure;
 use super::plan::Left;
+use crate::connector::{Attachment, Paths, Touched};
 use crate::journal::StoredVolume;
 use crate::spec::{RemoveOptions, VolumeSpec};
 use crate::types::VolumeName;
@@ -28,8 +33,12 @@ pub trait Steps: Send + Sync + 'static {
     /// [`Left`].
     async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure>;
 
-    /// Returns when the VM may have gone or come back, so that its volumes have to be looked at.
-    async fn vm_changed(&self);
+    /// Whether volumes that are ready are as they were made; changes nothing. An error is about the VM
+    /// as a whole.
+    async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure>;
+
+    /// Tells what may have changed, until it is dropped.
+    async fn watch(&self, stirs: mpsc::Sender<Stir>);
 
     /// Goes the whole way back, from wherever an attach came to.
     async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure>;
@@ -42,4 +51,31 @@ pub struct AttachFailure {
     pub failure: Failure,
     /// What is there of it.
     pub left: Left,
+}
+
+/// What a look found of one volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sight {
+    /// It is as it was made.
+    Right {
+        /// What is attached.
+        attachment: Attachment,
+        /// How its paths are.
+        paths: Paths,
+    },
+    /// Something of it is not, in these words.
+    Differs(String),
+    /// It could not be seen.
+    Unclear(Failure),
+}
+
+/// Something has happened that volumes may have to be looked at for.
+#[derive(Debug, Clone)]
+pub enum Stir {
+    /// The VM may have gone or come back, or its libvirt.
+    Vm,
+    /// The domain has lost a disk of ours, or nobody knows what it has lost.
+    Disks,
+    /// The host's devices have changed.
+    Storage(Arc<Touched>),
 }

@@ -1,26 +1,27 @@
 //! What the handler's steps work with: the VM's place, its libvirt, the modules that make effects.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::Mutex;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Mutex, mpsc, watch};
 
 use super::discover::{self, Place};
 use super::facade::{Refusal, VmState};
 use super::failure::Failure;
 use super::order::Order;
 use super::publish::Board;
-use super::steps::{AttachFailure, Steps};
-use super::{attach, checks, detach};
+use super::steps::{AttachFailure, Sight, Steps, Stir};
+use super::{attach, checks, detach, look};
 use crate::cgroup::Grants;
-use crate::connector::Connector;
+use crate::connector::{Connector, Touched};
 use crate::devnode::DevNodes;
 use crate::domain;
 use crate::host::libvirt::{
-    Connection, Definition, DomainEvent, DomainState, Hypervisor, Lifecycle,
+    Connection, Definition, DomainEvent, DomainEvents, DomainState, Hypervisor, Lifecycle,
 };
 use crate::host::pods::PodDoors;
 use crate::journal::{Desired, EffectsStore, StoredVolume};
@@ -40,6 +41,8 @@ pub struct WaySettings {
     pub detach: Duration,
     /// One piece of work of libvirt's.
     pub libvirt: Duration,
+    /// The whole of a check of a request, or of a look at a VM's volumes.
+    pub check: Duration,
     /// The guest agent's answer.
     pub agent: Duration,
     /// The guest's answer to a request to let a disk go.
@@ -74,6 +77,10 @@ pub struct Ways {
     pub(super) desired: Desired,
     pub(super) effects: EffectsStore,
     link: Mutex<Option<Arc<dyn Connection>>>,
+    /// The same, for whoever waits for there to be one.
+    linked: watch::Sender<Option<Weak<dyn Connection>>>,
+    /// The VM's place as it was found last.
+    found: std::sync::Mutex<Option<Place>>,
     /// Held while a disk is planned and attached, so that two never plan for the same place.
     pub(super) turn: Mutex<()>,
     /// Who is on its way to the guest.
@@ -100,6 +107,8 @@ impl Ways {
             desired,
             effects,
             link: Mutex::default(),
+            linked: watch::Sender::new(None),
+            found: std::sync::Mutex::default(),
             turn: Mutex::default(),
             order: Order::default(),
             leaving: std::sync::Mutex::default(),
@@ -168,24 +177,8 @@ impl Ways {
         let endpoint = endpoint.map_err(discover::DiscoverError::Socket)?;
         let connection = self.host.hypervisor.connect(&endpoint, self.settings().libvirt).await?;
         *link = Some(connection.clone());
+        self.linked.send_replace(Some(Arc::downgrade(&connection)));
         Ok(connection)
-    }
-
-    /// Returns when the domain has stopped or started, or when nobody can tell any more.
-    async fn gone_or_back(&self, connection: &dyn Connection) {
-        let mut events = connection.events(&self.vm.domain);
-        loop {
-            match events.next().await {
-                DomainEvent::Disconnected
-                | DomainEvent::Lifecycle(Lifecycle::Started | Lifecycle::Stopped) => return,
-                DomainEvent::Recheck if !connection.is_alive() => return,
-                DomainEvent::Lifecycle(_)
-                | DomainEvent::DeviceAdded(_)
-                | DomainEvent::DeviceRemoved(_)
-                | DomainEvent::DeviceRemovalFailed(_)
-                | DomainEvent::Recheck => {}
-            }
-        }
     }
 
     /// What the domain does; `None` when libvirt knows none of that name.
@@ -221,7 +214,27 @@ impl Ways {
             }
         }
         let settings = &self.settings().discover;
-        Ok(discover::discover(&self.host.pods, settings, &self.vm.place, &self.vm.domain).await?)
+        let (pods, domain) = (&self.host.pods, &self.vm.domain);
+        let place = discover::discover(pods, settings, &self.vm.place, domain).await?;
+        *self.found() = Some(place.clone());
+        Ok(place)
+    }
+
+    /// The VM's place of a domain that is known to run: as it was found last, while that QEMU runs.
+    pub(super) async fn present_place(&self) -> Result<Place, Failure> {
+        let found = self.found().clone();
+        match found {
+            Some(place) => match &place.pod {
+                Some(pod) if !pod.is_current(&self.host.pods).await? => self.place().await,
+                _ => Ok(place),
+            },
+            None => self.place().await,
+        }
+    }
+
+    fn found(&self) -> std::sync::MutexGuard<'_, Option<Place>> {
+        // Held for single changes only.
+        self.found.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// How the VM is, for people: never fails, but says why it cannot be served.
@@ -256,6 +269,17 @@ impl Ways {
         info.io_error.then(|| Failure::new(Reason::VmPausedIoError, message()))
     }
 
+    /// Whether this life of the VM has ended, so that its volumes may go over to another pod of the same
+    /// name: nothing is taken from under a guest.
+    pub async fn has_ended(&self) -> Result<bool, Failure> {
+        let VmPlace::Pod { uid, .. } = &self.vm.place else { return Ok(false) };
+        match self.domain_state().await {
+            Ok(state) => Ok(!matches!(state, Some(DomainState::Running | DomainState::Paused))),
+            // Its directory may be gone and its QEMU not.
+            Err(_) => Ok(!discover::runs(&self.host.pods, uid, &self.vm.domain).await?),
+        }
+    }
+
     /// Checks what can be checked of a VM before it runs: its pod and libvirt's socket.
     pub async fn check(&self) -> Result<(), Failure> {
         discover::endpoint(&self.host.pods, &self.settings().discover, &self.vm.place).await?;
@@ -269,8 +293,46 @@ impl Ways {
     }
 }
 
-/// Between two tries to reach a libvirt that cannot tell its events.
-const RECONNECT: Duration = Duration::from_secs(10);
+/// Tells what happens to the domain, until nobody can tell any more.
+async fn watch_domain(mut events: DomainEvents, stirs: &mpsc::Sender<Stir>) {
+    // What happened before is not known.
+    let mut stir = Some(Stir::Vm);
+    loop {
+        if let Some(stir) = stir.take() {
+            // The handler may have ended; this is dropped then.
+            let _ = stirs.send(stir).await;
+        }
+        match events.event().await {
+            DomainEvent::Disconnected => return,
+            DomainEvent::Lifecycle(Lifecycle::Started | Lifecycle::Stopped) => {
+                stir = Some(Stir::Vm);
+            }
+            DomainEvent::DeviceRemoved(alias) if alias.starts_with(domain::ALIAS_PREFIX) => {
+                stir = Some(Stir::Disks);
+            }
+            DomainEvent::Recheck => stir = Some(Stir::Disks),
+            DomainEvent::Lifecycle(_)
+            | DomainEvent::DeviceAdded(_)
+            | DomainEvent::DeviceRemoved(_)
+            | DomainEvent::DeviceRemovalFailed(_) => {}
+        }
+    }
+}
+
+/// Between the end of a connection and listening on the next one.
+const AFTER_BREAK: Duration = Duration::from_secs(2);
+
+/// Runs what has no deadline of its own as a whole.
+async fn within<T, E: From<Failure>>(
+    limit: Duration,
+    what: &str,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+        let message = format!("{what} took longer than {limit:?}");
+        Err(Failure::new(Reason::DeadlineExceeded, message).into())
+    })
+}
 
 /// What was found of a VM.
 #[derive(Debug)]
@@ -290,7 +352,7 @@ pub struct Looked {
 #[async_trait]
 impl Steps for Ways {
     async fn check_add(&self, spec: &VolumeSpec) -> Result<(), Refusal> {
-        checks::add(self, spec).await
+        within(self.settings().check, "the check", checks::add(self, spec)).await
     }
 
     async fn check_remove(
@@ -299,26 +361,56 @@ impl Steps for Ways {
         known: Option<&VolumeSpec>,
         options: RemoveOptions,
     ) -> Result<(), Refusal> {
-        checks::remove(self, name, known, options).await
+        let check = checks::remove(self, name, known, options);
+        within(self.settings().check, "the check", check).await
     }
 
     async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure> {
         attach::attach(self, volume).await
     }
 
-    async fn vm_changed(&self) {
-        let mut unreachable = false;
-        loop {
-            match self.libvirt().await {
-                Ok(_) if unreachable => return,
-                Ok(connection) => return self.gone_or_back(&*connection).await,
-                Err(failure) => {
-                    tracing::debug!(why = failure.message, "the VM's libvirt is not to be watched");
-                    unreachable = true;
-                    tokio::time::sleep(RECONNECT).await;
+    async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
+        within(self.settings().check, "a look at the VM", look::look(self, volumes)).await
+    }
+
+    async fn watch(&self, stirs: mpsc::Sender<Stir>) {
+        let domain = async {
+            let mut linked = self.linked.subscribe();
+            loop {
+                let connection = linked.borrow_and_update().as_ref().and_then(Weak::upgrade);
+                if let Some(connection) = connection {
+                    let events = connection.events(&self.vm.domain);
+                    drop(connection);
+                    tokio::select! {
+                        () = watch_domain(events, &stirs) => {
+                            // Whoever looks now connects anew, and says so when that fails.
+                            let _ = stirs.send(Stir::Vm).await;
+                            // A libvirt that drops each connection at once is not to keep us busy.
+                            tokio::time::sleep(AFTER_BREAK).await;
+                        }
+                        changed = linked.changed() => match changed {
+                            Ok(()) => continue,
+                            Err(_) => return,
+                        }
+                    }
+                }
+                if linked.changed().await.is_err() {
+                    return;
                 }
             }
-        }
+        };
+        let storage = async {
+            let mut changes = self.host.connector.changes();
+            loop {
+                let touched = match changes.recv().await {
+                    Ok(touched) => touched,
+                    Err(RecvError::Lagged(_)) => Arc::new(Touched::any()),
+                    Err(RecvError::Closed) => return,
+                };
+                let _ = stirs.send(Stir::Storage(touched)).await;
+            }
+        };
+        tokio::join!(domain, storage);
     }
 
     async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure> {

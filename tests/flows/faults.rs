@@ -1,10 +1,13 @@
 //! Every call to every door fails once, or never returns.
 
-use lunplug::host::sim::{Fault, FaultAction};
-use lunplug::spec::{MultipathPolicy, Phase, RemoveOptions, Source, VolumeSpec};
-use lunplug::types::Bus;
+use std::time::Duration;
 
-use crate::world::{Daemon, World, single, volume};
+use lunplug::host::sim::{Fault, FaultAction};
+use lunplug::spec::{AddOptions, MultipathPolicy, Phase, RemoveOptions, Source, VolumeSpec};
+use lunplug::types::Bus;
+use lunplug::vm::facade::Volumes;
+
+use crate::world::{Daemon, World, key, single, vm, vm_spec, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
@@ -202,4 +205,42 @@ fn a_removal_survives_that_any_call_never_returns() {
     for sweep in kinds() {
         each(sweep.calls().1, |at| sweep.remove(at, &hang()));
     }
+}
+
+/// Questions, and checks that change nothing, end as well.
+#[test]
+fn a_question_ends_although_any_call_never_returns() {
+    let ask = async |daemon: &Daemon| {
+        let dry_run = AddOptions { dry_run: true, ..AddOptions::default() };
+        let _ = daemon.registry.add_volume(&vm(1), volume("other", 2), dry_run).await;
+        let _ = daemon
+            .registry
+            .remove_volume(&key(1, "data"), RemoveOptions { dry_run: true, ..PLAIN })
+            .await;
+        let _ = daemon.registry.register_vm(vm_spec(3)).await;
+        let _ = daemon.registry.unregister_vm(&vm(3)).await;
+        daemon.registry.list_vms().await;
+        daemon.registry.node().await;
+    };
+    let count = {
+        let world = World::new();
+        world.life(async |daemon| {
+            assert_eq!(daemon.add(1, &volume("data", 1)).await.phase, Phase::Ready);
+            daemon.quiet().await;
+            let before = world.host.faults.calls();
+            ask(&daemon).await;
+            world.host.faults.calls() - before
+        })
+    };
+    assert!(count > 20, "{count}");
+    each(count, |at| {
+        let world = World::new();
+        world.life(async |daemon| {
+            assert_eq!(daemon.add(1, &volume("data", 1)).await.phase, Phase::Ready);
+            daemon.quiet().await;
+            world.inject("", at, hang());
+            let asked = tokio::time::timeout(Duration::from_secs(300), ask(&daemon)).await;
+            assert!(asked.is_ok(), "call {at}, {:?} hangs for ever", world.host.faults.met());
+        });
+    });
 }

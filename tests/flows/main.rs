@@ -14,6 +14,7 @@ mod journal;
 mod late;
 mod main_job;
 mod matrix;
+mod reconcile;
 mod restart;
 mod serving;
 mod stores;

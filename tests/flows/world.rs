@@ -122,6 +122,8 @@ impl World {
     pub(crate) fn over(host: SimHost, desired: Desired) -> Self {
         let mut config = Config::default();
         config.resolve(None, "node-1");
+        // The sweeps count calls: those of the slow timer would come between them.
+        config.reconcile.interval = Duration::from_secs(24 * 60 * 60);
         let before = host.snapshot();
         let form = Form { simulated: true, ..Form::default() };
         let world = Self { host, config, form, desired, before };
@@ -154,6 +156,19 @@ impl World {
     /// Orders the call that comes after `skip` others at this point to fail or to hang.
     pub(crate) fn inject(&self, point: &str, skip: usize, action: FaultAction) {
         self.host.faults.inject(self.fault(point, skip, action));
+    }
+
+    /// All calls at this point fail.
+    pub(crate) fn inject_all(&self, point: &str) {
+        let action = FaultAction::Fail("ordered to fail".into());
+        self.host.faults.inject(Fault { times: None, ..self.fault(point, 0, action) });
+    }
+
+    /// All calls that have to do with a LUN's device on its first path wait until faults are cleared.
+    pub(crate) fn delay_scan(&self, lun: u64) {
+        let fault = self.fault("rundir.store", 0, FaultAction::Stall);
+        let detail = format!(":0:0:{lun}");
+        self.host.faults.inject(Fault { detail, times: None, ..fault });
     }
 
     pub(crate) fn fault(&self, point: &str, skip: usize, action: FaultAction) -> Fault {

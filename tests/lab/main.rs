@@ -12,6 +12,7 @@ mod daemon;
 mod gone;
 mod grant;
 mod guest;
+mod heal;
 mod hypervisor;
 mod identity;
 mod initiator;

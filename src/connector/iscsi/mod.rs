@@ -26,11 +26,12 @@ mod settle;
 mod tests;
 mod verdict;
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 use tracing::Instrument;
 
 pub use verdict::LoginError;
@@ -42,7 +43,8 @@ use super::lease::{Claim, Lease, Leases, Made as _, MapLease, User};
 use super::multipath::{self, Above, Map};
 use super::scsi::{self, ScsiPath};
 use super::settings::{Settings, ms};
-use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect};
+use super::touched::{self, Touched};
+use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect, Health, health};
 use crate::host::multipathd::MultipathdError;
 use crate::host::storage::StorageDoors;
 use crate::spec::{IscsiSource, MultipathPolicy, Source};
@@ -64,6 +66,8 @@ struct Inner {
     settings: Settings,
     leases: Leases,
     logins: Logins,
+    /// Who is told of changes; from when somebody asked for the first time.
+    listeners: OnceLock<broadcast::Sender<Arc<Touched>>>,
     /// How many background tasks run.
     running: watch::Sender<usize>,
     /// Whose paths are being looked for, once for each path, and what calls that off.
@@ -107,8 +111,9 @@ impl IscsiConnector {
         let doors = bounded(doors, &settings);
         let leases = Leases::new(doors.clone(), ms(settings.lock_ms));
         let (running, walking) = (watch::Sender::new(0), watch::Sender::new(Vec::new()));
-        let logins = Logins::default();
-        Self { inner: Arc::new(Inner { doors, settings, leases, logins, running, walking }) }
+        let (logins, listeners) = (Logins::default(), OnceLock::new());
+        let inner = Inner { doors, settings, leases, logins, listeners, running, walking };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Undoes what no volume wants: sessions and records that a killed daemon's login left. For the
@@ -184,6 +189,44 @@ impl Connector for IscsiConnector {
             Some(user) if user.lun == source.lun => self.inner.observe(user).await,
             _ => Ok(None),
         }
+    }
+
+    async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>> {
+        let mut leases: HashMap<&Iqn, Lease<Made>> = HashMap::new();
+        let mut checked = None;
+        let mut found = Vec::with_capacity(volumes.len());
+        for (owner, source) in volumes {
+            let Source::Iscsi(source) = source;
+            if !leases.contains_key(&source.target) {
+                match self.inner.leases.load(source.target.as_str()).await {
+                    Ok(lease) => drop(leases.insert(&source.target, lease)),
+                    Err(error) => {
+                        found.push(Err(error));
+                        continue;
+                    }
+                }
+            }
+            let user = leases[&source.target].user(owner).filter(|u| u.lun == source.lun);
+            let Some(user) = user else {
+                found.push(Ok(Health::Differs("nothing is attached in its name".into())));
+                continue;
+            };
+            if user.map.is_some() && checked.is_none() {
+                checked = Some(health::checked(&*self.inner.doors.multipathd).await);
+            }
+            found.push(self.inner.inspect(user, checked.as_ref()).await);
+        }
+        found
+    }
+
+    fn changes(&self) -> broadcast::Receiver<Arc<Touched>> {
+        let inner = &self.inner;
+        let listeners = inner.listeners.get_or_init(|| {
+            let listeners = touched::channel();
+            tokio::spawn(touched::tell(inner.doors.uevents.clone(), listeners.clone()));
+            listeners
+        });
+        listeners.subscribe()
     }
 
     async fn owners(&self) -> Result<Vec<VolumeKey>, Error> {

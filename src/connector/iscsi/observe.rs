@@ -2,9 +2,11 @@
 
 use super::Inner;
 use crate::connector::error::Error;
+use crate::connector::health::Checked;
 use crate::connector::identity::{Identity, judge};
 use crate::connector::lease::User;
-use crate::connector::{Attachment, Expect, multipath, scsi};
+use crate::connector::{Attachment, Expect, Health, Paths, multipath, scsi};
+use crate::host::sysfs::is_gone;
 
 impl Inner {
     /// The attachment if it is still there and is what is expected of it.
@@ -50,5 +52,78 @@ impl Inner {
         found.device.paths = u32::try_from(there.len()).unwrap_or(u32::MAX);
         found.paths = there;
         Ok(Some(found))
+    }
+
+    /// How a user's volume is: its map, and each path by number, sequence, identity and state.
+    pub(super) async fn inspect(
+        &self,
+        user: &User,
+        checked: Option<&Checked>,
+    ) -> Result<Health, Error> {
+        let differs = |why: String| Ok(Health::Differs(why));
+        let Some(attachment) = user.attachment.clone() else {
+            return differs("its attach was not finished".into());
+        };
+        let sysfs = &*self.doors.sysfs;
+        let mut slaves = None;
+        if let Some(name) = &attachment.device.map {
+            let uuid = user.map.as_ref().map(|m| m.uuid.as_str()).unwrap_or_default();
+            match self.map_at(&attachment).await? {
+                Some(map) if map.uuid == uuid && map.diskseq == attachment.diskseq => {
+                    slaves = Some(map.slaves);
+                }
+                _ => return differs(format!("its map {name} is gone")),
+            }
+        }
+        let mut paths = Paths { wanted: 1, ..Paths::default() };
+        if slaves.is_some() {
+            paths.wanted = u32::try_from(user.routes.len()).unwrap_or(u32::MAX);
+        }
+        let mut known: Vec<_> = user.paths.iter().filter(|p| p.seen.is_some()).collect();
+        known.sort_by_key(|p| p.hctl);
+        for path in known {
+            let Some(seen) = &path.seen else { continue };
+            let hctl = path.hctl.to_string();
+            match scsi::disk(sysfs, &path.dir).await? {
+                Some(disk) if disk.diskseq == seen.diskseq => {}
+                _ => {
+                    paths.dead.push(format!("{hctl} ({}) is gone", seen.name));
+                    continue;
+                }
+            }
+            if scsi::raw_wwid(sysfs, &path.dir).await? != seen.wwid {
+                return differs(format!("{hctl} ({}) shows another LUN", seen.name));
+            }
+            if slaves.as_ref().is_some_and(|slaves| !slaves.contains(&seen.name)) {
+                paths.dead.push(format!("{hctl} ({}) is not in the map", seen.name));
+                continue;
+            }
+            paths.present += 1;
+            let state = format!("{}/state", path.dir);
+            let state = sysfs.text(&state).await.map_err(Error::io(format!("reading {state}")))?;
+            let state = state.unwrap_or_default();
+            let failed = slaves.is_some() && checked.and_then(|c| c.get(&hctl)) == Some(&false);
+            match state.as_str() {
+                "running" if !failed => paths.living += 1,
+                "running" => paths.dead.push(format!("{hctl} ({}) has failed", seen.name)),
+                other => paths.dead.push(format!("{hctl} ({}) is {other}", seen.name)),
+            }
+        }
+        if slaves.is_none() && paths.present == 0 {
+            return differs("its device is gone".into());
+        }
+        Ok(Health::Right { attachment, paths })
+    }
+
+    /// The map that has the attachment's number now.
+    async fn map_at(&self, attachment: &Attachment) -> Result<Option<multipath::Map>, Error> {
+        let sysfs = &*self.doors.sysfs;
+        let link = format!("dev/block/{}", attachment.device.dev);
+        let dir = match sysfs.resolve(&link).await {
+            Ok(dir) => dir,
+            Err(e) if is_gone(&e) => return Ok(None),
+            Err(e) => return Err(Error::io(format!("resolving {link}"))(e)),
+        };
+        multipath::read(sysfs, dir.rsplit('/').next().unwrap_or_default()).await
     }
 }

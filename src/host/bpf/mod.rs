@@ -101,6 +101,11 @@ impl Overrides for BpfOverrides {
         self.run("revoking a device", move |s| s.take(cgroup, dev)).await
     }
 
+    async fn look_up(&self, cgroup: u64, devs: &[DevNum]) -> Result<Vec<Access>> {
+        let devs = devs.to_vec();
+        self.run("looking up device grants", move |s| s.look_up(cgroup, &devs)).await
+    }
+
     async fn entries(&self) -> Result<Vec<Entry>> {
         self.run("listing device grants", Shared::entries).await
     }
@@ -257,6 +262,18 @@ impl Shared {
         let deleted = sys::map_delete(&ours.map, &key(cgroup, dev))
             .map_err(io_error("taking a device grant away"))?;
         Ok(if deleted { Outcome::Done(()) } else { Outcome::Already(()) })
+    }
+
+    fn look_up(&self, cgroup: u64, devs: &[DevNum]) -> Result<Vec<Access>> {
+        let mut ours = self.lock();
+        let Some(ours) = self.refresh(&mut ours)? else {
+            return Ok(vec![Access::NONE; devs.len()]);
+        };
+        let look = |dev: &DevNum| {
+            let value = sys::map_get::<KEY_SIZE, VALUE_SIZE>(&ours.map, &key(cgroup, *dev))?;
+            Ok(value.map_or(Access::NONE, read_value))
+        };
+        devs.iter().map(look).collect()
     }
 
     fn entries(&self) -> Result<Vec<Entry>> {

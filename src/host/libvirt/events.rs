@@ -94,16 +94,20 @@ impl DomainEvents {
     /// The next event of this domain; [`DomainEvent::Recheck`] when none came for a while. Safe to
     /// cancel.
     pub async fn next(&mut self) -> DomainEvent {
-        let until = tokio::time::Instant::now() + Self::RECHECK;
+        let event = tokio::time::timeout(Self::RECHECK, self.event()).await;
+        event.unwrap_or(DomainEvent::Recheck)
+    }
+
+    /// The next event of this domain, however long it takes; [`DomainEvent::Recheck`] when some were
+    /// missed. Safe to cancel.
+    pub async fn event(&mut self) -> DomainEvent {
         loop {
-            match tokio::time::timeout_at(until, self.messages.recv()).await {
-                Ok(Ok((Some(domain), event))) if domain == self.domain => return event,
-                Ok(Ok((Some(_), _))) => {}
-                Ok(Ok((None, event))) => return event,
-                Ok(Err(broadcast::error::RecvError::Lagged(_))) | Err(_) => {
-                    return DomainEvent::Recheck;
-                }
-                Ok(Err(broadcast::error::RecvError::Closed)) => return DomainEvent::Disconnected,
+            match self.messages.recv().await {
+                Ok((Some(domain), event)) if domain == self.domain => return event,
+                Ok((Some(_), _)) => {}
+                Ok((None, event)) => return event,
+                Err(broadcast::error::RecvError::Lagged(_)) => return DomainEvent::Recheck,
+                Err(broadcast::error::RecvError::Closed) => return DomainEvent::Disconnected,
             }
         }
     }

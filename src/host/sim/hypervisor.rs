@@ -124,6 +124,16 @@ impl SimHypervisor {
         }
     }
 
+    /// Somebody else takes a disk from the running domain.
+    pub fn detach_by_hand(&self, endpoint: &str, domain: &str, alias: &str) {
+        let mut state = self.lock();
+        let Some(libvirt) = state.libvirts.get_mut(endpoint) else { return };
+        let detached = libvirt.domains.get_mut(domain).map(|d| d.detach(alias, Affect::LIVE));
+        if matches!(detached, Some(Ok(Some(Unplug::Acknowledge)))) {
+            libvirt.events.send(domain, DomainEvent::DeviceRemoved(alias.to_owned()));
+        }
+    }
+
     /// The libvirt at this endpoint goes away, connections and all; its domains are lost.
     pub fn remove(&self, endpoint: &str) {
         if let Some(libvirt) = self.lock().libvirts.remove(endpoint) {

@@ -6,10 +6,12 @@ use async_trait::async_trait;
 use tokio::sync::Notify;
 
 use super::*;
+use crate::connector::Paths;
 use crate::host::sim::{Fault, FaultAction, Faults, SimStorage};
 use crate::journal::Effects;
-use crate::spec::{VmPlace, VmSpec, volume_fixture};
+use crate::spec::{DeviceStatus, VmPlace, VmSpec, volume_fixture};
 use crate::vm::handler::Handler;
+use crate::vm::steps::{Sight, Stir};
 
 /// Steps that do what they are told, and tell what they did.
 #[derive(Default)]
@@ -20,7 +22,9 @@ struct Script {
     log: Mutex<Vec<String>>,
     /// Attaches of these volumes never end.
     hung: Mutex<BTreeSet<String>>,
-    changed: Notify,
+    looks: Mutex<VecDeque<Result<BTreeMap<VolumeName, Sight>, Failure>>>,
+    looked: Notify,
+    stirs: Mutex<Option<mpsc::Sender<Stir>>>,
     board: Board,
 }
 
@@ -73,8 +77,20 @@ impl Steps for Script {
         result
     }
 
-    async fn vm_changed(&self) {
-        self.changed.notified().await;
+    async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
+        self.note(format!("look {}", volumes.len()));
+        let mut looks = self.looks.lock().unwrap();
+        let found = looks.pop_front().unwrap_or_else(|| {
+            let right = |v: &VolumeSpec| (v.name.clone(), right(2));
+            Ok(volumes.iter().map(right).collect())
+        });
+        self.looked.notify_waiters();
+        found
+    }
+
+    async fn watch(&self, stirs: mpsc::Sender<Stir>) {
+        *self.stirs.lock().unwrap() = Some(stirs);
+        std::future::pending().await
     }
 
     async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure> {
@@ -82,6 +98,19 @@ impl Steps for Script {
         self.note(format!("detach {name}{}", if options.force { " force" } else { "" }));
         self.detaches.lock().unwrap().pop_front().unwrap_or(Ok(()))
     }
+}
+
+/// A volume of two paths that is as it was made, `living` of them.
+fn right(living: u32) -> Sight {
+    let device = DeviceStatus {
+        dev: "253:1".parse().unwrap(),
+        wwid: "naa.6001405000000000000000000000000a".parse().unwrap(),
+        size: 512,
+        map: Some("mpatha".into()),
+        paths: 2,
+    };
+    let paths = Paths { wanted: 2, present: 2, living, dead: Vec::new() };
+    Sight::Right { attachment: Attachment { device, diskseq: 1, paths: Vec::new() }, paths }
 }
 
 fn vm() -> VmId {
@@ -109,6 +138,7 @@ impl World {
             desired,
             effects: EffectsStore::new(sim.rundir()),
             backoff: Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) },
+            look_interval: Duration::from_secs(60),
             max_volumes: 8,
         };
         Self { script, tools, sim }
@@ -443,24 +473,4 @@ async fn a_stop_detaches_nothing() {
     assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 2);
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_vm_that_comes_back_has_its_volumes_looked_at() {
-    let world = World::new().await;
-    let handler = world.handler().await;
-    handler.add(volume("v"), plain()).await.unwrap();
-    world.reaches("v", Phase::Ready).await;
-    for (found, phase) in [
-        (Err(AttachFailure { failure: away(), left: Left::Nothing }), Phase::Pending),
-        (Ok(()), Phase::Ready),
-    ] {
-        world.script.attaches.lock().unwrap().push_back(found);
-        world.script.changed.notify_one();
-        world.reaches("v", phase).await;
-    }
-    assert_eq!(world.script.log(), ["attach v"; 3]);
-    drop(handler);
-}
-
-fn away() -> Failure {
-    Failure::new(Reason::VmNotRunning, "it was stopped")
-}
+mod looks;

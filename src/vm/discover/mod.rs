@@ -298,6 +298,18 @@ pub async fn discover(
     Ok(Place { libvirt, pod: Some(PodPlace { hotplug, dir_in_pod, cgroup, owner, qemu }) })
 }
 
+/// Whether a QEMU that runs `domain` is among a pod's processes: what is left to ask when its libvirt
+/// does not answer.
+pub async fn runs(doors: &PodDoors, uid: &str, domain: &str) -> Result<bool> {
+    match qemu::find_in_pod(doors, uid, domain).await {
+        Ok(_) => Ok(true),
+        Err(DiscoverError::NoPodCgroup { .. } | DiscoverError::NoQemu { hidden: false, .. }) => {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 async fn pod_dir(doors: &PodDoors, settings: &Settings, uid: &str) -> Result<PodDir> {
     doors.dirs.pod(&settings.kubelet_root, uid).await.map_err(DiscoverError::Pod)
 }

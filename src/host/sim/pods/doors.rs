@@ -220,6 +220,13 @@ impl Overrides for SimPods {
         Ok(outcome(self.lock().grants.remove(&(cgroup, dev)).is_some()))
     }
 
+    async fn look_up(&self, cgroup: u64, devs: &[DevNum]) -> Result<Vec<Access>, GrantStoreError> {
+        self.pass("grants.list", &cgroup.to_string()).await?;
+        let state = self.lock();
+        let has = |dev: &DevNum| state.grants.get(&(cgroup, *dev)).filter(|_| state.installed);
+        Ok(devs.iter().map(|dev| has(dev).copied().unwrap_or(Access::NONE)).collect())
+    }
+
     async fn entries(&self) -> Result<Vec<Entry>, GrantStoreError> {
         self.pass("grants.list", "").await?;
         let state = self.lock();

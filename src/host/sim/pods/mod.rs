@@ -179,6 +179,13 @@ impl SimPods {
         }
     }
 
+    /// Somebody takes a pod's grants away.
+    pub fn drop_grants(&self, uid: &str) {
+        let mut state = self.lock();
+        let Some(id) = state.pods.get(uid).map(|pod| pod.cgroup.id) else { return };
+        state.grants.retain(|(cgroup, _), _| *cgroup != id);
+    }
+
     /// Whether a pod's container may open a device, nodes aside.
     pub fn may_open(&self, uid: &str, dev: DevNum, access: Access) -> bool {
         let state = self.lock();

@@ -220,6 +220,26 @@ impl SimStorage {
         self.world().login(target, portal, iface)
     }
 
+    /// Somebody deletes the SCSI devices that a target has through a portal.
+    pub fn delete_path(&self, target: &Iqn, portal: Portal) {
+        let mut world = self.world();
+        let through = |d: &&disks::ScsiDev| {
+            world.sessions.get(&d.sid).is_some_and(|s| s.target == *target && s.portal == portal)
+        };
+        let hctls: Vec<_> = world.disks.values().filter(through).map(|d| d.hctl.clone()).collect();
+        hctls.iter().for_each(|hctl| world.delete_disk(hctl));
+    }
+
+    /// Somebody logs out of a target at a portal.
+    pub fn end_session(&self, target: &Iqn, portal: Portal) {
+        let mut world = self.world();
+        let mut sessions = world.sessions.values();
+        let session = sessions.find(|s| s.target == *target && s.portal == portal);
+        if let Some(sid) = session.map(|s| s.sid) {
+            world.logout(sid);
+        }
+    }
+
     /// Starts or stops multipathd. Maps stay; disks that appear meanwhile wait for it.
     pub fn set_multipathd(&self, running: bool) {
         let mut world = self.world();

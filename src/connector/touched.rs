@@ -1,0 +1,199 @@
+//! Which attached volumes the kernel's events may be about.
+//!
+//! ```text
+//! uevents ─► filter ─► gathered for a moment ─► Touched ─► handlers: is that one of mine?
+//! ```
+//! One task reads for all handlers, and thousands of events become a few messages.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::broadcast;
+use tokio::time::{Instant, timeout_at};
+
+use super::Attachment;
+use super::scsi::Hctl;
+use crate::host::uevent::{Notice, Uevent, Uevents};
+use crate::types::DevNum;
+
+/// For how long events are gathered: those of one cause come within this.
+const GATHER: Duration = Duration::from_millis(300);
+/// With more devices than this the answer is "any".
+const MANY: usize = 4096;
+/// Messages kept for a handler that is slow; it looks for itself when it missed some.
+const BACKLOG: usize = 64;
+
+/// What kernel events were about. Empty when they were about nothing that could be a volume's.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Events were lost, or there were too many: any volume.
+    any: bool,
+    /// SCSI hosts that have gone, or whose session or connection has changed.
+    hosts: BTreeSet<u32>,
+    /// SCSI addresses.
+    addresses: BTreeSet<String>,
+    /// Disks and maps.
+    numbers: BTreeSet<DevNum>,
+}
+
+impl Touched {
+    /// What may be about any volume.
+    pub fn any() -> Self {
+        Self { any: true, ..Self::default() }
+    }
+
+    /// Whether it may be about this one.
+    pub fn concerns(&self, volume: &Attachment) -> bool {
+        let path = |p: &super::PathStatus| {
+            let host = p.hctl.split(':').next().and_then(|host| host.parse().ok());
+            self.addresses.contains(&p.hctl)
+                || self.numbers.contains(&p.dev)
+                || host.is_some_and(|host| self.hosts.contains(&host))
+        };
+        self.any || self.numbers.contains(&volume.device.dev) || volume.paths.iter().any(path)
+    }
+
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn take(&mut self, notice: &Notice) {
+        match notice {
+            Notice::Event(event) => self.take_event(event),
+            Notice::Lost => self.any = true,
+            Notice::Recheck => {}
+        }
+        if self.hosts.len() + self.addresses.len() + self.numbers.len() > MANY {
+            *self = Self::any();
+        }
+    }
+
+    fn take_event(&mut self, event: &Uevent) {
+        let parts = || event.devpath.split('/');
+        match event.subsystem.as_str() {
+            "block" | "scsi" | "scsi_device" => {
+                let address = parts().find(|part| part.parse::<Hctl>().is_ok());
+                self.addresses.extend(address.map(str::to_owned));
+                let number = |key: &str| event.properties.get(key).and_then(|n| n.parse().ok());
+                if let (Some(major), Some(minor)) = (number("MAJOR"), number("MINOR")) {
+                    self.numbers.insert(DevNum { major, minor });
+                }
+            }
+            // A host that is new is nobody's yet.
+            "iscsi_session" | "iscsi_connection" | "scsi_host" if event.action != "add" => {
+                self.hosts.extend(
+                    parts().find_map(|part| part.strip_prefix("host")?.parse::<u32>().ok()),
+                );
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Reads events for ever and tells what they were about.
+pub(super) async fn tell(uevents: Arc<dyn Uevents>, listeners: broadcast::Sender<Arc<Touched>>) {
+    let mut events = uevents.subscribe();
+    loop {
+        let mut touched = Touched::default();
+        touched.take(&events.event().await);
+        if touched.is_empty() {
+            continue;
+        }
+        let until = Instant::now() + GATHER;
+        while let Ok(notice) = timeout_at(until, events.event()).await {
+            touched.take(&notice);
+        }
+        // Nobody listening is fine.
+        let _ = listeners.send(Arc::new(touched));
+    }
+}
+
+/// A channel for [`tell`].
+pub(super) fn channel() -> broadcast::Sender<Arc<Touched>> {
+    broadcast::channel(BACKLOG).0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connector::PathStatus;
+    use crate::host::uevent::UeventStream;
+    use crate::spec::DeviceStatus;
+
+    fn volume() -> Attachment {
+        let path = |hctl: &str, dev: &str, name: &str| PathStatus {
+            hctl: hctl.into(),
+            dev: dev.parse().unwrap(),
+            name: name.into(),
+        };
+        Attachment {
+            device: DeviceStatus {
+                dev: "253:7".parse().unwrap(),
+                wwid: "naa.6001405000000000000000000000000a".parse().unwrap(),
+                size: 512,
+                map: Some("mpatha".into()),
+                paths: 2,
+            },
+            diskseq: 9,
+            paths: vec![path("3:0:0:1", "8:0", "sda"), path("4:0:0:1", "8:16", "sdb")],
+        }
+    }
+
+    fn event(action: &str, subsystem: &str, devpath: &str, number: Option<(u32, u32)>) -> Notice {
+        let mut properties = std::collections::BTreeMap::new();
+        if let Some((major, minor)) = number {
+            properties.insert("MAJOR".into(), major.to_string());
+            properties.insert("MINOR".into(), minor.to_string());
+        }
+        Notice::Event(Uevent {
+            action: action.into(),
+            devpath: devpath.into(),
+            subsystem: subsystem.into(),
+            properties,
+        })
+    }
+
+    #[test]
+    fn an_event_is_about_the_volumes_whose_devices_it_names() {
+        const SESSION: &str = "devices/platform/host3/session1/iscsi_session/session1";
+        const DISK: &str = "devices/platform/host3/session1/target3:0:0/3:0:0:1/block/sda";
+        const OTHER: &str = "devices/platform/host3/session1/target3:0:0/3:0:0:11/block/sdk";
+        for (notice, concerns) in [
+            (event("remove", "iscsi_session", SESSION, None), true),
+            (event("add", "iscsi_session", SESSION, None), false),
+            (event("remove", "block", DISK, Some((8, 0))), true),
+            (event("remove", "block", OTHER, Some((8, 160))), false),
+            (event("change", "block", "devices/virtual/block/dm-7", Some((253, 7))), true),
+            (event("change", "block", "devices/virtual/block/dm-8", Some((253, 8))), false),
+            (event("change", "net", "devices/virtual/net/host3", None), false),
+            (Notice::Lost, true),
+        ] {
+            let mut touched = Touched::default();
+            touched.take(&notice);
+            assert_eq!(touched.concerns(&volume()), concerns, "{notice:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_storm_is_one_message() {
+        struct Source(broadcast::Sender<Notice>);
+        impl Uevents for Source {
+            fn subscribe(&self) -> UeventStream {
+                UeventStream::new(self.0.subscribe())
+            }
+        }
+        let (events, listeners) = (broadcast::channel(16384).0, channel());
+        let mut told = listeners.subscribe();
+        let task = tokio::spawn(tell(Arc::new(Source(events.clone())), listeners));
+        tokio::task::yield_now().await;
+        for n in 0..10_000 {
+            let path = format!("devices/virtual/block/dm-{n}");
+            events.send(event("change", "block", &path, Some((253, n)))).unwrap();
+        }
+        assert!(told.recv().await.unwrap().concerns(&volume()));
+        tokio::time::sleep(GATHER * 10).await;
+        assert!(told.try_recv().is_err(), "the rest came with it");
+        task.abort();
+    }
+}

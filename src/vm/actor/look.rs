@@ -1,0 +1,250 @@
+//! When the handler looks at its volumes, and what it makes of what it sees.
+//!
+//! ```text
+//! the VM gone or back ──┐            ┌─ right ──► how its paths are is shown
+//! a disk removed ───────┤            ├─ differs ► the attach is walked again
+//! the host's devices ───┼─► a look ──┤
+//! the slow timer ───────┘            ├─ VM gone ► every volume is worked on
+//!                                    └─ cannot be seen ► shown; looked again later
+//! ```
+//! There is one look at a time, and a pause between two: a storm of events is a look or two.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::{Actor, Volume};
+use crate::connector::Paths;
+use crate::reason::Reason;
+use crate::spec::{Phase, VolumeSpec};
+use crate::types::VolumeName;
+use crate::vm::failure::Failure;
+use crate::vm::handler::Message;
+use crate::vm::steps::{Sight, Stir};
+
+/// Between an event, or a look, and the next look.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Between a volume's coming to be ready and the look at its paths: those that are slow join meanwhile.
+const SETTLE: Duration = Duration::from_secs(5);
+/// A missing path is tried again after one, two and then always so many intervals.
+const MISSING: u32 = 4;
+
+/// When it was looked and will be.
+#[derive(Default)]
+pub(super) struct Looks {
+    /// One is under way, and whether another has been asked for since it began.
+    under_way: bool,
+    again: bool,
+    /// When the next one is due, and the timer for it.
+    next: Option<(Instant, AbortHandle)>,
+    /// Looks in a row that saw nothing of the VM.
+    failed: u32,
+}
+
+impl Looks {
+    /// Ends the timer.
+    pub(super) fn stop(&mut self) {
+        if let Some((_, timer)) = self.next.take() {
+            timer.abort();
+        }
+    }
+}
+
+impl Actor {
+    pub(super) fn stirred(&mut self, stir: &Stir) {
+        match stir {
+            Stir::Vm => {
+                debug!("the VM may have gone or come back");
+                // Those that are not ready wait for just that; the others are looked at first.
+                let waiting = |name: &&VolumeName| !self.is_steady(name);
+                let names: Vec<_> = self.volumes.keys().filter(waiting).cloned().collect();
+                names.iter().for_each(|name| self.work(name));
+                self.look_within(Duration::ZERO);
+            }
+            Stir::Disks => self.look_within(PAUSE),
+            Stir::Storage(touched) => {
+                let parts = |v: &Volume| v.attachment.as_ref().is_none_or(|a| touched.concerns(a));
+                if self.volumes.iter().any(|(name, v)| self.is_steady(name) && parts(v)) {
+                    self.look_within(PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Whether a volume is ready and nothing is going on with it.
+    fn is_steady(&self, name: &VolumeName) -> bool {
+        let idle = |v: &Volume| !v.working && !v.failed && v.removing.is_none();
+        self.volumes.get(name).is_some_and(idle) && self.status(name).phase == Phase::Ready
+    }
+
+    /// A volume has come to be ready.
+    pub(super) fn look_when_settled(&mut self) {
+        self.look_within(SETTLE);
+    }
+
+    /// Has the volumes looked at after `delay` at the latest.
+    fn look_within(&mut self, delay: Duration) {
+        let looks = &mut self.looks;
+        looks.again |= looks.under_way;
+        let at = Instant::now() + delay;
+        if looks.under_way || looks.next.as_ref().is_some_and(|(next, _)| *next <= at) {
+            return;
+        }
+        looks.stop();
+        let timer = Self::spawn_in(&mut self.tasks, &self.messages, async move {
+            tokio::time::sleep_until(at).await;
+            Message::Look
+        });
+        self.looks.next = Some((at, timer));
+    }
+
+    /// The slow timer: up to a fifth less than the interval, so that many VMs are spread.
+    fn look_later(&mut self) {
+        let interval = self.tools.look_interval.mul_f64(1.0 - fastrand::f64() * 0.2);
+        self.look_within(interval);
+    }
+
+    pub(super) fn look(&mut self) {
+        self.looks.next = None;
+        let steady: Vec<VolumeSpec> = self
+            .volumes
+            .iter()
+            .filter(|(name, _)| self.is_steady(name))
+            .map(|(_, v)| v.stored.spec.clone())
+            .collect();
+        if steady.is_empty() {
+            // Whichever comes to be ready asks for a look.
+            return;
+        }
+        (self.looks.under_way, self.looks.again) = (true, false);
+        let steps = self.tools.steps.clone();
+        self.spawn(async move {
+            let found = super::whole(steps.look(&steady)).await;
+            Message::Looked { found: found.and_then(|found| found) }
+        });
+    }
+
+    pub(super) fn looked(&mut self, found: Result<BTreeMap<VolumeName, Sight>, Failure>) {
+        self.looks.under_way = false;
+        match found {
+            Ok(found) => {
+                self.looks.failed = 0;
+                for (name, sight) in found {
+                    if self.is_steady(&name) {
+                        self.seen(&name, sight);
+                    }
+                }
+                self.look_later();
+            }
+            Err(failure) if matches!(failure.reason, Reason::VmNotRunning | Reason::PodGone) => {
+                info!(reason = %failure.reason, why = failure.message, "the VM has ended");
+                self.looks.failed = 0;
+                self.look_at_all();
+            }
+            Err(failure) => self.unseen(&failure),
+        }
+        if std::mem::take(&mut self.looks.again) {
+            self.look_within(PAUSE);
+        }
+    }
+
+    /// Nothing could be seen of the VM: its volumes say so, and stay as they are.
+    fn unseen(&mut self, failure: &Failure) {
+        self.looks.failed += 1;
+        let delay = self.tools.backoff.delay(self.looks.failed, fastrand::f64());
+        if self.looks.failed == 1 {
+            warn!(reason = %failure.reason, why = failure.message, "the VM cannot be looked at");
+        }
+        self.look_within(delay);
+        let at = Timestamp::now().checked_add(delay).ok();
+        let names: Vec<_> = self.volumes.keys().filter(|n| self.is_steady(n)).cloned().collect();
+        for name in names.iter().filter(|n| self.volumes[*n].timer.is_none()) {
+            self.tools.board.trouble(&self.key(name), Phase::Ready, failure, at);
+        }
+    }
+
+    fn seen(&mut self, name: &VolumeName, sight: Sight) {
+        let Some(volume) = self.volumes.get_mut(name) else { return };
+        // One in trouble has its own time to be tried again.
+        if volume.timer.is_some() {
+            return;
+        }
+        match sight {
+            Sight::Differs(why) => {
+                info!(volume = %name, why, "not as it should be: it is repaired");
+                self.work(name);
+            }
+            Sight::Unclear(failure) => {
+                debug!(volume = %name, why = failure.message, "it could not be seen");
+            }
+            Sight::Right { attachment, paths } => {
+                volume.attachment = Some(attachment);
+                let missing = paths.present < paths.wanted;
+                let repair = missing && volume.missing.is_due(self.tools.look_interval);
+                if !missing {
+                    volume.missing = Missing::default();
+                }
+                self.show(name, &paths);
+                if repair {
+                    info!(volume = %name, ?paths, "paths are missing: they are looked for");
+                    self.work(name);
+                }
+            }
+        }
+    }
+
+    /// Shows how the paths of a volume are that is otherwise well.
+    fn show(&self, name: &VolumeName, paths: &Paths) {
+        let reason = match paths.living {
+            0 => Some(Reason::NoPaths),
+            living if living < paths.wanted => Some(Reason::PathsDegraded),
+            _ => None,
+        };
+        let message = match reason {
+            None => String::new(),
+            Some(_) => {
+                let (living, wanted) = (paths.living, paths.wanted);
+                let dead = paths.dead.iter().map(|dead| format!(", {dead}")).collect::<String>();
+                format!("{living} of {wanted} paths work{dead}")
+            }
+        };
+        let before = self.status(name).reason;
+        if before != reason {
+            match reason {
+                Some(reason) => warn!(volume = %name, %reason, message, "paths have changed"),
+                None => info!(volume = %name, living = paths.living, "all is well again"),
+            }
+        }
+        self.tools.board.update(&self.key(name), |status| {
+            status.reason = reason;
+            status.message = message;
+            status.retry_at = None;
+            if let Some(device) = &mut status.device {
+                device.paths = paths.living;
+            }
+        });
+    }
+}
+
+/// When missing paths are tried again: a dead portal is not asked at every look.
+#[derive(Default)]
+pub(super) struct Missing {
+    tries: u32,
+    next: Option<Instant>,
+}
+
+impl Missing {
+    fn is_due(&mut self, interval: Duration) -> bool {
+        let now = Instant::now();
+        if self.next.is_some_and(|next| now < next) {
+            return false;
+        }
+        self.next = Some(now + interval.saturating_mul((1 << self.tries.min(8)).min(MISSING)));
+        self.tries += 1;
+        true
+    }
+}

@@ -1,0 +1,117 @@
+//! A look at a VM's volumes: is everything as it was made? Changes nothing, runs no program, and asks
+//! libvirt twice (three times where a volume is in the persistent definition), however many volumes
+//! there are. What differs is then repaired by walking the attach again.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::attach::{desired_disk, source_of};
+use super::discover::{Place, PodPlace};
+use super::failure::Failure;
+use super::steps::Sight;
+use super::ways::Ways;
+use crate::connector::Health;
+use crate::domain::diff::{self, Plan, Views};
+use crate::journal::Effects;
+use crate::spec::VolumeSpec;
+use crate::types::VolumeName;
+
+/// Looks at volumes that are ready. An error is about the VM as a whole.
+pub(super) async fn look(
+    ways: &Ways,
+    volumes: &[VolumeSpec],
+) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
+    let connection = ways.libvirt().await?;
+    let persist = volumes.iter().any(|v| v.persist);
+    let limit = ways.settings().libvirt;
+    let views = crate::domain::observe(&*connection, &ways.vm.domain, persist, limit).await?;
+    let place = ways.present_place().await?;
+    let owned: Vec<_> = volumes.iter().map(|v| (ways.key(&v.name), v.source.clone())).collect();
+    let health = ways.host.connector.inspect(&owned).await;
+    let mut effects = Vec::with_capacity(volumes.len());
+    for (key, _) in &owned {
+        effects.push(ways.effects.get(key).await?);
+    }
+    let records: Vec<_> = effects.iter().flatten().filter_map(|e| e.grant.clone()).collect();
+    let hold = ways.host.grants.hold(&records).await?;
+    let lost: BTreeSet<_> = records
+        .iter()
+        .zip(hold)
+        .filter(|(_, holds)| !holds)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .map(|(record, _)| record.dev)
+        .collect();
+    let mut found = BTreeMap::new();
+    for ((volume, health), effects) in volumes.iter().zip(health).zip(effects) {
+        let seen = Seen { ways, views: &views, place: &place, volume };
+        let granted = |e: &Effects| e.grant.as_ref().is_some_and(|g| !lost.contains(&g.dev));
+        let wrong = match &effects {
+            None => Some("nothing is recorded of it in this boot".into()),
+            Some(effects) => seen.wrong(effects, granted(effects)).await,
+        };
+        let sight = match (wrong, health) {
+            (Some(why), _) => Sight::Differs(why),
+            (None, Ok(Health::Differs(why))) => Sight::Differs(why),
+            // What cannot be read now is not wrong for that; the next look is soon enough.
+            (None, Err(error)) => Sight::Unclear(Failure::from(error)),
+            (None, Ok(Health::Right { attachment, paths })) => {
+                let given = effects.as_ref().and_then(|e| e.device.as_ref());
+                if given.is_some_and(|g| g.device.dev == attachment.device.dev) {
+                    Sight::Right { attachment, paths }
+                } else {
+                    Sight::Differs("the host has another device for it".into())
+                }
+            }
+        };
+        found.insert(volume.name.clone(), sight);
+    }
+    Ok(found)
+}
+
+/// One volume, and what was found of its VM.
+struct Seen<'a> {
+    ways: &'a Ways,
+    views: &'a Views,
+    place: &'a Place,
+    volume: &'a VolumeSpec,
+}
+
+impl Seen<'_> {
+    /// What is not as it was made, between the host's device and the guest.
+    async fn wrong(&self, effects: &Effects, granted: bool) -> Option<String> {
+        if effects.incarnation != self.ways.incarnation() {
+            return Some("it was made for another pod".into());
+        }
+        let Some(device) = &effects.device else { return Some("it has no device".into()) };
+        if let Some(pod) = &self.place.pod {
+            if let Some(why) = self.wrong_in_pod(pod, effects, granted).await {
+                return Some(why);
+            }
+        }
+        let source = source_of(self.place, self.volume, device.device.dev);
+        let desired = desired_disk(self.volume, source, self.place.pod.is_some());
+        match diff::plan(self.views, &desired, &BTreeSet::new()) {
+            Ok(Plan::Already { .. }) => None,
+            Ok(Plan::Attach(_)) => Some("the domain lacks its disk".into()),
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
+    async fn wrong_in_pod(
+        &self,
+        pod: &PodPlace,
+        effects: &Effects,
+        granted: bool,
+    ) -> Option<String> {
+        let dev = effects.device.as_ref()?.device.dev;
+        let name = &self.volume.disk;
+        match self.ways.nodes.is_right(&pod.hotplug, name, dev, pod.owner).await {
+            Ok(true) => {}
+            Ok(false) => return Some("its node in the pod is missing or another".into()),
+            Err(error) => return Some(Failure::from(error).message),
+        }
+        let right = |g: &crate::cgroup::GrantRecord| g.cgroup == pod.cgroup && g.dev == dev;
+        let right = effects.grant.as_ref().is_some_and(right);
+        (!right || !granted).then(|| "its grant is lost".into())
+    }
+}

@@ -47,7 +47,7 @@ pub(super) enum Message {
     RemoveChecked {
         name: VolumeName,
         options: RemoveOptions,
-        checked: Result<(), Refusal>,
+        checked: Result<Vec<String>, Refusal>,
         asker: Asker,
     },
     Attached {

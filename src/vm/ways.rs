@@ -280,7 +280,7 @@ impl Steps for Ways {
         name: &VolumeName,
         known: Option<&VolumeSpec>,
         options: RemoveOptions,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Vec<String>, Refusal> {
         checks::remove(self, name, known, options).await
     }
 

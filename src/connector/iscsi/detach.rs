@@ -13,9 +13,14 @@ use crate::connector::multipath::Map;
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::connector::{DetachOptions, multipath, scsi};
-use crate::host::sysfs::is_gone;
+use crate::host::block::Exclusive;
+use crate::host::sysfs::{Guard, is_gone};
 use crate::spec::IscsiSource;
 use crate::types::{DevNum, Outcome, Portal, VolumeKey};
+
+fn flush_lost(dev: DevNum, error: &std::io::Error) -> String {
+    format!("the flush of {dev} failed: {error}: what the host's cache had of it may be lost")
+}
 
 impl Inner {
     /// Lets go of whatever is there in the owner's name. The LUN's lock is held by the caller.
@@ -23,7 +28,7 @@ impl Inner {
         &self,
         owner: &VolumeKey,
         source: &IscsiSource,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
     ) -> Result<Outcome, Error> {
         let target = source.target.as_str();
         let lease: Lease<Made> = self.leases.load(target).await?;
@@ -87,7 +92,7 @@ impl Inner {
     pub(super) async fn remove_device(
         &self,
         user: &User,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
     ) -> Result<(), Error> {
         let map = match &user.map {
             Some(map) => Some(map.clone()),
@@ -104,7 +109,7 @@ impl Inner {
             if !options.force {
                 return Err(error);
             }
-            tracing::warn!(%error, "it goes without a flush, as forced");
+            options.gave_up(format!("{error}: it was not flushed"));
         } else {
             self.flush_device(user, map_device.as_ref(), made, options, &mut maps).await?;
         }
@@ -149,7 +154,7 @@ impl Inner {
         user: &User,
         map: Option<&Map>,
         made: bool,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
         maps: &mut BTreeSet<String>,
     ) -> Result<(), Error> {
         match map {
@@ -161,14 +166,20 @@ impl Inner {
                 if made {
                     let free = self.refuse_held(&map.name, &map.dir(), map.dev).await;
                     if let Err(held) = free {
-                        self.disarm(user, map, maps).await?;
+                        self.disarm(user, map, options, maps).await?;
                         return Err(held);
                     }
                 }
                 if made && options.force {
+                    if !self.has_live_path(map).await {
+                        options.gave_up(format!(
+                            "map {} has no path left: its queueing was switched off, and what waited in it failed",
+                            map.name
+                        ));
+                    }
                     multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
                 }
-                self.flush(map.dev, options).await
+                self.flush(map.dev, options).await.map(drop)
             }
             None => self.flush_paths(user, options, maps).await,
         }
@@ -181,6 +192,7 @@ impl Inner {
         &self,
         user: &User,
         map: &Map,
+        options: DetachOptions<'_>,
         maps: &mut BTreeSet<String>,
     ) -> Result<(), Error> {
         let stacked = scsi::stacked(&*self.doors.sysfs, &map.dir(), &[]).await?;
@@ -189,7 +201,7 @@ impl Inner {
         }
         tracing::warn!(map = map.name, dev = %map.dev, "it is still held open after its revoke: from now on it only gives errors");
         if let Err(error) = self.doors.blocks.flush(map.dev).await {
-            tracing::warn!(map = map.name, %error, "what the host's cache had of it may be lost");
+            options.gave_up(flush_lost(map.dev, &error));
         }
         multipath::disarm(&self.doors, &self.settings, map).await?;
         for path in user.paths.iter().filter(|p| p.made) {
@@ -227,7 +239,7 @@ impl Inner {
     async fn flush_paths(
         &self,
         user: &User,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
         maps: &mut BTreeSet<String>,
     ) -> Result<(), Error> {
         for path in &user.paths {
@@ -239,14 +251,64 @@ impl Inner {
             let block = format!("{}/block/{}", path.dir, seen.name);
             if path.made {
                 // Its maps go as it goes.
-                self.free_path(user, path.hctl, &block, seen, maps).await?;
+                let free = self.free_path(user, path.hctl, &block, seen, maps).await;
+                if let Err(held @ Error::DeviceHeld { .. }) = free {
+                    self.silence(user, path, seen, options).await?;
+                    return Err(held);
+                }
+                free?;
             }
             // What was never given away has nothing of anybody's to be written out.
-            if user.attachment.is_some() {
-                self.flush(seen.dev, options).await?;
+            if user.attachment.is_some() && !self.flush(seen.dev, options).await? {
+                self.tell_dead(path, seen, options).await?;
             }
         }
         Ok(())
+    }
+
+    /// Makes a path harmless that was a guest's without a map and that a process still has open: it only
+    /// gives errors from now on, but its address stays taken, so it is nobody else's. iscsid sets a
+    /// session's devices running again when it comes back from a failure; so does the next try set it
+    /// offline again. What is stacked upon it or mounted is left alone, see [`Self::disarm`].
+    async fn silence(
+        &self,
+        user: &User,
+        path: &PathLease,
+        seen: &Seen,
+        options: DetachOptions<'_>,
+    ) -> Result<(), Error> {
+        let sysfs = &*self.doors.sysfs;
+        let state = format!("{}/state", path.dir);
+        let block = format!("{}/block/{}", path.dir, seen.name);
+        let claimed = scsi::stacked(sysfs, &block, &[]).await?.is_some()
+            || !matches!(self.doors.blocks.exclusive(seen.dev).await, Ok(Exclusive::Free));
+        let is = sysfs.text(&state).await.map_err(Error::io(format!("reading {state}")))?;
+        if user.attachment.is_none() || claimed || is.as_deref() == Some("offline") {
+            return Ok(());
+        }
+        tracing::warn!(path = %path.hctl, dev = %seen.dev, "it is still held open after its revoke: from now on it only gives errors");
+        if let Err(error) = self.doors.blocks.flush(seen.dev).await {
+            options.gave_up(flush_lost(seen.dev, &error));
+        }
+        let guards = [
+            Guard { path: format!("{block}/dev"), expect: seen.dev.to_string() },
+            Guard { path: format!("{block}/diskseq"), expect: seen.diskseq.to_string() },
+        ];
+        match sysfs.write_guarded(&state, "offline", &guards).await {
+            Err(e) if !is_gone(&e) => Err(Error::io(format!("setting {} offline", path.hctl))(e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a path of a map takes I/O, as far as the kernel knows.
+    async fn has_live_path(&self, map: &Map) -> bool {
+        for slave in &map.slaves {
+            let state = self.doors.sysfs.text(&format!("block/{slave}/device/state")).await;
+            if state.is_ok_and(|s| s.as_deref() == Some("running")) {
+                return true;
+            }
+        }
+        false
     }
 
     async fn refuse_held(&self, name: &str, block: &str, dev: DevNum) -> Result<(), Error> {
@@ -256,14 +318,35 @@ impl Inner {
         }
     }
 
-    async fn flush(&self, dev: DevNum, options: DetachOptions) -> Result<(), Error> {
+    /// A path that cannot even be opened has nothing that could still be written to it. Not so one that
+    /// [`Self::silence`] set offline: it was flushed then.
+    async fn tell_dead(
+        &self,
+        path: &PathLease,
+        seen: &Seen,
+        options: DetachOptions<'_>,
+    ) -> Result<(), Error> {
+        let state = format!("{}/state", path.dir);
+        let is = self.doors.sysfs.text(&state).await;
+        let is = is.map_err(Error::io(format!("reading {state}")))?;
+        if let Some(is) = is.filter(|is| is != "offline") {
+            let (hctl, dev) = (path.hctl, seen.dev);
+            options.gave_up(format!(
+                "path {hctl} is {is}: what the host's cache had of {dev} may be lost"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether it was flushed; not if it is gone, or if that is to be no obstacle.
+    async fn flush(&self, dev: DevNum, options: DetachOptions<'_>) -> Result<bool, Error> {
         match self.doors.blocks.flush(dev).await {
-            Ok(()) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(e) if is_gone(&e) => Ok(false),
             Err(error) if options.force => {
-                tracing::warn!(%dev, %error, "what could not be written out is lost, as forced");
-                Ok(())
+                options.gave_up(flush_lost(dev, &error));
+                Ok(true)
             }
-            Err(e) if is_gone(&e) => Ok(()),
             Err(source) => Err(Error::Flush { dev, source }),
         }
     }

@@ -7,6 +7,7 @@
 mod bad_input;
 mod crash;
 mod faults;
+mod force;
 mod guest;
 mod identity;
 mod journal;

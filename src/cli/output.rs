@@ -334,6 +334,10 @@ mod tests {
         let ago = |s| age(Timestamp::now().checked_sub(jiff::SignedDuration::from_secs(s)).ok());
         assert_eq!(ago(3 * 86_400 + 7200), "3d2h");
         assert_eq!(age(None), "");
+        // A clock that was set back, or was years ahead when it began.
+        assert_eq!(ago(-3600), "0s");
+        assert_eq!(age(Some(Timestamp::MAX)), "0s");
+        assert!(!age(Some(Timestamp::MIN)).is_empty());
     }
 
     #[test]

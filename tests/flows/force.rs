@@ -68,7 +68,11 @@ fn what_a_plain_removal_would_be_refused_for_is_told() {
             let dry = RemoveOptions { dry_run: true, ..FORCE };
             let would = daemon.drop_volume(1, "data", dry).await.unwrap();
             told(&would, words);
-            assert_eq!(daemon.get(1, "data").await.unwrap().gave_up, [""; 0], "nothing is given up yet");
+            assert_eq!(
+                daemon.get(1, "data").await.unwrap().gave_up,
+                [""; 0],
+                "nothing is given up yet"
+            );
             told(&forced(&daemon).await, words);
             daemon.quiet().await;
             assert_eq!(others(&world), before);

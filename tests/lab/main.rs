@@ -16,3 +16,4 @@ mod lifecycle;
 mod node;
 mod places;
 mod soak;
+mod state;

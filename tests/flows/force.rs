@@ -176,7 +176,7 @@ fn a_single_path_held_open_is_silenced_and_goes_when_it_is_let_go() {
             assert_eq!(state().await.as_deref(), Some("offline"));
             // The session failed and came back, and iscsid has set its devices running.
             let path = format!("dev/block/{}/device/state", device.dev);
-            doors.sysfs.write(&path, "running").await.unwrap();
+            doors.sysfs.write(&path, "running\n").await.unwrap();
             daemon.quiet().await;
             assert_eq!(state().await.as_deref(), Some("offline"));
             // Nobody else gets the LUN, and the other volume works.

@@ -15,6 +15,7 @@
 mod base;
 mod detach;
 mod gather;
+mod held;
 mod late;
 mod login;
 mod observe;

@@ -294,10 +294,11 @@ impl World {
                 }
                 Ok(())
             }
-            // Nothing else can be ordered (store_state_field, drivers/scsi/scsi_sysfs.c).
+            // Nothing else can be ordered, and the line's end must be there (store_state_field,
+            // drivers/scsi/scsi_sysfs.c).
             "state"
                 if self.disks.contains_key(&owner)
-                    && !["running", "offline"].contains(&value.trim()) =>
+                    && !["running\n", "offline\n"].contains(&value) =>
             {
                 errno(libc::EINVAL)
             }

@@ -236,6 +236,8 @@ pub struct VolumeStatus {
     pub device: Option<DeviceStatus>,
     /// Target name in the domain, e.g. `sda`.
     pub target: Option<String>,
+    /// What its removal gave up on, in words.
+    pub gave_up: Vec<String>,
     /// Counts changes of this volume; an older one never follows a newer.
     pub generation: u64,
 }

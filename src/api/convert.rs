@@ -403,6 +403,7 @@ pub fn wire_volume(volume: &VolumeStatus) -> v1::Volume {
         device: volume.device.as_ref().map(wire_device),
         target: volume.target.clone().unwrap_or_default(),
         generation: volume.generation,
+        gave_up: volume.gave_up.clone(),
     }
 }
 

@@ -111,6 +111,7 @@ pub(super) struct VolumeView {
     pub(super) trouble: Option<TroubleView>,
     pub(super) device: Option<DeviceView>,
     pub(super) generation: u64,
+    pub(super) gave_up: Vec<String>,
     pub(super) spec: VolumeFile,
 }
 
@@ -156,6 +157,7 @@ impl From<&v1::Volume> for VolumeView {
                 paths: d.paths,
             }),
             generation: volume.generation,
+            gave_up: volume.gave_up.clone(),
             spec,
         }
     }
@@ -224,6 +226,7 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Reason", of(|t| t.reason.clone())),
         ("Message", of(|t| t.message.clone())),
         ("What to do", of(|t| t.remedy.clone())),
+        ("Gave up", v.gave_up.join("; ")),
         ("Next try", of(|t| t.retry_at.map(|at| at.to_string()).unwrap_or_default())),
         ("Target", v.target.clone()),
         ("Device", on(|d| d.dev.clone())),
@@ -332,6 +335,10 @@ mod tests {
         let ago = |s| age(Timestamp::now().checked_sub(jiff::SignedDuration::from_secs(s)).ok());
         assert_eq!(ago(3 * 86_400 + 7200), "3d2h");
         assert_eq!(age(None), "");
+        // A clock that was set back, or was years ahead when it began.
+        assert_eq!(ago(-3600), "0s");
+        assert_eq!(age(Some(Timestamp::MAX)), "0s");
+        assert!(!age(Some(Timestamp::MIN)).is_empty());
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "NAME")]
     volume_name: String,
     /// Go on although the guest uses the disk, or data cannot be flushed: what was not written is
-    /// lost.
+    /// lost. What it gives up is told, with --dry-run before.
     #[arg(long)]
     force: bool,
     #[command(flatten)]

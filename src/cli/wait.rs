@@ -206,6 +206,8 @@ struct Shown<'a, 'b> {
     spinner: Option<ProgressBar>,
     start: Instant,
     last: Option<(v1::Phase, String)>,
+    /// How much of what was given up was told.
+    gave_up: usize,
 }
 
 impl<'a, 'b> Shown<'a, 'b> {
@@ -217,11 +219,15 @@ impl<'a, 'b> Shown<'a, 'b> {
             spinner.enable_steady_tick(Duration::from_millis(100));
             spinner
         });
-        Self { screen, spinner, start: Instant::now(), last: None }
+        Self { screen, spinner, start: Instant::now(), last: None, gave_up: 0 }
     }
 
     /// Shows a phase or a reason that is new.
     fn volume(&mut self, volume: &v1::Volume) -> Result<(), Failure> {
+        for what in volume.gave_up.iter().skip(self.gave_up) {
+            self.note(&format!("gave up: {what}"))?;
+        }
+        self.gave_up = self.gave_up.max(volume.gave_up.len());
         let reason = volume.trouble.as_ref().map(|t| t.reason.clone()).unwrap_or_default();
         let now = (volume.phase(), reason);
         if self.last.as_ref() == Some(&now) {

@@ -51,9 +51,14 @@ fn show(format: Format, volume: &v1::Volume, screen: &mut Screen<'_>) -> Result<
         output::document(format, &view, screen.out)?;
     } else {
         let at = view.since.unwrap_or_else(Timestamp::now);
-        let trouble = view.trouble.map(|t| format!("  {}: {}", t.reason, t.message));
-        let line = format!("{at:.3}  {}/{}  {}", view.vm, view.name, view.phase);
-        writeln!(screen.out, "{}", output::clean(&(line + &trouble.unwrap_or_default())))?;
+        let mut line = format!("{at:.3}  {}/{}  {}", view.vm, view.name, view.phase);
+        if let Some(trouble) = view.trouble {
+            line += &format!("  {}: {}", trouble.reason, trouble.message);
+        }
+        if view.phase == "Gone" && !view.gave_up.is_empty() {
+            line += &format!("  gave up: {}", view.gave_up.join("; "));
+        }
+        writeln!(screen.out, "{}", output::clean(&line))?;
     }
     Ok(screen.out.flush()?)
 }

@@ -80,10 +80,42 @@ pub struct Attachment {
 }
 
 /// Says how to let go.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct DetachOptions {
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DetachOptions<'a> {
     /// Go on although data cannot be flushed (all paths are dead).
     pub force: bool,
+    /// Where it is told what was given up on the way; otherwise only the log has it.
+    pub gave_up: Option<&'a GaveUp>,
+}
+
+impl DetachOptions<'_> {
+    /// Something was given up, in words.
+    pub(crate) fn gave_up(&self, what: String) {
+        tracing::warn!(what, "given up");
+        if let Some(list) = self.gave_up {
+            list.note(what);
+        }
+    }
+}
+
+/// What a removal gave up on, in words, in the order in which it happened. Told as it happens, for a
+/// detach that fails later has given it up all the same.
+#[derive(Debug, Default)]
+pub struct GaveUp(std::sync::Mutex<Vec<String>>);
+
+impl GaveUp {
+    /// Adds to the list, unless it says so already.
+    pub fn note(&self, what: String) {
+        let mut list = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if !list.contains(&what) {
+            list.push(what);
+        }
+    }
+
+    /// The list so far.
+    pub fn list(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
 }
 
 /// What every transport offers. All calls are idempotent and safe to repeat after a crash at any
@@ -99,7 +131,7 @@ pub trait Connector: Send + Sync {
         &self,
         owner: &VolumeKey,
         source: &Source,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
     ) -> Result<Outcome, Error>;
 
     /// Has the host forget a LUN that was attached in an earlier boot: what it remembers of it across

@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
@@ -36,8 +37,8 @@ const STATE: [&str; 5] = ["effects", "removals", "leases", "claims", "guest-luns
 /// Reads the run directory; one that is not there is empty.
 pub async fn run_tree(base: PathBuf) -> io::Result<RunTree> {
     blocking("reading the run directory", move || {
-        let mut tree = RunTree::default();
-        tree.boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        let mut tree = RunTree { boot_id, ..RunTree::default() };
         for dir in STATE {
             walk(&base, dir, &mut |name, path| {
                 let content = match fs::read(path) {
@@ -105,6 +106,50 @@ fn is_locked(path: &Path) -> bool {
         l_pid: 0,
     };
     fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).is_ok() && lock.l_type != libc::F_UNLCK as i16
+}
+
+/// How often a database that is being written is copied anew.
+const COPIES: usize = 50;
+
+/// Copies a database, its `-wal` and its `-journal` at a moment in which neither changed: a lunplugd may be writing them.
+pub fn copy_still(from: &Path, to: &Path) -> io::Result<()> {
+    let parts = ["", "-wal", "-journal"];
+    let look = || -> io::Result<Vec<Option<(u64, SystemTime)>>> {
+        let part = |rest: &&str| match fs::metadata(with(from, rest)) {
+            Ok(file) => Ok(Some((file.len(), file.modified()?))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        };
+        parts.iter().map(part).collect()
+    };
+    for _ in 0..COPIES {
+        let before = look()?;
+        for (rest, there) in parts.iter().zip(&before) {
+            let copy = with(to, rest);
+            match there {
+                Some(_) => drop(fs::copy(with(from, rest), copy)?),
+                None if copy.exists() => fs::remove_file(copy)?,
+                None => {}
+            }
+        }
+        // A file's time is a clock tick's: a change within that tick would not show. A file of the
+        // future (the clock was set back) is not being written.
+        let recent = |(_, at): &(u64, SystemTime)| {
+            at.elapsed().is_ok_and(|age| age < Duration::from_millis(50))
+        };
+        if look()? == before && !before.iter().flatten().any(recent) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, "it is being written all the time"))
+}
+
+/// The path with something put behind its name.
+pub fn with(path: &Path, rest: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(rest);
+    name.into()
 }
 
 #[cfg(test)]

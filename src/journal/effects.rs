@@ -39,6 +39,9 @@ pub struct DiskEffect {
 pub(super) struct Removal {
     pub(super) boot_id: String,
     pub(super) options: RemoveOptions,
+    /// What it gave up on, in words.
+    #[serde(default)]
+    pub(super) gave_up: Vec<String>,
 }
 
 /// What was begun for one volume. An absent field was not begun, or is undone.
@@ -122,7 +125,29 @@ impl EffectsStore {
 
     /// Notes that a volume's removal was taken on.
     pub async fn put_removal(&self, key: &VolumeKey, options: RemoveOptions) -> Result<(), Error> {
-        self.write(removal(key), &Removal { boot_id: self.0.boot_id().to_owned(), options }).await
+        let gave_up = self.gave_up(key).await?;
+        let boot_id = self.0.boot_id().to_owned();
+        self.write(removal(key), &Removal { boot_id, options, gave_up }).await
+    }
+
+    /// Adds to what a removal that was taken on gave up on. Kept, so that a successor can tell it.
+    pub async fn add_gave_up(&self, key: &VolumeKey, more: &[String]) -> Result<(), Error> {
+        let Some(mut mark) = self.read(removal(key), |r: &Removal| &r.boot_id).await? else {
+            return Ok(());
+        };
+        let before = mark.gave_up.len();
+        mark.gave_up
+            .extend(more.iter().filter(|m| !mark.gave_up.contains(m)).cloned().collect::<Vec<_>>());
+        if mark.gave_up.len() == before {
+            return Ok(());
+        }
+        self.write(removal(key), &mark).await
+    }
+
+    /// What a removal has given up on so far.
+    pub async fn gave_up(&self, key: &VolumeKey) -> Result<Vec<String>, Error> {
+        let found = self.read(removal(key), |r: &Removal| &r.boot_id).await?;
+        Ok(found.map(|r| r.gave_up).unwrap_or_default())
     }
 
     /// The removal that was taken on in this boot.

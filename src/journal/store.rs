@@ -17,11 +17,12 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::Error;
+use crate::host::runtree::{self, with};
 
 /// The schema that this version writes; newer ones are refused.
 pub(super) const SCHEMA: i64 = 1;
@@ -54,21 +55,23 @@ const CREATE: &str = "
 pub(super) struct Store {
     path: PathBuf,
     state: Mutex<State>,
+    /// Why the last write did not succeed, where the disk was in the way.
+    trouble: Mutex<Option<String>>,
 }
 
 #[derive(Debug)]
 enum State {
     Whole(Connection),
     /// Reads are from this copy, which cannot have fallen behind: nothing was written since.
-    Degraded(Connection, String),
+    Degraded(Connection),
 }
 
 impl Store {
     /// Opens the database at `path`, or makes it (its directory with mode 0700). While it cannot be
     /// written it is read by way of a copy below `scratch`.
     pub(super) fn open(path: &Path, scratch: &Path) -> Result<Self, Error> {
-        let state = match open_whole(path) {
-            Ok(connection) => State::Whole(connection),
+        let (state, trouble) = match open_whole(path) {
+            Ok(connection) => (State::Whole(connection), None),
             Err(refused) if refused.is_unwritable() && path.exists() => {
                 let copy = copy_of(path, scratch)?;
                 let why = chain(&refused);
@@ -76,11 +79,12 @@ impl Store {
                     why,
                     "the state cannot be written: volumes stay and can be removed, none is added until that is mended"
                 );
-                State::Degraded(copy, why)
+                (State::Degraded(copy), Some(why))
             }
             Err(error) => return Err(error),
         };
-        Ok(Self { path: path.to_owned(), state: Mutex::new(state) })
+        let (state, trouble) = (Mutex::new(state), Mutex::new(trouble));
+        Ok(Self { path: path.to_owned(), state, trouble })
     }
 
     /// A store in memory.
@@ -93,15 +97,13 @@ impl Store {
             Ok(connection)
         })();
         let connection = made.map_err(|source| Error::of(&path, source))?;
-        Ok(Self { path, state: Mutex::new(State::Whole(connection)) })
+        let state = Mutex::new(State::Whole(connection));
+        Ok(Self { path, state, trouble: Mutex::default() })
     }
 
     /// Why nothing can be written, if that is so.
     pub(super) fn trouble(&self) -> Option<String> {
-        match &*self.lock() {
-            State::Whole(_) => None,
-            State::Degraded(_, why) => Some(why.clone()),
-        }
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Reads.
@@ -109,12 +111,22 @@ impl Store {
         &self,
         work: impl FnOnce(&Connection) -> Result<T, rusqlite::Error>,
     ) -> Result<T, Error> {
-        let (State::Whole(connection) | State::Degraded(connection, _)) = &*self.lock();
+        let (State::Whole(connection) | State::Degraded(connection)) = &*self.lock();
         work(connection).map_err(|source| Error::of(&self.path, source))
     }
 
     /// Writes. A store that could not be written is tried again first.
     pub(super) fn write<T>(
+        &self,
+        work: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error>,
+    ) -> Result<T, Error> {
+        let written = self.try_write(work);
+        let trouble = written.as_ref().err().filter(|e| e.is_unwritable()).map(|e| chain(e));
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+        written
+    }
+
+    fn try_write<T>(
         &self,
         work: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error>,
     ) -> Result<T, Error> {
@@ -255,55 +267,12 @@ pub(super) fn with_copy<T>(
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(io(&dir))?;
     let copied = (|| {
         let copy = dir.join("copy.db");
-        copy_still(path, &copy).map_err(io(path))?;
+        runtree::copy_still(path, &copy).map_err(io(path))?;
         work(&copy)
     })();
     // Nothing of it is needed any more, whatever came of it.
     let _ = fs::remove_dir_all(&dir);
     copied
-}
-
-/// How often a database that is being written is copied anew.
-const COPIES: usize = 50;
-
-/// Copies file and `-wal` at a moment in which neither changed: a lunplugd may be writing them.
-fn copy_still(from: &Path, to: &Path) -> io::Result<()> {
-    let parts = ["", "-wal", "-journal"];
-    let look = || -> io::Result<Vec<Option<(u64, SystemTime)>>> {
-        let part = |rest: &&str| match fs::metadata(with(from, rest)) {
-            Ok(file) => Ok(Some((file.len(), file.modified()?))),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e),
-        };
-        parts.iter().map(part).collect()
-    };
-    for _ in 0..COPIES {
-        let before = look()?;
-        for (rest, there) in parts.iter().zip(&before) {
-            let copy = with(to, rest);
-            match there {
-                Some(_) => drop(fs::copy(with(from, rest), copy)?),
-                None if copy.exists() => fs::remove_file(copy)?,
-                None => {}
-            }
-        }
-        // A file's time is a clock tick's: a change within that tick would not show. A file of the
-        // future (the clock was set back) is not being written.
-        let recent = |(_, at): &(u64, SystemTime)| {
-            at.elapsed().is_ok_and(|age| age < Duration::from_millis(50))
-        };
-        if look()? == before && !before.iter().flatten().any(recent) {
-            return Ok(());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Err(io::Error::new(io::ErrorKind::ResourceBusy, "it is being written all the time"))
-}
-
-fn with(path: &Path, rest: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(rest);
-    name.into()
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

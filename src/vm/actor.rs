@@ -165,6 +165,7 @@ impl Actor {
             let key = key(&stored.spec.name);
             let removing = tools.effects.removal(&key).await?.or(stored.removing);
             tools.board.open(&key, &stored.spec);
+            tools.board.gave_up(&key, &tools.effects.gave_up(&key).await?);
             let volume = Volume { lasting: true, ..Volume::new(stored, removing) };
             volumes.insert(key.volume, volume);
         }
@@ -179,6 +180,7 @@ impl Actor {
             };
             let spec = effects.spec;
             tools.board.open(&key, &spec);
+            tools.board.gave_up(&key, &tools.effects.gave_up(&key).await?);
             let stored = StoredVolume { spec, accept_new_identity: false, removing: None };
             volumes.insert(key.volume, Volume::new(stored, Some(removal.unwrap_or_default())));
         }
@@ -348,22 +350,23 @@ impl Actor {
         &mut self,
         name: &VolumeName,
         options: RemoveOptions,
-        checked: Result<(), Refusal>,
+        checked: Result<Vec<String>, Refusal>,
         cause: &Span,
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
         let key = self.key(name);
-        checked?;
+        let gave_up = checked?;
         let Some(volume) = self.volumes.get_mut(name) else {
             // It went while the removal was being checked.
             let message = format!("volume {key} is unknown");
             return Err(Refusal::new(Reason::VolumeNotFound, message).field("name"));
         };
         if options.dry_run {
-            return Ok(Outcome::Already(self.status(name)));
+            return Ok(Outcome::Already(VolumeStatus { gave_up, ..self.status(name) }));
         }
-        let removal = note_removal(&self.tools, &key, options);
+        let removal = note_removal(&self.tools, &key, options, &gave_up);
         self.tools.tracker.run(Step::Removal, removal).await?;
-        info!(volume = %name, force = options.force, "volume wanted no more");
+        info!(volume = %name, force = options.force, ?gave_up, "volume wanted no more");
+        self.tools.board.gave_up(&key, &gave_up);
         volume.removing = Some(options);
         volume.attempts = 0;
         volume.cause = cause.clone();
@@ -466,12 +469,13 @@ impl Actor {
         let key = self.key(name);
         let Some(volume) = self.volumes.get_mut(name) else { return };
         volume.working = false;
+        let gave_up = self.status(name).gave_up;
         let failure = match result {
             Ok(()) => match self.tools.tracker.run(Step::Gone, self.forget(&key)).await {
                 Ok(()) => {
                     self.volumes.remove(name);
                     self.tools.board.close(&key);
-                    info!(volume = %name, "volume gone");
+                    info!(volume = %name, ?gave_up, "volume gone");
                     if let Some(idle) = self.watcher.take_if(|_| self.volumes.is_empty()) {
                         idle.abort();
                         self.looks.stop();
@@ -539,8 +543,10 @@ async fn note_removal(
     tools: &Tools,
     key: &VolumeKey,
     options: RemoveOptions,
+    gave_up: &[String],
 ) -> Result<(), Failure> {
     tools.effects.put_removal(key, options).await?;
+    tools.effects.add_gave_up(key, gave_up).await?;
     if let Err(error) = tools.desired.put_removal(key, options).await {
         // The removal holds by its mark in /run; the durable store is told when it is done.
         let why = Failure::from(error).message;

@@ -1,5 +1,7 @@
 //! What is checked against the domain and the guest before a request is taken. Changes nothing.
 
+use std::time::Duration;
+
 use super::attach::desired_disk;
 use super::facade::Refusal;
 use super::failure::Failure;
@@ -28,18 +30,38 @@ pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
         .map_err(|error| Refusal::from(Failure::from(error)))
 }
 
-/// Whether a volume may be taken from the guest.
+/// Whether a volume may be taken from the guest; returns what that gives up, in words. By force it
+/// always may, and what it would be refused for is given up: the guest is asked all the same, for as
+/// long as its agent may take.
 pub(super) async fn remove(
     ways: &Ways,
     name: &VolumeName,
     known: Option<&VolumeSpec>,
     options: RemoveOptions,
-) -> Result<(), Refusal> {
+) -> Result<Vec<String>, Refusal> {
     let Some(spec) = known else { return Err(unknown(ways, name).await) };
+    if !options.force {
+        return may_go(ways, name, spec).await;
+    }
+    // libvirt may not answer at all: the agent's time is then not yet begun.
+    let limit = ways.settings().agent + ASKING;
+    match tokio::time::timeout(limit, may_go(ways, name, spec)).await {
+        Ok(Ok(gave_up)) => Ok(gave_up),
+        Ok(Err(refusal)) => Ok(vec![refusal.message]),
+        Err(_) => {
+            Ok(vec![format!("nobody said within {limit:?} whether the guest used volume {name}")])
+        }
+    }
+}
+
+/// How long libvirt may take for a removal by force, beside the guest's agent.
+const ASKING: Duration = Duration::from_secs(5);
+
+async fn may_go(ways: &Ways, name: &VolumeName, spec: &VolumeSpec) -> Result<Vec<String>, Refusal> {
     let effects = ways.effects.get(&ways.key(name)).await.map_err(Failure::from)?;
     let begun = effects.and_then(|e| e.disk);
-    if options.force || begun.is_none() {
-        return Ok(());
+    if begun.is_none() {
+        return Ok(Vec::new());
     }
     let runs = match ways.domain_state().await {
         Ok(state) => matches!(state, Some(DomainState::Running | DomainState::Paused)),
@@ -47,28 +69,28 @@ pub(super) async fn remove(
         Err(failure) => return Err(failure.into()),
     };
     if !runs {
-        return Ok(());
+        return Ok(Vec::new());
     }
     if begun.is_some_and(|disk| disk.target.is_none()) && !ways.shows_disk(&spec.disk).await? {
         // Its attach has not come to the guest.
-        return Ok(());
+        return Ok(Vec::new());
     }
     let connection = ways.libvirt().await?;
     let limit = ways.settings().agent;
     match domain::usage(&*connection, &ways.vm.domain, &spec.serial, spec.bus, limit).await {
-        Usage::Free => Ok(()),
+        Usage::Free => Ok(Vec::new()),
         Usage::InUse(by) => {
             let message = format!("the guest uses volume {name}: {}", by.join(", "));
             Err(Refusal::new(Reason::InUseByGuest, message))
         }
         // On PCI the guest itself acknowledges or refuses the removal.
-        Usage::Unproven(_) if spec.bus == Bus::Virtio => Ok(()),
-        Usage::Unproven(why) if ways.settings().allow_unproven => {
-            tracing::warn!(volume = %name, why, "removing a disk that the guest may be using");
-            Ok(())
-        }
+        Usage::Unproven(_) if spec.bus == Bus::Virtio => Ok(Vec::new()),
         Usage::Unproven(why) => {
             let message = format!("nobody can say whether the guest uses volume {name}: {why}");
+            if ways.settings().allow_unproven {
+                tracing::warn!(volume = %name, why, "removing a disk that the guest may be using");
+                return Ok(vec![message]);
+            }
             Err(Refusal::new(Reason::GuestUnproven, message))
         }
     }

@@ -11,7 +11,7 @@
 use super::discover::{self, DiscoverError};
 use super::failure::Failure;
 use super::ways::Ways;
-use crate::connector::DetachOptions;
+use crate::connector::{DetachOptions, GaveUp};
 use crate::domain;
 use crate::host::poddir::PathError;
 use crate::journal::{DiskEffect, Effects, NodeEffect};
@@ -21,10 +21,10 @@ use crate::step::Step;
 use crate::types::VolumeKey;
 
 /// Why the way back is walked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Unwind {
-    /// The volume is wanted no more: phases are published.
-    Removed(RemoveOptions),
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Unwind<'a> {
+    /// The volume is wanted no more: phases are published, and what is given up.
+    Removed(RemoveOptions, &'a GaveUp),
     /// Its attach failed: it goes back to where it was.
     Failed,
 }
@@ -37,16 +37,22 @@ pub(super) async fn detach(
 ) -> Result<(), Failure> {
     let key = ways.key(&volume.name);
     let limit = ways.settings().detach + ways.settings().guest_unplug;
+    let gave_up = GaveUp::default();
     let walked = async {
         let mut effects = effects_of(ways, &key, volume).await?;
-        unwind(ways, &key, &mut effects, Unwind::Removed(options)).await
+        unwind(ways, &key, &mut effects, Unwind::Removed(options, &gave_up)).await
     };
-    tokio::time::timeout(limit, walked).await.unwrap_or_else(|_| {
+    let result = tokio::time::timeout(limit, walked).await.unwrap_or_else(|_| {
         Err(Failure::new(
             Reason::DeadlineExceeded,
             format!("the detach took longer than {limit:?}"),
         ))
-    })
+    });
+    // Also what was given up by an attempt that failed then.
+    let gave_up = gave_up.list();
+    ways.board.gave_up(&key, &gave_up);
+    ways.effects.add_gave_up(&key, &gave_up).await?;
+    result
 }
 
 /// What there is to undo of a volume. One that was attached in an earlier boot has left its records,
@@ -90,7 +96,7 @@ pub(super) async fn unwind(
     ways: &Ways,
     key: &VolumeKey,
     effects: &mut Effects,
-    why: Unwind,
+    why: Unwind<'_>,
 ) -> Result<(), Failure> {
     let reached_guest = effects.disk.is_some();
     let tracker = &ways.host.tracker;
@@ -106,16 +112,18 @@ pub(super) async fn unwind(
     if reached_guest {
         tracker.run(Step::Confirm, no_disk(ways, key, effects)).await?;
     }
-    if why != Unwind::Failed {
+    if let Unwind::Removed(..) = why {
         ways.board.phase(key, Step::Confirm.phase());
     }
-    let force = match why {
-        Unwind::Removed(options) => options.force,
+    let options = match why {
+        Unwind::Removed(options, list) => {
+            DetachOptions { force: options.force, gave_up: Some(list) }
+        }
         // No guest has written anything that a failed flush could lose.
-        Unwind::Failed => !reached_guest,
+        Unwind::Failed => DetachOptions { force: !reached_guest, gave_up: None },
     };
-    host(ways, key, effects, DetachOptions { force }).await?;
-    if why == Unwind::Failed {
+    host(ways, key, effects, options).await?;
+    if let Unwind::Failed = why {
         ways.board.update(key, |status| {
             status.device = None;
             status.target = None;
@@ -236,7 +244,7 @@ async fn host(
     ways: &Ways,
     key: &VolumeKey,
     effects: &mut Effects,
-    options: DetachOptions,
+    options: DetachOptions<'_>,
 ) -> Result<(), Failure> {
     if effects.host {
         ways.host.connector.detach(key, &effects.spec.source, options).await?;

@@ -48,7 +48,7 @@ pub(super) enum Message {
     RemoveChecked {
         name: VolumeName,
         options: RemoveOptions,
-        checked: Result<(), Refusal>,
+        checked: Result<Vec<String>, Refusal>,
         /// The volume's phase when the check began.
         shown: Option<Phase>,
         asker: Asker,

@@ -94,6 +94,17 @@ impl Board {
         });
     }
 
+    /// A removal gave up on these.
+    pub fn gave_up(&self, key: &VolumeKey, what: &[String]) {
+        self.update(key, |status| {
+            for what in what {
+                if !status.gave_up.contains(what) {
+                    status.gave_up.push(what.clone());
+                }
+            }
+        });
+    }
+
     /// Nothing of the volume is left: watchers see `Gone`, and it is off the board.
     pub fn close(&self, key: &VolumeKey) {
         self.phase(key, Phase::Gone);
@@ -144,6 +155,7 @@ pub fn blank(key: &VolumeKey, spec: &VolumeSpec) -> VolumeStatus {
         retry_at: None,
         device: None,
         target: None,
+        gave_up: Vec::new(),
         generation: 0,
     }
 }

@@ -21,13 +21,14 @@ pub trait Steps: Send + Sync + 'static {
     async fn check_add(&self, spec: &VolumeSpec) -> Result<(), Refusal>;
 
     /// Checks a removal against the domain and the guest; changes nothing. `known` is `None` for a
-    /// name that the handler does not know: the refusal then says what is in the domain.
+    /// name that the handler does not know: the refusal then says what is in the domain. Returns what
+    /// would be given up by it, in words: what it would be refused for if it were not forced.
     async fn check_remove(
         &self,
         name: &VolumeName,
         known: Option<&VolumeSpec>,
         options: RemoveOptions,
-    ) -> Result<(), Refusal>;
+    ) -> Result<Vec<String>, Refusal>;
 
     /// Goes the whole way, or finds it gone; on failure all is undone, unless there is something
     /// [`Left`].

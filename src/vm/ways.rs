@@ -360,7 +360,7 @@ impl Steps for Ways {
         name: &VolumeName,
         known: Option<&VolumeSpec>,
         options: RemoveOptions,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Vec<String>, Refusal> {
         let check = checks::remove(self, name, known, options);
         within(self.settings().check, "the check", check).await
     }

@@ -200,6 +200,7 @@ fn info(spec: &VmSpec) -> VmInfo {
 
 fn status(key: VolumeKey, spec: VolumeSpec) -> VolumeStatus {
     VolumeStatus {
+        gave_up: Vec::new(),
         key,
         spec,
         phase: Phase::Pending,

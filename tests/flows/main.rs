@@ -8,6 +8,7 @@ mod bad_input;
 mod cancel;
 mod crash;
 mod faults;
+mod force;
 mod guest;
 mod identity;
 mod journal;

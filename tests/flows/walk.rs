@@ -2,6 +2,7 @@
 //! what is not asked for leaves no trace.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use lunplug::host::sim::domain::{SimDomain, Unplug};
 use lunplug::host::sim::{Fault, FaultAction, PortalState};
@@ -140,7 +141,7 @@ fn live(world: &World, steps: &mut std::vec::IntoIter<Step>, wanted: &mut Wanted
                     let fails = FaultAction::Fail("ordered to fail".into());
                     world.inject("", skip, if hangs { FaultAction::Hang } else { fails });
                 }
-                Step::Wait(ms) => tokio::time::sleep(std::time::Duration::from_millis(ms)).await,
+                Step::Wait(ms) => tokio::time::sleep(Duration::from_millis(ms)).await,
                 Step::Portal { number, alive } => set_portal(world, number, alive),
                 Step::Domain { vm, runs } => set_domain(world, vm, runs),
                 Step::Guest { vm, clings } => set_guest(world, vm, clings),
@@ -204,7 +205,9 @@ async fn some_calls(world: &World, calls: usize) {
 }
 
 fn converges(steps: Vec<Step>) {
-    let world = World::new();
+    let mut world = World::new();
+    // What is wrong is found by looks as well as by events.
+    world.config.reconcile.interval = Duration::from_secs(60);
     let was_reset = steps.iter().any(|s| matches!(s, Step::Reset { .. }));
     let mut wanted = Wanted::new();
     let mut steps = steps.into_iter();

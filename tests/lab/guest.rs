@@ -64,7 +64,9 @@ fn a_mounted_disk_is_not_taken_unless_forced() {
     add("mounted", &lun.source(), &[]).ok();
     let disk = guest_disk("mounted").name;
     in_guest(&format!("mount /dev/{disk} /mnt && cat /mnt/file")).ok();
-    remove("mounted", &["--force"]).ok();
+    let forced = remove("mounted", &["--force", "-o", "json"]).ok();
+    let gone: serde_json::Value = serde_json::from_str(&forced).expect("JSON");
+    assert!(gone["gave_up"][0].to_string().contains("/mnt"), "{gone}");
     in_guest("umount -l /mnt || true").ok();
     assert!(guest_disks().is_empty());
     story.nothing_left();

@@ -26,3 +26,4 @@ mod policy;
 mod power;
 mod san;
 mod soak;
+mod state;

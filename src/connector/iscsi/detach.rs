@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use tokio::time::Instant;
 
 use super::Inner;
+use super::held::flush_lost;
 use super::login::Made;
 use crate::connector::error::Error;
 use crate::connector::guestlun;
@@ -24,7 +25,7 @@ impl Inner {
         &self,
         owner: &VolumeKey,
         source: &IscsiSource,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
     ) -> Result<Outcome, Error> {
         let target = source.target.as_str();
         let lease: Lease<Made> = self.leases.load(target).await?;
@@ -90,7 +91,7 @@ impl Inner {
     pub(super) async fn remove_device(
         &self,
         user: &User,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
     ) -> Result<(), Error> {
         let tracker = &self.doors.tracker;
         let map = match &user.map {
@@ -108,7 +109,7 @@ impl Inner {
             if !options.force {
                 return Err(error);
             }
-            tracing::warn!(%error, "it goes without a flush, as forced");
+            options.gave_up(format!("{error}: it was not flushed"));
         } else {
             let flush = self.flush_device(user, map_device.as_ref(), made, options, &mut maps);
             tracker.run(Step::Flush, flush).await?;
@@ -156,7 +157,7 @@ impl Inner {
         user: &User,
         map: Option<&Map>,
         made: bool,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
         maps: &mut BTreeSet<String>,
     ) -> Result<(), Error> {
         match map {
@@ -168,14 +169,20 @@ impl Inner {
                 if made {
                     let free = self.refuse_held(&map.name, &map.dir(), map.dev).await;
                     if let Err(held) = free {
-                        self.disarm(user, map, maps).await?;
+                        self.disarm(user, map, options, maps).await?;
                         return Err(held);
                     }
                 }
                 if made && options.force {
+                    if !self.has_live_path(map).await {
+                        options.gave_up(format!(
+                            "map {} has no path left: its queueing was switched off, and what waited in it failed",
+                            map.name
+                        ));
+                    }
                     multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
                 }
-                self.flush(map.dev, options).await
+                self.flush(map.dev, options).await.map(drop)
             }
             None => self.flush_paths(user, options, maps).await,
         }
@@ -188,6 +195,7 @@ impl Inner {
         &self,
         user: &User,
         map: &Map,
+        options: DetachOptions<'_>,
         maps: &mut BTreeSet<String>,
     ) -> Result<(), Error> {
         let stacked = scsi::stacked(&*self.doors.sysfs, &map.dir(), &[]).await?;
@@ -196,7 +204,7 @@ impl Inner {
         }
         tracing::warn!(map = map.name, dev = %map.dev, "it is still held open after its revoke: from now on it only gives errors");
         if let Err(error) = self.doors.blocks.flush(map.dev).await {
-            tracing::warn!(map = map.name, %error, "what the host's cache had of it may be lost");
+            options.gave_up(flush_lost(map.dev, &error));
         }
         multipath::disarm(&self.doors, &self.settings, map).await?;
         for path in user.paths.iter().filter(|p| p.made) {
@@ -234,7 +242,7 @@ impl Inner {
     async fn flush_paths(
         &self,
         user: &User,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
         maps: &mut BTreeSet<String>,
     ) -> Result<(), Error> {
         for path in &user.paths {
@@ -246,11 +254,16 @@ impl Inner {
             let block = format!("{}/block/{}", path.dir, seen.name);
             if path.made {
                 // Its maps go as it goes.
-                self.free_path(user, path.hctl, &block, seen, maps).await?;
+                let free = self.free_path(user, path.hctl, &block, seen, maps).await;
+                if let Err(held @ Error::DeviceHeld { .. }) = free {
+                    self.silence(user, path, seen, options).await?;
+                    return Err(held);
+                }
+                free?;
             }
             // What was never given away has nothing of anybody's to be written out.
-            if user.attachment.is_some() {
-                self.flush(seen.dev, options).await?;
+            if user.attachment.is_some() && !self.flush(seen.dev, options).await? {
+                self.tell_dead(path, seen, options).await?;
             }
         }
         Ok(())
@@ -263,14 +276,15 @@ impl Inner {
         }
     }
 
-    async fn flush(&self, dev: DevNum, options: DetachOptions) -> Result<(), Error> {
+    /// Whether it was flushed; not if it is gone, or if that is to be no obstacle.
+    async fn flush(&self, dev: DevNum, options: DetachOptions<'_>) -> Result<bool, Error> {
         match self.doors.blocks.flush(dev).await {
-            Ok(()) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(e) if is_gone(&e) => Ok(false),
             Err(error) if options.force => {
-                tracing::warn!(%dev, %error, "what could not be written out is lost, as forced");
-                Ok(())
+                options.gave_up(flush_lost(dev, &error));
+                Ok(true)
             }
-            Err(e) if is_gone(&e) => Ok(()),
             Err(source) => Err(Error::Flush { dev, source }),
         }
     }

@@ -179,7 +179,7 @@ impl Inner {
     async fn remove_path(&self, job: &Job, path: &PathLease) -> Result<(), Error> {
         let mut user = job.user();
         user.paths.push(path.clone());
-        self.remove_device(&user, DetachOptions { force: true }).await
+        self.remove_device(&user, DetachOptions { force: true, ..DetachOptions::default() }).await
     }
 
     /// Makes a late path part of the volume.

@@ -15,6 +15,7 @@
 mod base;
 mod detach;
 mod gather;
+mod held;
 mod late;
 mod login;
 mod observe;
@@ -159,7 +160,7 @@ impl Connector for IscsiConnector {
         &self,
         owner: &VolumeKey,
         source: &Source,
-        options: DetachOptions,
+        options: DetachOptions<'_>,
     ) -> Result<Outcome, Error> {
         let Source::Iscsi(source) = source;
         let span =
@@ -264,7 +265,7 @@ impl Inner {
             Ok(attachment) => Ok(Outcome::Done(attachment)),
             Err(cause) if in_use => Err(cause),
             Err(cause) => {
-                let force = DetachOptions { force: true };
+                let force = DetachOptions { force: true, ..DetachOptions::default() };
                 match self.release(&job.owner, source, force).await {
                     Ok(_) => Err(cause),
                     Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),

@@ -205,10 +205,11 @@ fn root_a_running_store_whose_disk_fills_up_goes_on_when_there_is_room() {
     disk.fill();
     let refused = (0..1000).find_map(|n| put(&store, &format!("ns/filler-{n}")).err()).unwrap();
     assert_eq!(refused.reason(), Reason::StateStoreFailed);
+    assert!(store.trouble().is_some_and(|why| why.contains("full")));
     let before = count(&store);
     disk.free();
     put(&store, "ns/b").unwrap();
-    assert_eq!(count(&store), before + 1);
+    assert_eq!((count(&store), store.trouble()), (before + 1, None));
 }
 
 #[test]

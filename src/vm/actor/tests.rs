@@ -49,13 +49,14 @@ impl Steps for Script {
         name: &VolumeName,
         known: Option<&VolumeSpec>,
         options: RemoveOptions,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Vec<String>, Refusal> {
         if known.is_none() {
             return Err(Refusal::new(Reason::VolumeNotFound, format!("no volume {name}")));
         }
         match (options.force, self.refuse_remove.lock().unwrap().clone()) {
             (false, Some(refusal)) => Err(refusal),
-            _ => Ok(()),
+            (true, Some(refusal)) => Ok(vec![refusal.message]),
+            _ => Ok(Vec::new()),
         }
     }
 

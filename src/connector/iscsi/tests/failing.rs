@@ -16,7 +16,7 @@ async fn a_failed_flush_stops_the_detach_unless_forced() {
     san.sim.set_portal(portal(2), PortalState::Dead);
     san.sim.set_portal(portal(3), PortalState::Dead);
     assert_eq!(san.detach("a", 1, &[2, 3]).await.expect_err("dead").reason(), Reason::FlushFailed);
-    let force = DetachOptions { force: true };
+    let force = DetachOptions { force: true, ..DetachOptions::default() };
     let r = request("a", 1, &[2, 3]);
     san.connector.detach(&r.owner, &r.source, force).await.expect("forced");
     assert_eq!(san.sim.snapshot(), before);
@@ -211,7 +211,7 @@ async fn a_lun_that_the_array_took_away_or_swapped_needs_force_to_go() {
             san.sim.remove_lun(&target(), lun(1));
         }
         let r = request("a", 1, &[2, 3]);
-        let force = DetachOptions { force: true };
+        let force = DetachOptions { force: true, ..DetachOptions::default() };
         san.connector.detach(&r.owner, &r.source, force).await.expect("forced");
         assert_eq!(san.sim.snapshot(), before);
     }

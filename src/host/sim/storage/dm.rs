@@ -144,11 +144,21 @@ impl World {
     /// Whether I/O to it can succeed; `None` when there is no such device.
     pub(super) fn io_works(&self, dev: DevNum) -> Option<bool> {
         if let Some(disk) = self.disks.values().find(|d| d.dev == dev) {
+            let dir = self.disk_dir(&disk.hctl)?;
+            if self.is_offline(&dir) {
+                return None;
+            }
             let there = self.targets.get(&disk.target).and_then(|t| t.by_scsi(disk.scsi_lun));
             return Some(disk.online && there.is_some());
         }
         let dm = self.dm.values().find(|d| d.dev() == dev)?;
         Some(!dm.error && dm.slaves.iter().any(|s| self.io_works(*s) == Some(true)))
+    }
+
+    /// Whether a disk was set offline by hand: it cannot be opened (ENXIO), and who has it open gets
+    /// errors.
+    pub(super) fn is_offline(&self, dir: &str) -> bool {
+        self.tree.read(&format!("{dir}/state")).is_ok_and(|state| state.trim_ascii() == b"offline")
     }
 
     /// A device's kernel name and its directory below /sys.

@@ -247,8 +247,9 @@ impl Blocks for SimStorage {
         self.pass("blocks.exclusive", &dev.to_string()).await?;
         let world = self.world();
         match world.io_works(dev) {
+            // The kernel looks at the claim before it has the driver open the device (bdev_open).
+            _ if world.claimed(dev) => Ok(Exclusive::Held),
             None => Err(io::Error::from_raw_os_error(nix::libc::ENXIO)),
-            Some(_) if world.claimed(dev) => Ok(Exclusive::Held),
             Some(_) => Ok(Exclusive::Free),
         }
     }

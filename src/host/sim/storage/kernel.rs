@@ -275,7 +275,9 @@ impl World {
                 self.disks.values().filter(|d| d.sid == sid).map(|d| d.hctl.clone()).collect();
             for hctl in hctls {
                 let state = if failed { "transport-offline" } else { "running" };
-                if let Some(dir) = self.disk_dir(&hctl) {
+                if let Some(dir) = self.disk_dir(&hctl)
+                    && !self.is_offline(&dir)
+                {
                     self.tree.put(&format!("{dir}/state"), state);
                 }
                 if let Some(disk) = self.disks.get_mut(&hctl) {
@@ -303,6 +305,14 @@ impl World {
                     self.rescan(&owner)
                 }
                 Ok(())
+            }
+            // Nothing else can be ordered, and the line's end must be there (store_state_field,
+            // drivers/scsi/scsi_sysfs.c).
+            "state"
+                if self.disks.contains_key(&owner)
+                    && !["running\n", "offline\n"].contains(&value) =>
+            {
+                errno(libc::EINVAL)
             }
             "recovery_tmo" | "state" | "timeout" => {
                 self.tree.put(&real, value.trim());

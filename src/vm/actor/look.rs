@@ -123,7 +123,7 @@ impl Actor {
         (self.looks.under_way, self.looks.again) = (true, false);
         let steps = self.tools.steps.clone();
         self.spawn(async move {
-            let found = super::whole(steps.look(&steady)).await;
+            let found = super::work::whole(steps.look(&steady)).await;
             Message::Looked { found: found.and_then(|found| found) }
         });
     }

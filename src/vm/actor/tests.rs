@@ -9,8 +9,16 @@ use super::*;
 use crate::connector::Paths;
 use crate::host::sim::{Fault, FaultAction, Faults, SimStorage};
 use crate::journal::Effects;
-use crate::spec::{DeviceStatus, VmPlace, VmSpec, volume_fixture};
+use crate::reason::Reason;
+use crate::spec::{
+    AddOptions, DeviceStatus, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus,
+    volume_fixture,
+};
+use crate::vm::facade::Refusal;
+use crate::vm::failure::Failure;
 use crate::vm::handler::Handler;
+use crate::vm::plan::Left;
+use crate::vm::steps::AttachFailure;
 use crate::vm::steps::{Sight, Stir};
 
 /// Steps that do what they are told, and tell what they did.

@@ -1,0 +1,186 @@
+//! The work on a VM's volumes: one task a volume at a time, and what becomes of its result.
+
+use std::panic::AssertUnwindSafe;
+
+use futures_util::FutureExt;
+use jiff::Timestamp;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::{Instrument, Span, info, warn};
+
+use super::Actor;
+use crate::reason::Reason;
+use crate::spec::Phase;
+use crate::step::Step;
+use crate::types::{VolumeKey, VolumeName};
+use crate::vm::failure::Failure;
+use crate::vm::handler::Message;
+use crate::vm::plan::{self, Left, Next};
+use crate::vm::steps::AttachFailure;
+
+impl Actor {
+    /// Sets the volume's task going, unless it runs: attach or detach, whichever is wanted.
+    pub(super) fn work(&mut self, name: &VolumeName) {
+        let Some(volume) = self.volumes.get_mut(name) else { return };
+        if let Some(timer) = volume.timer.take() {
+            timer.abort();
+        }
+        if volume.working || volume.failed {
+            return;
+        }
+        volume.working = true;
+        let (cancel, cancelled) = oneshot::channel();
+        volume.cancel = volume.removing.is_none().then_some(cancel);
+        let (steps, name) = (self.tools.steps.clone(), name.clone());
+        let (stored, removing) = (volume.stored.clone(), volume.removing);
+        let span = match removing {
+            None => tracing::info_span!(parent: &volume.cause, "attach", volume = %name),
+            Some(_) => tracing::info_span!(parent: &volume.cause, "detach", volume = %name),
+        };
+        let task = async move {
+            match removing {
+                None => {
+                    let attached = tokio::select! {
+                        biased;
+                        attached = whole(steps.attach(&stored)) => attached,
+                        Ok(()) = cancelled => {
+                            Err(Failure::new(Reason::Cancelled, "the volume is wanted no more"))
+                        }
+                    };
+                    let result = attached.unwrap_or_else(|failure| {
+                        // What the guest has is not known here, so it is not taken away.
+                        Err(AttachFailure { failure, left: Left::Unknown })
+                    });
+                    Message::Attached { name, result }
+                }
+                Some(options) => {
+                    let detach = steps.detach(&stored.spec, options);
+                    let result = whole(detach).await.unwrap_or_else(Err);
+                    Message::Detached { name, result }
+                }
+            }
+        };
+        self.spawn(task.instrument(span));
+    }
+
+    pub(super) async fn attached(&mut self, name: &VolumeName, result: Result<(), AttachFailure>) {
+        let key = self.key(name);
+        let Some(volume) = self.volumes.get_mut(name) else { return };
+        volume.working = false;
+        volume.cancel = None;
+        if volume.removing.is_some() {
+            self.tools.board.phase(&key, Phase::Detaching);
+            return self.work(name);
+        }
+        let AttachFailure { failure, left } = match result {
+            Ok(()) => {
+                volume.attempts = 0;
+                volume.lasting = true;
+                volume.cause = Span::none();
+                volume.stored.accept_new_identity = false;
+                volume.attachment = None;
+                return self.look_when_settled();
+            }
+            Err(failed) => failed,
+        };
+        warn!(volume = %name, reason = %failure.reason, why = failure.message, ?left, "attach failed");
+        failure.count("attach");
+        let lasting = volume.lasting;
+        match plan::after_failure(failure.reason, left, lasting, self.status(name).phase) {
+            Next::Retry(phase) => {
+                let at = self.retry(name);
+                self.tools.board.trouble(&key, phase, &failure, at);
+            }
+            Next::GiveUp => {
+                self.volumes.entry(name.clone()).and_modify(|v| v.failed = true);
+                if let Err(error) = self.tools.desired.delete_volume(&key).await {
+                    let why = Failure::from(error).message;
+                    warn!(volume = %name, why, "the failed add is still stored: a restart tries it again");
+                }
+                self.tools.board.trouble(&key, Phase::Failed, &failure, None);
+            }
+        }
+    }
+
+    pub(super) async fn detached(&mut self, name: &VolumeName, result: Result<(), Failure>) {
+        let key = self.key(name);
+        let Some(volume) = self.volumes.get_mut(name) else { return };
+        volume.working = false;
+        let gave_up = self.status(name).gave_up;
+        let failure = match result {
+            Ok(()) => match self.tools.tracker.run(Step::Gone, self.forget(&key)).await {
+                Ok(()) => {
+                    self.volumes.remove(name);
+                    self.tools.board.close(&key);
+                    info!(volume = %name, ?gave_up, "volume gone");
+                    if let Some(idle) = self.watcher.take_if(|_| self.volumes.is_empty()) {
+                        idle.abort();
+                        self.looks.stop();
+                    }
+                    return;
+                }
+                Err(failure) => failure,
+            },
+            Err(failure) => failure,
+        };
+        warn!(volume = %name, reason = %failure.reason, why = failure.message, "detach failed");
+        failure.count("detach");
+        let phase = match self.status(name).phase {
+            Phase::UnmountedFromPod => Phase::UnmountedFromPod,
+            _ => Phase::Detaching,
+        };
+        // A removal that was taken on is carried through, however long it takes.
+        let at = self.retry(name);
+        self.tools.board.trouble(&key, phase, &failure, at);
+    }
+
+    /// Forgets a volume in both stores, the mark of its removal last.
+    pub(super) async fn forget(&self, key: &VolumeKey) -> Result<(), Failure> {
+        self.tools.desired.delete_volume(key).await?;
+        self.tools.effects.delete(key).await?;
+        Ok(self.tools.effects.delete_removal(key).await?)
+    }
+
+    /// Has the volume tried again later; returns when.
+    pub(super) fn retry(&mut self, name: &VolumeName) -> Option<Timestamp> {
+        let volume = self.volumes.get_mut(name)?;
+        volume.attempts += 1;
+        let delay = self.tools.backoff.delay(volume.attempts, fastrand::f64());
+        let due = name.clone();
+        let timer = Self::spawn_in(&mut self.tasks, &self.messages, async move {
+            tokio::time::sleep(delay).await;
+            Message::Due { name: due }
+        });
+        volume.timer = Some(timer);
+        Timestamp::now().checked_add(delay).ok()
+    }
+
+    pub(super) fn spawn(&mut self, task: impl Future<Output = Message> + Send + 'static) {
+        Self::spawn_in(&mut self.tasks, &self.messages, task);
+    }
+
+    pub(super) fn spawn_in(
+        tasks: &mut JoinSet<()>,
+        messages: &mpsc::WeakSender<Message>,
+        task: impl Future<Output = Message> + Send + 'static,
+    ) -> AbortHandle {
+        let messages = messages.clone();
+        tasks.spawn(async move {
+            let message = task.await;
+            if let Some(messages) = messages.upgrade() {
+                // The handler may have stopped meanwhile; the journal knows what was done.
+                let _ = messages.send(message).await;
+            }
+        })
+    }
+}
+
+/// Runs a step to its end; a panic in it (a bug) is a failure of this volume alone.
+pub(super) async fn whole<T>(step: impl Future<Output = T>) -> Result<T, Failure> {
+    AssertUnwindSafe(step).catch_unwind().await.map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        let text = text.unwrap_or_else(|| "a panic without words".into());
+        Failure::new(Reason::Internal, format!("a step panicked: {text}"))
+    })
+}

@@ -28,7 +28,8 @@ impl Brisk {
                 Environment=LUNPLUG_ISCSI_LOGIN_TIMEOUT=2s \
                 Environment=LUNPLUG_ISCSI_LOGIN_RETRIES=1 \
                 Environment=LUNPLUG_DEADLINES_MULTIPATHD=3s \
-                Environment=LUNPLUG_DEADLINES_KERNEL_CALL=20s >{DROP_IN}
+                Environment=LUNPLUG_DEADLINES_KERNEL_CALL=20s \
+                Environment=LUNPLUG_DEADLINES_AGENT=20s >{DROP_IN}
             printf '%s\\n' 'defaults {{' ' polling_interval 1' ' max_polling_interval 1' \
                 ' no_path_retry 5' ' fast_io_fail_tmo 1' '}}' >{MULTIPATH}"
         ))

@@ -9,7 +9,7 @@
 //! this same way is walked after a restart.
 
 use super::detach::{self, Unwind};
-use super::discover::{Place, PodPlace};
+use super::discover::{self, Place, PodPlace};
 use super::failure::Failure;
 use super::plan::Left;
 use super::steps::AttachFailure;
@@ -42,7 +42,7 @@ pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), Att
     };
     // Those behind it need not wait for what goes back.
     drop(on_the_way);
-    if had_disk && !has_ended(&failure, &volume.spec) {
+    if had_disk && !has_ended(ways, &failure, &volume.spec).await {
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
         return Err(AttachFailure { failure, left: Left::Disk });
     }
@@ -73,9 +73,12 @@ async fn had_disk(ways: &Ways, effects: &Effects) -> bool {
 }
 
 /// Whether there is no guest any more that could have the disk, nor one that is defined with it.
-fn has_ended(failure: &Failure, spec: &VolumeSpec) -> bool {
+async fn has_ended(ways: &Ways, failure: &Failure, spec: &VolumeSpec) -> bool {
     match failure.reason {
-        Reason::PodGone => true,
+        // Its directory says nothing of QEMU.
+        Reason::PodGone => {
+            discover::processes(&ways.host.pods, &ways.vm.place).await.is_ok_and(|left| left == 0)
+        }
         Reason::VmNotRunning => !spec.persist,
         _ => false,
     }

@@ -193,6 +193,8 @@ fn a_pod_without_a_directory_keeps_its_disks_while_it_runs() {
         // The socket went with it, and the connection for whatever reason.
         world.host.hypervisor.disconnect(&endpoint);
         daemon.quiet().await;
+        let status = daemon.get(1, "data").await.unwrap();
+        assert_eq!((status.phase, status.reason), (Phase::Ready, Some(Reason::PodGone)));
         let kept =
             |picture: String| ["grant ", "dm ", "session "].iter().all(|p| picture.contains(p));
         assert!(kept(world.picture()), "{}", world.picture());

@@ -121,6 +121,7 @@ fn an_iscsiadm_that_was_killed_leaves_a_lock_and_an_empty_record_in_vain() {
     Lab::get();
     let luns = [Lun::new("lock1", 1, "16M"), Lun::new("lock2", 2, "16M")];
     let story = Story::begin();
+    let brisk = Brisk::new();
     let source = luns[0].source();
     let iqn = sh("target iqn").ok().trim().to_owned();
     let lock = "mkdir -p /run/lock/iscsi; touch /run/lock/iscsi/lock; ln /run/lock/iscsi/lock /run/lock/iscsi/lock.write";
@@ -157,5 +158,6 @@ fn an_iscsiadm_that_was_killed_leaves_a_lock_and_an_empty_record_in_vain() {
     // The last removal finds a lock again.
     sh(lock).ok();
     remove("lock1", &[]).ok();
+    drop(brisk);
     story.nothing_left();
 }

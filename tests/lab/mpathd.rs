@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::node::{
     Lab, Lun, Story, VM, add, guest_disk, guest_disks, lunplug, refused, remove, sh, until, volume,
 };
-use crate::san::{Brisk, Fault, SOON, Writer, is_whole, reason};
+use crate::san::{Brisk, Fault, SOON, Writer, is_whole};
 
 fn stop() -> Fault {
     // Its socket goes too, or the next question would start it.
@@ -52,6 +52,7 @@ fn a_map_is_removed_while_multipathd_is_away() {
     Lab::get();
     let lun = Lun::new("mpa", 1, "16M");
     let story = Story::begin();
+    let brisk = Brisk::new();
     add("mpa", &lun.source(), &[]).ok();
     let away = stop();
     remove("mpa", &[]).ok();
@@ -59,6 +60,7 @@ fn a_map_is_removed_while_multipathd_is_away() {
     story.nothing_left();
     away.end();
     until("it is back", SOON, || sh("multipathd show daemon").code == 0);
+    drop(brisk);
     story.nothing_left();
 }
 
@@ -77,7 +79,7 @@ fn a_hung_multipathd_holds_up_volumes_and_loses_none() {
     refused(add("mph3", &third, &["--timeout", "12s"]), "MAP_FAILED");
     let ran = remove("mph2", &["--timeout", "15s"]).fails();
     println!("told: {}", ran.stderr.trim());
-    assert_eq!(reason("mph2"), "MAP_FAILED");
+    assert!(ran.stderr.contains("MAP_FAILED"), "{}", ran.stderr);
     assert_eq!(guest_disks().len(), 1, "the guest has let go of it");
     hung.end();
     add("mph3", &third, &[]).ok();
@@ -98,6 +100,7 @@ fn a_map_that_is_held_is_named_and_goes_when_it_is_let_go_of() {
     Lab::get();
     let luns = [Lun::new("mpb1", 1, "16M"), Lun::new("mpb2", 2, "16M")];
     let story = Story::begin();
+    let brisk = Brisk::new();
     add("mpb1", &luns[0].source(), &[]).ok();
     add("mpb2", &luns[1].source(), &[]).ok();
     let dev = volume("mpb1")["device"]["dev"].as_str().expect("it has a device").to_owned();
@@ -113,5 +116,6 @@ fn a_map_that_is_held_is_named_and_goes_when_it_is_let_go_of() {
         until("it goes", Duration::from_secs(90), || lunplug(&["describe", VM, "mpb1"]).code != 0);
     println!("gone {gone:?} after the holder");
     remove("mpb2", &[]).ok();
+    drop(brisk);
     story.nothing_left();
 }

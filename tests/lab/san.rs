@@ -126,9 +126,9 @@ impl Writer {
 
     fn write_to(&self, disk: &str) {
         let at = format!("/run/writer-{}", self.name);
-        // dd reads all of the line before it opens the disk.
+        // Without the disk dd would make a file of that name, in the place of the next disk's node.
         let line = format!(
-            "mkdir -p {at}; rm -f {at}/*; echo 0 >{at}/errors; (i=0; while [ ! -e {at}/stop ]; do
+            "mkdir -p {at}; rm -f {at}/*; echo 0 >{at}/errors; (i=0; while [ ! -e {at}/stop ] && [ -b /dev/{disk} ]; do
                 if printf '%-511s\\n' \"{name} $i\" | dd of=/dev/{disk} bs=512 count=1 \
                     seek=$((i % {BLOCKS})) iflag=fullblock oflag=direct conv=notrunc
                 then echo $i >{at}/new && mv {at}/new {at}/done; i=$((i + 1))
@@ -193,6 +193,15 @@ impl Writer {
     }
 }
 
+/// In a story that fails it ends before the volumes are taken away.
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            in_guest(&format!("touch /run/writer-{}/stop", self.name));
+        }
+    }
+}
+
 /// How many paths of a LUN's map multipathd finds alive.
 pub fn living_paths(lun: &Lun) -> usize {
     let wwid = lun.wwid.trim_start_matches("naa.");
@@ -206,9 +215,4 @@ pub fn is_whole(name: &str, lun: &Lun) {
     until("both paths are alive", SOON, || living_paths(lun) == 2);
     assert_eq!(volume(name)["phase"], "Ready");
     assert_eq!(volume(name)["device"]["paths"], 2);
-}
-
-/// The reason that a volume's trouble has by now.
-pub fn reason(name: &str) -> String {
-    volume(name)["trouble"]["reason"].as_str().unwrap_or_default().to_owned()
 }

@@ -165,10 +165,12 @@ fn open_whole(path: &Path) -> Result<Connection, Error> {
     }
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = open_known(path, path, flags)?;
-    let set = connection.execute_batch(
+    // The last is a write, to see that it can: where the -wal and -shm of a killed daemon lie about, SQLite
+    // opens on a read-only disk too, but such a connection would stay read-only for good.
+    let set = connection.execute_batch(&format!(
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
-         PRAGMA busy_timeout = 5000;",
-    );
+         PRAGMA busy_timeout = 5000; PRAGMA user_version = {SCHEMA};"
+    ));
     set.map_err(|source| Error::of(path, source))?;
     Ok(connection)
 }

@@ -68,21 +68,28 @@ fn a_state_without_room_is_served_and_becomes_whole() {
     assert!(guest_disks().is_empty());
     story.nothing_left();
 
-    // And read-only from the start.
-    sh("systemctl stop lunplugd; rm /var/lib/lunplug/filler; mount -o remount,ro /var/lib/lunplug")
-        .ok();
-    sh("systemctl start lunplugd").ok();
-    refused(lunplug(&more), "STATE_STORE_FAILED");
-    let dump = lunplug(&["journal", "dump"]).ok();
-    assert!(dump.contains("removals/default/vm/kept.json"), "{dump}");
-    println!("{}", lunplug(&["journal", "verify"]).ok());
-    sh("mount -o remount,rw /var/lib/lunplug").ok();
+    sh("rm /var/lib/lunplug/filler").ok();
     lunplug(&more).ok();
     until("the removal is struck out", Duration::from_secs(90), || {
         !lunplug(&["list"]).stdout.contains("kept")
     });
     assert_eq!(told(&["node", "-o", "json"])["state_trouble"], "");
-    remove("more", &[]).ok();
+
+    // And read-only from the start.
+    sh("systemctl stop lunplugd; mount -o remount,ro /var/lib/lunplug; systemctl start lunplugd")
+        .ok();
+    let again = ["addvolume", VM, "--volume-name", "again", "--source", &luns[0].source()];
+    refused(lunplug(&again), "STATE_STORE_FAILED");
+    refused(remove("more", &["--timeout", "20s"]), "STATE_STORE_FAILED");
+    story.nothing_left();
+    let dump = lunplug(&["journal", "dump"]).ok();
+    assert!(dump.contains("removals/default/vm/more.json"), "{dump}");
+    println!("{dump}{}", lunplug(&["journal", "verify"]).ok());
+    // The unit has its own mount namespace, in which a mount that was read-only stays so.
+    sh("mount -o remount,rw /var/lib/lunplug; systemctl restart lunplugd").ok();
+    until("the removal is struck out", Duration::from_secs(90), || {
+        !lunplug(&["list"]).stdout.contains("more")
+    });
     drop(state);
     assert_eq!(lunplug(&["journal", "verify"]).ok().trim(), "no problems found");
     story.nothing_left();

@@ -36,9 +36,9 @@ fn a_dead_path_is_given_to_the_guest_as_the_policy_says() {
     let [stop, report, ignore, enospace] = writes.try_into().expect("four");
     sh("target portal drop 127.0.0.3").ok();
     let told = in_guest(&report).fails();
-    assert!(told.stderr.contains("I/O error"), "{}", told.stderr);
+    assert!(told.stderr.contains("Input/output error"), "{}", told.stderr);
     let told = in_guest(&enospace).fails();
-    assert!(told.stderr.contains("I/O error"), "{}", told.stderr);
+    assert!(told.stderr.contains("Input/output error"), "{}", told.stderr);
     // The guest believes that it wrote.
     in_guest(&ignore).ok();
 

@@ -42,7 +42,12 @@ fn a_dead_path_is_given_to_the_guest_as_the_policy_says() {
     // The guest believes that it wrote.
     in_guest(&ignore).ok();
 
-    in_guest(&format!("({stop} && touch /tmp/wrote) >/dev/null 2>&1 &")).ok();
+    // Not by in_guest, which waits for the end: the guest is paused by then.
+    let line = format!("{stop} && touch /tmp/wrote");
+    let arguments = serde_json::json!({"path": "/bin/sh", "arg": ["-c", line]});
+    let exec = serde_json::json!({"execute": "guest-exec", "arguments": arguments}).to_string();
+    in_guest("rm -f /tmp/wrote").ok();
+    virsh(&["qemu-agent-command", DOMAIN, &exec]).ok();
     until("the guest is paused", LONG, || {
         virsh(&["domstate", DOMAIN, "--reason"]).stdout.contains("paused (I/O error)")
     });

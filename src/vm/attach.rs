@@ -140,7 +140,9 @@ impl Way<'_> {
 
     /// Writes the effects down before a step makes the next of them.
     async fn announce(&mut self, step: Step) -> Result<(), Failure> {
-        self.effects.step = Some(step);
+        // A disk that is looked at again stays as far as it came.
+        let came = self.effects.step.filter(|came| came.way() == step.way());
+        self.effects.step = came.max(Some(step));
         Ok(self.ways.effects.put(&self.key, &self.effects).await?)
     }
 

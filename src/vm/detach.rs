@@ -39,8 +39,15 @@ pub(super) async fn detach(
     let limit = ways.settings().detach + ways.settings().guest_unplug;
     let gave_up = GaveUp::default();
     let walked = async {
-        let mut effects = effects_of(ways, &key, volume).await?;
-        unwind(ways, &key, &mut effects, Unwind::Removed(options, &gave_up)).await
+        let known = ways.desired.identity(&key, &volume.source.key()).await?;
+        let mut effects = effects_of(ways, &key, volume, known.is_some()).await?;
+        let unseen = effects.device.is_none();
+        unwind(ways, &key, &mut effects, Unwind::Removed(options, &gave_up)).await?;
+        // What multipath remembers of an earlier boot; an attach of this one has taken it over.
+        match known.filter(|_| unseen) {
+            Some(wwid) => Ok(ways.host.connector.forget(&wwid).await?),
+            None => Ok(()),
+        }
     };
     let result = tokio::time::timeout(limit, walked).await.unwrap_or_else(|_| {
         Err(Failure::new(
@@ -55,22 +62,23 @@ pub(super) async fn detach(
     result
 }
 
-/// What there is to undo of a volume. One that was attached in an earlier boot has left its records,
-/// multipath's memory of it, its node, and the disk in the persistent definition.
-async fn effects_of(ways: &Ways, key: &VolumeKey, volume: &VolumeSpec) -> Result<Effects, Failure> {
-    let known = ways.desired.identity(key, &volume.source.key()).await?;
+/// What there is to undo of a volume. One that was `attached`, be it in an earlier boot, has left its
+/// records, its node, and the disk in the persistent definition.
+async fn effects_of(
+    ways: &Ways,
+    key: &VolumeKey,
+    volume: &VolumeSpec,
+    attached: bool,
+) -> Result<Effects, Failure> {
     let mut effects = match ways.effects.get(key).await? {
         Some(effects) => effects,
         None => {
-            if let Some(wwid) = &known {
-                ways.host.connector.forget(wwid).await?;
-            }
             let mut effects = begin(ways, key, volume).await?;
             effects.host = true;
             effects
         }
     };
-    if known.is_some() && volume.persist {
+    if attached && volume.persist {
         let (alias, bus) = (domain::alias(&volume.disk), volume.bus);
         effects.disk.get_or_insert(DiskEffect { alias, bus, target: None });
     }

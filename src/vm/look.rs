@@ -83,10 +83,10 @@ impl Seen<'_> {
             return Some("it was made for another pod".into());
         }
         let Some(device) = &effects.device else { return Some("it has no device".into()) };
-        if let Some(pod) = &self.place.pod {
-            if let Some(why) = self.wrong_in_pod(pod, effects, granted).await {
-                return Some(why);
-            }
+        if let Some(pod) = &self.place.pod
+            && let Some(why) = self.wrong_in_pod(pod, effects, granted).await
+        {
+            return Some(why);
         }
         let source = source_of(self.place, self.volume, device.device.dev);
         let desired = desired_disk(self.volume, source, self.place.pod.is_some());

@@ -64,35 +64,29 @@ fn a_way_takes_all_its_steps_in_their_order() {
     }
 }
 
-#[test]
-fn an_add_goes_on_after_a_kill_on_either_side_of_any_step() {
+/// Tells a story for each kill on the way of each kind, without and with other volumes beside it.
+fn each_kill(way: Way, story: fn(&Sweep, &World, Fault)) {
     for spec in kinds() {
-        let kills = kills(&trace(&spec).0);
+        let (added, removed) = trace(&spec);
+        let kills = kills(if way == Way::Attach { &added } else { &removed });
         for beside in [false, true] {
             let sweep = Sweep { spec: spec.clone(), beside };
-            each(kills.len(), |at| sweep.add_goes_on(&sweep.world(), kills[at].clone()));
+            each(kills.len(), |at| story(&sweep, &sweep.world(), kills[at].clone()));
         }
     }
+}
+
+#[test]
+fn an_add_goes_on_after_a_kill_on_either_side_of_any_step() {
+    each_kill(Way::Attach, Sweep::add_goes_on);
 }
 
 #[test]
 fn an_add_that_was_killed_on_either_side_of_any_step_can_be_given_up() {
-    for spec in kinds() {
-        let kills = kills(&trace(&spec).0);
-        for beside in [false, true] {
-            let sweep = Sweep { spec: spec.clone(), beside };
-            each(kills.len(), |at| sweep.add_is_given_up(&sweep.world(), kills[at].clone()));
-        }
-    }
+    each_kill(Way::Attach, Sweep::add_is_given_up);
 }
 
 #[test]
 fn a_removal_goes_on_after_a_kill_on_either_side_of_any_step() {
-    for spec in kinds() {
-        let kills = kills(&trace(&spec).1);
-        for beside in [false, true] {
-            let sweep = Sweep { spec: spec.clone(), beside };
-            each(kills.len(), |at| sweep.removal_goes_on(&sweep.world(), kills[at].clone()));
-        }
-    }
+    each_kill(Way::Detach, Sweep::removal_goes_on);
 }

@@ -78,6 +78,8 @@ impl Workers {
         let (tx, rx) = oneshot::channel();
         let stuck = Stuck { counter: self.stuck.clone(), state: Arc::default() };
         let job_stuck = stuck.clone();
+        // Also where the caller is dropped: its own deadline may be the first to pass.
+        let _given_up = GivenUp(stuck);
         let work = async {
             // A semaphore that is never closed always gives a permit in the end.
             let permit = places.acquire_owned().await.map_err(io::Error::other)?;
@@ -94,7 +96,6 @@ impl Workers {
         };
         let result = tokio::time::timeout(deadline, work).await;
         result.unwrap_or_else(|_| {
-            stuck.give_up();
             Err(io::Error::new(
                 io::ErrorKind::TimedOut,
                 format!("the kernel has not answered within {deadline:?}"),
@@ -205,6 +206,15 @@ impl Stuck {
     }
 }
 
+/// The caller's end: from then on a call that still runs is stuck.
+struct GivenUp(Stuck);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.give_up();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,6 +252,30 @@ mod tests {
         assert_eq!(workers.run("sdb", LONG, || Ok(7)).await.unwrap(), 7);
         release.send(()).unwrap();
         end.await.unwrap();
+        workers.run("sda", LONG, || Ok(())).await.unwrap();
+        assert_eq!(workers.stuck(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_whose_caller_is_gone_is_stuck_too() {
+        let workers = Workers::new("test", 4, 1);
+        let (release, gate) = mpsc::channel::<()>();
+        let (begin, begun) = mpsc::channel();
+        let caller = tokio::spawn({
+            let workers = workers.clone();
+            let call = move || {
+                let _ = begin.send(());
+                let _ = gate.recv();
+                Ok(())
+            };
+            async move { workers.run("sda", LONG, call).await }
+        });
+        tokio::task::spawn_blocking(move || begun.recv()).await.unwrap().unwrap();
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+        assert_eq!(workers.stuck(), 1);
+        release.send(()).unwrap();
+        tokio::time::resume();
         workers.run("sda", LONG, || Ok(())).await.unwrap();
         assert_eq!(workers.stuck(), 0);
     }

@@ -21,24 +21,25 @@ fn held() -> Held {
     Held { fds: count("fd"), threads: count("task"), rss_kib }
 }
 
-/// `LUNPLUG_SOAK_CYCLES` sets how many; a handful unless set.
+/// `LUNPLUG_SOAK_CYCLES` sets how often a volume is added and removed; a handful unless set. Two are
+/// there at once, so that sessions are made, shared and ended.
 #[test]
 #[ignore = "runs in the lab: hack/test"]
 fn cycles_leave_no_descriptor_thread_or_memory_behind() {
     Lab::get();
-    let cycles = std::env::var("LUNPLUG_SOAK_CYCLES").map_or(5, |n| n.parse().expect("a number"));
+    let cycles = std::env::var("LUNPLUG_SOAK_CYCLES").map_or(10, |n| n.parse().expect("a number"));
     let luns = [Lun::new("soak1", 1, "16M"), Lun::new("soak2", 2, "16M")];
     let story = Story::begin();
-    let cycle = || {
+    let two_cycles = || {
         add("soak1", &luns[0].source(), &[]).ok();
         add("soak2", &luns[1].source(), &["--bus", "virtio"]).ok();
         remove("soak1", &[]).ok();
         remove("soak2", &[]).ok();
     };
     // The first ones fill caches and worker pools.
-    (0..3).for_each(|_| cycle());
+    (0..3).for_each(|_| two_cycles());
     let before = held();
-    (0..cycles).for_each(|_| cycle());
+    (0..cycles).step_by(2).for_each(|_| two_cycles());
     let after = held();
     println!("after {cycles} more cycles: {before:?} -> {after:?}");
     assert!(after.fds <= before.fds, "descriptors leak");

@@ -14,7 +14,7 @@ use super::failure::Failure;
 use super::plan::Left;
 use super::steps::AttachFailure;
 use super::ways::Ways;
-use crate::cgroup::Access;
+use crate::cgroup::{Access, GrantRecord};
 use crate::connector::{AttachRequest, Attachment, Expect};
 use crate::domain::{self, DesiredDisk};
 use crate::journal::{DiskEffect, Effects, NodeEffect, StoredVolume};
@@ -220,9 +220,11 @@ impl Way<'_> {
     /// The container may open it.
     async fn grant(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
         let grants = &self.ways.host.grants;
-        if let Some(old) = self.effects.grant.take_if(|g| g.cgroup != pod.cgroup || g.dev != dev) {
-            // The container was made anew in its pod.
-            grants.revoke(&old).await?;
+        let other = |g: &&GrantRecord| g.cgroup != pod.cgroup || g.dev != dev;
+        if let Some(old) = self.effects.grant.as_ref().filter(other) {
+            // The container was made anew in its pod. The record goes only when the grant has gone.
+            grants.revoke(old).await?;
+            self.effects.grant = None;
         }
         let record = match self.effects.grant.take() {
             Some(record) => record,

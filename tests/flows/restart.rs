@@ -277,3 +277,27 @@ fn volumes_come_back_in_the_order_in_which_they_were_asked_for() {
     world.host.faults.inject(slow("c"));
     world.life(async |daemon| slowly(&daemon).await);
 }
+
+#[test]
+fn the_grant_of_a_container_that_was_made_anew_is_not_forgotten() {
+    let world = World::new();
+    world.life(async |daemon| drop(daemon.add(1, &volume("data", 1)).await));
+    // While nobody looks: the container and the guest in it restart, in the same pod.
+    world.host.pods.edit(&uid(1), |pod| {
+        pod.cgroup.path.set_file_name("compute-again");
+        pod.cgroup.id += 1000;
+        pod.processes.clear();
+    });
+    world.host.pods.start_qemu(&uid(1), &domain(1));
+    world.host.hypervisor.stop_domain(&World::endpoint(1), &domain(1));
+    world.host.hypervisor.start_domain(&World::endpoint(1), &domain(1));
+    // Neither the collection at the start can revoke it, nor the first look at the volume.
+    let fails = FaultAction::Fail("ordered to fail".into());
+    world.host.faults.inject(Fault { times: Some(2), ..world.fault("grants.revoke", 0, fails) });
+    world.life(async |daemon| {
+        daemon.ready(1, "data").await;
+        daemon.remove(1, "data").await;
+        daemon.quiet().await;
+        world.assert_clean("another container");
+    });
+}

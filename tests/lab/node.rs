@@ -67,6 +67,11 @@ pub fn snapshot() -> String {
     sh("snapshot").ok()
 }
 
+/// Whether this is the long run that nobody waits for (`LUNPLUG_NIGHTLY=1 hack/test`).
+pub fn nightly() -> bool {
+    std::env::var("LUNPLUG_NIGHTLY").is_ok_and(|v| v == "1")
+}
+
 /// One story: what the node's storage was like before it. Begun after its LUNs were made; a story
 /// that fails takes its volumes away, so that the next begins on a clean node.
 pub struct Story {

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::node::{Lab, Lun, Story, add, remove, sh};
+use crate::node::{Lab, Lun, Story, add, nightly, remove, sh};
 
 /// What the daemon holds.
 #[derive(Debug, Clone, Copy)]
@@ -21,13 +21,13 @@ fn held() -> Held {
     Held { fds: count("fd"), threads: count("task"), rss_kib }
 }
 
-/// `LUNPLUG_SOAK_CYCLES` sets how often a volume is added and removed; a handful unless set. Two are
-/// there at once, so that sessions are made, shared and ended.
+/// 300 times a volume is added and removed in the nightly run, a handful of times else. Two are there at
+/// once, so that sessions are made, shared and ended.
 #[test]
 #[ignore = "runs in the lab: hack/test"]
 fn cycles_leave_no_descriptor_thread_or_memory_behind() {
     Lab::get();
-    let cycles = std::env::var("LUNPLUG_SOAK_CYCLES").map_or(10, |n| n.parse().expect("a number"));
+    let cycles = if nightly() { 300 } else { 10 };
     let luns = [Lun::new("soak1", 1, "16M"), Lun::new("soak2", 2, "16M")];
     let story = Story::begin();
     let two_cycles = || {

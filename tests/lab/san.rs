@@ -214,5 +214,6 @@ pub fn living_paths(lun: &Lun) -> usize {
 pub fn is_whole(name: &str, lun: &Lun) {
     until("both paths are alive", SOON, || living_paths(lun) == 2);
     assert_eq!(volume(name)["phase"], "Ready");
-    assert_eq!(volume(name)["device"]["paths"], 2);
+    // It looks when the kernel tells that something changed.
+    until("lunplug says so", SOON, || volume(name)["device"]["paths"] == 2);
 }

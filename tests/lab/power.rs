@@ -109,7 +109,9 @@ fn power_cut_is_over() {
 fn shutdown_comes() {
     let _data = a_guest_with_data();
     // The journal of this boot is to be read in the next one.
-    sh("mkdir -p /var/log/journal; journalctl --flush; sync").ok();
+    sh("mkdir -p /var/log/journal /etc/systemd/journald.conf.d").ok();
+    sh("printf '[Journal]\\nStorage=persistent\\n' >/etc/systemd/journald.conf.d/zz-lab.conf").ok();
+    sh("systemctl restart systemd-journald; journalctl --flush; sync").ok();
 }
 
 /// When systemd told first, in seconds of the boot before this one, that a unit has ended.

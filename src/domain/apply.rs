@@ -11,6 +11,7 @@ use crate::host::libvirt::{
 use crate::reason::Reason;
 use crate::types::{Bus, Outcome, VolumeName};
 
+use super::behind;
 use super::diff::{self, DesiredDisk, Needs, Placement, Plan, PlanError, Views};
 use super::template::{self, TemplateError};
 use super::xml::{self, Domain, XmlError};
@@ -212,7 +213,7 @@ pub async fn attach(
     let plan_error =
         |source| Error::Plan { volume: desired.volume.clone(), domain: domain.to_owned(), source };
     let views = at.views(persist).await?;
-    let planned = diff::plan_behind(&views, desired, pending, ahead).map_err(plan_error)?;
+    let planned = behind::plan_behind(&views, desired, pending, ahead).map_err(plan_error)?;
     let placement = match planned {
         Plan::Already { target } => {
             return Ok(Outcome::Already(Attached { target, alias, controller_added: false }));

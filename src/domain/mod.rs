@@ -13,6 +13,7 @@
 //! [`xml`] and [`diff`] are pure; [`apply`], [`unplug`] and [`guest`] go through the door to libvirt.
 
 pub mod apply;
+mod behind;
 pub mod diff;
 pub mod guest;
 mod place;

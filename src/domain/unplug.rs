@@ -42,8 +42,7 @@ pub async fn detach(
 ) -> Result<Detached, Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
     let alias = super::alias(volume);
-    let landed = connection.landed(domain, &alias, Calls::Attach, deadline).await;
-    landed.map_err(at.failed("attach", &alias))?;
+    landed(&at, &alias, Calls::Attach).await?;
     let mut events = connection.events(domain);
     let Some(info) = at.info().await? else { return Ok(Detached::DomainGone) };
     if let Some(job) = info.job {
@@ -71,11 +70,12 @@ pub async fn settled(
     deadline: Duration,
 ) -> Result<(), Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
-    let alias = super::alias(volume);
-    connection
-        .landed(domain, &alias, Calls::All, deadline)
-        .await
-        .map_err(at.failed("change", &alias))
+    landed(&at, &super::alias(volume), Calls::All).await
+}
+
+async fn landed(at: &At<'_>, alias: &str, calls: Calls) -> Result<(), Error> {
+    let landed = at.connection.landed(at.domain, alias, calls, at.left()).await;
+    landed.map_err(at.failed("change", alias))
 }
 
 /// Looks once more, after a detach, when QEMU can no longer open the device: whatever put the disk into

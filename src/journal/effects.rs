@@ -44,6 +44,19 @@ pub(super) struct Removal {
     pub(super) gave_up: Vec<String>,
 }
 
+impl Removal {
+    /// Adds what it does not say yet; whether there was any.
+    fn add(&mut self, more: &[String]) -> bool {
+        let before = self.gave_up.len();
+        for what in more {
+            if !self.gave_up.contains(what) {
+                self.gave_up.push(what.clone());
+            }
+        }
+        self.gave_up.len() > before
+    }
+}
+
 /// What was begun for one volume. An absent field was not begun, or is undone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Effects {
@@ -123,25 +136,24 @@ impl EffectsStore {
         self.forget(file(key)).await
     }
 
-    /// Notes that a volume's removal was taken on.
-    pub async fn put_removal(&self, key: &VolumeKey, options: RemoveOptions) -> Result<(), Error> {
-        let gave_up = self.gave_up(key).await?;
+    /// Notes that a volume's removal was taken on, and what that gives up on.
+    pub async fn put_removal(
+        &self,
+        key: &VolumeKey,
+        options: RemoveOptions,
+        gave_up: &[String],
+    ) -> Result<(), Error> {
         let boot_id = self.0.boot_id().to_owned();
-        self.write(removal(key), &Removal { boot_id, options, gave_up }).await
+        let mut mark = Removal { boot_id, options, gave_up: self.gave_up(key).await? };
+        mark.add(gave_up);
+        self.write(removal(key), &mark).await
     }
 
     /// Adds to what a removal that was taken on gave up on. Kept, so that a successor can tell it.
     pub async fn add_gave_up(&self, key: &VolumeKey, more: &[String]) -> Result<(), Error> {
-        let Some(mut mark) = self.read(removal(key), |r: &Removal| &r.boot_id).await? else {
-            return Ok(());
-        };
-        let before = mark.gave_up.len();
-        mark.gave_up
-            .extend(more.iter().filter(|m| !mark.gave_up.contains(m)).cloned().collect::<Vec<_>>());
-        if mark.gave_up.len() == before {
-            return Ok(());
-        }
-        self.write(removal(key), &mark).await
+        let found = self.read(removal(key), |r: &Removal| &r.boot_id).await?;
+        let Some(mut mark) = found else { return Ok(()) };
+        if mark.add(more) { self.write(removal(key), &mark).await } else { Ok(()) }
     }
 
     /// What a removal has given up on so far.

@@ -240,34 +240,25 @@ impl Way<'_> {
         Ok(())
     }
 
-    /// Waits for the volumes that were asked for before this one and come back with it.
-    async fn in_order(&self) -> Result<(), Failure> {
-        let has_it = self.effects.disk.as_ref().is_some_and(|disk| disk.target.is_some());
-        if !self.returns || has_it {
-            return Ok(());
-        }
+    /// Waits for the volumes that were asked for before this one and come back with it. Returns the
+    /// disks of those that are wanted: their places are left to them. A store that cannot be read now
+    /// costs the order, not the volume.
+    async fn in_order(&self) -> Vec<(VolumeName, Bus)> {
         let own = &self.volume.spec.name;
-        let all = self.ways.desired.volumes(&self.ways.vm.id).await?;
-        let names = all.into_iter().map(|stored| stored.spec.name);
-        self.ways.order.after(&names.take_while(|name| name != own).collect()).await;
-        Ok(())
-    }
-
-    /// The disks of volumes that were added before and are wanted: their places are left to them. A
-    /// store that cannot be read now costs the order, not the volume.
-    async fn ahead(&self) -> Vec<(VolumeName, Bus)> {
-        let volumes = self.ways.desired.volumes(&self.ways.vm.id).await.unwrap_or_default();
-        volumes
-            .into_iter()
-            .take_while(|v| v.spec.name != self.volume.spec.name)
-            .filter(|v| v.removing.is_none())
-            .map(|v| (v.spec.disk, v.spec.bus))
-            .collect()
+        let mut before = self.ways.desired.volumes(&self.ways.vm.id).await.unwrap_or_default();
+        before.truncate(before.iter().take_while(|v| v.spec.name != *own).count());
+        let has_it = self.effects.disk.as_ref().is_some_and(|disk| disk.target.is_some());
+        if self.returns && !has_it {
+            let names = before.iter().map(|v| v.spec.name.clone()).collect();
+            self.ways.order.after(&names).await;
+        }
+        before.retain(|v| v.removing.is_none());
+        before.into_iter().map(|v| (v.spec.disk, v.spec.bus)).collect()
     }
 
     /// The guest has it.
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
-        self.in_order().await?;
+        let ahead = self.in_order().await;
         let (ways, spec) = (self.ways, &self.volume.spec);
         let target = self.effects.disk.take().and_then(|d| d.target);
         let alias = domain::alias(&spec.disk);
@@ -280,7 +271,7 @@ impl Way<'_> {
         domain::settled(&*connection, &ways.vm.domain, &spec.disk, limit).await?;
         let attached = {
             let _turn = ways.turn.lock().await;
-            let (leaving, ahead) = (ways.leaving(), self.ahead().await);
+            let leaving = ways.leaving();
             let (name, persist) = (&ways.vm.domain, spec.persist);
             let attach =
                 domain::attach(&*connection, name, &desired, persist, &leaving, &ahead, limit);

@@ -58,7 +58,10 @@ pub(super) async fn detach(
     // Also what was given up by an attempt that failed then.
     let gave_up = gave_up.list();
     ways.board.gave_up(&key, &gave_up);
-    ways.effects.add_gave_up(&key, &gave_up).await?;
+    if let Err(error) = ways.effects.add_gave_up(&key, &gave_up).await {
+        // The log has it; whether the volume is gone is another matter.
+        tracing::warn!(why = Failure::from(error).message, "what was given up could not be kept");
+    }
     result
 }
 
@@ -147,24 +150,18 @@ async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
         effects.disk = None;
         return Ok(ways.effects.put(key, effects).await?);
     }
-    let target = disk.target.clone();
-    if let Some(target) = &target {
-        ways.set_leaving(target, true);
-    }
-    let detached = match ways.libvirt().await {
+    // Until then it is gone, or still in the XML, where every plan sees it.
+    let leaving = disk.target.as_deref().map(|target| ways.set_leaving(target));
+    match ways.libvirt().await {
         Ok(connection) => {
             let limit = ways.settings().guest_unplug;
             let done =
                 domain::detach(&*connection, &ways.vm.domain, &effects.spec.disk, limit).await;
-            done.map(drop).map_err(Failure::from)
+            done?;
         }
-        Err(failure) => no_qemu(ways, failure).await,
-    };
-    if let Some(target) = &target {
-        // Gone, or still in the XML where every plan sees it.
-        ways.set_leaving(target, false);
+        Err(failure) => no_qemu(ways, failure).await?,
     }
-    detached?;
+    drop(leaving);
     // Not struck before it is confirmed; but the guest has it no more.
     if let Some(disk) = &mut effects.disk {
         disk.target = None;

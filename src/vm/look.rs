@@ -9,11 +9,12 @@ use super::discover::{Place, PodPlace};
 use super::failure::Failure;
 use super::steps::Sight;
 use super::ways::Ways;
+use crate::cgroup::GrantRecord;
 use crate::connector::Health;
 use crate::domain::diff::{self, Plan, Views};
 use crate::journal::Effects;
 use crate::spec::VolumeSpec;
-use crate::types::VolumeName;
+use crate::types::{DevNum, VolumeName};
 
 /// Looks at volumes that are ready. An error is about the VM as a whole.
 pub(super) async fn look(
@@ -29,25 +30,22 @@ pub(super) async fn look(
     let health = ways.host.connector.inspect(&owned).await;
     let mut effects = Vec::with_capacity(volumes.len());
     for (key, _) in &owned {
-        effects.push(ways.effects.get(key).await?);
+        // What cannot be read of one volume is no other's trouble.
+        effects.push(ways.effects.get(key).await.map_err(Failure::from));
     }
-    let records: Vec<_> = effects.iter().flatten().filter_map(|e| e.grant.clone()).collect();
+    let records: Vec<_> =
+        effects.iter().flatten().flatten().filter_map(|e| e.grant.clone()).collect();
     let hold = ways.host.grants.hold(&records).await?;
-    let lost: BTreeSet<_> = records
-        .iter()
-        .zip(hold)
-        .filter(|(_, holds)| !holds)
-        .collect::<Vec<_>>()
-        .into_iter()
-        .map(|(record, _)| record.dev)
-        .collect();
+    let granted: BTreeSet<_> =
+        records.iter().zip(hold).filter(|(_, holds)| *holds).map(|(r, _)| r.dev).collect();
     let mut found = BTreeMap::new();
     for ((volume, health), effects) in volumes.iter().zip(health).zip(effects) {
         let seen = Seen { ways, views: &views, place: &place, volume };
-        let granted = |e: &Effects| e.grant.as_ref().is_some_and(|g| !lost.contains(&g.dev));
         let wrong = match &effects {
-            None => Some("nothing is recorded of it in this boot".into()),
-            Some(effects) => seen.wrong(effects, granted(effects)).await,
+            // The attach that is walked for it says so in its own words.
+            Err(damaged) => Some(damaged.message.clone()),
+            Ok(None) => Some("nothing is recorded of it in this boot".into()),
+            Ok(Some(effects)) => seen.wrong(effects, &granted).await,
         };
         let sight = match (wrong, health) {
             (Some(why), _) => Sight::Differs(why),
@@ -55,7 +53,7 @@ pub(super) async fn look(
             // What cannot be read now is not wrong for that; the next look is soon enough.
             (None, Err(error)) => Sight::Unclear(Failure::from(error)),
             (None, Ok(Health::Right { attachment, paths })) => {
-                let given = effects.as_ref().and_then(|e| e.device.as_ref());
+                let given = effects.iter().flatten().find_map(|e| e.device.as_ref());
                 if given.is_some_and(|g| g.device.dev == attachment.device.dev) {
                     Sight::Right { attachment, paths }
                 } else {
@@ -78,7 +76,7 @@ struct Seen<'a> {
 
 impl Seen<'_> {
     /// What is not as it was made, between the host's device and the guest.
-    async fn wrong(&self, effects: &Effects, granted: bool) -> Option<String> {
+    async fn wrong(&self, effects: &Effects, granted: &BTreeSet<DevNum>) -> Option<String> {
         if effects.incarnation != self.ways.incarnation() {
             return Some("it was made for another pod".into());
         }
@@ -101,7 +99,7 @@ impl Seen<'_> {
         &self,
         pod: &PodPlace,
         effects: &Effects,
-        granted: bool,
+        granted: &BTreeSet<DevNum>,
     ) -> Option<String> {
         let dev = effects.device.as_ref()?.device.dev;
         let name = &self.volume.disk;
@@ -110,8 +108,8 @@ impl Seen<'_> {
             Ok(false) => return Some("its node in the pod is missing or another".into()),
             Err(error) => return Some(Failure::from(error).message),
         }
-        let right = |g: &crate::cgroup::GrantRecord| g.cgroup == pod.cgroup && g.dev == dev;
+        let right = |g: &GrantRecord| g.cgroup == pod.cgroup && g.dev == dev;
         let right = effects.grant.as_ref().is_some_and(right);
-        (!right || !granted).then(|| "its grant is lost".into())
+        (!right || !granted.contains(&dev)).then(|| "its grant is lost".into())
     }
 }

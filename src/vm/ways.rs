@@ -143,13 +143,16 @@ impl Ways {
         self.leaving_names().clone()
     }
 
-    /// Notes that a target name is being removed, or that it is no more.
-    pub(super) fn set_leaving(&self, target: &str, leaving: bool) {
-        if leaving {
-            self.leaving_names().insert(target.to_owned());
-        } else {
-            self.leaving_names().remove(target);
+    /// Notes that a target name is being removed, until what is returned is dropped.
+    pub(super) fn set_leaving(&self, target: &str) -> impl Drop + '_ {
+        struct LeavingName<'a>(&'a Ways, String);
+        impl Drop for LeavingName<'_> {
+            fn drop(&mut self) {
+                self.0.leaving_names().remove(&self.1);
+            }
         }
+        self.leaving_names().insert(target.to_owned());
+        LeavingName(self, target.to_owned())
     }
 
     fn leaving_names(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {

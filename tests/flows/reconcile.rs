@@ -318,3 +318,27 @@ fn a_new_pod_of_the_same_name_gets_the_volumes_and_inherits_nothing() {
         }
     }
 }
+
+#[test]
+fn a_volume_whose_record_is_damaged_keeps_no_other_from_being_repaired() {
+    let world = world();
+    world.life(async |daemon| {
+        daemon.add(1, &volume("damaged", 1)).await;
+        steady(&daemon, &volume("data", 2)).await;
+        let record = "effects/default/vm-1/damaged.json";
+        crate::stores::damage(&world, record).await;
+        world.host.pods.edit(&uid(1), |pod| {
+            pod.nodes.remove(&"data".parse().unwrap());
+        });
+        some_minutes().await;
+        let nodes = |pod: &mut lunplug::host::sim::pods::SimPod| {
+            assert!(pod.nodes.contains_key(&"data".parse().unwrap()), "it was not repaired");
+        };
+        world.host.pods.edit(&uid(1), nodes);
+        let status = daemon.ready(1, "data").await;
+        assert_eq!(status.reason, None, "{status:?}");
+        let status = daemon.get(1, "damaged").await.unwrap();
+        assert_eq!((status.phase, status.reason), (Phase::Ready, Some(Reason::RecordCorrupt)));
+        assert!(status.message.contains(record), "{status:?}");
+    });
+}

@@ -103,7 +103,7 @@ fn root_a_daemon_that_starts_on_a_read_only_state_serves_and_removes_and_adds_no
 }
 
 /// Overwrites a file of the run directory.
-async fn damage(world: &World, name: &str) {
+pub(crate) async fn damage(world: &World, name: &str) {
     let doors = lunplug::host::storage::StorageDoors::sim(&world.host.storage);
     assert!(doors.rundir.load(name).await.unwrap().is_some(), "there is no {name}");
     doors.rundir.store(name, b"{\"boot_id\": ").await.unwrap();

@@ -169,7 +169,7 @@ impl Iscsiadm<'_> {
                 let source = std::io::Error::new(std::io::ErrorKind::WouldBlock, text);
                 return Err(CmdError::Io { tool: Tool::Iscsiadm, source });
             }
-            // Nothing tells when the lock goes.
+            // No event tells that whoever holds it has died.
             tokio::time::sleep(LOCK_LOOK).await;
         }
     }

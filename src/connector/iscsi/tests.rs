@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
-use crate::connector::PathStatus;
+use crate::connector::{PathStatus, scsi};
 use crate::host::cmd::Tool;
 use crate::host::sim::{Fault, FaultAction, Faults, PortalState, SimLun, SimStorage};
 use crate::reason::Reason;

@@ -1,5 +1,6 @@
 //! Faults to order: at any door, on any call, an error or a call that never returns.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -48,7 +49,7 @@ pub struct Faults {
     changed: tokio::sync::Notify,
     calls: AtomicUsize,
     met: Mutex<Option<String>>,
-    reached: Mutex<Vec<KillPoint>>,
+    reached: Mutex<VecDeque<KillPoint>>,
     meeting: tokio::sync::Notify,
 }
 
@@ -80,9 +81,10 @@ impl Faults {
         self.meeting.notified().await;
     }
 
-    /// The kill points that were reached since the last call of this, in their order.
+    /// The kill points that were reached since the last call of this, in their order; the last ones,
+    /// where nobody asked for long.
     pub fn reached(&self) -> Vec<KillPoint> {
-        std::mem::take(&mut *self.reached.lock().unwrap_or_else(PoisonError::into_inner))
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect()
     }
 
     /// Called by every simulated door before it does anything: returns at once, fails, or hangs.
@@ -144,11 +146,20 @@ impl Faults {
 /// fault that names it meets it.
 const KILL: &str = "kill";
 
+/// How many kill points are remembered: more than a test asks for at once.
+const REACHED: usize = 4096;
+
 /// A fault that hangs here stands for the process's end, once its life is dropped.
 #[async_trait]
 impl KillPoints for Faults {
     async fn reach(&self, point: KillPoint) {
-        self.reached.lock().unwrap_or_else(PoisonError::into_inner).push(point);
+        {
+            let mut reached = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
+            if reached.len() == REACHED {
+                reached.pop_front();
+            }
+            reached.push_back(point);
+        }
         if self.take(KILL, &point.to_string()).is_some() {
             std::future::pending::<()>().await;
         }

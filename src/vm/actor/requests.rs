@@ -161,8 +161,7 @@ async fn note_removal(
     options: RemoveOptions,
     gave_up: &[String],
 ) -> Result<(), Failure> {
-    tools.effects.put_removal(key, options).await?;
-    tools.effects.add_gave_up(key, gave_up).await?;
+    tools.effects.put_removal(key, options, gave_up).await?;
     if let Err(error) = tools.desired.put_removal(key, options).await {
         // The removal holds by its mark in /run; the durable store is told when it is done.
         let why = Failure::from(error).message;

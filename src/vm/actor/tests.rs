@@ -404,13 +404,13 @@ async fn a_successor_takes_up_what_was_wanted_begun_and_being_removed() {
     world
         .tools
         .effects
-        .put_removal(&key("leaving"), RemoveOptions { force: true, dry_run: false })
+        .put_removal(&key("leaving"), RemoveOptions { force: true, dry_run: false }, &[])
         .await
         .unwrap();
     // Forgotten durably, but killed before it was undone.
     world.tools.effects.put(&key("orphan"), &begun("orphan")).await.unwrap();
     // Nothing but a mark: all was undone before the kill.
-    world.tools.effects.put_removal(&key("done"), RemoveOptions::default()).await.unwrap();
+    world.tools.effects.put_removal(&key("done"), RemoveOptions::default(), &[]).await.unwrap();
 
     let handler = world.handler().await;
     world.reaches("wanted", Phase::Ready).await;

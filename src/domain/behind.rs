@@ -1,0 +1,109 @@
+//! Places of disks that are to come: a volume is planned behind those that were added before it, so that
+//! each gets the same place whichever of them is the first to be there. Pure.
+
+use std::collections::BTreeSet;
+
+use super::diff::{
+    CONTROLLER_MODEL, DesiredDisk, DiskAddress, Needs, NewController, Plan, PlanError, Views, plan,
+};
+use super::place::{free_slot, free_target, place_scsi};
+use super::xml::{Disk, Domain, ScsiController};
+use crate::types::{Bus, VolumeName};
+
+/// Takes the places that disks added earlier will have and do not have yet, in their order: so a disk
+/// gets the same place whichever of them is the first to be there, and volumes come back to a
+/// restarted VM in the order in which they were added. Returns the controllers that are to be added
+/// for that.
+pub(super) fn keep_places(
+    views: &mut Views,
+    ahead: &[(VolumeName, Bus)],
+    pending: &BTreeSet<String>,
+) -> Vec<NewController> {
+    let mut controllers = Vec::new();
+    for (volume, bus) in ahead {
+        let alias = super::alias(volume);
+        if views.all().any(|view| view.disk(&alias).is_some()) {
+            continue;
+        }
+        let needs = Needs { live: views.live.is_some(), config: views.config.is_some() };
+        let target = free_target(views, *bus, pending);
+        let placed = match bus {
+            Bus::Scsi => place_scsi(views, needs),
+            Bus::Virtio => free_slot(views, *bus).map(|slot| (DiskAddress::Pci(slot), None)),
+        };
+        // Where there is no place left, whoever comes first has it.
+        let Ok((address, controller)) = placed else { continue };
+        for view in views.live.iter_mut().chain(&mut views.config) {
+            view.keep(&alias, &target, *bus, address, controller.as_ref());
+        }
+        controllers.extend(controller);
+    }
+    controllers
+}
+
+impl Domain {
+    /// Enters a disk, and the controller that it needs, that are not there yet.
+    fn keep(
+        &mut self,
+        alias: &str,
+        target: &str,
+        bus: Bus,
+        address: DiskAddress,
+        controller: Option<&NewController>,
+    ) {
+        if let Some(new) = controller
+            && self.scsi.iter().all(|c| c.index != new.index)
+        {
+            let model = Some(CONTROLLER_MODEL.to_owned());
+            self.scsi.push(ScsiController { index: new.index, model });
+            self.pci_used.insert(new.address);
+        }
+        let (mut drive, mut pci) = (None, None);
+        match address {
+            DiskAddress::Drive(address) => {
+                self.scsi_used.insert(address);
+                drive = Some(address);
+            }
+            DiskAddress::Pci(address) => {
+                self.pci_used.insert(address);
+                pci = Some(address);
+            }
+        }
+        self.disks.push(Disk {
+            alias: Some(alias.to_owned()),
+            target: target.to_owned(),
+            bus: bus.to_string(),
+            device: "disk".into(),
+            serial: Some(format!("kept for {alias}")),
+            source: None,
+            readonly: false,
+            shareable: false,
+            error_policy: None,
+            drive,
+            pci,
+        });
+    }
+}
+
+/// Plans one disk behind those that were added before it; where that leaves no place for it, as if
+/// they were not.
+pub(super) fn plan_behind(
+    views: &Views,
+    desired: &DesiredDisk,
+    pending: &BTreeSet<String>,
+    ahead: &[(VolumeName, Bus)],
+) -> Result<Plan, PlanError> {
+    let mut kept = views.clone();
+    let controllers = keep_places(&mut kept, ahead, pending);
+    let Ok(Plan::Attach(mut placement)) = plan(&kept, desired, pending) else {
+        return plan(views, desired, pending);
+    };
+    // It may be the first to come to a controller that was to be another's.
+    if let DiskAddress::Drive(address) = placement.address
+        && placement.controller.is_none()
+        && let Some(new) = controllers.into_iter().find(|c| c.index == address.controller)
+    {
+        placement.controller = Some(new);
+    }
+    Ok(Plan::Attach(placement))
+}

@@ -29,11 +29,21 @@ pub enum Usage {
     Unproven(String),
 }
 
-/// How often a guest is asked again that does not know the disk yet: its udev may still be at work on
-/// one that was just plugged in, and the agent has no event for that.
+/// How often a guest is asked again that cannot say yet: its udev may still be at work on a disk that
+/// was just plugged in, and its agent starts, or starts again. Only the latter has an event, and not in
+/// all versions of libvirt.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
-/// Asks the guest's agent about the disk with this serial, until it knows it or the time is over.
+/// Why there is no answer.
+#[derive(Debug, PartialEq, Eq)]
+enum Unsaid {
+    /// There may be one a moment later.
+    Yet(String),
+    /// It would be the same again.
+    Ever(String),
+}
+
+/// Asks the guest's agent about the disk with this serial, until it can say or the time is over.
 /// Never fails: what went wrong is the reason of [`Usage::Unproven`].
 pub async fn usage(
     connection: &dyn Connection,
@@ -44,23 +54,14 @@ pub async fn usage(
 ) -> Usage {
     let until = Instant::now() + deadline;
     loop {
-        let judged = ask_both(connection, domain, serial, bus, until).await;
+        let said = ask_both(connection, domain, serial, bus, until).await;
         let next = Instant::now() + ASK_AGAIN;
-        match judged {
-            Ok(Judged::Unknown(_)) if next < until => tokio::time::sleep_until(next).await,
-            Ok(Judged::Unknown(why)) | Err(why) => return Usage::Unproven(why),
-            Ok(Judged::Known(usage)) => return usage,
+        match said {
+            Err(Unsaid::Yet(_)) if next < until => tokio::time::sleep_until(next).await,
+            Err(Unsaid::Yet(why) | Unsaid::Ever(why)) => return Usage::Unproven(why),
+            Ok(usage) => return usage,
         }
     }
-}
-
-/// What the answers mean.
-#[derive(Debug, PartialEq, Eq)]
-enum Judged {
-    /// The guest has the disk.
-    Known(Usage),
-    /// It has none with that serial.
-    Unknown(String),
 }
 
 async fn ask_both(
@@ -69,14 +70,14 @@ async fn ask_both(
     serial: &Serial,
     bus: Bus,
     until: Instant,
-) -> Result<Judged, String> {
+) -> Result<Usage, Unsaid> {
     let filesystems = ask(connection, domain, "guest-get-fsinfo", until).await?;
     let by_mount = mounted(&filesystems, serial, bus);
     if !by_mount.is_empty() {
-        return Ok(Judged::Known(Usage::InUse(by_mount)));
+        return Ok(Usage::InUse(by_mount));
     }
     let disks = ask(connection, domain, "guest-get-disks", until).await?;
-    Ok(judge(&filesystems, &disks, serial, bus))
+    judge(&filesystems, &disks, serial, bus)
 }
 
 async fn ask<T: DeserializeOwned>(
@@ -84,16 +85,14 @@ async fn ask<T: DeserializeOwned>(
     domain: &str,
     command: &'static str,
     until: Instant,
-) -> Result<Vec<T>, String> {
+) -> Result<Vec<T>, Unsaid> {
     let left = until.saturating_duration_since(Instant::now());
     let request = format!(r#"{{"execute":"{command}"}}"#);
     let answer = connection.agent_command(domain, &request, left).await.map_err(|e| match e {
-        LibvirtError::AgentUnavailable { message } => {
-            format!("the guest has no agent, or it is not connected: {message}")
-        }
-        other => format!("{command}: {other}"),
+        LibvirtError::AgentUnresponsive { .. } => Unsaid::Yet(format!("{command}: {e}")),
+        other => Unsaid::Ever(format!("{command}: {other}")),
     })?;
-    parse_answer(command, &answer)
+    parse_answer(command, &answer).map_err(Unsaid::Ever)
 }
 
 /// Reads the answer to a command: `{"return": [...]}`, or the agent's error.
@@ -186,7 +185,12 @@ fn mounted(filesystems: &[Filesystem], serial: &Serial, bus: Bus) -> Vec<String>
 }
 
 /// Puts both answers together.
-fn judge(filesystems: &[Filesystem], disks: &[DiskInfo], serial: &Serial, bus: Bus) -> Judged {
+fn judge(
+    filesystems: &[Filesystem],
+    disks: &[DiskInfo],
+    serial: &Serial,
+    bus: Bus,
+) -> Result<Usage, Unsaid> {
     let mut reasons = mounted(filesystems, serial, bus);
     let ours: BTreeSet<&str> = disks
         .iter()
@@ -215,14 +219,14 @@ fn judge(filesystems: &[Filesystem], disks: &[DiskInfo], serial: &Serial, bus: B
         reasons.push(format!("{name}{alias} is built on {}", disk.dependencies.join(", ")));
     }
     match (reasons.is_empty(), ours.len()) {
-        (false, _) => Judged::Known(Usage::InUse(reasons)),
-        (true, 1) => Judged::Known(Usage::Free),
-        (true, 0) => Judged::Unknown(format!(
+        (false, _) => Ok(Usage::InUse(reasons)),
+        (true, 1) => Ok(Usage::Free),
+        (true, 0) => Err(Unsaid::Yet(format!(
             "the guest's agent shows no disk with serial {serial} (it needs udev in the guest)"
-        )),
-        (true, n) => Judged::Known(Usage::Unproven(format!(
-            "the guest's agent shows {n} disks with serial {serial}"
         ))),
+        (true, n) => {
+            Err(Unsaid::Ever(format!("the guest's agent shows {n} disks with serial {serial}")))
+        }
     }
 }
 
@@ -274,15 +278,15 @@ mod tests {
     }
 
     fn asked(fs: &str, disks: &str, s: &str, bus: Bus) -> Usage {
-        let judged = judge(
+        let said = judge(
             &parse_answer::<Filesystem>("fs", fs).unwrap(),
             &parse_answer::<DiskInfo>("disks", disks).unwrap(),
             &serial(s),
             bus,
         );
-        match judged {
-            Judged::Known(usage) => usage,
-            Judged::Unknown(why) => Usage::Unproven(why),
+        match said {
+            Ok(usage) => usage,
+            Err(Unsaid::Yet(why) | Unsaid::Ever(why)) => Usage::Unproven(why),
         }
     }
 

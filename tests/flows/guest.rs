@@ -1,5 +1,7 @@
 //! Nothing is taken from under a guest unasked.
 
+use std::time::Duration;
+
 use lunplug::config::GuestUnproven;
 use lunplug::host::sim::domain::{SimDomain, Unplug};
 use lunplug::reason::Reason;
@@ -76,6 +78,26 @@ fn without_an_agent_a_setting_decides() {
             }
         });
     }
+}
+
+/// As while its package is upgraded, or the guest boots.
+#[test]
+fn an_agent_that_starts_again_is_waited_for() {
+    let world = World::new();
+    world.life(async |daemon| {
+        daemon.add(1, &volume("data", 1)).await;
+        daemon.quiet().await;
+        change(&world, |d| d.agent.connected = false);
+        let back = async {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            change(&world, |d| d.agent.connected = true);
+        };
+        let (removed, ()) = tokio::join!(daemon.drop_volume(1, "data", PLAIN), back);
+        removed.unwrap();
+        daemon.gone(1, "data").await;
+        daemon.quiet().await;
+        world.assert_clean("the agent is back");
+    });
 }
 
 /// The guest still has a working disk.

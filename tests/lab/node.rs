@@ -120,12 +120,31 @@ impl Drop for Story {
             sh(&format!("guest down {POD} {DOMAIN}; guest up {POD} {DOMAIN}"));
         }
         run("guest", &["hotplug", POD, DOMAIN, "on"]);
-        let listed = lunplug(&["list", "-o", "json"]).stdout;
-        let volumes: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
-        for name in volumes.iter().filter_map(|v| v["name"].as_str()) {
-            let ran = remove(name, &["--force"]);
-            println!("cleaning up {name}: {} {}", ran.code, ran.stderr);
-        }
+        give_back_all();
+    }
+}
+
+/// Takes away every volume of every VM, and the pods that a story made beside the shared one.
+fn give_back_all() {
+    let listed = lunplug(&["list", "-o", "json"]).stdout;
+    let volumes: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
+    for volume in &volumes {
+        let (Some(vm), Some(name)) = (volume["vm"].as_str(), volume["name"].as_str()) else {
+            continue;
+        };
+        let ran =
+            lunplug(&["removevolume", vm, "--volume-name", name, "--force", "--timeout", "120s"]);
+        println!("cleaning up {name} of {vm}: {} {}", ran.code, ran.stderr);
+    }
+    for pod in sh("pod list").stdout.lines().filter(|pod| *pod != POD) {
+        let domain = sh(&format!("pod virsh {pod} list --all --name | head -1")).stdout;
+        println!("{pod}: {}", run("guest", &["console", pod, domain.trim()]).stdout);
+        run("pod", &["down", pod]);
+    }
+    let listed = lunplug(&["vm", "list", "-o", "json"]).stdout;
+    let vms: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
+    for vm in vms.iter().filter_map(|v| v["vm"].as_str()).filter(|vm| *vm != "default/vm") {
+        lunplug(&["vm", "unregister", vm]);
     }
 }
 

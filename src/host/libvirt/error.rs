@@ -26,15 +26,15 @@ pub enum LibvirtError {
         /// libvirt's words.
         message: String,
     },
-    /// The guest agent is configured but does not answer, or answered in error.
+    /// The guest agent is configured but is not connected, does not answer, or answered in error.
     #[error("the guest agent does not answer: {message}")]
     AgentUnresponsive {
         /// libvirt's words.
         message: String,
     },
-    /// The domain has no guest agent, or it is not connected.
-    #[error("the guest agent is not available: {message}")]
-    AgentUnavailable {
+    /// The domain has no guest agent.
+    #[error("the domain has no guest agent: {message}")]
+    NoAgent {
         /// libvirt's words.
         message: String,
     },
@@ -112,7 +112,7 @@ impl LibvirtError {
         match self {
             Self::NoDomain { .. } | Self::NotRunning { .. } => Reason::VmNotRunning,
             Self::Busy { .. } => Reason::DomainBusy,
-            Self::AgentUnresponsive { .. } | Self::AgentUnavailable { .. } => Reason::GuestUnproven,
+            Self::AgentUnresponsive { .. } | Self::NoAgent { .. } => Reason::GuestUnproven,
             Self::ConfigUnsupported { .. } | Self::DeviceMissing { .. } | Self::Other { .. } => {
                 Reason::LibvirtFailed
             }
@@ -152,8 +152,9 @@ impl LibvirtError {
         match code {
             sys::VIR_ERR_NO_DOMAIN => Self::NoDomain { message },
             sys::VIR_ERR_OPERATION_TIMEOUT | sys::VIR_ERR_RESOURCE_BUSY => Self::Busy { message },
-            sys::VIR_ERR_OPERATION_INVALID if message.contains("agent") => {
-                Self::AgentUnavailable { message }
+            // "Guest agent disappeared while executing command" (qemu_agent.c).
+            sys::VIR_ERR_OPERATION_INVALID if message.to_lowercase().contains("guest agent") => {
+                Self::AgentUnresponsive { message }
             }
             sys::VIR_ERR_OPERATION_INVALID => Self::NotRunning { message },
             sys::VIR_ERR_AGENT_UNRESPONSIVE
@@ -164,7 +165,7 @@ impl LibvirtError {
             sys::VIR_ERR_ARGUMENT_UNSUPPORTED | sys::VIR_ERR_CONFIG_UNSUPPORTED
                 if message.contains("agent") =>
             {
-                Self::AgentUnavailable { message }
+                Self::NoAgent { message }
             }
             sys::VIR_ERR_CONFIG_UNSUPPORTED
             | sys::VIR_ERR_ARGUMENT_UNSUPPORTED

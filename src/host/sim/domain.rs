@@ -22,7 +22,7 @@ pub enum Unplug {
 /// A simulated guest's agent.
 #[derive(Debug, Clone, Default)]
 pub struct SimAgent {
-    /// Whether the domain has one and it is connected.
+    /// Whether it is connected.
     pub connected: bool,
     /// What is mounted: serial of the disk to mount point.
     pub mounted: BTreeMap<String, String>,
@@ -220,7 +220,7 @@ impl SimDomain {
     pub fn agent(&self, request: &str) -> Result<String, LibvirtError> {
         let domain = read(self.running()?)?;
         if !self.agent.connected {
-            return Err(LibvirtError::AgentUnavailable {
+            return Err(LibvirtError::AgentUnresponsive {
                 message: "Guest agent is not responding: QEMU guest agent is not connected".into(),
             });
         }

@@ -6,6 +6,7 @@
 #![allow(clippy::disallowed_methods, reason = "a story runs programs and waits for them")]
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
+mod agent;
 mod attach;
 mod bad_input;
 mod daemon;

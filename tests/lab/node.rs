@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::agent;
+
 /// What a command left behind.
 #[derive(Debug)]
 pub struct Ran {
@@ -282,9 +284,15 @@ impl Drop for Lun {
     }
 }
 
+/// The name of the lab's target.
+pub fn iqn() -> &'static str {
+    static IQN: OnceLock<String> = OnceLock::new();
+    IQN.get_or_init(|| sh("target iqn").ok().trim().to_owned())
+}
+
 /// The source URL of a LUN number at both portals.
 pub fn source_of(number: u16) -> String {
-    format!("iscsi://127.0.0.2:3260,127.0.0.3:3260/{}/{number}", sh("target iqn").ok().trim())
+    format!("iscsi://127.0.0.2:3260,127.0.0.3:3260/{}/{number}", iqn())
 }
 
 /// Runs the CLI.
@@ -358,7 +366,7 @@ pub fn refused(ran: Ran, code: &str) {
 
 /// Runs a command in the guest.
 pub fn in_guest(line: &str) -> Ran {
-    run("guest", &["exec", POD, DOMAIN, line])
+    agent::exec(POD, DOMAIN, line)
 }
 
 /// A disk as the guest sees it.
@@ -372,7 +380,7 @@ pub struct GuestDisk {
 /// The guest's disks.
 #[track_caller]
 pub fn guest_disks() -> Vec<GuestDisk> {
-    let lines = run("guest", &["disks", POD, DOMAIN]).ok();
+    let lines = agent::disks(POD, DOMAIN);
     let disk = |line: &str| {
         let mut words = line.split(' ');
         let mut word = || words.next().unwrap_or_default().to_owned();

@@ -9,7 +9,9 @@
 mod agent;
 mod attach;
 mod bad_input;
+mod cost;
 mod daemon;
+mod doctor;
 mod gone;
 mod grant;
 mod guest;

@@ -12,6 +12,7 @@ mod bad_input;
 mod cost;
 mod daemon;
 mod doctor;
+mod emulation;
 mod gone;
 mod grant;
 mod guest;

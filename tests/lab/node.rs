@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::agent;
+use crate::{agent, emulation};
 
 /// What a command left behind.
 #[derive(Debug)]
@@ -23,6 +23,11 @@ impl Ran {
     pub fn ok(self) -> String {
         assert_eq!(self.code, 0, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
         self.stdout
+    }
+
+    /// Itself, as an error where the command failed.
+    pub fn done(self) -> Result<(), Self> {
+        if self.code == 0 { Ok(()) } else { Err(self) }
     }
 
     /// That of one that had to fail.
@@ -114,7 +119,7 @@ impl Drop for Story {
             return;
         }
         println!("lunplugd's last lines:\n{}", sh("daemon log 25").stdout);
-        tell_crashed_guests();
+        emulation::tell_broken_guests();
         sh("target portal restore 127.0.0.3; umount -l /mnt 2>/dev/null");
         signal(POD, "libvirtd", "CONT");
         if signal(POD, QEMU, "CONT").code == 0 {
@@ -124,21 +129,6 @@ impl Drop for Story {
         }
         run("guest", &["hotplug", POD, DOMAIN, "on"]);
         give_back_all();
-    }
-}
-
-/// Tells of guests whose kernel has crashed, as it may in emulated KVM: hack/lab/stories looks for it.
-fn tell_crashed_guests() {
-    if sh("systemd-detect-virt").stdout.trim() != "qemu" {
-        return;
-    }
-    let last = "'Kernel panic - not syncing|Oops: |BUG: |general protection fault'";
-    let crashed = sh(&format!(
-        "for pod in $(pod list); do for domain in $(pod virsh $pod list --all --name); do
-           guest console $pod $domain 200 2>/dev/null | grep -aE -m1 -A15 {last} || true; done; done"
-    ));
-    if !crashed.stdout.is_empty() {
-        println!("the kernel of this guest has crashed:\n{}", crashed.stdout);
     }
 }
 

@@ -90,10 +90,8 @@ pub struct Listener {
 pub struct Process {
     /// Which.
     pub service: Service,
-    /// Its number, and that of its parent.
+    /// Its number.
     pub pid: i32,
-    /// See above.
-    pub parent: i32,
     /// Its namespaces.
     pub namespaces: Namespaces,
     /// Its program's file was replaced since it was started.
@@ -186,7 +184,6 @@ mod tests {
         let daemon = |service, pid| Process {
             service,
             pid,
-            parent: 1,
             namespaces: own,
             replaced: false,
             same_initiator: Some(true),

@@ -123,7 +123,6 @@ fn daemons(processes: &[(i32, PathBuf)]) -> Vec<Process> {
         Some(Process {
             service,
             pid: *pid,
-            parent: parent(&fs::read_to_string(dir.join("stat")).ok()?)?,
             namespaces: namespaces(dir),
             replaced: exe.to_string_lossy().ends_with(" (deleted)"),
             same_initiator: same(dir, "etc/iscsi/initiatorname.iscsi"),
@@ -131,12 +130,6 @@ fn daemons(processes: &[(i32, PathBuf)]) -> Vec<Process> {
         })
     };
     processes.iter().filter_map(read).collect()
-}
-
-/// The parent in /proc/PID/stat: the second field after the name, which may have anything in it but is
-/// closed by the last parenthesis.
-fn parent(stat: &str) -> Option<i32> {
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// Whether a process sees the same bytes in a file as we do.
@@ -206,13 +199,6 @@ mod tests {
             0000000000000000: 00000003 00000000 00000000 0001 03  1701\n";
         assert_eq!(listening(text), [(Service::Iscsid, 1666), (Service::Multipathd, 779)]);
         assert_eq!(listening(""), []);
-    }
-
-    #[test]
-    fn a_parent_is_read_whatever_the_name() {
-        assert_eq!(parent("7 (iscsid) S 1 7 7 0"), Some(1));
-        assert_eq!(parent("7 (a) S 9 ) (b) S 3 7"), Some(3));
-        assert_eq!(parent("7 iscsid"), None);
     }
 
     #[test]

@@ -77,7 +77,7 @@ fn the_doctor_finds_what_would_hurt() {
         until("both run", SOON, || sh("[ $(pgrep -cx iscsid) -ge 3 ]").code == 0);
         let ran = doctor();
         assert_eq!(ran.code, 0, "{}", ran.stdout);
-        told(&ran, "iscsi.service", "warning", "2 iscsid processes run");
+        told(&ran, "iscsi.service", "warning", "2 of iscsid run");
     }
 
     {

@@ -11,6 +11,7 @@ mod lease;
 mod multipath;
 mod scsi;
 pub mod settings;
+mod size;
 mod touched;
 mod wait;
 
@@ -55,6 +56,8 @@ pub struct AttachRequest {
     pub multipath: MultipathPolicy,
     /// Others may hold it on this node too.
     pub shareable: bool,
+    /// It will not be written to, so it may be write-protected.
+    pub read_only: bool,
 }
 
 /// One path of an attached volume.
@@ -77,6 +80,15 @@ pub struct Attachment {
     pub diskseq: u64,
     /// Its verified paths.
     pub paths: Vec<PathStatus>,
+}
+
+/// The size of a LUN, as all its paths show it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Measured {
+    /// Bytes as they were handed out.
+    pub before: u64,
+    /// Bytes now; never less.
+    pub now: u64,
 }
 
 /// Says how to let go.
@@ -148,6 +160,25 @@ pub trait Connector: Send + Sync {
     /// How attached volumes are, in the order asked for. Cheap: no program is run, nothing is scanned
     /// or rescanned, and multipathd is asked once at most.
     async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>>;
+
+    /// Has every path of an attached volume read anew and proves and compares them; `expected` is the
+    /// size that it must have by now. Nothing else is changed: neither the map nor the device's size
+    /// as it was handed out. A path that is down, or of another size, is an error that names it.
+    async fn measure(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+        expected: Option<u64>,
+    ) -> Result<Measured, Error>;
+
+    /// Grows the map to `size`, which all its paths were measured to have, and notes that. Of a single
+    /// path there is only the note.
+    async fn grow(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+        size: u64,
+    ) -> Result<Outcome<Attachment>, Error>;
 
     /// Tells, from now on, which attached volumes may have changed.
     fn changes(&self) -> broadcast::Receiver<Arc<Touched>>;

@@ -35,6 +35,8 @@ pub struct Touched {
     addresses: BTreeSet<String>,
     /// Disks and maps.
     numbers: BTreeSet<DevNum>,
+    /// SCSI addresses of LUNs that have another size, by the array's word or the kernel's.
+    resized: BTreeSet<String>,
 }
 
 impl Touched {
@@ -52,6 +54,12 @@ impl Touched {
                 || host.is_some_and(|host| self.hosts.contains(&host))
         };
         self.any || self.numbers.contains(&volume.device.dev) || volume.paths.iter().any(path)
+    }
+
+    /// Whether it says that this one's LUN has another size. Not more than a hint: the array's
+    /// announcements are lost where nothing is read or written, and where events are.
+    pub fn announces_size(&self, volume: &Attachment) -> bool {
+        volume.paths.iter().any(|path| self.resized.contains(&path.hctl))
     }
 
     fn is_empty(&self) -> bool {
@@ -74,6 +82,14 @@ impl Touched {
         match event.subsystem.as_str() {
             "block" | "scsi" | "scsi_device" => {
                 let address = parts().find(|part| part.parse::<Hctl>().is_ok());
+                // The array's unit attention (scsi_lib.c, scsi_evt_emit), and the kernel's own word when
+                // it has read another size (genhd.c, set_capacity_and_notify).
+                let says = |key: &str, value: &str| {
+                    event.properties.get(key).is_some_and(|said| said == value)
+                };
+                if says("SDEV_UA", "CAPACITY_DATA_HAS_CHANGED") || says("RESIZE", "1") {
+                    self.resized.extend(address.map(str::to_owned));
+                }
                 self.addresses.extend(address.map(str::to_owned));
                 let number = |key: &str| event.properties.get(key).and_then(|n| n.parse().ok());
                 if let (Some(major), Some(minor)) = (number("MAJOR"), number("MINOR")) {

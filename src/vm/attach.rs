@@ -167,6 +167,7 @@ impl Way<'_> {
             },
             multipath: spec.multipath,
             shareable: spec.shareable,
+            read_only: spec.read_only,
         };
         let attachment = self.ways.host.connector.attach(&request).await?.into_inner();
         self.refuse_exchanged(&attachment)?;

@@ -7,6 +7,7 @@
 mod bad_input;
 mod cancel;
 mod crash;
+mod expand;
 mod faults;
 mod force;
 mod guest;

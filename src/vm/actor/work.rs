@@ -26,9 +26,10 @@ impl Actor {
             timer.abort();
         }
         if volume.working || volume.failed {
+            volume.again = true;
             return;
         }
-        volume.working = true;
+        (volume.working, volume.again) = (true, false);
         let (cancel, cancelled) = oneshot::channel();
         volume.cancel = volume.removing.is_none().then_some(cancel);
         let (steps, name) = (self.tools.steps.clone(), name.clone());

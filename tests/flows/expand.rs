@@ -559,3 +559,21 @@ fn a_lun_that_becomes_write_protected_under_a_guest_is_told() {
         daemon.ready(1, "data").await;
     });
 }
+
+#[test]
+fn who_comes_to_a_shared_lun_that_has_grown_waits_for_the_expand_of_who_has_it() {
+    let world = World::new();
+    let shared = VolumeSpec { shareable: true, ..volume("data", 1) };
+    world.life(async |daemon| {
+        assert_eq!(daemon.add(1, &shared).await.phase, Phase::Ready);
+        resize(&world, 2 * GIB);
+        let status = daemon.add(2, &shared).await;
+        assert_eq!((status.phase, status.reason), (Phase::Pending, Some(Reason::MapFailed)));
+        assert!(status.message.contains("1073741824 bytes and its paths 2147483648"), "{status:?}");
+        assert_eq!(seen(&world, 1, "data"), Some(GIB));
+        daemon.expand(1, "data").await.unwrap();
+        daemon.ready(2, "data").await;
+        assert_eq!(seen(&world, 2, "data"), Some(2 * GIB));
+        assert!(!daemon.expand(2, "data").await.unwrap().changed());
+    });
+}

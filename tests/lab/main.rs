@@ -9,6 +9,7 @@
 mod attach;
 mod bad_input;
 mod daemon;
+mod expand;
 mod gone;
 mod grant;
 mod guest;

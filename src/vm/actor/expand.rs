@@ -29,7 +29,16 @@ pub(super) struct Growth {
     /// The array has said so.
     pub(super) announced: bool,
     /// Why it could not be followed.
-    pub(super) trouble: Option<Failure>,
+    trouble: Option<Failure>,
+}
+
+impl Growth {
+    /// What is to be told of it.
+    pub(super) fn trouble(&self) -> Option<(Reason, String)> {
+        let trouble = self.trouble.as_ref()?;
+        let message = format!("the LUN has grown and the guest was not told: {}", trouble.message);
+        Some((trouble.reason, message))
+    }
 }
 
 impl Actor {
@@ -110,6 +119,7 @@ impl Actor {
         result: Result<Outcome<Grown>, ExpandFailure>,
         asker: Option<Asker<Expanded>>,
     ) {
+        let key = self.key(name);
         let Some(volume) = self.volumes.get_mut(name) else { return };
         (volume.working, volume.cancel) = (false, None);
         let expect_size = match &result {
@@ -122,7 +132,15 @@ impl Actor {
         let again = std::mem::take(&mut volume.again) || volume.removing.is_some();
         match &result {
             Ok(outcome) => {
-                volume.growth = Growth::default();
+                let told = std::mem::take(&mut volume.growth).trouble();
+                if let Some((reason, _)) = told {
+                    self.tools.board.update(&key, |status| {
+                        if status.reason == Some(reason) {
+                            status.reason = None;
+                            status.message.clear();
+                        }
+                    });
+                }
                 match outcome {
                     Outcome::Done(grown) => info!(volume = %name, ?grown, "volume expanded"),
                     Outcome::Already(grown) => debug!(volume = %name, ?grown, "found expanded"),
@@ -132,8 +150,13 @@ impl Actor {
                 let why = &failure.message;
                 warn!(volume = %name, reason = %failure.reason, why, "expand failed");
                 failure.count("expand");
-                if asker.is_none() {
+                if asker.is_none() && volume.removing.is_none() {
                     volume.growth.trouble = Some(failure.clone());
+                    let (reason, message) = volume.growth.trouble().unzip();
+                    self.tools.board.update(&key, |status| {
+                        status.reason = reason;
+                        status.message = message.unwrap_or_default();
+                    });
                 }
             }
         }

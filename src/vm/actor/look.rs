@@ -69,9 +69,8 @@ impl Actor {
             Stir::Storage(touched) => {
                 if self.tools.auto_expand {
                     let volumes = self.volumes.values_mut();
-                    let announced = volumes.filter(|v| {
-                        v.attachment.as_ref().is_some_and(|a| touched.announces_size(a))
-                    });
+                    let announced =
+                        volumes.filter(|v| touched.announces_size(v.attachment.as_ref()));
                     announced.for_each(|v| v.growth.announced = true);
                 }
                 let parts = |v: &Volume| v.attachment.as_ref().is_none_or(|a| touched.concerns(a));
@@ -240,9 +239,7 @@ fn noticed(volume: &Volume, paths: &Paths) -> Option<(Reason, String)> {
         let message = "the LUN has become write-protected: the guest's writes fail";
         return Some((Reason::LunReadOnly, message.into()));
     }
-    let trouble = volume.growth.trouble.as_ref()?;
-    let message = format!("the LUN has grown and the guest was not told: {}", trouble.message);
-    Some((trouble.reason, message))
+    volume.growth.trouble()
 }
 
 /// When missing paths are tried again: a dead portal is not asked at every look.

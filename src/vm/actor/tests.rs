@@ -500,4 +500,5 @@ async fn a_stop_detaches_nothing() {
     assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 2);
 }
 
+mod expands;
 mod looks;

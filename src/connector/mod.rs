@@ -37,6 +37,8 @@ pub struct Expect {
     pub wwid: Option<Wwid>,
     /// The size asked for, in bytes.
     pub size: Option<u64>,
+    /// It had that size once; by now it may have more.
+    pub may_have_grown: bool,
     /// The identity recorded at this volume's first attach.
     pub recorded: Option<Wwid>,
     /// Take another identity than the recorded one.

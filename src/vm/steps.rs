@@ -30,9 +30,10 @@ pub trait Steps: Send + Sync + 'static {
         options: RemoveOptions,
     ) -> Result<Vec<String>, Refusal>;
 
-    /// Goes the whole way, or finds it gone; on failure all is undone, unless there is something
+    /// Goes the whole way, or finds it gone; `returns` is whether the volume was attached before, as far
+    /// as the handler knows. On failure all is undone, unless there is something
     /// [`Left`].
-    async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure>;
+    async fn attach(&self, volume: &StoredVolume, returns: bool) -> Result<(), AttachFailure>;
 
     /// Has a ready volume follow its LUN, which has grown, or finds that it has; `expected` is the size
     /// that the LUN must have by now. Nothing is undone when it fails: asked again, it goes on.

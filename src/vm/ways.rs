@@ -368,8 +368,8 @@ impl Steps for Ways {
         within(self.settings().check, "the check", check).await
     }
 
-    async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure> {
-        attach::attach(self, volume).await
+    async fn attach(&self, volume: &StoredVolume, returns: bool) -> Result<(), AttachFailure> {
+        attach::attach(self, volume, returns).await
     }
 
     async fn expand(

@@ -7,7 +7,7 @@ use lunplug::host::sim::domain::SimDomain;
 use lunplug::host::sim::{Fault, FaultAction, PortalState};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
-use lunplug::spec::{MultipathPolicy, Phase, RemoveOptions, VolumeSpec};
+use lunplug::spec::{MultipathPolicy, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use lunplug::step::{KillPoint, Way};
 use lunplug::types::{Bus, Outcome};
 use lunplug::vm::facade::{Expanded, Refusal, Volumes};
@@ -479,7 +479,7 @@ fn announced_growth_with_a_path_down_is_told_and_followed_when_it_is_back() {
         assert!(told.message.contains("3:0:0:1 (sdb)"), "{}", told.message);
         assert_eq!(sizes(&world, &daemon).await, [GIB; 3]);
         world.host.faults.clear();
-        let grown = |s: &lunplug::spec::VolumeStatus| {
+        let grown = |s: &VolumeStatus| {
             s.reason.is_none() && s.device.as_ref().is_some_and(|d| d.size == 2 * GIB)
         };
         daemon.until(1, "data", grown).await;
@@ -575,5 +575,31 @@ fn who_comes_to_a_shared_lun_that_has_grown_waits_for_the_expand_of_who_has_it()
         daemon.ready(2, "data").await;
         assert_eq!(seen(&world, 2, "data"), Some(2 * GIB));
         assert!(!daemon.expand(2, "data").await.unwrap().changed());
+    });
+}
+
+/// The LUN is grown while the VM is away: the volume that comes back has the new size, and one that
+/// shrank does not come back.
+#[test]
+fn a_lun_that_grew_while_the_vm_was_away_comes_back_grown() {
+    let world = World::new();
+    let sized = VolumeSpec { expect_size: Some(GIB), ..volume("data", 1) };
+    world.life(async |daemon| {
+        assert_eq!(daemon.add(1, &sized).await.reason, None);
+        let (endpoint, domain) = (World::endpoint(1), domain(1));
+        let away =
+            |s: &VolumeStatus| s.phase == Phase::Pending && s.reason == Some(Reason::VmNotRunning);
+        world.host.hypervisor.stop_domain(&endpoint, &domain);
+        daemon.until(1, "data", away).await;
+        resize(&world, 2 * GIB);
+        world.host.hypervisor.start_domain(&endpoint, &domain);
+        daemon.ready(1, "data").await;
+        assert_eq!(sizes(&world, &daemon).await, [2 * GIB; 3]);
+        world.host.hypervisor.stop_domain(&endpoint, &domain);
+        daemon.until(1, "data", away).await;
+        resize(&world, GIB / 2);
+        world.host.hypervisor.start_domain(&endpoint, &domain);
+        let refused = |s: &VolumeStatus| s.reason == Some(Reason::IdentityMismatch);
+        daemon.until(1, "data", refused).await;
     });
 }

@@ -70,7 +70,7 @@ impl Steps for Script {
         }
     }
 
-    async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure> {
+    async fn attach(&self, volume: &StoredVolume, _: bool) -> Result<(), AttachFailure> {
         let name = volume.spec.name.to_string();
         self.note(format!(
             "attach {name}{}",

@@ -33,7 +33,7 @@ impl Actor {
         let (cancel, cancelled) = oneshot::channel();
         volume.cancel = volume.removing.is_none().then_some(cancel);
         let (steps, name) = (self.tools.steps.clone(), name.clone());
-        let (stored, removing) = (volume.stored.clone(), volume.removing);
+        let (stored, removing, lasting) = (volume.stored.clone(), volume.removing, volume.lasting);
         let span = match removing {
             None => tracing::info_span!(parent: &volume.cause, "attach", volume = %name),
             Some(_) => tracing::info_span!(parent: &volume.cause, "detach", volume = %name),
@@ -43,7 +43,7 @@ impl Actor {
                 None => {
                     let attached = tokio::select! {
                         biased;
-                        attached = whole(steps.attach(&stored)) => attached,
+                        attached = whole(steps.attach(&stored, lasting)) => attached,
                         Ok(()) = cancelled => {
                             Err(Failure::new(Reason::Cancelled, "the volume is wanted no more"))
                         }

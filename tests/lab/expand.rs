@@ -34,7 +34,7 @@ fn guest_sees(serial: &str, bytes: u64) {
 /// The size of every SCSI disk of a LUN number and of every map above them, by sysfs.
 fn host_sizes(lun: &Lun) -> Vec<u64> {
     let list = format!(
-        "for d in /sys/bus/scsi/devices/*:0:0:{}/block/*; do cat $d/size; cat $d/holders/*/size 2>/dev/null; done; true",
+        "for d in /sys/bus/scsi/devices/*:0:0:{}/block/*; do cat $d/size; cat $d/holders/*/size 2>/dev/null || true; done",
         lun.number
     );
     let lines = sh(&list).ok();
@@ -135,9 +135,15 @@ fn a_write_protected_lun_is_refused_for_writing_and_becomes_writable() {
     Lab::get();
     let lun = Lun::new("protect", 1, "16M");
     let story = Story::begin();
-    // The target knows this initiator from now on.
-    add("protect", &lun.source(), &[]).ok();
+    let read = |disk: &str| format!("dd if=/dev/{disk} of=/dev/null bs=64k count=1 iflag=direct");
+    let write = |disk: &str| format!("dd if=/dev/zero of=/dev/{disk} bs=512 count=1 oflag=direct");
+    // A writable LUN for who asks only to read it. The target knows this initiator from now on.
+    add("protect", &lun.source(), &["--read-only"]).ok();
+    let disk = guest_disk("protect").name;
+    in_guest(&read(&disk)).ok();
+    in_guest(&write(&disk)).fails();
     remove("protect", &[]).ok();
+
     sh("target lun protect protect").ok();
     let ran = add("protect", &lun.source(), &[]).fails();
     println!("told: {}", ran.stderr.trim());
@@ -145,9 +151,7 @@ fn a_write_protected_lun_is_refused_for_writing_and_becomes_writable() {
     story.nothing_left();
 
     add("protect", &lun.source(), &["--read-only"]).ok();
-    let disk = guest_disk("protect").name;
-    in_guest(&format!("dd if=/dev/{disk} of=/dev/null bs=64k count=1 iflag=direct")).ok();
-    in_guest(&format!("dd if=/dev/zero of=/dev/{disk} bs=512 count=1 oflag=direct")).fails();
+    in_guest(&read(&guest_disk("protect").name)).ok();
     // QEMU cannot tell a guest that a disk which it only reads has grown.
     lun.grow("32M");
     refused(expand("protect", &[]), "UNSUPPORTED");
@@ -157,13 +161,7 @@ fn a_write_protected_lun_is_refused_for_writing_and_becomes_writable() {
     add("protect", &lun.source(), &[]).ok();
     let disk = guest_disk("protect");
     assert_eq!(disk.bytes, 32 * MIB);
-    in_guest(&format!("dd if=/dev/zero of=/dev/{} bs=512 count=1 oflag=direct", disk.name)).ok();
-    remove("protect", &[]).ok();
-
-    // A writable LUN for who asks only to read it.
-    add("protect", &lun.source(), &["--read-only"]).ok();
-    let disk = guest_disk("protect").name;
-    in_guest(&format!("dd if=/dev/zero of=/dev/{disk} bs=512 count=1 oflag=direct")).fails();
+    in_guest(&write(&disk.name)).ok();
     remove("protect", &[]).ok();
     story.nothing_left();
 }

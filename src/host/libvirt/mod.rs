@@ -266,8 +266,9 @@ pub trait Connection: Send + Sync {
         deadline: Duration,
     ) -> Result<(), LibvirtError>;
 
-    /// How many bytes of a disk QEMU shows to the guest (`virDomainGetBlockInfo`, capacity). The disk is
-    /// named by its source as the XML has it.
+    /// How many bytes of a disk QEMU shows to the guest (`virDomainGetBlockInfo`, capacity: QEMU's
+    /// `virtual-size`, which stays what it was when the device grows; `physical` follows at once. Seen
+    /// with libvirt 11.3 and QEMU 10.0). The disk is named by its source as the XML has it.
     async fn block_capacity(
         &self,
         domain: &str,

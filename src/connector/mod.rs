@@ -8,6 +8,7 @@ mod health;
 mod identity;
 pub mod iscsi;
 mod lease;
+mod mapchange;
 mod multipath;
 mod scsi;
 pub mod settings;

@@ -16,6 +16,7 @@ mod journal;
 mod late;
 mod main_job;
 mod matrix;
+mod protected;
 mod reconcile;
 mod restart;
 mod serving;

@@ -9,6 +9,7 @@ use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::identity::Identity;
 use crate::connector::lease::{Claim, Lease, Made as _, MapLease};
+use crate::connector::mapchange;
 use crate::connector::multipath::{self, Above, Map};
 use crate::connector::scsi::{self, ScsiPath};
 use crate::connector::{AttachRequest, Attachment, DetachOptions};
@@ -225,7 +226,7 @@ impl Inner {
             }
         }
         match map {
-            Some(map) => multipath::make_writable(&self.doors, &self.settings, map).await,
+            Some(map) => mapchange::make_writable(&self.doors, &self.settings, map).await,
             None => Ok(()),
         }
     }

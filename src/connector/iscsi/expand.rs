@@ -4,7 +4,8 @@ use super::Inner;
 use super::login::Made;
 use crate::connector::error::Error;
 use crate::connector::lease::{Lease, User};
-use crate::connector::multipath::{self, Map};
+use crate::connector::mapchange;
+use crate::connector::multipath::Map;
 use crate::connector::size::{self, Member, PathName};
 use crate::connector::{Attachment, Measured, health, scsi};
 use crate::spec::IscsiSource;
@@ -74,7 +75,7 @@ impl Inner {
         let mut changed = false;
         if let Some(map) = map.filter(|map| map.size != size) {
             let wwid = &attachment.device.wwid;
-            multipath::resize(&self.doors, &self.settings, &map, wwid, size).await?;
+            mapchange::resize(&self.doors, &self.settings, &map, wwid, size).await?;
             changed = true;
         }
         let noted = self.leases.update::<Made, _>(source.target.as_str(), |lease| {

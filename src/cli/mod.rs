@@ -3,6 +3,7 @@
 mod add;
 mod client;
 mod describe;
+mod doctor;
 mod expand;
 mod failure;
 mod file;
@@ -37,7 +38,7 @@ Exit codes:
   6  not now, or not within --timeout; lunplugd goes on with it
   7  not allowed
   8  called off
-  9  journal verify found problems
+  9  journal verify or doctor found problems
 docs/errors.md explains every reason.";
 
 /// Hot-plugs SAN volumes into running KVM virtual machines, by the lunplugd of this node.
@@ -89,6 +90,9 @@ enum Command {
     Node,
     /// Follow the changes of volumes.
     Watch(watch::Args),
+    /// Look for what on this node would hurt volumes: as root, also while lunplugd is down.
+    #[command(after_help = EXIT_CODES)]
+    Doctor(doctor::Args),
     /// Look at what is stored, without lunplugd: as root, beside it or while it is down.
     #[command(subcommand)]
     Journal(journal::Command),
@@ -164,6 +168,7 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
         Command::Vm(command) => vm::run(command, &socket, format, screen).await,
         Command::Node => node::run(&socket, format, screen).await,
         Command::Watch(args) => watch::run(args, &socket, format, screen).await,
+        Command::Doctor(args) => doctor::run(args, format, screen).await,
         Command::Journal(command) => journal::run(command, format, screen).await,
     }
 }

@@ -24,6 +24,7 @@ pub mod procs;
 pub mod runtree;
 pub mod sim;
 pub mod storage;
+pub mod survey;
 pub mod sysfs;
 pub mod uevent;
 mod workers;

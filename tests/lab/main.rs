@@ -6,9 +6,12 @@
 #![allow(clippy::disallowed_methods, reason = "a story runs programs and waits for them")]
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
+mod agent;
 mod attach;
 mod bad_input;
+mod cost;
 mod daemon;
+mod doctor;
 mod expand;
 mod gone;
 mod grant;

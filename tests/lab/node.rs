@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::agent;
+
 /// What a command left behind.
 #[derive(Debug)]
 pub struct Ran {
@@ -112,6 +114,7 @@ impl Drop for Story {
             return;
         }
         println!("lunplugd's last lines:\n{}", sh("daemon log 25").stdout);
+        tell_crashed_guests();
         sh("target portal restore 127.0.0.3; umount -l /mnt 2>/dev/null");
         signal(POD, "libvirtd", "CONT");
         if signal(POD, QEMU, "CONT").code == 0 {
@@ -121,6 +124,21 @@ impl Drop for Story {
         }
         run("guest", &["hotplug", POD, DOMAIN, "on"]);
         give_back_all();
+    }
+}
+
+/// Tells of guests whose kernel has crashed, as it may in emulated KVM: hack/lab/stories looks for it.
+fn tell_crashed_guests() {
+    if sh("systemd-detect-virt").stdout.trim() != "qemu" {
+        return;
+    }
+    let last = "'Kernel panic - not syncing|Oops: |BUG: |general protection fault'";
+    let crashed = sh(&format!(
+        "for pod in $(pod list); do for domain in $(pod virsh $pod list --all --name); do
+           guest console $pod $domain 200 2>/dev/null | grep -aE -m1 -A15 {last} || true; done; done"
+    ));
+    if !crashed.stdout.is_empty() {
+        println!("the kernel of this guest has crashed:\n{}", crashed.stdout);
     }
 }
 
@@ -288,9 +306,15 @@ impl Drop for Lun {
     }
 }
 
+/// The name of the lab's target.
+pub fn iqn() -> &'static str {
+    static IQN: OnceLock<String> = OnceLock::new();
+    IQN.get_or_init(|| sh("target iqn").ok().trim().to_owned())
+}
+
 /// The source URL of a LUN number at both portals.
 pub fn source_of(number: u16) -> String {
-    format!("iscsi://127.0.0.2:3260,127.0.0.3:3260/{}/{number}", sh("target iqn").ok().trim())
+    format!("iscsi://127.0.0.2:3260,127.0.0.3:3260/{}/{number}", iqn())
 }
 
 /// Runs the CLI.
@@ -364,7 +388,7 @@ pub fn refused(ran: Ran, code: &str) {
 
 /// Runs a command in the guest.
 pub fn in_guest(line: &str) -> Ran {
-    run("guest", &["exec", POD, DOMAIN, line])
+    agent::exec(POD, DOMAIN, line)
 }
 
 /// A disk as the guest sees it.
@@ -378,7 +402,7 @@ pub struct GuestDisk {
 /// The guest's disks.
 #[track_caller]
 pub fn guest_disks() -> Vec<GuestDisk> {
-    let lines = run("guest", &["disks", POD, DOMAIN]).ok();
+    let lines = agent::disks(POD, DOMAIN);
     let disk = |line: &str| {
         let mut words = line.split(' ');
         let mut word = || words.next().unwrap_or_default().to_owned();

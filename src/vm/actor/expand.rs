@@ -119,7 +119,6 @@ impl Actor {
         result: Result<Outcome<Grown>, ExpandFailure>,
         asker: Option<Asker<Expanded>>,
     ) {
-        let key = self.key(name);
         let Some(volume) = self.volumes.get_mut(name) else { return };
         (volume.working, volume.cancel) = (false, None);
         let expect_size = match &result {
@@ -130,35 +129,26 @@ impl Actor {
             volume.stored.spec.expect_size = expect_size;
         }
         let again = std::mem::take(&mut volume.again) || volume.removing.is_some();
-        match &result {
+        let trouble = match &result {
             Ok(outcome) => {
-                let told = std::mem::take(&mut volume.growth).trouble();
-                if let Some((reason, _)) = told {
-                    self.tools.board.update(&key, |status| {
-                        if status.reason == Some(reason) {
-                            status.reason = None;
-                            status.message.clear();
-                        }
-                    });
-                }
                 match outcome {
                     Outcome::Done(grown) => info!(volume = %name, ?grown, "volume expanded"),
                     Outcome::Already(grown) => debug!(volume = %name, ?grown, "found expanded"),
                 }
+                volume.growth.announced = false;
+                Some(None)
             }
             Err(ExpandFailure { failure, .. }) => {
                 let why = &failure.message;
                 warn!(volume = %name, reason = %failure.reason, why, "expand failed");
                 failure.count("expand");
-                if asker.is_none() && volume.removing.is_none() {
-                    volume.growth.trouble = Some(failure.clone());
-                    let (reason, message) = volume.growth.trouble().unzip();
-                    self.tools.board.update(&key, |status| {
-                        status.reason = reason;
-                        status.message = message.unwrap_or_default();
-                    });
-                }
+                // Whoever asked is told; what nobody asked for is told to all.
+                let all = asker.is_none() && volume.removing.is_none();
+                all.then(|| Some(failure.clone()))
             }
+        };
+        if let Some(trouble) = trouble {
+            self.show_growth(name, trouble);
         }
         if let Some(asker) = asker {
             asker.answer(self.told(name, result));
@@ -167,6 +157,24 @@ impl Actor {
             self.work(name);
         }
         self.next_expand(name);
+    }
+
+    /// Shows why growth that was announced could not be followed, or that it no longer is so.
+    fn show_growth(&mut self, name: &VolumeName, trouble: Option<Failure>) {
+        let key = self.key(name);
+        let Some(volume) = self.volumes.get_mut(name) else { return };
+        let before = std::mem::replace(&mut volume.growth.trouble, trouble);
+        let now = volume.growth.trouble();
+        self.tools.board.update(&key, |status| match (now, before) {
+            (Some((reason, message)), _) => {
+                (status.reason, status.message) = (Some(reason), message);
+            }
+            (None, Some(before)) if status.reason == Some(before.reason) => {
+                status.reason = None;
+                status.message.clear();
+            }
+            (None, _) => {}
+        });
     }
 
     fn told(

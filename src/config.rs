@@ -47,6 +47,8 @@ pub struct Config {
     pub deadlines: Deadlines,
     /// How volumes are looked at.
     pub reconcile: Reconcile,
+    /// What becomes of a volume whose LUN grows.
+    pub expand: Expand,
     /// iSCSI sessions that lunplug makes.
     pub iscsi: Iscsi,
     /// How much there may be.
@@ -68,6 +70,7 @@ impl Default for Config {
             log: Log::default(),
             deadlines: Deadlines::default(),
             reconcile: Reconcile::default(),
+            expand: Expand::default(),
             iscsi: Iscsi::default(),
             limits: Limits::default(),
         }
@@ -181,6 +184,15 @@ impl Default for Reconcile {
     fn default() -> Self {
         Self { interval: Duration::from_secs(60) }
     }
+}
+
+/// What becomes of a volume whose LUN grows.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Expand {
+    /// The guest is told as soon as the array has announced it, or somebody else has had a path read
+    /// anew; otherwise only when it is asked for.
+    pub auto: bool,
 }
 
 /// iSCSI sessions that lunplug makes. Other sessions are never changed.

@@ -203,6 +203,7 @@ pub async fn compose(
     let settings = RegistrySettings {
         node: node_info(config, form, &storage, mechanisms),
         look_interval: config.reconcile.interval,
+        auto_expand: config.expand.auto,
         backoff: Backoff { first: Duration::from_secs(2), cap: Duration::from_secs(60) },
     };
     Registry::start(settings, host, storage, desired).await.map_err(Error::Open)

@@ -90,6 +90,8 @@ reasons! {
     VmServedElsewhere = "VM_SERVED_ELSEWHERE", Conflict, "Stop the other lunplugd for this VM, or ask it.";
     /// A volume of that name exists with other particulars.
     VolumeExists = "VOLUME_EXISTS", Conflict, "Choose another --volume-name, or remove the other first.";
+    /// Only a volume that is ready can do it.
+    VolumeNotReady = "VOLUME_NOT_READY", Unavailable, "Wait until it is Ready (lunplug describe says why it is not), then ask again.";
     /// The source is attached to this VM under another name, or held by another VM.
     SourceInUse = "SOURCE_IN_USE", Conflict, "Remove the volume that has it first.";
     /// The serial is in the domain already.
@@ -142,6 +144,16 @@ reasons! {
     PathsDegraded = "PATHS_DEGRADED", Unavailable, "Bring the portal or path back that the message names; it joins by itself.";
     /// No path works.
     NoPaths = "NO_PATHS", Unavailable, "Bring a portal back; the guest's I/O goes on, or has failed, as its timeouts say.";
+    /// A path that an expand has to read anew is down.
+    PathDown = "PATH_DOWN", Unavailable, "Bring the path back that the message names, or delete it, and expand again.";
+    /// Paths of one LUN show different sizes.
+    SizesDisagree = "SIZES_DISAGREE", Unavailable, "See at the array why the ports differ (it may need a moment after the growth); expand again.";
+    /// The LUN has not the size that the expand was told to expect.
+    SizeUnexpected = "SIZE_UNEXPECTED", Unavailable, "Grow the LUN at the array, or expand with its right size or none.";
+    /// The LUN has become smaller than it was when it was given to the guest.
+    LunShrunk = "LUN_SHRUNK", Precondition, "Give the LUN its size back at the array before the guest writes where nothing is any more.";
+    /// The LUN refuses writes, and the volume is not read-only.
+    LunReadOnly = "LUN_READ_ONLY", Precondition, "Make the LUN writable at the array, or add the volume with --read-only.";
     /// multipathd did not make or remove the map.
     MapFailed = "MAP_FAILED", Unavailable, "See multipathd's log; lunplug tries again.";
     /// Data could not be flushed.
@@ -206,9 +218,9 @@ impl Reason {
         matches!(self, Self::VmNotRunning | Self::PodGone | Self::QemuNotFound)
     }
 
-    /// Whether it tells how a volume's paths are, which changes nothing for its guest.
+    /// Whether it tells how a ready volume's paths and LUN are, as a look at them found.
     pub const fn is_of_paths(self) -> bool {
-        matches!(self, Self::PathsDegraded | Self::NoPaths)
+        matches!(self, Self::PathsDegraded | Self::NoPaths | Self::LunReadOnly)
     }
 
     /// Whether trying again, unchanged, can help by itself.

@@ -1,4 +1,4 @@
-//! The steps of an attach and of the way back: one list for stores, spans, metrics, phases, and the
+//! The steps of an attach, of an expand and of the way back: one list for stores, spans, metrics, phases, and the
 //! points at which tests kill the process.
 //!
 //! A step's effect is announced in a store before it begins and struck from it after it was undone.
@@ -79,6 +79,12 @@ steps! {
     Attach Disk "disk" Ready,
     /// The guest's disk is noted.
     Attach Ready "ready" Ready,
+    /// Every path of a ready volume rescanned, proven and compared.
+    Expand Measure "measure" Ready,
+    /// The multipath map grown to its paths' size, and that entered into the lease.
+    Expand GrowMap "grow-map" Ready,
+    /// libvirt's block resize: the guest is told.
+    Expand TellGuest "tell-guest" Ready,
     /// The volume is wanted no more: durable.
     Detach Removal "removal" Detaching,
     /// libvirt's detach: QEMU has let go.
@@ -114,6 +120,8 @@ steps! {
 pub enum Way {
     /// To the guest.
     Attach,
+    /// A ready volume follows its LUN, which has grown.
+    Expand,
     /// Back.
     Detach,
 }
@@ -164,7 +172,7 @@ impl FromStr for KillPoint {
     type Err = Malformed;
 
     fn from_str(text: &str) -> Result<Self, Malformed> {
-        let all = KillPoint::of(Way::Attach).chain(KillPoint::of(Way::Detach));
+        let all = [Way::Attach, Way::Expand, Way::Detach].into_iter().flat_map(KillPoint::of);
         all.into_iter().find(|point| point.to_string() == text.trim()).ok_or_else(|| Malformed {
             what: "kill point",
             value: text.into(),
@@ -216,7 +224,8 @@ mod tests {
             assert_eq!(serde_json::from_str::<Step>(&json).unwrap(), *step);
             assert!(Step::ALL[..i].iter().all(|other| other.as_str() != step.as_str()), "{step}");
         }
-        for point in KillPoint::of(Way::Attach).chain(KillPoint::of(Way::Detach)) {
+        let ways = [Way::Attach, Way::Expand, Way::Detach];
+        for point in ways.into_iter().flat_map(KillPoint::of) {
             assert_eq!(point.to_string().parse::<KillPoint>().unwrap(), point);
         }
         assert!("between login".parse::<KillPoint>().is_err());

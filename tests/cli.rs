@@ -167,3 +167,32 @@ async fn node_and_vms_are_shown_and_a_daemon_that_is_not_there() {
     assert_eq!(exit, 6, "{err}");
     assert!(err.contains("what to do: Start lunplugd"), "{err}");
 }
+
+#[tokio::test]
+async fn an_expand_tells_the_sizes_and_whether_anything_was_done() {
+    let server = with_vm().await;
+    server.memory.script(ATTACH);
+    assert_eq!(server.run(&add("")).await.0, 0);
+    let expand =
+        async |more: &str| server.run(&format!("expand a --volume-name data {more}")).await;
+    let (exit, out, err) = expand("").await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(err.contains("nothing to do: host and guest have 1Gi"), "{err}");
+    assert!(out.contains("1073741824"), "{out}");
+    let (exit, out, err) = expand("--size 2Gi").await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(err.contains("grown from 1Gi to 2Gi"), "{err}");
+    assert!(out.contains("2Gi (2147483648 bytes)"), "{out}");
+    let (_, out, err) = expand("--size 3Gi -o json").await;
+    assert_eq!(err, "");
+    let told: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(told["size_before_bytes"], 2_u64 << 30);
+    assert_eq!(told["size_bytes"], 3_u64 << 30);
+    assert_eq!(told["changed"], true);
+    assert_eq!(told["volume"]["device"]["size_bytes"], 3_u64 << 30);
+    let (_, out, _) = expand("-o yaml").await;
+    assert!(out.contains("changed: false"), "{out}");
+    assert_eq!(expand("--size 1000").await.0, 2, "no multiple of 512");
+    assert_eq!(expand("--size x").await.0, 2);
+    assert_eq!(server.run("expand a --volume-name none").await.0, 3);
+}

@@ -139,7 +139,7 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>) -> Result<VolumeSpec, Refusal> 
         persist: spec.persist,
         multipath: multipath(spec.multipath)?,
         expect_wwid: optional("volume.wwid", &spec.wwid)?,
-        expect_size: size(spec.size_bytes)?,
+        expect_size: size("volume.size_bytes", spec.size_bytes)?,
         name,
     };
     spec.check().map_err(|(field, error)| malformed(format!("volume.{field}"), &error))?;
@@ -244,11 +244,12 @@ fn multipath(value: i32) -> Result<MultipathPolicy, Refusal> {
     }
 }
 
-fn size(bytes: u64) -> Result<Option<u64>, Refusal> {
+/// A size in bytes; `None` for 0.
+pub fn size(field: &str, bytes: u64) -> Result<Option<u64>, Refusal> {
     if !bytes.is_multiple_of(512) {
         let rule = "a size in bytes, a multiple of 512";
         let error = Malformed::new("size", &bytes.to_string(), rule);
-        return Err(malformed("volume.size_bytes", &error));
+        return Err(malformed(field, &error));
     }
     Ok((bytes > 0).then_some(bytes))
 }

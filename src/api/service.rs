@@ -50,6 +50,21 @@ impl Service {
         Ok(v1::AddVolumeResponse { volume: Some(convert::wire_volume(&volume)), changed })
     }
 
+    async fn expand(
+        &self,
+        request: v1::ExpandVolumeRequest,
+    ) -> Result<v1::ExpandVolumeResponse, Refusal> {
+        let key = convert::volume_key(request.vm.as_ref(), &request.volume)?;
+        let expected = convert::size("size_bytes", request.size_bytes)?;
+        let (expanded, changed) = split(self.volumes.expand_volume(&key, expected).await?);
+        Ok(v1::ExpandVolumeResponse {
+            volume: Some(convert::wire_volume(&expanded.status)),
+            size_before_bytes: expanded.before,
+            size_bytes: expanded.size,
+            changed,
+        })
+    }
+
     async fn remove(
         &self,
         request: v1::RemoveVolumeRequest,
@@ -164,6 +179,15 @@ impl LunplugService for Service {
         let request = request.into_inner();
         let about = about(request.vm.as_ref(), &request.volume);
         answer("RemoveVolume", about, self.remove(request)).await
+    }
+
+    async fn expand_volume(
+        &self,
+        request: Request<v1::ExpandVolumeRequest>,
+    ) -> Result<Response<v1::ExpandVolumeResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), &request.volume);
+        answer("ExpandVolume", about, self.expand(request)).await
     }
 
     async fn get_volume(

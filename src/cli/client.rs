@@ -15,13 +15,18 @@ use crate::api::v1::lunplug_service_client::LunplugServiceClient;
 /// A client of the contract.
 pub type Client = LunplugServiceClient<Channel>;
 
-/// A call has so long. None needs it: all return when a wish is durable.
+/// A call has so long. None needs it: all return when a wish is durable, but for an expand.
 const CALL: Duration = Duration::from_secs(60);
 
 /// A request with the deadline of a call.
 pub(super) fn timed<T>(message: T) -> Request<T> {
+    timed_for(CALL, message)
+}
+
+/// A request with a deadline of its own.
+pub(super) fn timed_for<T>(deadline: Duration, message: T) -> Request<T> {
     let mut request = Request::new(message);
-    request.set_timeout(CALL);
+    request.set_timeout(deadline);
     request
 }
 

@@ -4,6 +4,7 @@ mod add;
 mod client;
 mod describe;
 mod doctor;
+mod expand;
 mod failure;
 mod file;
 mod journal;
@@ -75,6 +76,9 @@ enum Command {
     /// Take a volume from a VM.
     #[command(after_help = EXIT_CODES)]
     Removevolume(remove::Args),
+    /// Have a volume follow its LUN, which has grown at the array, and tell the guest.
+    #[command(after_help = EXIT_CODES)]
+    Expand(expand::Args),
     /// List volumes.
     List(list::Args),
     /// Show everything about one volume.
@@ -158,6 +162,7 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
     match cli.command {
         Command::Addvolume(args) => add::run(*args, &socket, format, screen).await,
         Command::Removevolume(args) => remove::run(args, &socket, format, screen).await,
+        Command::Expand(args) => expand::run(args, &socket, format, screen).await,
         Command::List(args) => list::run(args, &socket, format, screen).await,
         Command::Describe(args) => describe::run(args, &socket, format, screen).await,
         Command::Vm(command) => vm::run(command, &socket, format, screen).await,

@@ -197,6 +197,10 @@ fn value_of(text: &str, like: &Value) -> Result<Value, String> {
     };
     match like {
         Value::Integer(_) => number(text),
+        Value::Boolean(_) => {
+            let yes_or_no = text.trim().parse().map(Value::Boolean);
+            yes_or_no.map_err(|_| format!("{text:?} is neither true nor false"))
+        }
         // The only lists are of numbers.
         Value::Array(_) => {
             let items = text.split(',').filter(|item| !item.trim().is_empty());
@@ -244,6 +248,7 @@ mod tests {
                 ("LUNPLUG_GUEST_UNPROVEN", "allow"),
                 ("LUNPLUG_DEADLINES_GUEST_UNPLUG", "1m 30s"),
                 ("LUNPLUG_LIMITS_MAX_VMS", "7"),
+                ("LUNPLUG_EXPAND_AUTO", "true"),
                 ("LUNPLUG_SERVICE_HOST", "10.0.0.1"),
                 ("PATH", "/bin"),
             ]
@@ -257,6 +262,7 @@ mod tests {
         assert_eq!(config.guest_unproven, GuestUnproven::Allow);
         assert_eq!(config.deadlines.guest_unplug, Duration::from_secs(90));
         assert_eq!(config.limits.max_vms, 7);
+        assert!(config.expand.auto);
         assert_eq!(warnings, ["LUNPLUG_SERVICE_HOST names no configuration key: ignored"]);
     }
 
@@ -277,6 +283,8 @@ mod tests {
             flags: vec![("--set".into(), key.into(), value.into())],
             ..Layers::default()
         };
+        let text = error(flag("expand.auto", "yes"));
+        assert_eq!(text, "--set: \"yes\" is neither true nor false");
         assert_eq!(error(flag("colour", "red")), "--set: there is no configuration key \"colour\"");
         let text = error(flag("guest_unproven", "maybe"));
         assert!(text.starts_with("--set: unknown variant `maybe`, expected"), "{text}");

@@ -10,6 +10,7 @@ use crate::types::{DevNum, Wwid};
 
 pub use super::identity::IdentityError;
 pub use super::iscsi::LoginError;
+pub use super::size::SizeError;
 
 /// An attach or detach did not succeed; nothing half done remains unless the message says so.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +45,23 @@ pub enum Error {
     /// It is not what it has to be.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// It has not the size that it must have, or that cannot be known.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// It refuses writes, and the volume is to be written to.
+    #[error("{device} is write-protected{hint}, but the volume is not read-only")]
+    ReadOnly {
+        /// The path, or the map.
+        device: String,
+        /// More of it.
+        hint: &'static str,
+    },
+    /// There is nothing that could be expanded.
+    #[error("nothing is attached for {owner}")]
+    NotAttached {
+        /// Whose it would be.
+        owner: String,
+    },
     /// The same LUN is held under another name.
     #[error("{wwid} is attached for {owner} already; both would have to be shareable")]
     SourceInUse {
@@ -188,6 +206,9 @@ impl Error {
             Self::NoSession { source, .. } => source.reason(),
             Self::LunNotFound { .. } | Self::NoMedium { .. } => Reason::LunNotFound,
             Self::Identity(e) => e.reason(),
+            Self::Size(e) => e.reason(),
+            Self::ReadOnly { .. } => Reason::LunReadOnly,
+            Self::NotAttached { .. } => Reason::VolumeNotReady,
             Self::SourceInUse { .. } => Reason::SourceInUse,
             Self::StaleDeviceHeld { .. } => Reason::StaleDeviceHeld,
             Self::DeviceHeld { .. } | Self::Path { .. } => Reason::DeviceHeld,

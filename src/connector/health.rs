@@ -28,12 +28,16 @@ pub struct Paths {
     pub present: u32,
     /// How many work.
     pub living: u32,
+    /// One shows more bytes than were handed out.
+    pub grown: bool,
+    /// Writes to the device are refused.
+    pub protected: bool,
     /// Those that do not, `3:0:0:1 (sda) is offline`, in the order of their addresses.
     pub dead: Vec<String>,
 }
 
 /// What multipathd thinks of each path: whether it works, by SCSI address.
-pub(super) type Checked = BTreeMap<String, bool>;
+pub(crate) type Checked = BTreeMap<String, bool>;
 
 /// Asks multipathd once for all paths: a LUN that was unmapped at the array leaves a device that the
 /// kernel calls running, and only the path checker knows. Empty when it does not answer.

@@ -244,7 +244,7 @@ pub(crate) fn judge(
         return Err(IdentityError::Changed { at: at.into(), found: wwid(), recorded });
     }
     match expect.size {
-        Some(expected) if expected != size => {
+        Some(expected) if size < expected || size > expected && !expect.may_have_grown => {
             Err(IdentityError::Size { at: at.into(), found: size, expected })
         }
         _ => Ok(()),
@@ -368,6 +368,7 @@ mod tests {
         let e = |wwid: Option<&Wwid>, size, recorded: Option<&Wwid>, accept| Expect {
             wwid: wwid.cloned(),
             size,
+            may_have_grown: false,
             recorded: recorded.cloned(),
             accept_new_identity: accept,
         };
@@ -387,7 +388,14 @@ mod tests {
             // What the request names replaces what was recorded.
             (e(Some(&a), None, Some(&b), false), None),
         ];
-        for (expect, reason) in cases {
+        let returns = |size| Expect { may_have_grown: true, ..e(None, size, Some(&a), false) };
+        let returning = [
+            (returns(Some(100)), None),
+            (returns(Some(99)), None),
+            (returns(Some(101)), Some(Reason::IdentityMismatch)),
+            (returns(None), None),
+        ];
+        for (expect, reason) in cases.into_iter().chain(returning) {
             let got = judge("1:0:0:0", &expect, &found, 100).err().map(|e| e.reason());
             assert_eq!(got, reason, "{expect:?}");
         }

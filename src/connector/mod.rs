@@ -8,9 +8,11 @@ mod health;
 mod identity;
 pub mod iscsi;
 mod lease;
+mod mapchange;
 mod multipath;
 mod scsi;
 pub mod settings;
+mod size;
 mod touched;
 mod wait;
 
@@ -36,6 +38,8 @@ pub struct Expect {
     pub wwid: Option<Wwid>,
     /// The size asked for, in bytes.
     pub size: Option<u64>,
+    /// It had that size once; by now it may have more.
+    pub may_have_grown: bool,
     /// The identity recorded at this volume's first attach.
     pub recorded: Option<Wwid>,
     /// Take another identity than the recorded one.
@@ -55,6 +59,8 @@ pub struct AttachRequest {
     pub multipath: MultipathPolicy,
     /// Others may hold it on this node too.
     pub shareable: bool,
+    /// It will not be written to, so it may be write-protected.
+    pub read_only: bool,
 }
 
 /// One path of an attached volume.
@@ -77,6 +83,15 @@ pub struct Attachment {
     pub diskseq: u64,
     /// Its verified paths.
     pub paths: Vec<PathStatus>,
+}
+
+/// The size of a LUN, as all its paths show it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Measured {
+    /// Bytes as they were handed out.
+    pub before: u64,
+    /// Bytes now; never less.
+    pub now: u64,
 }
 
 /// Says how to let go.
@@ -148,6 +163,25 @@ pub trait Connector: Send + Sync {
     /// How attached volumes are, in the order asked for. Cheap: no program is run, nothing is scanned
     /// or rescanned, and multipathd is asked once at most.
     async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>>;
+
+    /// Has every path of an attached volume read anew and proves and compares them; `expected` is the
+    /// size that it must have by now. Nothing else is changed: neither the map nor the device's size
+    /// as it was handed out. A path that is down, or of another size, is an error that names it.
+    async fn measure(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+        expected: Option<u64>,
+    ) -> Result<Measured, Error>;
+
+    /// Grows the map to `size`, which all its paths were measured to have, and notes that. Of a single
+    /// path there is only the note.
+    async fn grow(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+        size: u64,
+    ) -> Result<Outcome<Attachment>, Error>;
 
     /// Tells, from now on, which attached volumes may have changed.
     fn changes(&self) -> broadcast::Receiver<Arc<Touched>>;

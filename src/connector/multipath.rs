@@ -171,6 +171,13 @@ pub(crate) async fn ensure(
         let more = if nudged { wait.next().await } else { wait.next_before(nudge_at).await };
         if !more {
             let problem = match found {
+                Above::Partial(map) if paths.iter().all(|p| map.slaves.contains(&p.disk.name)) => {
+                    let size = paths[0].disk.size;
+                    format!(
+                        "({}) has {} bytes and its paths {size}: expand the volume that has it",
+                        map.name, map.size
+                    )
+                }
                 Above::Partial(map) => format!(
                     "({}) has not all {} paths in it after {:?}",
                     map.name,

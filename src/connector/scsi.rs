@@ -181,6 +181,14 @@ pub(crate) async fn rescan(sysfs: &dyn Sysfs, dir: &str) -> Result<(), Error> {
     sysfs.write(&path, "1").await.map_err(Error::io(format!("rescanning {dir}")))
 }
 
+/// Whether writes to a disk or map are refused, as the kernel knows it (`ro`): for a SCSI disk what the
+/// LUN's mode page said when it was last read.
+pub(crate) async fn is_protected(sysfs: &dyn Sysfs, block_dir: &str) -> Result<bool, Error> {
+    let path = format!("{block_dir}/ro");
+    let ro = sysfs.text(&path).await.map_err(Error::io(format!("reading {path}")))?;
+    Ok(ro.as_deref() == Some("1"))
+}
+
 /// Whoever holds a disk: what is stacked on it, or has it open or claimed. `ours` are names (of a
 /// map) that do not count.
 pub(crate) async fn holder(

@@ -35,6 +35,8 @@ pub struct Touched {
     addresses: BTreeSet<String>,
     /// Disks and maps.
     numbers: BTreeSet<DevNum>,
+    /// SCSI addresses of LUNs that have another size, by the array's word or the kernel's.
+    resized: BTreeSet<String>,
 }
 
 impl Touched {
@@ -52,6 +54,16 @@ impl Touched {
                 || host.is_some_and(|host| self.hosts.contains(&host))
         };
         self.any || self.numbers.contains(&volume.device.dev) || volume.paths.iter().any(path)
+    }
+
+    /// Whether it says that this one's LUN has another size. Not more than a hint: the array's
+    /// announcements are lost where nothing is read or written, and where events are.
+    /// `volume` is `None` for one whose paths are not known yet.
+    pub fn announces_size(&self, volume: Option<&Attachment>) -> bool {
+        match volume {
+            Some(volume) => volume.paths.iter().any(|path| self.resized.contains(&path.hctl)),
+            None => !self.resized.is_empty(),
+        }
     }
 
     fn is_empty(&self) -> bool {
@@ -74,6 +86,14 @@ impl Touched {
         match event.subsystem.as_str() {
             "block" | "scsi" | "scsi_device" => {
                 let address = parts().find(|part| part.parse::<Hctl>().is_ok());
+                // The array's unit attention (scsi_lib.c, scsi_evt_emit), and the kernel's own word when
+                // it has read another size (genhd.c, set_capacity_and_notify).
+                let says = |key: &str, value: &str| {
+                    event.properties.get(key).is_some_and(|said| said == value)
+                };
+                if says("SDEV_UA", "CAPACITY_DATA_HAS_CHANGED") || says("RESIZE", "1") {
+                    self.resized.extend(address.map(str::to_owned));
+                }
                 self.addresses.extend(address.map(str::to_owned));
                 let number = |key: &str| event.properties.get(key).and_then(|n| n.parse().ok());
                 if let (Some(major), Some(minor)) = (number("MAJOR"), number("MINOR")) {
@@ -172,6 +192,28 @@ mod tests {
             let mut touched = Touched::default();
             touched.take(&notice);
             assert_eq!(touched.concerns(&volume()), concerns, "{notice:?}");
+        }
+    }
+
+    #[test]
+    fn another_size_is_announced_by_the_array_or_told_by_the_kernel() {
+        const DEVICE: &str = "devices/platform/host3/session1/target3:0:0/3:0:0:1";
+        const OTHER: &str = "devices/platform/host3/session1/target3:0:0/3:0:0:11";
+        const DISK: &str = "devices/platform/host4/session2/target4:0:0/4:0:0:1/block/sdb";
+        for (subsystem, path, said, announces) in [
+            ("scsi", DEVICE, ("SDEV_UA", "CAPACITY_DATA_HAS_CHANGED"), true),
+            ("scsi", OTHER, ("SDEV_UA", "CAPACITY_DATA_HAS_CHANGED"), false),
+            ("scsi", DEVICE, ("SDEV_UA", "INQUIRY_DATA_HAS_CHANGED"), false),
+            ("block", DISK, ("RESIZE", "1"), true),
+            ("block", DISK, ("DISK_RO", "1"), false),
+        ] {
+            let mut notice = event("change", subsystem, path, None);
+            if let Notice::Event(event) = &mut notice {
+                event.properties.insert(said.0.into(), said.1.into());
+            }
+            let mut touched = Touched::default();
+            touched.take(&notice);
+            assert_eq!(touched.announces_size(Some(&volume())), announces, "{notice:?}");
         }
     }
 

@@ -102,6 +102,34 @@ pub enum Error {
         /// The domain.
         domain: String,
     },
+    /// The domain has lost the disk.
+    #[error("domain {domain} has no disk {alias} now")]
+    NoDisk {
+        /// The disk's alias.
+        alias: String,
+        /// The domain.
+        domain: String,
+    },
+    /// QEMU cannot take over the size of a disk that it has opened for reading only.
+    #[error(
+        "the host's device has {size} bytes now, but QEMU cannot tell a guest so of the read-only disk {alias}: remove the volume and add it again"
+    )]
+    ReadOnlyDisk {
+        /// The disk's alias.
+        alias: String,
+        /// Bytes that the device has.
+        size: u64,
+    },
+    /// libvirt said that it told the guest, but QEMU shows another size.
+    #[error("libvirt resized {alias} to {size} bytes, but QEMU shows {shown}")]
+    NotResized {
+        /// The disk's alias.
+        alias: String,
+        /// Bytes that QEMU shows.
+        shown: u64,
+        /// Bytes that were asked for.
+        size: u64,
+    },
     /// The guest refused to let the disk go; it stays attached and working.
     #[error("the guest refused to release disk {alias}; it stays attached and working")]
     GuestRefused {
@@ -131,7 +159,9 @@ impl Error {
             Self::Xml { .. } => Reason::DomainXmlUnsupported,
             Self::Plan { source, .. } => source.reason(),
             Self::Template { .. } => Reason::Internal,
-            Self::NotConfirmed { .. } => Reason::LibvirtFailed,
+            Self::NotConfirmed { .. } | Self::NotResized { .. } => Reason::LibvirtFailed,
+            Self::NoDisk { .. } => Reason::VolumeNotReady,
+            Self::ReadOnlyDisk { .. } => Reason::Unsupported,
             Self::GuestRefused { .. } => Reason::GuestRefusedUnplug,
             Self::Unacknowledged { .. } => Reason::DetachUnacknowledged,
         }

@@ -17,6 +17,7 @@ mod behind;
 pub mod diff;
 pub mod guest;
 mod place;
+pub mod resize;
 pub mod template;
 pub mod unplug;
 pub mod xml;
@@ -24,6 +25,7 @@ pub mod xml;
 pub use apply::{Attached, Error, attach, check, observe};
 pub use diff::DesiredDisk;
 pub use guest::{Usage, usage};
+pub use resize::resize;
 pub use unplug::{Detached, confirm_gone, detach, settled};
 
 use crate::types::VolumeName;

@@ -4,7 +4,7 @@
 //! one a volume, and report back by message. So a hung portal or libvirt holds up one volume, and
 //! the handler still answers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +24,7 @@ use crate::spec::{RemoveOptions, VolumeStatus};
 use crate::step::Tracker;
 use crate::types::{VmId, VolumeKey, VolumeName};
 
+mod expand;
 mod look;
 mod requests;
 mod work;
@@ -45,6 +46,8 @@ pub struct Tools {
     pub tracker: Tracker,
     /// How often volumes are looked at when nothing happens.
     pub look_interval: Duration,
+    /// A volume whose LUN has grown follows it unasked.
+    pub auto_expand: bool,
     /// At most so many volumes.
     pub max_volumes: usize,
 }
@@ -57,7 +60,13 @@ struct Volume {
     /// It was ready, or was wanted when this daemon started: no trouble ends it, only a removal.
     lasting: bool,
     working: bool,
-    /// Calls off the attach that is under way.
+    /// It is to be worked on when what is under way has ended.
+    again: bool,
+    /// Expands that wait for their turn.
+    expands: VecDeque<expand::Asked>,
+    /// Its LUN was announced to have grown, and it has not followed yet; why, if that was tried.
+    growth: expand::Growth,
+    /// Calls off the attach or expand that is under way.
     cancel: Option<oneshot::Sender<()>>,
     attempts: u32,
     timer: Option<AbortHandle>,
@@ -76,6 +85,9 @@ impl Volume {
             failed: false,
             lasting: false,
             working: false,
+            again: false,
+            expands: VecDeque::new(),
+            growth: expand::Growth::default(),
             cancel: None,
             attempts: 0,
             timer: None,
@@ -121,7 +133,12 @@ impl Actor {
                     let answer = self.remove_checked(&name, options, checked, &asker.span).await;
                     asker.answer(answer);
                 }
-                Message::Attached { name, result } => self.attached(&name, result).await,
+                Message::Expand { name, expected, asker } => self.expand(&name, expected, asker),
+                Message::Expanded { name, result, asker } => self.expanded(&name, result, asker),
+                Message::Attached { name, result } => {
+                    self.attached(&name, result).await;
+                    self.next_expand(&name);
+                }
                 Message::Detached { name, result } => self.detached(&name, result).await,
                 Message::Due { name } => self.work(&name),
                 Message::Stirred(stir) => self.stirred(&stir),

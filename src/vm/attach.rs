@@ -24,13 +24,17 @@ use crate::step::Step;
 use crate::types::{Bus, DevNum, VolumeKey, VolumeName};
 
 /// Attaches a volume, or finds it attached; publishes each phase.
-pub(super) async fn attach(ways: &Ways, volume: &StoredVolume) -> Result<(), AttachFailure> {
+pub(super) async fn attach(
+    ways: &Ways,
+    volume: &StoredVolume,
+    lasting: bool,
+) -> Result<(), AttachFailure> {
     let failed = |failure| AttachFailure { failure, left: Left::Unknown };
     let on_the_way = ways.order.set_out(&volume.spec.name);
     let key = ways.key(&volume.spec.name);
     let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
     let had_disk = had_disk(ways, &effects).await;
-    let mut way = Way { ways, key, volume, effects, returns: false };
+    let mut way = Way { ways, key, volume, effects, lasting, returns: false };
     let limit = ways.settings().attach;
     let failure = match tokio::time::timeout(limit, way.walk()).await {
         Ok(Ok(())) => return Ok(()),
@@ -103,6 +107,8 @@ struct Way<'a> {
     key: VolumeKey,
     volume: &'a StoredVolume,
     effects: Effects,
+    /// It was ready before, or was wanted when this daemon started.
+    lasting: bool,
     /// It was attached before.
     returns: bool,
 }
@@ -162,11 +168,14 @@ impl Way<'_> {
             expect: Expect {
                 wwid: spec.expect_wwid.clone(),
                 size: spec.expect_size,
+                // The array may have grown it while it was away. For a first attach the size is strict.
+                may_have_grown: self.lasting && recorded.is_some(),
                 recorded: recorded.clone(),
                 accept_new_identity: self.volume.accept_new_identity,
             },
             multipath: spec.multipath,
             shareable: spec.shareable,
+            read_only: spec.read_only,
         };
         let attachment = self.ways.host.connector.attach(&request).await?.into_inner();
         self.refuse_exchanged(&attachment)?;

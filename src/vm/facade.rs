@@ -44,6 +44,14 @@ pub trait Volumes: Send + Sync {
         options: RemoveOptions,
     ) -> Result<Outcome<VolumeStatus>, Refusal>;
 
+    /// Has a ready volume follow its LUN, which has grown at the array; `expected` is the size that it
+    /// must have by now. Returns when the guest was told, or found told.
+    async fn expand_volume(
+        &self,
+        key: &VolumeKey,
+        expected: Option<u64>,
+    ) -> Result<Outcome<Expanded>, Refusal>;
+
     /// One volume as it is now.
     async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal>;
 
@@ -85,6 +93,17 @@ impl Refusal {
         self.field = Some(field.into());
         self
     }
+}
+
+/// A volume that has followed its LUN.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expanded {
+    /// As it is now.
+    pub status: VolumeStatus,
+    /// Bytes before.
+    pub before: u64,
+    /// Bytes now.
+    pub size: u64,
 }
 
 /// How a VM is.

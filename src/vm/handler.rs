@@ -7,21 +7,21 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{Instrument, Span};
 
 use super::actor::{Actor, Tools};
-use super::facade::Refusal;
+use super::facade::{Expanded, Refusal};
 use super::failure::Failure;
-use super::steps::{AttachFailure, Sight, Stir};
+use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use crate::types::{Outcome, VmId, VolumeName};
 
 /// Who asked: the request's span, under which the work nests, and where its answer goes.
-pub(super) struct Asker {
+pub(super) struct Asker<T = VolumeStatus> {
     pub(super) span: Span,
-    reply: oneshot::Sender<Result<Outcome<VolumeStatus>, Refusal>>,
+    reply: oneshot::Sender<Result<Outcome<T>, Refusal>>,
 }
 
-impl Asker {
-    pub(super) fn answer(self, result: Result<Outcome<VolumeStatus>, Refusal>) {
+impl<T> Asker<T> {
+    pub(super) fn answer(self, result: Result<Outcome<T>, Refusal>) {
         // The asker may have gone; what was taken on is durable.
         let _ = self.reply.send(result);
     }
@@ -52,6 +52,16 @@ pub(super) enum Message {
         /// The volume's phase when the check began.
         shown: Option<Phase>,
         asker: Asker,
+    },
+    Expand {
+        name: VolumeName,
+        expected: Option<u64>,
+        asker: Asker<Expanded>,
+    },
+    Expanded {
+        name: VolumeName,
+        result: Result<Outcome<Grown>, ExpandFailure>,
+        asker: Option<Asker<Expanded>>,
     },
     Attached {
         name: VolumeName,
@@ -116,6 +126,17 @@ impl Handler {
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
         let span = Span::current();
         self.ask(|reply| Message::Remove { name, options, asker: Asker { span, reply } }).await?
+    }
+
+    /// Has a volume follow its LUN; see [`super::facade::Volumes::expand_volume`].
+    pub async fn expand(
+        &self,
+        name: VolumeName,
+        expected: Option<u64>,
+    ) -> Result<Outcome<Expanded>, Refusal> {
+        let span = Span::current();
+        let asked = |reply| Message::Expand { name, expected, asker: Asker { span, reply } };
+        self.ask(asked).await?
     }
 
     /// How many volumes it has, those being removed included.

@@ -21,6 +21,7 @@ pub mod backoff;
 mod checks;
 mod detach;
 pub mod discover;
+mod expand;
 pub mod facade;
 pub mod failure;
 pub mod handler;

@@ -55,7 +55,7 @@ pub fn admit_add(known: &[Known], spec: &VolumeSpec, limit: usize) -> Result<Adm
                 format!("volume {} is being removed; add it again when it is gone", spec.name);
             return Err(Refusal::new(Reason::VolumeExists, message).field("volume.name"));
         }
-        if same.spec == *spec {
+        if same.spec == *spec || outgrown(&same.spec, spec) {
             return Ok(Admission::Ignore);
         }
         let field = first_difference(&same.spec, spec);
@@ -80,6 +80,13 @@ pub fn admit_add(known: &[Known], spec: &VolumeSpec, limit: usize) -> Result<Adm
         return Err(Refusal::new(Reason::LimitReached, message));
     }
     Ok(Admission::Accept)
+}
+
+/// Whether `asked` is the volume that there is, with a size that it has outgrown: an expand raises what
+/// is expected of it, and whoever asked for it keeps asking for what it was.
+fn outgrown(has: &VolumeSpec, asked: &VolumeSpec) -> bool {
+    let smaller = asked.expect_size.is_some() && asked.expect_size < has.expect_size;
+    smaller && VolumeSpec { expect_size: has.expect_size, ..asked.clone() } == *has
 }
 
 /// Whether a volume may be removed, and how. `known` is the volume of that name.
@@ -222,6 +229,21 @@ mod tests {
         assert_eq!(full.reason, Reason::LimitReached);
         let leaving = [known(with_lun("a", 1), Phase::Detaching)];
         assert_eq!(denied(&leaving, &with_lun("a", 1)).0, Reason::VolumeExists);
+    }
+
+    #[test]
+    fn a_size_that_was_outgrown_is_that_of_the_same_volume() {
+        let sized = |size| VolumeSpec { expect_size: size, ..with_lun("a", 1) };
+        let grown = [known(sized(Some(1024)), Phase::Ready)];
+        for size in [512, 1024] {
+            let same = admit_add(&grown, &sized(Some(size)), 256);
+            assert_eq!(same.unwrap(), Admission::Ignore, "{size}");
+        }
+        let other = (Reason::VolumeExists, Some("volume.expect_size".into()));
+        assert_eq!(denied(&grown, &sized(Some(2048))), other);
+        assert_eq!(denied(&grown, &sized(None)), other);
+        let elsewhere = VolumeSpec { read_only: true, ..sized(Some(512)) };
+        assert_eq!(denied(&grown, &elsewhere).0, Reason::VolumeExists);
     }
 
     #[test]

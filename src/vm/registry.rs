@@ -11,7 +11,7 @@ use tokio::sync::{Mutex, broadcast};
 
 use super::actor::Tools;
 use super::backoff::Backoff;
-use super::facade::{NodeInfo, Refusal, VmInfo, VmState, Volumes};
+use super::facade::{Expanded, NodeInfo, Refusal, VmInfo, VmState, Volumes};
 use super::failure::Failure;
 use super::handler::Handler;
 use super::publish::Board;
@@ -31,6 +31,8 @@ pub struct RegistrySettings {
     pub node: NodeInfo,
     /// How often a VM's volumes are looked at when nothing happens.
     pub look_interval: Duration,
+    /// A volume whose LUN has grown follows it unasked.
+    pub auto_expand: bool,
     /// When a volume in trouble is tried again.
     pub backoff: Backoff,
 }
@@ -172,6 +174,7 @@ impl Registry {
             effects: self.effects(),
             backoff: self.settings.backoff,
             look_interval: self.settings.look_interval,
+            auto_expand: self.settings.auto_expand,
             max_volumes: self.settings.node.max_volumes_per_vm as usize,
         };
         let handler = Handler::start(id, tools).await?;
@@ -397,6 +400,14 @@ impl Volumes for Registry {
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
         let served = self.served(&key.vm)?;
         served.handler.remove(key.volume.clone(), options).await
+    }
+
+    async fn expand_volume(
+        &self,
+        key: &VolumeKey,
+        expected: Option<u64>,
+    ) -> Result<Outcome<Expanded>, Refusal> {
+        self.served(&key.vm)?.handler.expand(key.volume.clone(), expected).await
     }
 
     async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal> {

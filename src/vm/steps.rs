@@ -12,7 +12,7 @@ use super::plan::Left;
 use crate::connector::{Attachment, Paths, Touched};
 use crate::journal::StoredVolume;
 use crate::spec::{RemoveOptions, VolumeSpec};
-use crate::types::VolumeName;
+use crate::types::{Outcome, VolumeName};
 
 /// What the handler has done for it: the way of an attach and back.
 #[async_trait]
@@ -30,9 +30,18 @@ pub trait Steps: Send + Sync + 'static {
         options: RemoveOptions,
     ) -> Result<Vec<String>, Refusal>;
 
-    /// Goes the whole way, or finds it gone; on failure all is undone, unless there is something
+    /// Goes the whole way, or finds it gone; `returns` is whether the volume was attached before, as far
+    /// as the handler knows. On failure all is undone, unless there is something
     /// [`Left`].
-    async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure>;
+    async fn attach(&self, volume: &StoredVolume, returns: bool) -> Result<(), AttachFailure>;
+
+    /// Has a ready volume follow its LUN, which has grown, or finds that it has; `expected` is the size
+    /// that the LUN must have by now. Nothing is undone when it fails: asked again, it goes on.
+    async fn expand(
+        &self,
+        volume: &StoredVolume,
+        expected: Option<u64>,
+    ) -> Result<Outcome<Grown>, ExpandFailure>;
 
     /// Whether volumes that are ready are as they were made; changes nothing. An error is about the VM
     /// as a whole.
@@ -52,6 +61,26 @@ pub struct AttachFailure {
     pub failure: Failure,
     /// What is there of it.
     pub left: Left,
+}
+
+/// A volume that has followed its LUN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grown {
+    /// Bytes before.
+    pub before: u64,
+    /// Bytes now.
+    pub size: u64,
+    /// The size that it must have from now on; `None` where that has not changed.
+    pub expect_size: Option<u64>,
+}
+
+/// An expand that did not come to its end.
+#[derive(Debug)]
+pub struct ExpandFailure {
+    /// Why.
+    pub failure: Failure,
+    /// The size that the volume must have from now on; `None` where that has not changed.
+    pub expect_size: Option<u64>,
 }
 
 /// What a look found of one volume.

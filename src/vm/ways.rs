@@ -14,8 +14,8 @@ use super::facade::{Refusal, VmState};
 use super::failure::Failure;
 use super::order::Order;
 use super::publish::Board;
-use super::steps::{AttachFailure, Sight, Steps, Stir};
-use super::{attach, checks, detach, look};
+use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Steps, Stir};
+use super::{attach, checks, detach, expand, look};
 use crate::cgroup::Grants;
 use crate::connector::{Connector, Touched};
 use crate::devnode::DevNodes;
@@ -28,7 +28,7 @@ use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{RemoveOptions, VmPlace, VmSpec, VolumeSpec};
 use crate::step::Tracker;
-use crate::types::{VolumeKey, VolumeName};
+use crate::types::{Outcome, VolumeKey, VolumeName};
 
 /// How long the parts of a way may take, and what is allowed on it.
 #[derive(Debug, Clone)]
@@ -368,8 +368,16 @@ impl Steps for Ways {
         within(self.settings().check, "the check", check).await
     }
 
-    async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure> {
-        attach::attach(self, volume).await
+    async fn attach(&self, volume: &StoredVolume, returns: bool) -> Result<(), AttachFailure> {
+        attach::attach(self, volume, returns).await
+    }
+
+    async fn expand(
+        &self,
+        volume: &StoredVolume,
+        expected: Option<u64>,
+    ) -> Result<Outcome<Grown>, ExpandFailure> {
+        expand::expand(self, volume, expected).await
     }
 
     async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {

@@ -148,6 +148,20 @@ impl Volumes for Facade {
         Ok(Outcome::Done(status))
     }
 
+    async fn expand_volume(
+        &self,
+        key: &VolumeKey,
+        expected: Option<u64>,
+    ) -> Result<Outcome<Expanded>, Refusal> {
+        let mut status = self.get_volume(key).await?;
+        let device = status.device.as_mut().expect("it has one");
+        let (before, size) = (device.size, expected.unwrap_or(device.size));
+        device.size = size;
+        self.0.publish(status.clone(), status.phase, None);
+        let expanded = Expanded { status, before, size };
+        Ok(if size == before { Outcome::Already(expanded) } else { Outcome::Done(expanded) })
+    }
+
     async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal> {
         let found = self.0.volumes.lock().unwrap().get(key).cloned();
         found.ok_or_else(|| {

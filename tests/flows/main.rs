@@ -7,6 +7,7 @@
 mod bad_input;
 mod cancel;
 mod crash;
+mod expand;
 mod faults;
 mod force;
 mod guest;
@@ -15,6 +16,7 @@ mod journal;
 mod late;
 mod main_job;
 mod matrix;
+mod protected;
 mod reconcile;
 mod restart;
 mod serving;

@@ -13,6 +13,7 @@ mod cost;
 mod daemon;
 mod doctor;
 mod emulation;
+mod expand;
 mod gone;
 mod grant;
 mod guest;

@@ -274,6 +274,12 @@ impl Lun {
             sh(&format!("target lun swap {} {}", self.name, self.number)).ok().trim().to_owned();
     }
 
+    /// Gives it another size while it is in use; nothing is announced to anybody.
+    #[track_caller]
+    pub fn grow(&self, size: &str) {
+        sh(&format!("target lun grow {} {size}", self.name)).ok();
+    }
+
     /// The first `n` bytes of the backing store.
     #[track_caller]
     pub fn read(&self, n: usize) -> Vec<u8> {

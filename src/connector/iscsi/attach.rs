@@ -9,6 +9,7 @@ use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::identity::Identity;
 use crate::connector::lease::{Claim, Lease, Made as _, MapLease};
+use crate::connector::mapchange;
 use crate::connector::multipath::{self, Above, Map};
 use crate::connector::scsi::{self, ScsiPath};
 use crate::connector::{AttachRequest, Attachment, DetachOptions};
@@ -64,6 +65,7 @@ impl Inner {
         let first = &gathered.paths[0];
         tracker.run(Step::Claim, self.claim(job, &first.identity)).await?;
         let map = tracker.run(Step::Map, self.map(job, &gathered)).await?;
+        self.refuse_protected(job, &gathered.paths, map.as_ref()).await?;
         self.refuse_holders(job, &gathered.paths, map.as_ref()).await?;
         let attachment = describe(&gathered.paths, map.as_ref());
         self.complete(job, &gathered, &attachment).await?;
@@ -102,6 +104,7 @@ impl Inner {
             expect: request.expect.clone(),
             policy: request.multipath,
             shareable: request.shareable,
+            read_only: request.read_only,
             multipath,
             called_off: Arc::default(),
         })
@@ -199,6 +202,32 @@ impl Inner {
                 }
                 multipath::ensure(&self.doors, &self.settings, paths).await.map(Some)
             }
+        }
+    }
+
+    /// What is to be written to may not be write-protected: QEMU would not open it, and say so in words
+    /// of its own. Each path was read anew. A map stays write-protected that was made when its paths
+    /// were; such a one is reloaded.
+    async fn refuse_protected(
+        &self,
+        job: &Job,
+        paths: &[ScsiPath],
+        map: Option<&Map>,
+    ) -> Result<(), Error> {
+        if job.read_only {
+            return Ok(());
+        }
+        let sysfs = &*self.doors.sysfs;
+        for path in paths {
+            let block = format!("{}/block/{}", path.dir, path.disk.name);
+            if scsi::is_protected(sysfs, &block).await? {
+                let device = format!("{} ({})", path.hctl, path.disk.name);
+                return Err(Error::ReadOnly { device, hint: " by the target" });
+            }
+        }
+        match map {
+            Some(map) => mapchange::make_writable(&self.doors, &self.settings, map).await,
+            None => Ok(()),
         }
     }
 

@@ -268,6 +268,9 @@ fn is_local(error: &Error) -> bool {
         | Error::Store { .. } => true,
         Error::NoSession { .. }
         | Error::Identity(_)
+        | Error::Size(_)
+        | Error::ReadOnly { .. }
+        | Error::NotAttached { .. }
         | Error::SourceInUse { .. }
         | Error::StaleDeviceHeld { .. }
         | Error::DeviceHeld { .. }

@@ -15,6 +15,7 @@
 mod attach;
 mod base;
 mod detach;
+mod expand;
 mod gather;
 mod held;
 mod late;
@@ -44,7 +45,9 @@ use super::lease::{Lease, Leases, User};
 use super::multipath::{self};
 use super::settings::{Settings, ms};
 use super::touched::{self, Touched};
-use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect, Health, health};
+use super::{
+    AttachRequest, Attachment, Connector, DetachOptions, Expect, Health, Measured, health,
+};
 use crate::host::storage::StorageDoors;
 use crate::spec::{IscsiSource, MultipathPolicy, Source};
 use crate::step::Step;
@@ -79,6 +82,7 @@ struct Job {
     expect: Expect,
     policy: MultipathPolicy,
     shareable: bool,
+    read_only: bool,
     /// All portals, for a map; otherwise the first that answers.
     multipath: bool,
     /// It is wanted no more: no scan is to begin.
@@ -216,6 +220,26 @@ impl Connector for IscsiConnector {
             found.push(self.inner.inspect(user, checked.as_ref()).await);
         }
         found
+    }
+
+    async fn measure(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+        expected: Option<u64>,
+    ) -> Result<Measured, Error> {
+        let Source::Iscsi(source) = source;
+        self.inner.measure(owner, source, expected).await
+    }
+
+    async fn grow(
+        &self,
+        owner: &VolumeKey,
+        source: &Source,
+        size: u64,
+    ) -> Result<Outcome<Attachment>, Error> {
+        let Source::Iscsi(source) = source;
+        self.inner.grow(owner, source, size).await
     }
 
     fn changes(&self) -> broadcast::Receiver<Arc<Touched>> {

@@ -18,8 +18,11 @@ impl Inner {
         let Some(found) = self.observe(user).await? else { return Ok(None) };
         let wwid = found.device.wwid.clone();
         let identity = Identity { all: vec![wwid.clone()], wwid };
+        // Its size was judged when it was attached. Since then the LUN may have grown, and an expand
+        // that was cut off may have noted so in one place and not yet in another.
+        let expect = Expect { size: None, ..expect.clone() };
         // Anything else than the same goes the long way, whose judgement names all.
-        let right = judge("", expect, &identity, found.device.size).is_ok();
+        let right = judge("", &expect, &identity, found.device.size).is_ok();
         Ok(right.then_some(found))
     }
 
@@ -85,7 +88,9 @@ impl Inner {
             let Some(seen) = &path.seen else { continue };
             let hctl = path.hctl.to_string();
             match scsi::disk(sysfs, &path.dir).await? {
-                Some(disk) if disk.diskseq == seen.diskseq => {}
+                Some(disk) if disk.diskseq == seen.diskseq => {
+                    paths.grown |= disk.size > attachment.device.size;
+                }
                 _ => {
                     paths.dead.push(format!("{hctl} ({}) is gone", seen.name));
                     continue;
@@ -112,11 +117,16 @@ impl Inner {
         if slaves.is_none() && paths.present == 0 {
             return differs("its device is gone".into());
         }
+        let block = format!("dev/block/{}", attachment.device.dev);
+        paths.protected = scsi::is_protected(sysfs, &block).await?;
         Ok(Health::Right { attachment, paths })
     }
 
     /// The map that has the attachment's number now.
-    async fn map_at(&self, attachment: &Attachment) -> Result<Option<multipath::Map>, Error> {
+    pub(super) async fn map_at(
+        &self,
+        attachment: &Attachment,
+    ) -> Result<Option<multipath::Map>, Error> {
         let sysfs = &*self.doors.sysfs;
         let link = format!("dev/block/{}", attachment.device.dev);
         let dir = match sysfs.resolve(&link).await {

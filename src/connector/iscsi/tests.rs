@@ -52,6 +52,7 @@ fn request(volume: &str, n: u64, portals: &[u8]) -> AttachRequest {
         expect: Expect::default(),
         multipath: MultipathPolicy::Preferred,
         shareable: false,
+        read_only: false,
     }
 }
 

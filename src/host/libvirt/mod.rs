@@ -266,6 +266,27 @@ pub trait Connection: Send + Sync {
         deadline: Duration,
     ) -> Result<(), LibvirtError>;
 
+    /// How many bytes of a disk QEMU shows to the guest (`virDomainGetBlockInfo`, capacity: QEMU's
+    /// `virtual-size`, which stays what it was when the device grows; `physical` follows at once. Seen
+    /// with libvirt 11.3 and QEMU 10.0). The disk is named by its source as the XML has it.
+    async fn block_capacity(
+        &self,
+        domain: &str,
+        source: &str,
+        deadline: Duration,
+    ) -> Result<u64, LibvirtError>;
+
+    /// Has QEMU take over a disk's new size and tell the guest (`virDomainBlockResize`). Of a block
+    /// device nothing is changed but what QEMU thinks of it, and only the size that it has is accepted;
+    /// so a call that was given up on does no harm when it comes late.
+    async fn block_resize(
+        &self,
+        domain: &str,
+        source: &str,
+        bytes: u64,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError>;
+
     /// Waits until no such call of this process for that device is in flight, given up on or not;
     /// [`LibvirtError::InFlight`] when there still is one after `deadline`.
     async fn landed(

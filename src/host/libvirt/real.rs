@@ -310,6 +310,34 @@ impl Connection for RealConnection {
         .await
     }
 
+    async fn block_capacity(
+        &self,
+        domain: &str,
+        source: &str,
+        deadline: Duration,
+    ) -> Result<u64, LibvirtError> {
+        let source = source.to_owned();
+        let info =
+            self.with_domain("blockinfo", domain, deadline, move |d| d.block_info(&source, 0));
+        Ok(info.await?.capacity)
+    }
+
+    async fn block_resize(
+        &self,
+        domain: &str,
+        source: &str,
+        bytes: u64,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let source = source.to_owned();
+        // The exact size, in bytes. VIR_DOMAIN_BLOCK_RESIZE_CAPACITY would find it out by itself, but
+        // there is that only from libvirt 10.0 on.
+        self.with_domain("resize", domain, deadline, move |d| {
+            d.block_resize(&source, bytes, sys::VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        })
+        .await
+    }
+
     async fn landed(
         &self,
         domain: &str,

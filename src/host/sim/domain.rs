@@ -49,6 +49,8 @@ pub struct SimDomain {
     /// Its agent.
     pub agent: SimAgent,
     unanswered: BTreeSet<String>,
+    /// How many bytes QEMU shows the guest of each disk, by its alias.
+    shown: BTreeMap<String, u64>,
 }
 
 impl SimDomain {
@@ -64,6 +66,7 @@ impl SimDomain {
             unplug: Unplug::default(),
             agent: SimAgent { connected: true, ..SimAgent::default() },
             unanswered: BTreeSet::new(),
+            shown: BTreeMap::new(),
         }
     }
 
@@ -157,6 +160,7 @@ impl SimDomain {
         device: &str,
         affect: Affect,
         may_open: &dyn Fn(&str, bool) -> Result<(), String>,
+        size_of: &dyn Fn(&str) -> Option<u64>,
     ) -> Result<Option<String>, LibvirtError> {
         let live = affect.live.then(|| with_device(self.running()?, device)).transpose()?;
         let config = affect.config.then(|| with_device(self.defined()?, device)).transpose()?;
@@ -170,6 +174,9 @@ impl SimDomain {
                         "internal error: unable to execute QEMU command 'blockdev-add': Could not open '{path}': {why}"
                     ),
                 })?;
+                if let Some(alias) = &disk.alias {
+                    self.shown.insert(alias.clone(), size_of(&path).unwrap_or_default());
+                }
                 added = disk.alias;
             }
             self.live = Some(text);
@@ -214,6 +221,45 @@ impl SimDomain {
             result = Some(outcome);
         }
         Ok(result)
+    }
+
+    /// How many bytes the guest sees of the disk of that alias; `None` when it has none.
+    pub fn shown(&self, alias: &str) -> Option<u64> {
+        let domain = read(self.live.as_deref()?).ok()?;
+        domain.disk(alias)?;
+        self.shown.get(alias).copied()
+    }
+
+    /// How many bytes QEMU shows of the disk with that source.
+    pub fn capacity(&self, source: &str) -> Result<u64, LibvirtError> {
+        let alias = self.by_source(source)?.alias.unwrap_or_default();
+        Ok(self.shown.get(&alias).copied().unwrap_or_default())
+    }
+
+    /// Has QEMU take over the size of a block device, which is `has` by now (block/file-posix.c,
+    /// raw_co_truncate; block/io.c, bdrv_co_truncate).
+    pub fn resize(&mut self, source: &str, bytes: u64, has: u64) -> Result<(), LibvirtError> {
+        let disk = self.by_source(source)?;
+        let qemu = |why: &str| LibvirtError::Other {
+            code: 1,
+            message: format!(
+                "internal error: unable to execute QEMU command 'block_resize': {why}"
+            ),
+        };
+        if disk.readonly {
+            return Err(qemu("Image is read-only"));
+        }
+        if bytes > has {
+            return Err(qemu("Cannot grow device files"));
+        }
+        self.shown.insert(disk.alias.unwrap_or_default(), has);
+        Ok(())
+    }
+
+    fn by_source(&self, source: &str) -> Result<Disk, LibvirtError> {
+        let disks = read(self.running()?)?.disks;
+        let found = disks.into_iter().find(|disk| disk.source.as_deref() == Some(source));
+        found.ok_or_else(|| refused(format!("invalid argument: invalid path: {source}")))
     }
 
     /// Answers a command to the guest agent.

@@ -40,6 +40,11 @@ impl Default for SimHost {
             let opened = kernel.open(uid, Path::new(path), access);
             opened.map(drop).map_err(|error| error.to_string())
         }));
+        let (kernel, disks) = (pods.clone(), storage.clone());
+        hypervisor.set_size_check(Arc::new(move |endpoint, path| {
+            let dev = kernel.open(pod_of(endpoint)?, Path::new(path), Access::READ).ok()?;
+            disks.size_of(dev)
+        }));
         Self { storage, pods, hypervisor, faults }
     }
 }

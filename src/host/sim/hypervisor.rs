@@ -1,8 +1,8 @@
 //! A simulated libvirt: domains with real XML that attach and detach edit, events, a guest agent.
 //!
 //! Faults: `libvirt.connect` (detail: the endpoint), and `libvirt.info`, `libvirt.xml`,
-//! `libvirt.attach`, `libvirt.detach`, `libvirt.agent` (detail: `DOMAIN` and the device's XML, alias
-//! or command). As with the real one, a call whose caller gave up may still take effect later: one that
+//! `libvirt.attach`, `libvirt.detach`, `libvirt.capacity`, `libvirt.resize`, `libvirt.agent` (detail:
+//! `DOMAIN` and the device's XML, alias, source or command). As with the real one, a call whose caller gave up may still take effect later: one that
 //! was stalled, when the faults are cleared; one that a libvirtd had received before it hung
 //! ([`SimHypervisor::hang`]), when that goes on, whatever became of the caller.
 
@@ -26,6 +26,9 @@ use crate::host::libvirt::{
 /// the system's words for why it may not.
 pub type OpenCheck = Arc<dyn Fn(&str, &str, bool) -> Result<(), String> + Send + Sync>;
 
+/// Asked for a device's size in bytes: endpoint and path in the pod.
+pub type SizeCheck = Arc<dyn Fn(&str, &str) -> Option<u64> + Send + Sync>;
+
 /// A call that a hung libvirtd has received.
 type Request = Box<dyn FnOnce(&mut State) + Send>;
 
@@ -44,6 +47,7 @@ struct SimLibvirt {
 struct State {
     libvirts: BTreeMap<String, SimLibvirt>,
     open_check: Option<OpenCheck>,
+    size_check: Option<SizeCheck>,
 }
 
 /// All simulated libvirts of a host, by the name of their endpoint.
@@ -83,6 +87,11 @@ impl SimHypervisor {
     /// What decides whether QEMU may open a device; all may be opened while there is none.
     pub fn set_open_check(&self, check: OpenCheck) {
         self.lock().open_check = Some(check);
+    }
+
+    /// What knows how large a device is; without it disks have no size.
+    pub fn set_size_check(&self, check: SizeCheck) {
+        self.lock().size_check = Some(check);
     }
 
     /// Changes a domain. `None` when there is no such domain.
@@ -294,6 +303,15 @@ struct Scene<'a> {
     domain: &'a mut SimDomain,
     events: &'a EventSender,
     open_check: Option<OpenCheck>,
+    size_check: Option<SizeCheck>,
+}
+
+impl Scene<'_> {
+    /// The size of a device that QEMU has open, in bytes; 0 where nobody knows.
+    fn size(&self, path: &str) -> u64 {
+        let check = self.size_check.as_ref();
+        check.and_then(|size| size(self.endpoint, path)).unwrap_or_default()
+    }
 }
 
 impl SimConnection {
@@ -386,7 +404,7 @@ impl State {
         domain: &str,
         work: impl FnOnce(Scene<'_>) -> Result<T, LibvirtError>,
     ) -> Result<T, LibvirtError> {
-        let open_check = self.open_check.clone();
+        let (open_check, size_check) = (self.open_check.clone(), self.size_check.clone());
         let libvirt = self.libvirts.get_mut(endpoint).ok_or_else(|| LibvirtError::NoConnect {
             endpoint: endpoint.to_owned(),
             message: "client socket is closed".into(),
@@ -394,7 +412,7 @@ impl State {
         let domain = libvirt.domains.get_mut(domain).ok_or_else(|| LibvirtError::NoDomain {
             message: format!("no domain with matching name '{domain}'"),
         })?;
-        work(Scene { endpoint, domain, events: &libvirt.events, open_check })
+        work(Scene { endpoint, domain, events: &libvirt.events, open_check, size_check })
     }
 }
 
@@ -451,7 +469,8 @@ impl Connection for SimConnection {
             let check = |path: &str, read_only| {
                 s.open_check.as_ref().map_or(Ok(()), |c| c(endpoint, path, read_only))
             };
-            if let Some(alias) = s.domain.attach(&device, affect, &check)? {
+            let size = |path: &str| s.size_check.as_ref().and_then(|size| size(endpoint, path));
+            if let Some(alias) = s.domain.attach(&device, affect, &check, &size)? {
                 s.events.send(s.domain.name(), DomainEvent::DeviceAdded(alias));
             }
             Ok(())
@@ -480,6 +499,33 @@ impl Connection for SimConnection {
                 Some(Unplug::Silent) | None => {}
             }
             Ok(())
+        })
+        .await
+    }
+
+    async fn block_capacity(
+        &self,
+        domain: &str,
+        source: &str,
+        deadline: Duration,
+    ) -> Result<u64, LibvirtError> {
+        let path = source.to_owned();
+        let work = move |s: Scene<'_>| s.domain.capacity(&path);
+        self.call("capacity", domain, source, deadline, None, work).await
+    }
+
+    async fn block_resize(
+        &self,
+        domain: &str,
+        source: &str,
+        bytes: u64,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let path = source.to_owned();
+        self.call("resize", domain, source, deadline, None, move |s| {
+            refuse_busy(s.domain)?;
+            let has = s.size(&path);
+            s.domain.resize(&path, bytes, has)
         })
         .await
     }

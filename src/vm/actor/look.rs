@@ -67,6 +67,12 @@ impl Actor {
             }
             Stir::Disks => self.look_within(PAUSE),
             Stir::Storage(touched) => {
+                if self.tools.auto_expand {
+                    let volumes = self.volumes.values_mut();
+                    let announced =
+                        volumes.filter(|v| touched.announces_size(v.attachment.as_ref()));
+                    announced.for_each(|v| v.growth.announced = true);
+                }
                 let parts = |v: &Volume| v.attachment.as_ref().is_none_or(|a| touched.concerns(a));
                 if self.volumes.iter().any(|(name, v)| self.is_steady(name) && parts(v)) {
                     self.look_within(PAUSE);
@@ -193,29 +199,20 @@ impl Actor {
                     info!(volume = %name, ?paths, "paths are missing: they are looked for");
                     self.work(name);
                 }
+                self.follow_growth(name, &paths);
             }
         }
     }
 
     /// Shows how the paths of a volume are that is otherwise well.
     fn show(&self, name: &VolumeName, paths: &Paths) {
-        let reason = match paths.living {
-            0 => Some(Reason::NoPaths),
-            living if living < paths.wanted => Some(Reason::PathsDegraded),
-            _ => None,
-        };
-        let message = match reason {
-            None => String::new(),
-            Some(_) => {
-                let (living, wanted) = (paths.living, paths.wanted);
-                let dead = paths.dead.iter().map(|dead| format!(", {dead}")).collect::<String>();
-                format!("{living} of {wanted} paths work{dead}")
-            }
-        };
+        let Some(volume) = self.volumes.get(name) else { return };
+        let (reason, message) = noticed(volume, paths).unzip();
+        let message = message.unwrap_or_default();
         let before = self.status(name).reason;
         if before != reason {
             match reason {
-                Some(reason) => warn!(volume = %name, %reason, message, "paths have changed"),
+                Some(reason) => warn!(volume = %name, %reason, message, "not all is well"),
                 None => info!(volume = %name, living = paths.living, "all is well again"),
             }
         }
@@ -228,6 +225,21 @@ impl Actor {
             }
         });
     }
+}
+
+/// What is to be told of a volume that is as it was made: the worst of it.
+fn noticed(volume: &Volume, paths: &Paths) -> Option<(Reason, String)> {
+    let (living, wanted) = (paths.living, paths.wanted);
+    if living < wanted || living == 0 {
+        let reason = if living == 0 { Reason::NoPaths } else { Reason::PathsDegraded };
+        let dead = paths.dead.iter().map(|dead| format!(", {dead}")).collect::<String>();
+        return Some((reason, format!("{living} of {wanted} paths work{dead}")));
+    }
+    if paths.protected && !volume.stored.spec.read_only {
+        let message = "the LUN has become write-protected: the guest's writes fail";
+        return Some((Reason::LunReadOnly, message.into()));
+    }
+    volume.growth.trouble()
 }
 
 /// When missing paths are tried again: a dead portal is not asked at every look.

@@ -150,6 +150,7 @@ impl Actor {
         }
         self.tools.board.phase(&key, Phase::Detaching);
         self.work(name);
+        self.next_expand(name);
         Ok(Outcome::Done(self.status(name)))
     }
 }

@@ -14,12 +14,12 @@ use crate::spec::{
     AddOptions, DeviceStatus, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus,
     volume_fixture,
 };
+use crate::types::Outcome;
 use crate::vm::facade::Refusal;
 use crate::vm::failure::Failure;
 use crate::vm::handler::Handler;
 use crate::vm::plan::Left;
-use crate::vm::steps::AttachFailure;
-use crate::vm::steps::{Sight, Stir};
+use crate::vm::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
 
 /// Steps that do what they are told, and tell what they did.
 #[derive(Default)]
@@ -30,6 +30,8 @@ struct Script {
     log: Mutex<Vec<String>>,
     /// Attaches of these volumes never end.
     hung: Mutex<BTreeSet<String>>,
+    /// The next expand waits for this.
+    expand_hangs: Mutex<Option<Arc<Notify>>>,
     looks: Mutex<VecDeque<Result<BTreeMap<VolumeName, Sight>, Failure>>>,
     looked: Notify,
     stirs: Mutex<Option<mpsc::Sender<Stir>>>,
@@ -68,7 +70,7 @@ impl Steps for Script {
         }
     }
 
-    async fn attach(&self, volume: &StoredVolume) -> Result<(), AttachFailure> {
+    async fn attach(&self, volume: &StoredVolume, _: bool) -> Result<(), AttachFailure> {
         let name = volume.spec.name.to_string();
         self.note(format!(
             "attach {name}{}",
@@ -84,6 +86,21 @@ impl Steps for Script {
             self.board.phase(&key, Phase::Ready);
         }
         result
+    }
+
+    async fn expand(
+        &self,
+        volume: &StoredVolume,
+        expected: Option<u64>,
+    ) -> Result<Outcome<Grown>, ExpandFailure> {
+        let name = volume.spec.name.to_string();
+        self.note(format!("expand {name} {expected:?}"));
+        let hung = self.expand_hangs.lock().unwrap().take();
+        if let Some(goes_on) = hung {
+            goes_on.notified().await;
+        }
+        let size = expected.unwrap_or(1024);
+        Ok(Outcome::Done(Grown { before: 512, size, expect_size: None }))
     }
 
     async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
@@ -118,7 +135,7 @@ fn right(living: u32) -> Sight {
         map: Some("mpatha".into()),
         paths: 2,
     };
-    let paths = Paths { wanted: 2, present: 2, living, dead: Vec::new() };
+    let paths = Paths { wanted: 2, present: 2, living, ..Paths::default() };
     Sight::Right { attachment: Attachment { device, diskseq: 1, paths: Vec::new() }, paths }
 }
 
@@ -148,6 +165,7 @@ impl World {
             effects: EffectsStore::new(sim.rundir()),
             backoff: Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) },
             look_interval: Duration::from_secs(60),
+            auto_expand: false,
             max_volumes: 8,
         };
         Self { script, tools, sim }
@@ -482,4 +500,5 @@ async fn a_stop_detaches_nothing() {
     assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 2);
 }
 
+mod expands;
 mod looks;

@@ -26,13 +26,14 @@ impl Actor {
             timer.abort();
         }
         if volume.working || volume.failed {
+            volume.again = true;
             return;
         }
-        volume.working = true;
+        (volume.working, volume.again) = (true, false);
         let (cancel, cancelled) = oneshot::channel();
         volume.cancel = volume.removing.is_none().then_some(cancel);
         let (steps, name) = (self.tools.steps.clone(), name.clone());
-        let (stored, removing) = (volume.stored.clone(), volume.removing);
+        let (stored, removing, lasting) = (volume.stored.clone(), volume.removing, volume.lasting);
         let span = match removing {
             None => tracing::info_span!(parent: &volume.cause, "attach", volume = %name),
             Some(_) => tracing::info_span!(parent: &volume.cause, "detach", volume = %name),
@@ -42,7 +43,7 @@ impl Actor {
                 None => {
                     let attached = tokio::select! {
                         biased;
-                        attached = whole(steps.attach(&stored)) => attached,
+                        attached = whole(steps.attach(&stored, lasting)) => attached,
                         Ok(()) = cancelled => {
                             Err(Failure::new(Reason::Cancelled, "the volume is wanted no more"))
                         }

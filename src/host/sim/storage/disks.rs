@@ -151,7 +151,7 @@ impl World {
     pub(super) fn rescan(&mut self, hctl: &str) {
         let Some(mut disk) = self.disks.get(hctl).cloned().filter(|d| d.online) else { return };
         let Some(dir) = self.disk_dir(hctl) else { return };
-        let before = disk.known.size;
+        let (before, protected) = (disk.known.size, disk.known.read_only);
         match self.targets.get(&disk.target).and_then(|t| t.by_scsi(disk.scsi_lun)) {
             Some(now) => disk.known = now.clone(),
             None => disk.known.size = 0,
@@ -160,6 +160,12 @@ impl World {
         if disk.known.size != before {
             let block = format!("{dir}/block/{}", disk.name);
             self.emit("change", &block, "block", &[("RESIZE", "1".into())]);
+        }
+        if disk.known.read_only != protected {
+            let block = format!("{dir}/block/{}", disk.name);
+            let ro = u8::from(disk.known.read_only).to_string();
+            self.emit("change", &block, "block", &[("DISK_RO", ro)]);
+            self.protection_changed(disk.dev);
         }
         self.disks.insert(hctl.to_owned(), disk);
     }

@@ -69,7 +69,9 @@ impl World {
         minor
     }
 
-    /// Loads a table with other slaves and resumes; the size follows the first slave's.
+    /// Loads a table with other slaves and resumes. The first one gives the device its size, and keeps
+    /// it: a table is reloaded with the size that it has ([`World::resize_dm`] is for another). It is
+    /// for reading only when a slave is.
     pub(super) fn set_slaves(&mut self, minor: u32, slaves: Vec<DevNum>) {
         let Some(dm) = self.dm.get_mut(&minor) else { return };
         let before = std::mem::replace(&mut dm.slaves, slaves.clone());
@@ -84,13 +86,35 @@ impl World {
             let Some((name, block)) = self.block_dir(*slave) else { continue };
             self.tree.link(&format!("{dir}/slaves/{name}"), &block);
             self.tree.link(&format!("{block}/holders/{kernel}"), &dir);
-            if n == 0
-                && let Ok(size) = self.tree.read(&format!("{block}/size"))
-            {
-                self.tree.put_bytes(&format!("{dir}/size"), size);
+            if n == 0 && self.tree.read(&format!("{dir}/size")).is_ok_and(|size| size == b"0\n") {
+                self.take_size(&dir, &block);
             }
         }
+        let protected = slaves.iter().any(|slave| {
+            let ro = self.tree.read(&format!("dev/block/{slave}/ro"));
+            ro.is_ok_and(|ro| ro == b"1\n")
+        });
+        self.tree.put(&format!("{dir}/ro"), u8::from(protected));
         self.emit("change", &dir, "block", &block_properties(&kernel, dev, 0));
+    }
+
+    /// Loads a table of the size that the first slave has now; `false` when there is none.
+    pub(super) fn resize_dm(&mut self, minor: u32) -> bool {
+        let Some(dm) = self.dm.get(&minor) else { return false };
+        let (dir, kernel, dev) = (dm.dir(), dm.kernel_name(), dm.dev());
+        let Some((_, block)) = dm.slaves.first().and_then(|slave| self.block_dir(*slave)) else {
+            return false;
+        };
+        self.take_size(&dir, &block);
+        let resized = [block_properties(&kernel, dev, 0), vec![("RESIZE", "1".into())]].concat();
+        self.emit("change", &dir, "block", &resized);
+        true
+    }
+
+    fn take_size(&mut self, dir: &str, slave: &str) {
+        if let Ok(size) = self.tree.read(&format!("{slave}/size")) {
+            self.tree.put_bytes(&format!("{dir}/size"), size);
+        }
     }
 
     /// Removes a dm device; `false` when somebody uses it.

@@ -313,6 +313,57 @@ impl SimStorage {
         Some((disk.target.clone(), *lun))
     }
 
+    /// How many bytes the kernel gives a device.
+    pub fn size_of(&self, dev: DevNum) -> Option<u64> {
+        let sectors = self.world().tree.read(&format!("dev/block/{dev}/size")).ok()?;
+        String::from_utf8(sectors).ok()?.trim().parse::<u64>().ok()?.checked_mul(512)
+    }
+
+    /// The array gives a LUN another size. Nothing on the node notices until it rescans the device
+    /// that it has, unless the array announces it ([`SimStorage::announce_size`]).
+    pub fn resize_lun(&self, target: &Iqn, lun: Lun, size: u64) {
+        self.change_lun(target, lun, |known| known.size = size);
+    }
+
+    /// The array lets a LUN be written to, or not any more; noticed as another size is.
+    pub fn protect_lun(&self, target: &Iqn, lun: Lun, read_only: bool) {
+        self.change_lun(target, lun, |known| known.read_only = read_only);
+    }
+
+    fn change_lun(&self, target: &Iqn, lun: Lun, change: impl FnOnce(&mut SimLun)) {
+        let mut world = self.world();
+        let known = world.targets.get_mut(target).and_then(|t| t.luns.get_mut(&lun));
+        if let Some(known) = known {
+            change(known);
+        }
+    }
+
+    /// The array tells by a unit attention that a LUN's capacity has changed, on each path that works:
+    /// the kernel hands that on, and reads nothing anew.
+    pub fn announce_size(&self, target: &Iqn, lun: Lun) {
+        let world = self.world();
+        let of_it = |d: &&disks::ScsiDev| d.target == *target && d.scsi_lun == lun.scsi();
+        for disk in world.disks.values().filter(of_it).filter(|d| d.online) {
+            if let Some(dir) = world.disk_dir(&disk.hctl) {
+                let said = ("SDEV_UA", "CAPACITY_DATA_HAS_CHANGED".to_owned());
+                let kind = ("DEVTYPE", "scsi_device".to_owned());
+                world.emit("change", &dir, "scsi", &[kind, said]);
+            }
+        }
+    }
+
+    /// One path of a LUN is read anew, as by somebody else.
+    pub fn rescan_path(&self, target: &Iqn, lun: Lun, portal: Portal) {
+        let mut world = self.world();
+        let of_it = |d: &&disks::ScsiDev| {
+            let through = world.sessions.get(&d.sid).is_some_and(|s| s.portal == portal);
+            through && d.target == *target && d.scsi_lun == lun.scsi()
+        };
+        if let Some(hctl) = world.disks.values().find(of_it).map(|d| d.hctl.clone()) {
+            world.rescan(&hctl);
+        }
+    }
+
     /// Writes a LUN's first bytes.
     pub fn write_data(&self, target: &Iqn, lun: Lun, bytes: &[u8]) {
         if let Some(entry) = self.world().targets.get_mut(target) {

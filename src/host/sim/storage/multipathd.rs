@@ -145,7 +145,11 @@ impl World {
                     None => FAIL.into(),
                 }
             }
-            ["resize" | "reload", "map" | "multipath", name] => match self.map_of(name) {
+            ["resize", "map" | "multipath", name] => {
+                let minor = self.map_of(name);
+                done(minor.is_some_and(|minor| self.resize_dm(minor)))
+            }
+            ["reload", "map" | "multipath", name] => match self.map_of(name) {
                 Some(minor) => {
                     let slaves = self.dm[&minor].slaves.clone();
                     self.set_slaves(minor, slaves);
@@ -159,6 +163,17 @@ impl World {
                 OK.into()
             }
             _ => FAIL.into(),
+        }
+    }
+
+    /// multipathd reloads the map of a path whose write protection has changed (main.c,
+    /// uev_update_path).
+    pub(super) fn protection_changed(&mut self, dev: DevNum) {
+        let map =
+            self.dm.values().find(|d| d.uuid.starts_with("mpath-") && d.slaves.contains(&dev));
+        let map = map.filter(|_| self.multipath.running && self.multipath.auto);
+        if let Some((minor, slaves)) = map.map(|d| (d.minor, d.slaves.clone())) {
+            self.set_slaves(minor, slaves);
         }
     }
 

@@ -9,11 +9,11 @@ use super::v1;
 use crate::reason::Reason;
 use crate::source::portals_of;
 use crate::spec::{
-    DeviceStatus, IscsiSource, MultipathPolicy, Phase, Source, VmPlace, VmSpec, VolumeSpec,
-    VolumeStatus,
+    ChapFrom, DeviceStatus, IscsiSource, MultipathPolicy, Phase, Source, VmPlace, VmSpec,
+    VolumeSpec, VolumeStatus,
 };
 use crate::types::{
-    Bus, CacheMode, ErrorPolicy, Lun, Malformed, Serial, VmId, VolumeKey, VolumeName,
+    Bus, CacheMode, Chap, ErrorPolicy, Lun, Malformed, Serial, VmId, VolumeKey, VolumeName,
 };
 use crate::vm::facade::{NodeInfo, Refusal, VmInfo, VmState};
 
@@ -176,13 +176,43 @@ fn source(source: Option<v1::Source>) -> Result<Source, Refusal> {
 
 fn iscsi_source(iscsi: v1::IscsiSource) -> Result<IscsiSource, Refusal> {
     let field = |name: &str| format!("volume.source.iscsi.{name}");
+    let secret = optional(&field("chap_secret"), &iscsi.chap_secret)?.map(ChapFrom::Secret);
     Ok(IscsiSource {
         target: parse(&field("target"), &iscsi.target)?,
         portals: portals_of(iscsi.portals.iter().map(String::as_str))
             .map_err(|error| malformed(field("portals"), &error))?,
         lun: Lun::try_from(u64::from(iscsi.lun))
             .map_err(|error| malformed(field("lun"), &error))?,
+        chap: secret.or(iscsi.chap_in_request.then_some(ChapFrom::Request)),
     })
+}
+
+/// The credentials that come with an addition, which then is where the volume has them from.
+pub fn chap(
+    given: Option<v1::ChapCredentials>,
+    spec: &mut VolumeSpec,
+) -> Result<Option<Chap>, Refusal> {
+    let Source::Iscsi(source) = &mut spec.source;
+    let Some(mut given) = given else {
+        if source.chap != Some(ChapFrom::Request) {
+            return Ok(None);
+        }
+        let what = "the credentials, or take chap_in_request out of the source";
+        return Err(missing("chap", Reason::InvalidOption, what));
+    };
+    let take = std::mem::take::<String>;
+    let (username, password) = (take(&mut given.username), take(&mut given.password).into());
+    let (username_in, password_in) =
+        (take(&mut given.username_in), take(&mut given.password_in).into());
+    let chap = Chap::new(username, password, username_in, password_in)
+        .map_err(|error| malformed(format!("chap.{}", error.what), &error))?;
+    if let Some(ChapFrom::Secret(name)) = &source.chap {
+        let message =
+            format!("chap: the source refers to secret {name} already: give one of the two");
+        return Err(Refusal::new(Reason::InvalidOption, message).field("chap"));
+    }
+    source.chap = Some(ChapFrom::Request);
+    Ok(Some(chap))
 }
 
 fn bus(value: i32) -> Result<Bus, Refusal> {
@@ -321,6 +351,11 @@ pub fn wire_source(source: &Source) -> v1::Source {
             target: s.target.to_string(),
             portals: s.portals.iter().map(ToString::to_string).collect(),
             lun: u32::from(s.lun.get()),
+            chap_secret: match &s.chap {
+                Some(ChapFrom::Secret(name)) => name.to_string(),
+                Some(ChapFrom::Request) | None => String::new(),
+            },
+            chap_in_request: s.chap == Some(ChapFrom::Request),
         }),
     };
     v1::Source { kind: Some(kind) }

@@ -40,8 +40,9 @@ impl Service {
 
     async fn add(&self, request: v1::AddVolumeRequest) -> Result<v1::AddVolumeResponse, Refusal> {
         let vm = convert::vm_id("vm", request.vm.as_ref())?;
-        let spec = convert::volume_spec(request.volume)?;
+        let mut spec = convert::volume_spec(request.volume)?;
         let options = AddOptions {
+            chap: convert::chap(request.chap, &mut spec)?,
             accept_new_identity: request.accept_new_identity,
             dry_run: request.dry_run,
         };

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use crate::api::{convert, v1};
 use crate::spec::Source;
-use crate::types::{Bus, CacheMode, ErrorPolicy, Malformed};
+use crate::types::{Bus, CacheMode, ErrorPolicy, Malformed, SecretText};
 
 /// A volume's fields; what is not given has the contract's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,50 @@ pub(super) struct VolumeFile {
     pub(super) wwid: String,
     #[serde(alias = "sizeBytes", skip_serializing_if = "is_zero")]
     pub(super) size_bytes: u64,
+    /// CHAP credentials: read, and never shown.
+    #[serde(skip_serializing, deserialize_with = "unseen")]
+    pub(super) chap: Option<ChapFile>,
+}
+
+/// CHAP credentials.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct ChapFile {
+    username: String,
+    password: SecretText,
+    #[serde(alias = "usernameIn")]
+    username_in: String,
+    #[serde(alias = "passwordIn")]
+    password_in: SecretText,
+}
+
+/// What is said of credentials that cannot be read: the parser's own words may quote them.
+const CHAP_RULE: &str = "CHAP credentials are username, password and, for mutual CHAP, username_in and password_in, each as NAME: \"TEXT\"";
+
+fn unseen<'de, D: Deserializer<'de>>(from: D) -> Result<Option<ChapFile>, D::Error> {
+    Option::deserialize(from).map_err(|_| serde::de::Error::custom(CHAP_RULE))
+}
+
+impl ChapFile {
+    /// Reads YAML, of which JSON is a part.
+    pub(super) fn parse(text: &str) -> Result<Self, &'static str> {
+        serde_yaml_ng::from_str(text).map_err(|_| CHAP_RULE)
+    }
+
+    /// Those of the node alone.
+    pub(super) fn one_way(username: String, password: SecretText) -> Self {
+        Self { username, password, ..Self::default() }
+    }
+
+    /// The contract's form.
+    pub(super) fn to_wire(&self) -> v1::ChapCredentials {
+        v1::ChapCredentials {
+            username: self.username.clone(),
+            password: self.password.expose().into(),
+            username_in: self.username_in.clone(),
+            password_in: self.password_in.expose().into(),
+        }
+    }
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
@@ -70,6 +114,10 @@ pub(super) struct IscsiFile {
     target: String,
     portals: Vec<String>,
     lun: u32,
+    #[serde(default, alias = "chapSecret", skip_serializing_if = "String::is_empty")]
+    chap_secret: String,
+    #[serde(default, alias = "chapInRequest", skip_serializing_if = "std::ops::Not::not")]
+    chap_in_request: bool,
 }
 
 impl<'de> Deserialize<'de> for SourceFile {
@@ -115,8 +163,8 @@ impl VolumeFile {
                 Some(convert::wire_source(&word::<Source>("source", url)?))
             }
             Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
-                let IscsiFile { target, portals, lun } = s.clone();
-                let iscsi = v1::IscsiSource { target, portals, lun };
+                let IscsiFile { target, portals, lun, chap_secret, chap_in_request } = s.clone();
+                let iscsi = v1::IscsiSource { target, portals, lun, chap_secret, chap_in_request };
                 Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(iscsi)) })
             }
         };
@@ -141,9 +189,19 @@ impl VolumeFile {
     /// From the contract's form; what a newer daemon says and we do not know is left out.
     pub(super) fn from_wire(spec: &v1::VolumeSpec) -> Self {
         let source = spec.source.clone().and_then(|source| source.kind).map(|kind| match kind {
-            v1::source::Kind::Iscsi(v1::IscsiSource { target, portals, lun }) => {
-                SourceFile::Kind(SourceKind::Iscsi(IscsiFile { target, portals, lun }))
-            }
+            v1::source::Kind::Iscsi(v1::IscsiSource {
+                target,
+                portals,
+                lun,
+                chap_secret,
+                chap_in_request,
+            }) => SourceFile::Kind(SourceKind::Iscsi(IscsiFile {
+                target,
+                portals,
+                lun,
+                chap_secret,
+                chap_in_request,
+            })),
         });
         Self {
             name: spec.name.clone(),
@@ -160,7 +218,40 @@ impl VolumeFile {
             multipath: plain(spec.multipath().as_str_name(), "MULTIPATH_POLICY_"),
             wwid: spec.wwid.clone(),
             size_bytes: spec.size_bytes,
+            chap: None,
         }
+    }
+
+    /// Has it be this LUN; without credentials where `chap_secret` is empty.
+    pub(super) fn set_iscsi(
+        &mut self,
+        target: String,
+        portals: Vec<String>,
+        lun: u32,
+        chap_secret: String,
+    ) {
+        let iscsi = IscsiFile { target, portals, lun, chap_secret, chap_in_request: false };
+        self.source = Some(SourceFile::Kind(SourceKind::Iscsi(iscsi)));
+    }
+
+    /// Has the source refer to a secret.
+    pub(super) fn set_chap_secret(&mut self, name: &str) -> Result<(), Failure> {
+        let kind = match self.source.take() {
+            None => None,
+            Some(SourceFile::Kind(kind)) => Some(kind),
+            Some(SourceFile::Url(url)) => {
+                let wire = convert::wire_source(&word::<Source>("source", &url)?);
+                let spec = v1::VolumeSpec { source: Some(wire), ..v1::VolumeSpec::default() };
+                match Self::from_wire(&spec).source {
+                    Some(SourceFile::Kind(kind)) => Some(kind),
+                    Some(SourceFile::Url(_)) | None => None,
+                }
+            }
+        };
+        self.source = kind.map(|SourceKind::Iscsi(iscsi)| {
+            SourceFile::Kind(SourceKind::Iscsi(IscsiFile { chap_secret: name.into(), ..iscsi }))
+        });
+        Ok(())
     }
 
     /// The source as a URL; empty when it is not known.
@@ -313,6 +404,11 @@ size_bytes: 1024
             let error = VolumeFile::parse(text).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
         }
+        for chap in ["hush", "{username: [hush]}", "{username: u, hush: x}", "[hush]"] {
+            let error = VolumeFile::parse(&format!("chap: {chap}")).unwrap_err().to_string();
+            assert!(error.contains("username_in") && !error.contains("hush"), "{error}");
+            assert!(ChapFile::parse(chap).is_err());
+        }
         for (text, field) in [
             ("bus: ide", "bus"),
             ("cache: unsafe", "cache"),
@@ -324,6 +420,26 @@ size_bytes: 1024
             let failure = VolumeFile::parse(text).unwrap().to_wire().unwrap_err();
             assert_eq!((failure.field.as_str(), failure.exit), (field, Exit::Usage));
         }
+    }
+
+    #[test]
+    fn credentials_are_read_and_never_shown() {
+        let mut volume = VolumeFile::parse(
+            "{name: a, source: 'iscsi://10.0.0.1/iqn.2001-04.com.example:a/3', chap: {username: u, password: hush}}",
+        )
+        .unwrap();
+        let wire = volume.chap.as_ref().unwrap().to_wire();
+        assert_eq!((wire.username.as_str(), wire.password.as_str()), ("u", "hush"));
+        let shown = [
+            format!("{volume:?} {wire:?}"),
+            serde_json::to_string(&volume).unwrap(),
+            serde_yaml_ng::to_string(&volume).unwrap(),
+        ];
+        assert!(shown.iter().all(|text| !text.contains("hush")), "{shown:?}");
+        volume.set_chap_secret("san-1").unwrap();
+        let v1::source::Kind::Iscsi(iscsi) =
+            volume.to_wire().unwrap().source.unwrap().kind.unwrap();
+        assert_eq!((iscsi.chap_secret.as_str(), iscsi.lun), ("san-1", 3));
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod client;
 mod describe;
 mod failure;
 mod file;
+mod foreign;
 mod journal;
 mod list;
 mod node;

@@ -141,6 +141,19 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The credentials that are needed cannot be had.
+    #[error("the CHAP credentials cannot be had: {0}")]
+    SecretUnavailable(String),
+    /// The session to be shared was made with other credentials.
+    #[error(
+        "the session to {target} at {portal} was made with other CHAP credentials than this volume has"
+    )]
+    ChapDiffers {
+        /// The target.
+        target: String,
+        /// The portal.
+        portal: String,
+    },
     /// A lock could not be had.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -202,6 +215,8 @@ impl Error {
             },
             Self::Tool { .. } => Reason::ToolFailed,
             Self::RecordCorrupt { .. } | Self::LeaseCorrupt { .. } => Reason::RecordCorrupt,
+            Self::SecretUnavailable(_) => Reason::SecretUnavailable,
+            Self::ChapDiffers { .. } => Reason::ChapDiffers,
             Self::Lock(e) => match e {
                 LockError::TimedOut { .. } => Reason::DeadlineExceeded,
                 LockError::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => {

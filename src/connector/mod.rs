@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 use crate::spec::{DeviceStatus, MultipathPolicy, Source};
-use crate::types::{DevNum, Outcome, VolumeKey, Wwid};
+use crate::types::{Chap, DevNum, Outcome, VolumeKey, Wwid};
 
 /// What the LUN must prove to be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -55,6 +55,21 @@ pub struct AttachRequest {
     pub multipath: MultipathPolicy,
     /// Others may hold it on this node too.
     pub shareable: bool,
+    /// How to log in where there is no session yet.
+    pub authentication: Authentication,
+}
+
+/// The credentials of an attach.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Authentication {
+    /// None are given: what the host is configured with counts.
+    #[default]
+    None,
+    /// These.
+    Chap(Chap),
+    /// There should be some, and these words say why they cannot be had. It matters only to an attach
+    /// that needs them: a volume that is attached goes on without.
+    Lost(String),
 }
 
 /// One path of an attached volume.

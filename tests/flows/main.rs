@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod cancel;
+mod chap;
 mod crash;
 mod faults;
 mod force;

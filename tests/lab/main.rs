@@ -8,6 +8,7 @@
 
 mod attach;
 mod bad_input;
+mod chap;
 mod daemon;
 mod gone;
 mod grant;

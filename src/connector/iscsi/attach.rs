@@ -11,7 +11,7 @@ use crate::connector::identity::Identity;
 use crate::connector::lease::{Claim, Lease, Made as _, MapLease};
 use crate::connector::multipath::{self, Above, Map};
 use crate::connector::scsi::{self, ScsiPath};
-use crate::connector::{AttachRequest, Attachment, DetachOptions};
+use crate::connector::{AttachRequest, Attachment, Authentication, DetachOptions};
 use crate::host::multipathd::MultipathdError;
 use crate::spec::{IscsiSource, MultipathPolicy};
 use crate::step::Step;
@@ -77,6 +77,11 @@ impl Inner {
         request: &AttachRequest,
         source: &IscsiSource,
     ) -> Result<Job, Error> {
+        let chap = match &request.authentication {
+            Authentication::None => None,
+            Authentication::Chap(chap) => Some(chap.clone()),
+            Authentication::Lost(why) => return Err(Error::SecretUnavailable(why.clone())),
+        };
         let alive = multipath::alive(&*self.doors.multipathd).await;
         if let Err(silent @ MultipathdError::TimedOut { .. }) = alive {
             // It runs, and would put a map over a path that was given away without one.
@@ -102,6 +107,7 @@ impl Inner {
             expect: request.expect.clone(),
             policy: request.multipath,
             shareable: request.shareable,
+            chap,
             multipath,
             called_off: Arc::default(),
         })

@@ -18,7 +18,7 @@ use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::scsi::ScsiPath;
 use crate::connector::settings::ms;
-use crate::types::Portal;
+use crate::types::{Chap, Portal};
 
 /// What came together in time.
 pub(super) struct Gathered {
@@ -110,14 +110,24 @@ impl Inner {
 
     /// Some targets (LIO) answer a login to an unknown name like one to a service that is down, so
     /// that iscsid tries until its time is over. The portal itself knows better.
+    /// And iscsid ends a login at a target that could not prove itself as it ends one at an unknown
+    /// target.
     async fn diagnose(&self, job: &Job, error: LoginError) -> LoginError {
-        let LoginError::Unreachable { portal, .. } = error else { return error };
-        match self.iscsiadm(&job.source.target).is_exported(portal).await {
-            Some(false) => {
+        let mutual = job.chap.as_ref().is_some_and(Chap::is_mutual);
+        let portal = match error {
+            LoginError::Unreachable { portal, .. } => portal,
+            LoginError::NotFound { portal, .. } if mutual => portal,
+            other => return other,
+        };
+        match (self.iscsiadm(&job.source.target).is_exported(portal).await, error) {
+            (Some(false), _) => {
                 let detail = "it answers, but does not list it among its targets".into();
                 LoginError::NotFound { portal, detail }
             }
-            Some(true) | None => error,
+            (Some(true) | None, LoginError::NotFound { portal, detail }) => {
+                LoginError::Unproven { portal, detail }
+            }
+            (Some(true) | None, error) => error,
         }
     }
 
@@ -134,7 +144,7 @@ impl Inner {
         let how_many = if job.multipath { all.queue.len() } else { all.queue.len().min(1) };
         let portals: Vec<Portal> = all.queue.drain(..how_many).collect();
         if !portals.is_empty() {
-            let begun = self.log_in(&job.source.target, &portals, job.multipath).await?;
+            let begun = self.log_in(job, &portals).await?;
             all.progress.extend(begun);
         }
         for portal in portals {
@@ -280,6 +290,8 @@ fn is_local(error: &Error) -> bool {
         | Error::Command { .. }
         | Error::Tool { .. }
         | Error::RecordCorrupt { .. }
+        | Error::SecretUnavailable(_)
+        | Error::ChapDiffers { .. }
         | Error::Lock(_)
         | Error::LeaseCorrupt { .. }
         | Error::Undo { .. } => false,

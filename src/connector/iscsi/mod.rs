@@ -14,6 +14,7 @@
 
 mod attach;
 mod base;
+mod chap;
 mod detach;
 mod gather;
 mod held;
@@ -48,7 +49,7 @@ use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect, Health,
 use crate::host::storage::StorageDoors;
 use crate::spec::{IscsiSource, MultipathPolicy, Source};
 use crate::step::Step;
-use crate::types::{Iqn, Outcome, Portal, VolumeKey, Wwid};
+use crate::types::{Chap, Iqn, Outcome, Portal, VolumeKey, Wwid};
 use login::Logins;
 pub(super) use login::Made;
 
@@ -79,6 +80,7 @@ struct Job {
     expect: Expect,
     policy: MultipathPolicy,
     shareable: bool,
+    chap: Option<Chap>,
     /// All portals, for a map; otherwise the first that answers.
     multipath: bool,
     /// It is wanted no more: no scan is to begin.

@@ -72,7 +72,10 @@ impl Inner {
             let delete = self.delete_record(target, portal);
             changed |= self.doors.tracker.run(Step::DeleteRecord, delete).await?;
             self.leases
-                .update::<Made, _>(target.as_str(), |l| l.made.records.remove(&portal))
+                .update::<Made, _>(target.as_str(), |l| {
+                    l.made.chap.remove(&portal);
+                    l.made.records.remove(&portal)
+                })
                 .await?;
         }
         Ok(changed)

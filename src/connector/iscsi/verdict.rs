@@ -25,6 +25,24 @@ pub enum LoginError {
         /// iscsiadm's words.
         detail: String,
     },
+    /// The target does not accept the credentials that it was given.
+    #[error("portal {portal} refused the login of {user:?} by CHAP: {detail}")]
+    ChapRejected {
+        /// The portal.
+        portal: Portal,
+        /// The name that was given.
+        user: String,
+        /// iscsiadm's words.
+        detail: String,
+    },
+    /// The target let us in, but could not prove who it is.
+    #[error("the target at portal {portal} did not prove itself by mutual CHAP: {detail}")]
+    Unproven {
+        /// The portal.
+        portal: Portal,
+        /// iscsiadm's words.
+        detail: String,
+    },
     /// The portal has no such target.
     #[error("portal {portal} does not know the target: {detail}")]
     NotFound {
@@ -68,6 +86,8 @@ impl LoginError {
             Self::Unreachable { .. } | Self::TimedOut { .. } => Reason::PortalUnreachable,
             Self::Silent { .. } => Reason::DeadlineExceeded,
             Self::Refused { .. } => Reason::LoginRefused,
+            Self::ChapRejected { .. } => Reason::ChapRejected,
+            Self::Unproven { .. } => Reason::ChapTargetUnproven,
             Self::NotFound { .. } => Reason::TargetNotFound,
             Self::Tool { missing: true, .. } => Reason::ToolMissing,
             Self::Tool { missing: false, .. } => Reason::ToolFailed,
@@ -78,7 +98,21 @@ impl LoginError {
     pub(crate) fn is_open(&self) -> bool {
         match self {
             Self::Silent { .. } | Self::TimedOut { .. } | Self::Tool { .. } => true,
-            Self::Unreachable { .. } | Self::Refused { .. } | Self::NotFound { .. } => false,
+            Self::Unreachable { .. }
+            | Self::Refused { .. }
+            | Self::ChapRejected { .. }
+            | Self::Unproven { .. }
+            | Self::NotFound { .. } => false,
+        }
+    }
+
+    /// The same, of a login with a volume's credentials in the name of `user`.
+    pub(crate) fn of_user(self, user: Option<&String>) -> Self {
+        match (self, user) {
+            (Self::Refused { portal, detail }, Some(user)) => {
+                Self::ChapRejected { portal, user: user.clone(), detail }
+            }
+            (other, _) => other,
         }
     }
 
@@ -90,7 +124,7 @@ impl LoginError {
             Self::Silent { .. } => 2,
             Self::Tool { .. } => 3,
             Self::NotFound { .. } => 4,
-            Self::Refused { .. } => 5,
+            Self::Refused { .. } | Self::ChapRejected { .. } | Self::Unproven { .. } => 5,
         }
     }
 }

@@ -5,18 +5,21 @@
 //! addresses stand without brackets.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use nix::libc;
+use zeroize::Zeroizing;
 
 use super::lock::{self, Watcher};
 use super::{DbLockState, IscsiDb, Record};
 use crate::host::workers::Workers;
-use crate::types::{Iqn, Portal};
+use crate::types::{Chap, Iqn, Portal};
 
 /// A local file system; only one in trouble takes this long.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -122,6 +125,64 @@ fn find(nodes: &Path, target: &Iqn) -> io::Result<Vec<Found>> {
     Ok(found)
 }
 
+/// The settings that hold credentials (usr/idbm_fields.h); iscsiadm itself counts the lengths.
+const METHOD: &str = "node.session.auth.authmethod";
+const OUT: [&str; 2] = ["node.session.auth.username", "node.session.auth.password"];
+const BACK: [&str; 2] = ["node.session.auth.username_in", "node.session.auth.password_in"];
+
+/// A record's text with these credentials instead of those that it has.
+fn with_chap(record: &str, chap: &Chap) -> Zeroizing<String> {
+    let name = |line: &str| line.split('=').next().unwrap_or("").trim().to_owned();
+    let is_auth = |line: &str| {
+        let name = name(line);
+        name == METHOD || OUT.contains(&name.as_str()) || BACK.contains(&name.as_str())
+    };
+    // Of its full size from the start: one that grew would leave copies behind.
+    let mut text = Zeroizing::new(String::with_capacity(record.len() + 2048));
+    let kept = record.lines().filter(|l| !is_auth(l) && l.trim() != "# END RECORD");
+    for line in kept {
+        text.push_str(line);
+        text.push('\n');
+    }
+    let mut put = |name: &str, value: &str| {
+        for part in [name, " = ", value, "\n"] {
+            text.push_str(part);
+        }
+    };
+    put(METHOD, "CHAP");
+    let back = chap.back.iter().map(|login| (BACK, login));
+    for ([name, secret], login) in [(OUT, &chap.out)].into_iter().chain(back) {
+        put(name, &login.name);
+        put(secret, login.secret.expose());
+    }
+    text.push_str("# END RECORD\n");
+    text
+}
+
+/// As iscsiadm writes a record: in its place, under the lock. Cut off half way it is a damaged record,
+/// which is replaced when it is met.
+fn set_chap(
+    nodes: &Path,
+    locks: &Path,
+    target: &Iqn,
+    portal: Portal,
+    chap: &Chap,
+) -> io::Result<()> {
+    let _lock = lock::Held::take(locks)?;
+    let of_it = |f: &Found| f.record.portal == portal && f.record.iface == "default";
+    let found = find(nodes, target)?.into_iter().find(of_it).ok_or(io::ErrorKind::NotFound)?;
+    if found.record.corrupt {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).custom_flags(libc::O_NOFOLLOW).open(&found.file)?;
+    let before = Zeroizing::new(fs::read_to_string(&found.file)?);
+    let text = with_chap(&before, chap);
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    file.set_len(0)?;
+    file.write_all(text.as_bytes())
+}
+
 fn remove_corrupt(nodes: &Path, locks: &Path, target: &Iqn, record: &Record) -> io::Result<()> {
     // While iscsiadm writes a record it is empty for a moment, and not corrupt.
     let _lock = lock::Held::take(locks)?;
@@ -158,6 +219,13 @@ impl IscsiDb for RealIscsiDb {
         let (nodes, target, record) = (self.nodes.clone(), target.clone(), record.clone());
         let locks = self.locks.clone();
         let call = move || remove_corrupt(&nodes, &locks, &target, &record);
+        self.workers.run("nodes", DEADLINE, call).await
+    }
+
+    async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()> {
+        let (nodes, locks) = (self.nodes.clone(), self.locks.clone());
+        let (target, chap) = (target.clone(), chap.clone());
+        let call = move || set_chap(&nodes, &locks, &target, portal, &chap);
         self.workers.run("nodes", DEADLINE, call).await
     }
 
@@ -223,6 +291,51 @@ mod tests {
         assert_eq!(locked.kind(), io::ErrorKind::WouldBlock);
         assert!(!dir.path().join(IQN).join("fd00::1,3261,-1").exists());
         assert!(dir.path().join(IQN).join("127.0.0.3,3260,1").exists());
+    }
+
+    #[tokio::test]
+    async fn credentials_take_the_place_of_others_and_the_rest_stays() {
+        let (dir, locks) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let record = format!(
+            "# BEGIN RECORD 2.1.11\nnode.name = {IQN}\nnode.session.auth.authmethod = None\n\
+             node.session.auth.username = site\nnode.session.auth.password_in=old\n\
+             node.session.auth.chap_algs = MD5\nnode.conn[0].port = 3260\n# END RECORD\n"
+        );
+        put(dir.path(), "127.0.0.2,3260,1/default", &record);
+        put(dir.path(), "127.0.0.2,3260,1/iface0", &record);
+        put(dir.path(), "127.0.0.3,3260,1/default", "");
+        let at = |p: &str| dir.path().join(IQN).join(p);
+        fs::set_permissions(at("127.0.0.2,3260,1/default"), fs::Permissions::from_mode(0o644))
+            .unwrap();
+        let db = RealIscsiDb::new(dir.path()).with_locks(locks.path());
+        let target: Iqn = IQN.parse().unwrap();
+        let portal = |n: u8| format!("127.0.0.{n}:3260").parse::<Portal>().unwrap();
+        let secret = |text: &str| crate::types::SecretText::from(text.to_owned());
+        let chap = |back: &str, secret_in: &str| {
+            let (user, back) = ("u = 1".to_owned(), back.to_owned());
+            Chap::new(user, secret("p # w = x"), back, secret(secret_in)).unwrap()
+        };
+        db.set_chap(&target, portal(2), &chap("t", "other")).await.unwrap();
+        let text = fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap();
+        let head = format!(
+            "# BEGIN RECORD 2.1.11\nnode.name = {IQN}\nnode.session.auth.chap_algs = MD5\n\
+             node.conn[0].port = 3260\nnode.session.auth.authmethod = CHAP\n\
+             node.session.auth.username = u = 1\nnode.session.auth.password = p # w = x\n"
+        );
+        let mutual = "node.session.auth.username_in = t\nnode.session.auth.password_in = other\n";
+        assert_eq!(text, format!("{head}{mutual}# END RECORD\n"));
+        let mode = fs::metadata(at("127.0.0.2,3260,1/default")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        db.set_chap(&target, portal(2), &chap("", "")).await.unwrap();
+        let text = fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap();
+        assert_eq!(text, format!("{head}# END RECORD\n"));
+        assert_eq!(fs::read_to_string(at("127.0.0.2,3260,1/iface0")).unwrap(), record);
+        let kind =
+            async |n| db.set_chap(&target, portal(n), &chap("", "")).await.unwrap_err().kind();
+        assert_eq!(kind(3).await, io::ErrorKind::InvalidData);
+        assert_eq!(kind(4).await, io::ErrorKind::NotFound);
+        fs::write(locks.path().join("lock.write"), "").unwrap();
+        assert_eq!(kind(2).await, io::ErrorKind::WouldBlock);
     }
 
     #[tokio::test]

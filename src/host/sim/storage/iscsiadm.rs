@@ -8,7 +8,7 @@ use super::SimStorage;
 use super::array::PortalState;
 use super::kernel::World;
 use crate::host::cmd::Output;
-use crate::types::{Iqn, Portal};
+use crate::types::{Chap, Iqn, Portal};
 
 /// open-iscsi's codes.
 mod code {
@@ -116,6 +116,53 @@ fn output(code: i32, stdout: String, stderr: &str) -> Output {
 
 fn done(stdout: String) -> Output {
     output(0, stdout, "")
+}
+
+const AUTH: &str = "node.session.auth.";
+
+/// Writes credentials into a record, in the place of those that it has.
+pub(super) fn put_chap(record: &mut NodeRecord, chap: &Chap) {
+    let mut put = |name: &str, value: Option<&str>| {
+        let name = format!("{AUTH}{name}");
+        match value {
+            Some(value) => drop(record.settings.insert(name, value.to_owned())),
+            None => drop(record.settings.remove(&name)),
+        }
+    };
+    let back = chap.back.as_ref();
+    put("authmethod", Some("CHAP"));
+    put("username", Some(&chap.out.name));
+    put("password", Some(chap.out.secret.expose()));
+    put("username_in", back.map(|b| b.name.as_str()));
+    put("password_in", back.map(|b| b.secret.expose()));
+}
+
+/// The credentials that a record has in force.
+fn chap_of(record: &NodeRecord) -> Option<Chap> {
+    let get = |name: &str| record.settings.get(&format!("{AUTH}{name}")).cloned();
+    if get("authmethod").as_deref() != Some("CHAP") {
+        return None;
+    }
+    let text = |name: &str| get(name).unwrap_or_default();
+    let (password, password_in) = (text("password").into(), text("password_in").into());
+    Chap::new(text("username"), password, text("username_in"), password_in).ok()
+}
+
+/// What becomes of a login by CHAP, as open-iscsi 2.1.11 ends it: a target that does not accept an
+/// initiator says so (24); of one that does not prove itself iscsid makes a fatal error (19).
+fn chap_verdict(demanded: Option<&Chap>, given: Option<&Chap>) -> Option<i32> {
+    let accepted = match (demanded, given) {
+        (Some(demanded), Some(given)) => demanded.out == given.out,
+        (Some(_), None) => false,
+        (None, _) => true,
+    };
+    let proof = given.and_then(|given| given.back.as_ref());
+    let proven = proof.is_none() || demanded.and_then(|d| d.back.as_ref()) == proof;
+    match (accepted, proven) {
+        (false, _) => Some(code::LOGIN_AUTH_FAILED),
+        (true, false) => Some(code::FATAL_LOGIN),
+        (true, true) => None,
+    }
 }
 
 /// How long iscsiadm tries to lock the database.
@@ -249,7 +296,15 @@ fn try_login(world: &mut World, key: &RecordKey, records: &Records) -> Option<i3
         Some(PortalState::Denied) => return Some(code::LOGIN_AUTH_FAILED),
         None => return Some(code::FATAL_LOGIN),
     }
+    let given = records.get(key).and_then(chap_of);
+    let demanded = world.targets.get(target).and_then(|t| t.chap.as_ref());
+    if let Some(code) = chap_verdict(demanded, given.as_ref()) {
+        return Some(code);
+    }
     let sid = world.login(target, *portal, iface);
+    for (name, value) in shown(given.as_ref()) {
+        world.set_session_attribute(sid, name, value);
+    }
     let setting = |name: &str| records.get(key).and_then(|r| r.settings.get(name));
     if let Some(value) = setting("node.session.err_timeo.tgt_reset_timeout") {
         world.set_session_attribute(sid, "tgt_reset_tmo", value);
@@ -261,6 +316,17 @@ fn try_login(world: &mut World, key: &RecordKey, records: &Records) -> Option<i3
         let _ = world.write(&format!("class/scsi_host/host{host}/scan"), "- - -");
     }
     Some(0)
+}
+
+/// What the kernel shows of a session's credentials.
+fn shown(given: Option<&Chap>) -> [(&'static str, &str); 4] {
+    let back = given.and_then(|g| g.back.as_ref());
+    [
+        ("username", given.map_or("(null)", |g| &g.out.name)),
+        ("password", given.map_or("(null)", |g| g.out.secret.expose())),
+        ("username_in", back.map_or("(null)", |b| &b.name)),
+        ("password_in", back.map_or("(null)", |b| b.secret.expose())),
+    ]
 }
 
 /// The records that the arguments select.

@@ -122,6 +122,8 @@ reasons! {
     LoginRefused = "LOGIN_REFUSED", Precondition, "Check the target's ACL for this initiator and its credentials.";
     /// The target does not accept the CHAP credentials.
     ChapRejected = "CHAP_REJECTED", Precondition, "Correct the name and the secret, or the target's ACL for this initiator.";
+    /// CHAP credentials were given for a target that asks for none.
+    ChapNotWanted = "CHAP_NOT_WANTED", Precondition, "Add the volume without credentials, or have the target demand them.";
     /// The target did not prove itself by mutual CHAP.
     ChapTargetUnproven = "CHAP_TARGET_UNPROVEN", Precondition, "Set username_in and password_in as the target has them, or leave them out if it has none.";
     /// The session to be shared was made with other credentials.

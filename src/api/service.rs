@@ -211,6 +211,20 @@ impl LunplugService for Service {
         .await
     }
 
+    async fn discover_targets(
+        &self,
+        request: Request<v1::DiscoverTargetsRequest>,
+    ) -> Result<Response<v1::DiscoverTargetsResponse>, Status> {
+        let request = request.into_inner();
+        answer("DiscoverTargets", About::default(), async {
+            let (portal, with) = convert::discovery(request)?;
+            let found = self.volumes.discover(portal, with).await?;
+            let targets = found.iter().map(convert::wire_discovered).collect();
+            Ok(v1::DiscoverTargetsResponse { targets })
+        })
+        .await
+    }
+
     async fn get_node(
         &self,
         _: Request<v1::GetNodeRequest>,

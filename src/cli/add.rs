@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use zeroize::Zeroizing;
 
+use super::chap::ChapFile;
 use super::client::{connect, timed};
 use super::failure::{Exit, Failure};
-use super::file::{self, ChapFile, SourceFile, VolumeFile};
+use super::file::{self, SourceFile, VolumeFile};
 use super::output::{self, Format};
 use super::wait::{Goal, wait};
 use super::{Screen, VmArg, foreign};
@@ -161,7 +162,7 @@ impl Args {
             volume.set_chap_secret(name)?;
         }
         if let Some(path) = &self.chap_file {
-            volume.chap = Some(ChapFile::parse(&text(path)?).map_err(|e| wrong(path, e))?);
+            volume.chap = Some(chap_file(path)?);
         }
         volume.persist |= self.persist;
         volume.shareable |= self.shareable;
@@ -184,6 +185,11 @@ fn read(path: &Path) -> Result<(VolumeFile, Vec<String>), Failure> {
         Some(Err(error)) => Err(wrong(path, error)),
         None => VolumeFile::parse(&text).map(|v| (v, Vec::new())).map_err(|e| wrong(path, e)),
     }
+}
+
+/// The credentials in a file.
+pub(super) fn chap_file(path: &Path) -> Result<ChapFile, Failure> {
+    ChapFile::parse(&text(path)?).map_err(|e| wrong(path, e))
 }
 
 /// A file's text, which may hold secrets.

@@ -8,10 +8,11 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::chap::{self, ChapFile};
 use super::failure::Failure;
 use crate::api::{convert, v1};
 use crate::spec::Source;
-use crate::types::{Bus, CacheMode, ErrorPolicy, Malformed, SecretText};
+use crate::types::{Bus, CacheMode, ErrorPolicy, Malformed};
 
 /// A volume's fields; what is not given has the contract's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,49 +45,8 @@ pub(super) struct VolumeFile {
     #[serde(alias = "sizeBytes", skip_serializing_if = "is_zero")]
     pub(super) size_bytes: u64,
     /// CHAP credentials: read, and never shown.
-    #[serde(skip_serializing, deserialize_with = "unseen")]
+    #[serde(skip_serializing, deserialize_with = "chap::unseen")]
     pub(super) chap: Option<ChapFile>,
-}
-
-/// CHAP credentials.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub(super) struct ChapFile {
-    username: String,
-    password: SecretText,
-    #[serde(alias = "usernameIn")]
-    username_in: String,
-    #[serde(alias = "passwordIn")]
-    password_in: SecretText,
-}
-
-/// What is said of credentials that cannot be read: the parser's own words may quote them.
-const CHAP_RULE: &str = "CHAP credentials are username, password and, for mutual CHAP, username_in and password_in, each as NAME: \"TEXT\"";
-
-fn unseen<'de, D: Deserializer<'de>>(from: D) -> Result<Option<ChapFile>, D::Error> {
-    Option::deserialize(from).map_err(|_| serde::de::Error::custom(CHAP_RULE))
-}
-
-impl ChapFile {
-    /// Reads YAML, of which JSON is a part.
-    pub(super) fn parse(text: &str) -> Result<Self, &'static str> {
-        serde_yaml_ng::from_str(text).map_err(|_| CHAP_RULE)
-    }
-
-    /// Those of the node alone.
-    pub(super) fn one_way(username: String, password: SecretText) -> Self {
-        Self { username, password, ..Self::default() }
-    }
-
-    /// The contract's form.
-    pub(super) fn to_wire(&self) -> v1::ChapCredentials {
-        v1::ChapCredentials {
-            username: self.username.clone(),
-            password: self.password.expose().into(),
-            username_in: self.username_in.clone(),
-            password_in: self.password_in.expose().into(),
-        }
-    }
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature

@@ -4,7 +4,8 @@
 
 use serde_yaml_ng::{Mapping, Value};
 
-use super::file::{ChapFile, VolumeFile};
+use super::chap::ChapFile;
+use super::file::VolumeFile;
 
 /// A volume that was read, and what was passed over in it.
 #[derive(Debug, PartialEq, Eq)]

@@ -1,8 +1,10 @@
 //! The commands of `lunplug`, one file each. Results go to stdout, progress and errors to stderr.
 
 mod add;
+mod chap;
 mod client;
 mod describe;
+mod discover;
 mod failure;
 mod file;
 mod foreign;
@@ -82,6 +84,8 @@ enum Command {
     /// Register, list and unregister VMs.
     #[command(subcommand)]
     Vm(vm::Command),
+    /// Show the targets that an iSCSI portal lists to this node. Leaves no record behind.
+    Discover(discover::Args),
     /// Show the node.
     Node,
     /// Follow the changes of volumes.
@@ -158,6 +162,7 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
         Command::List(args) => list::run(args, &socket, format, screen).await,
         Command::Describe(args) => describe::run(args, &socket, format, screen).await,
         Command::Vm(command) => vm::run(command, &socket, format, screen).await,
+        Command::Discover(args) => discover::run(args, &socket, format, screen).await,
         Command::Node => node::run(&socket, format, screen).await,
         Command::Watch(args) => watch::run(args, &socket, format, screen).await,
         Command::Journal(command) => journal::run(command, format, screen).await,

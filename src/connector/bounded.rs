@@ -181,6 +181,14 @@ impl IscsiDb for BoundedIscsiDb {
         let call = self.0.set_chap(target, portal, chap);
         within(self.1, || format!("writing a record of {target}"), call).await
     }
+    async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
+        let call = self.0.put_discovery(portal, chap);
+        within(self.1, || format!("writing a discovery record of {portal}"), call).await
+    }
+    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()> {
+        let call = self.0.remove_discovery(portal);
+        within(self.1, || "removing a discovery record".into(), call).await
+    }
     async fn look_at_lock(&self) -> io::Result<DbLockState> {
         let doing = || "looking at open-iscsi's lock".to_owned();
         within(self.1, doing, self.0.look_at_lock()).await

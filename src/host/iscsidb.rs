@@ -2,6 +2,7 @@
 
 mod lock;
 mod real;
+mod text;
 
 use std::io;
 
@@ -49,6 +50,14 @@ pub trait IscsiDb: Send + Sync {
     /// file is its owner's alone from then on. No such record is `NotFound`, a corrupt one
     /// `InvalidData`, and a database that is locked `WouldBlock`. No error shows a credential.
     async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()>;
+
+    /// Writes a discovery record of ours for a portal, with credentials for its list of targets; one of
+    /// ours that is there is replaced, another's is `AlreadyExists`. For one discovery that makes no
+    /// node records, and to be removed after it.
+    async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()>;
+
+    /// Removes the discovery records of ours: that of a portal, or all.
+    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()>;
 
     /// One look at the database's lock. A lock that was left by a killed iscsiadm is removed, once
     /// that is proven: mostly by the second look at it.

@@ -126,11 +126,10 @@ fn wrong_missing_and_surplus_credentials_are_told_apart() {
         sim.set_chap(&target(), Some(chap("node", SECRET, "another-one")));
         let (got, message) = fails(&daemon, 1, &spec, &chap("node", SECRET, BACK)).await;
         assert_eq!(got, Reason::ChapTargetUnproven, "{message}");
-        // A target that demands none takes whoever comes.
+        // It demands none.
         sim.set_chap(&target(), None);
-        want(&daemon, 1, &spec, &right()).await;
-        daemon.ready(1, "data").await;
-        daemon.remove(1, "data").await;
+        let (got, message) = fails(&daemon, 1, &spec, &right()).await;
+        assert_eq!(got, Reason::ChapNotWanted, "{message}");
         daemon.quiet().await;
         world.assert_clean("all tried");
     });
@@ -140,7 +139,7 @@ fn wrong_missing_and_surplus_credentials_are_told_apart() {
 fn a_session_is_shared_only_by_those_who_could_have_made_it() {
     let world = World::new();
     world.life(async |daemon| {
-        // The target would let all of them in.
+        world.host.storage.set_chap(&target(), Some(right()));
         want(&daemon, 1, &by_request(volume("one", 1)), &right()).await;
         daemon.ready(1, "one").await;
         let two = by_request(volume("two", 2));
@@ -154,6 +153,7 @@ fn a_session_is_shared_only_by_those_who_could_have_made_it() {
         daemon.remove(2, "two").await;
         daemon.remove(1, "one").await;
         // And the other way round.
+        world.host.storage.set_chap(&target(), None);
         daemon.add(1, &volume("one", 1)).await;
         let (reason, message) = fails(&daemon, 2, &two, &right()).await;
         assert_eq!(reason, Reason::ChapDiffers, "{message}");

@@ -8,6 +8,7 @@ mod bad_input;
 mod cancel;
 mod chap;
 mod crash;
+mod discover;
 mod faults;
 mod force;
 mod guest;

@@ -10,6 +10,7 @@ mod attach;
 mod bad_input;
 mod chap;
 mod daemon;
+mod discover;
 mod gone;
 mod grant;
 mod guest;

@@ -110,22 +110,25 @@ impl Inner {
 
     /// Some targets (LIO) answer a login to an unknown name like one to a service that is down, so
     /// that iscsid tries until its time is over. The portal itself knows better.
-    /// And iscsid ends a login at a target that could not prove itself as it ends one at an unknown
-    /// target.
+    /// And iscsid itself ends a login with credentials, as one at an unknown target, when the target
+    /// did not go through with it: it asked for none, or could not prove itself.
     async fn diagnose(&self, job: &Job, error: LoginError) -> LoginError {
-        let mutual = job.chap.as_ref().is_some_and(Chap::is_mutual);
         let portal = match error {
             LoginError::Unreachable { portal, .. } => portal,
-            LoginError::NotFound { portal, .. } if mutual => portal,
+            LoginError::NotFound { portal, .. } if job.chap.is_some() => portal,
             other => return other,
         };
+        let mutual = job.chap.as_ref().is_some_and(Chap::is_mutual);
         match (self.iscsiadm(&job.source.target).is_exported(portal).await, error) {
             (Some(false), _) => {
                 let detail = "it answers, but does not list it among its targets".into();
                 LoginError::NotFound { portal, detail }
             }
-            (Some(true) | None, LoginError::NotFound { portal, detail }) => {
+            (Some(true) | None, LoginError::NotFound { portal, detail }) if mutual => {
                 LoginError::Unproven { portal, detail }
+            }
+            (Some(true) | None, LoginError::NotFound { portal, detail }) => {
+                LoginError::Unasked { portal, detail }
             }
             (Some(true) | None, error) => error,
         }
@@ -292,6 +295,8 @@ fn is_local(error: &Error) -> bool {
         | Error::RecordCorrupt { .. }
         | Error::SecretUnavailable(_)
         | Error::ChapDiffers { .. }
+        | Error::Discovery { .. }
+        | Error::DiscoveryRecord { .. }
         | Error::Lock(_)
         | Error::LeaseCorrupt { .. }
         | Error::Undo { .. } => false,

@@ -16,6 +16,7 @@ mod attach;
 mod base;
 mod chap;
 mod detach;
+mod discover;
 mod gather;
 mod held;
 mod late;
@@ -45,7 +46,10 @@ use super::lease::{Lease, Leases, User};
 use super::multipath::{self};
 use super::settings::{Settings, ms};
 use super::touched::{self, Touched};
-use super::{AttachRequest, Attachment, Connector, DetachOptions, Expect, Health, health};
+use super::{
+    AttachRequest, Attachment, Authentication, Connector, DetachOptions, Discovered, Expect,
+    Health, health,
+};
 use crate::host::storage::StorageDoors;
 use crate::spec::{IscsiSource, MultipathPolicy, Source};
 use crate::step::Step;
@@ -118,6 +122,9 @@ impl IscsiConnector {
     /// Undoes what no volume wants: sessions and records that a killed daemon's login left. For the
     /// start, and harmless at any time.
     pub async fn sweep(&self) -> Result<(), Error> {
+        if let Err(error) = self.inner.doors.iscsidb.remove_discovery(None).await {
+            tracing::warn!(%error, "discovery records of a killed daemon could not be removed");
+        }
         let mut left: Vec<(Iqn, Vec<Portal>)> = Vec::new();
         for lease in self.inner.leases.all::<Made>().await? {
             let Ok(target) = lease.target.parse() else { continue };
@@ -228,6 +235,15 @@ impl Connector for IscsiConnector {
             listeners
         });
         listeners.subscribe()
+    }
+
+    async fn discover(
+        &self,
+        portal: Portal,
+        authentication: Authentication,
+    ) -> Result<Vec<Discovered>, Error> {
+        let span = tracing::info_span!("discover", %portal);
+        self.inner.discover(portal, authentication).instrument(span).await
     }
 
     async fn owners(&self) -> Result<Vec<VolumeKey>, Error> {

@@ -107,7 +107,9 @@ async fn credentials_left_in_a_record_of_ours_are_not_used_by_who_gives_none() {
         authentication: Authentication::Chap(chap("a secret")),
         ..request("a", 1, &[2])
     };
+    san.sim.set_chap(&target(), Some(chap("a secret")));
     san.attach(&one).await;
+    san.sim.set_chap(&target(), None);
     // The session goes behind lunplug's back, its record stays.
     san.sim.end_session(&target(), portal(2));
     let setting = |name| san.sim.record_setting(&target(), portal(2), name);
@@ -127,6 +129,7 @@ async fn lost_credentials_matter_only_where_a_login_is_needed() {
     let lost = with(Authentication::Lost("gone".into()));
     let error = san.refused(&lost).await;
     assert_eq!(error.reason(), Reason::SecretUnavailable);
+    san.sim.set_chap(&target(), Some(chap("a secret")));
     san.attach(&with(Authentication::Chap(chap("a secret")))).await;
     assert!(!san.connector.attach(&lost).await.expect("attached").changed());
     let before = san.sim.snapshot();

@@ -17,6 +17,7 @@ use nix::libc;
 use zeroize::Zeroizing;
 
 use super::lock::{self, Watcher};
+use super::text::{OURS, discovery_text, with_chap};
 use super::{DbLockState, IscsiDb, Record};
 use crate::host::workers::Workers;
 use crate::types::{Chap, Iqn, Portal};
@@ -125,40 +126,6 @@ fn find(nodes: &Path, target: &Iqn) -> io::Result<Vec<Found>> {
     Ok(found)
 }
 
-/// The settings that hold credentials (usr/idbm_fields.h); iscsiadm itself counts the lengths.
-const METHOD: &str = "node.session.auth.authmethod";
-const OUT: [&str; 2] = ["node.session.auth.username", "node.session.auth.password"];
-const BACK: [&str; 2] = ["node.session.auth.username_in", "node.session.auth.password_in"];
-
-/// A record's text with these credentials instead of those that it has.
-fn with_chap(record: &str, chap: &Chap) -> Zeroizing<String> {
-    let name = |line: &str| line.split('=').next().unwrap_or("").trim().to_owned();
-    let is_auth = |line: &str| {
-        let name = name(line);
-        name == METHOD || OUT.contains(&name.as_str()) || BACK.contains(&name.as_str())
-    };
-    // Of its full size from the start: one that grew would leave copies behind.
-    let mut text = Zeroizing::new(String::with_capacity(record.len() + 2048));
-    let kept = record.lines().filter(|l| !is_auth(l) && l.trim() != "# END RECORD");
-    for line in kept {
-        text.push_str(line);
-        text.push('\n');
-    }
-    let mut put = |name: &str, value: &str| {
-        for part in [name, " = ", value, "\n"] {
-            text.push_str(part);
-        }
-    };
-    put(METHOD, "CHAP");
-    let back = chap.back.iter().map(|login| (BACK, login));
-    for ([name, secret], login) in [(OUT, &chap.out)].into_iter().chain(back) {
-        put(name, &login.name);
-        put(secret, login.secret.expose());
-    }
-    text.push_str("# END RECORD\n");
-    text
-}
-
 /// As iscsiadm writes a record: in its place, under the lock. Cut off half way it is a damaged record,
 /// which is replaced when it is met.
 fn set_chap(
@@ -181,6 +148,63 @@ fn set_chap(
     file.set_permissions(fs::Permissions::from_mode(0o600))?;
     file.set_len(0)?;
     file.write_all(text.as_bytes())
+}
+
+/// `send_targets/ADDRESS,PORT/st_config`, beside the nodes: its directory, and whether it is ours.
+fn discoveries(nodes: &Path) -> io::Result<Vec<(Portal, PathBuf, bool)>> {
+    let base = nodes.parent().unwrap_or(nodes).join("send_targets");
+    let mut found = Vec::new();
+    for (name, dir) in entries(&base)? {
+        let Some(portal) = portal(&name) else { continue };
+        let text = fs::read(dir.join("st_config")).map(Zeroizing::new).unwrap_or_default();
+        // Ours is written by an exclusive create: a crash may have left it empty, or in the middle.
+        let ours = text.starts_with(OURS.as_bytes());
+        found.push((portal, dir, ours));
+    }
+    Ok(found)
+}
+
+fn put_discovery(nodes: &Path, locks: &Path, portal: Portal, chap: &Chap) -> io::Result<()> {
+    let _lock = lock::Held::take(locks)?;
+    for (_, dir, ours) in discoveries(nodes)?.into_iter().filter(|(at, _, _)| *at == portal) {
+        if !ours {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        drop_discovery(&dir)?;
+    }
+    let base = nodes.parent().unwrap_or(nodes).join("send_targets");
+    let dir = base.join(format!("{},{}", portal.ip(), portal.port()));
+    fs::create_dir_all(&dir)?;
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(dir.join("st_config"))?;
+    let written = file.write_all(discovery_text(portal, chap).as_bytes());
+    if written.is_err() {
+        let _ = drop_discovery(&dir);
+    }
+    written
+}
+
+fn drop_discovery(dir: &Path) -> io::Result<()> {
+    fs::remove_file(dir.join("st_config"))?;
+    // Links that somebody else's discovery made are not ours to remove.
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        other => other,
+    }
+}
+
+fn remove_discovery(nodes: &Path, locks: &Path, portal: Option<Portal>) -> io::Result<()> {
+    let is_it = |at: Portal| portal.is_none_or(|portal| portal == at);
+    if !discoveries(nodes)?.iter().any(|(at, _, ours)| *ours && is_it(*at)) {
+        return Ok(());
+    }
+    let _lock = lock::Held::take(locks)?;
+    for (at, dir, ours) in discoveries(nodes)? {
+        if ours && is_it(at) {
+            drop_discovery(&dir)?;
+        }
+    }
+    Ok(())
 }
 
 fn remove_corrupt(nodes: &Path, locks: &Path, target: &Iqn, record: &Record) -> io::Result<()> {
@@ -227,6 +251,18 @@ impl IscsiDb for RealIscsiDb {
         let (target, chap) = (target.clone(), chap.clone());
         let call = move || set_chap(&nodes, &locks, &target, portal, &chap);
         self.workers.run("nodes", DEADLINE, call).await
+    }
+
+    async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
+        let (nodes, locks, chap) = (self.nodes.clone(), self.locks.clone(), chap.clone());
+        let call = move || put_discovery(&nodes, &locks, portal, &chap);
+        self.workers.run("discovery", DEADLINE, call).await
+    }
+
+    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()> {
+        let (nodes, locks) = (self.nodes.clone(), self.locks.clone());
+        let call = move || remove_discovery(&nodes, &locks, portal);
+        self.workers.run("discovery", DEADLINE, call).await
     }
 
     async fn look_at_lock(&self) -> io::Result<DbLockState> {
@@ -336,6 +372,36 @@ mod tests {
         assert_eq!(kind(4).await, io::ErrorKind::NotFound);
         fs::write(locks.path().join("lock.write"), "").unwrap();
         assert_eq!(kind(2).await, io::ErrorKind::WouldBlock);
+    }
+
+    #[tokio::test]
+    async fn a_discovery_record_is_for_one_discovery_and_those_of_others_stay() {
+        let (dir, locks) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let db = RealIscsiDb::new(dir.path().join("nodes")).with_locks(locks.path());
+        let chap = |secret: &str| {
+            let none = || crate::types::SecretText::default();
+            Chap::new("u".into(), secret.to_owned().into(), String::new(), none()).unwrap()
+        };
+        let at = |p: &str| dir.path().join("send_targets").join(p);
+        let v6: Portal = "[fd00::1]:3260".parse().unwrap();
+        db.remove_discovery(None).await.unwrap();
+        db.put_discovery(v6, &chap("one")).await.unwrap();
+        db.put_discovery(v6, &chap("two")).await.unwrap();
+        let file = at("fd00::1,3260/st_config");
+        let text = fs::read_to_string(&file).unwrap();
+        assert!(text.contains("\ndiscovery.sendtargets.auth.password = two\n"), "{text}");
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        // Somebody else's, in another spelling.
+        fs::create_dir_all(at("fd00:0::2,3260")).unwrap();
+        fs::write(at("fd00:0::2,3260/st_config"), "# BEGIN RECORD 2.1.11\n").unwrap();
+        let other: Portal = "[fd00::2]:3260".parse().unwrap();
+        let refused = db.put_discovery(other, &chap("one")).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+        db.remove_discovery(Some(other)).await.unwrap();
+        db.remove_discovery(None).await.unwrap();
+        assert!(!at("fd00::1,3260").exists());
+        assert!(at("fd00:0::2,3260/st_config").exists());
+        assert!(!locks.path().join("lock.write").exists(), "the database is unlocked again");
     }
 
     #[tokio::test]

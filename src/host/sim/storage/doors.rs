@@ -313,6 +313,26 @@ impl IscsiDb for SimStorage {
         Ok(())
     }
 
+    async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
+        self.pass("iscsidb.discovery", &portal.to_string()).await?;
+        let mut world = self.world();
+        if world.db_lock.is_some() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if matches!(world.discoveries.get(&portal), Some(None)) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        world.discoveries.insert(portal, Some(chap.clone()));
+        Ok(())
+    }
+
+    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()> {
+        self.pass("iscsidb.discovery", "").await?;
+        let mut world = self.world();
+        world.discoveries.retain(|at, ours| ours.is_none() || portal.is_some_and(|p| p != *at));
+        Ok(())
+    }
+
     async fn look_at_lock(&self) -> io::Result<DbLockState> {
         self.pass("iscsidb.lock", "").await?;
         let mut world = self.world();

@@ -66,6 +66,7 @@ struct Args {
     sid: Option<u32>,
     names: Vec<String>,
     values: Vec<String>,
+    discover: bool,
     login: bool,
     logout: bool,
     rescan: bool,
@@ -82,6 +83,7 @@ fn parse(args: &[String]) -> Option<Args> {
             _ => (arg.as_str(), None),
         };
         match flag {
+            "-D" | "--discover" => parsed.discover = true,
             "-l" | "--login" => parsed.login = true,
             "-u" | "--logout" => parsed.logout = true,
             "-R" | "--rescan" => parsed.rescan = true,
@@ -101,7 +103,7 @@ fn parse(args: &[String]) -> Option<Args> {
                     "-r" | "--sid" => parsed.sid = Some(value.parse().ok()?),
                     "-n" | "--name" => parsed.names.push(value),
                     "-v" | "--value" => parsed.values.push(value),
-                    "-d" | "--debug" | "-P" | "--print" => {}
+                    "-d" | "--debug" | "-P" | "--print" | "-t" | "--type" => {}
                     _ => return None,
                 }
             }
@@ -148,13 +150,15 @@ fn chap_of(record: &NodeRecord) -> Option<Chap> {
     Chap::new(text("username"), password, text("username_in"), password_in).ok()
 }
 
-/// What becomes of a login by CHAP, as open-iscsi 2.1.11 ends it: a target that does not accept an
-/// initiator says so (24); of one that does not prove itself iscsid makes a fatal error (19).
+/// What becomes of a login by CHAP, as open-iscsi 2.1.11 and LIO end it (tried): a target that does not
+/// accept an initiator says so (24); of one that does not ask for credentials, or does not prove itself,
+/// iscsid makes a fatal error (19).
 fn chap_verdict(demanded: Option<&Chap>, given: Option<&Chap>) -> Option<i32> {
     let accepted = match (demanded, given) {
         (Some(demanded), Some(given)) => demanded.out == given.out,
         (Some(_), None) => false,
-        (None, _) => true,
+        (None, Some(_)) => return Some(code::FATAL_LOGIN),
+        (None, None) => true,
     };
     let proof = given.and_then(|given| given.back.as_ref());
     let proven = proof.is_none() || demanded.and_then(|d| d.back.as_ref()) == proof;
@@ -191,6 +195,11 @@ impl SimStorage {
                 Ok(()) => logout(&mut self.world(), &args),
                 Err(none) => none,
             },
+            ("discovery", "nonpersistent") => self.discover(&args, None, login_time).await,
+            ("discoverydb", "nonpersistent") if args.discover => {
+                let record = args.portal.and_then(|p| self.world().discoveries.get(&p).cloned());
+                self.discover(&args, record.flatten(), login_time).await
+            }
             ("session", _) if args.rescan => rescan(&mut self.world(), &args),
             ("session", "" | "show") => show_sessions(&self.world()),
             ("node", "new") => new(&mut self.world(), &args),
@@ -218,6 +227,31 @@ impl SimStorage {
             let text = "iscsiadm: can not connect to iSCSI daemon (111)!\n";
             output(code::ISCSID_NOTCONN, String::new(), text)
         })
+    }
+
+    /// SendTargets of a portal, of which no record is made.
+    async fn discover(&self, args: &Args, given: Option<Chap>, patience: Duration) -> Output {
+        let Some(portal) = args.portal else {
+            return output(code::INVAL, String::new(), "iscsiadm: discovery needs a portal\n");
+        };
+        let (text, answers) = sendtargets(&self.world(), portal);
+        let refused = chap_verdict(self.world().discovery_chap.as_ref(), given.as_ref());
+        let fails = |code| {
+            output(code, String::new(), "iscsiadm: Could not perform SendTargets discovery\n")
+        };
+        match answers {
+            Some(PortalState::Alive | PortalState::Denied) if refused.is_some() => {
+                fails(refused.unwrap_or(code::FATAL_LOGIN))
+            }
+            Some(PortalState::Alive | PortalState::Denied) => done(text),
+            Some(PortalState::Refusing) => {
+                output(code::TRANS, String::new(), "iscsiadm: connection login retries exceeded\n")
+            }
+            Some(PortalState::Dead) | None => {
+                tokio::time::sleep(patience).await;
+                output(code::TRANS_TIMEOUT, String::new(), "iscsiadm: connection timed out\n")
+            }
+        }
     }
 
     async fn login(&self, args: &Args, login_time: Duration) -> Output {
@@ -258,6 +292,20 @@ impl SimStorage {
         }
         output(result, text.0, &text.1)
     }
+}
+
+/// What a portal lists, each target at each of its portals, and how it answers.
+fn sendtargets(world: &World, portal: Portal) -> (String, Option<PortalState>) {
+    let here = world.targets.iter().filter(|(_, t)| t.portals.contains_key(&portal));
+    let mut text = String::new();
+    let mut answers = None;
+    for (name, target) in here {
+        answers = target.portals.get(&portal).copied();
+        for at in target.portals.keys() {
+            text += &format!("{at},1 {name}\n");
+        }
+    }
+    (text, answers)
 }
 
 fn label((target, portal, iface): &RecordKey) -> String {

@@ -19,7 +19,7 @@
 //! that code); `iscsid` (`login` or `logout`, once iscsiadm has read the records); `multipathd.ask` (command), `multipathd.forget` (WWID); `blocks.flush`,
 //! `blocks.exclusive`, `blocks.openers` (major:minor); `rundir.lock`, `rundir.load`,
 //! `rundir.store`, `rundir.remove`, `rundir.list` (name); `iscsidb.records`, `iscsidb.remove`
-//! (IQN), `iscsidb.chap` (IQN), `iscsidb.lock`; `secrets.read` (name). Writes to sysfs, flushes, logins and logouts that stall are carried out late
+//! (IQN), `iscsidb.chap` (IQN), `iscsidb.discovery` (portal), `iscsidb.lock`; `secrets.read` (name). Writes to sysfs, flushes, logins and logouts that stall are carried out late
 //! even though their caller has given up, as the kernel and iscsid do; other programs are ended at
 //! their deadline.
 
@@ -149,6 +149,16 @@ impl SimStorage {
     /// Has a target demand CHAP, and prove itself by `back` where there is one; or lets anybody in.
     pub fn set_chap(&self, target: &Iqn, chap: Option<Chap>) {
         self.world().targets.entry(target.clone()).or_default().chap = chap;
+    }
+
+    /// Has the portals demand CHAP of who asks for their targets.
+    pub fn set_discovery_chap(&self, chap: Option<Chap>) {
+        self.world().discovery_chap = chap;
+    }
+
+    /// Somebody else's discovery record.
+    pub fn add_discovery(&self, portal: Portal) {
+        self.world().discoveries.insert(portal, None);
     }
 
     /// Puts a secret into the configured directory, or takes it away.
@@ -356,6 +366,10 @@ impl SimStorage {
         for ((target, portal, iface), record) in &world.records {
             let corrupt = if record.corrupt { " corrupt" } else { "" };
             line("record", format!("{target} {portal} {iface}{corrupt}"));
+        }
+        for (portal, ours) in &world.discoveries {
+            let whose = if ours.is_some() { "lunplug" } else { "somebody" };
+            line("discovery", format!("{portal} {whose}"));
         }
         if world.db_lock.is_some() {
             line("lock", "of the records".into());

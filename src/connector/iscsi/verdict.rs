@@ -178,7 +178,7 @@ pub(crate) fn login_result(portal: Portal, out: &Output) -> Result<LoggedIn, Log
 /// The portal in `portal: 10.0.0.1,3260]`, whose address stands as the record has it: one of IPv6 has
 /// many spellings.
 fn portal_in(line: &str) -> Option<Portal> {
-    let (address, port) = line.split_once("portal: ")?.1.split_once(']')?.0.rsplit_once(',')?;
+    let (address, port) = line.split_once("portal: ")?.1.rsplit_once(']')?.0.rsplit_once(',')?;
     let ip: IpAddr = address.trim_matches(['[', ']']).parse().ok()?;
     SocketAddr::new(ip, port.parse().ok()?).to_string().parse().ok()
 }

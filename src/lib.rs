@@ -12,6 +12,7 @@ pub mod config;
 pub mod connector;
 pub mod daemon;
 pub mod devnode;
+pub mod doctor;
 pub mod domain;
 pub mod host;
 pub mod journal;

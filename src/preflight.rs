@@ -96,10 +96,10 @@ pub enum Lack {
 
 /// The rule that keeps the host from interpreting guests' LUNs, and the name that it has where the
 /// device-mapper rules have low numbers.
-const UDEV_RULE: &str = "59-lunplug.rules";
-const UDEV_RULE_EARLY: &str = "12-lunplug.rules";
+pub(crate) const UDEV_RULE: &str = "59-lunplug.rules";
+pub(crate) const UDEV_RULE_EARLY: &str = "12-lunplug.rules";
 /// Where udev looks for rules (udev(7)).
-const UDEV_RULES_D: [&str; 4] = [
+pub(crate) const UDEV_RULES_D: [&str; 4] = [
     "/etc/udev/rules.d",
     "/run/udev/rules.d",
     "/usr/local/lib/udev/rules.d",

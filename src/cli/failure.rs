@@ -79,6 +79,12 @@ impl Failure {
         Self { exit, reason, field, message: message.into(), remedy }
     }
 
+    /// lunplugd's configuration cannot be used.
+    pub(super) fn config(error: &crate::config::Error) -> Self {
+        let cause = std::error::Error::source(error).map(|c| format!(": {c}"));
+        Self::plain(Exit::Usage, format!("{error}{}", cause.unwrap_or_default()))
+    }
+
     /// One with a reason.
     pub fn of(reason: Reason, message: impl Into<String>) -> Self {
         Self {

@@ -53,10 +53,7 @@ impl Place {
         ];
         let flags = flags.into_iter().flatten().collect();
         let layers = Layers::from_system(self.config.as_deref(), flags);
-        let config = layers.and_then(Layers::load).map_err(|error| {
-            let cause = std::error::Error::source(&error).map(|c| format!(": {c}"));
-            Failure::plain(Exit::Usage, format!("{error}{}", cause.unwrap_or_default()))
-        })?;
+        let config = layers.and_then(Layers::load).map_err(|error| Failure::config(&error))?;
         let config = config.config;
         let sidecar =
             |vm: &VmId| config.state_dir.join(format!("{}_{}.db", vm.namespace(), vm.name()));

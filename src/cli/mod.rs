@@ -5,6 +5,7 @@ mod chap;
 mod client;
 mod describe;
 mod discover;
+mod doctor;
 mod failure;
 mod file;
 mod foreign;
@@ -39,7 +40,7 @@ Exit codes:
   6  not now, or not within --timeout; lunplugd goes on with it
   7  not allowed
   8  called off
-  9  journal verify found problems
+  9  journal verify or doctor found problems
 docs/errors.md explains every reason.";
 
 /// Hot-plugs SAN volumes into running KVM virtual machines, by the lunplugd of this node.
@@ -90,6 +91,9 @@ enum Command {
     Node,
     /// Follow the changes of volumes.
     Watch(watch::Args),
+    /// Look for what on this node would hurt volumes: as root, also while lunplugd is down.
+    #[command(after_help = EXIT_CODES)]
+    Doctor(doctor::Args),
     /// Look at what is stored, without lunplugd: as root, beside it or while it is down.
     #[command(subcommand)]
     Journal(journal::Command),
@@ -165,6 +169,7 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
         Command::Discover(args) => discover::run(args, &socket, format, screen).await,
         Command::Node => node::run(&socket, format, screen).await,
         Command::Watch(args) => watch::run(args, &socket, format, screen).await,
+        Command::Doctor(args) => doctor::run(args, format, screen).await,
         Command::Journal(command) => journal::run(command, format, screen).await,
     }
 }

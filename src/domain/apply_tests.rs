@@ -277,7 +277,7 @@ async fn an_agent_that_cannot_answer_proves_nothing() {
     });
     assert!(matches!(w.used(&disk).await, Usage::Unproven(why) if why.contains("disabled")));
     w.host.with_domain(SOCK, "vm", |d| d.agent.connected = false);
-    assert!(matches!(w.used(&disk).await, Usage::Unproven(why) if why.contains("no agent")));
+    assert!(matches!(w.used(&disk).await, Usage::Unproven(why) if why.contains("not connected")));
     w.fault("libvirt.agent", FaultAction::Hang);
     assert!(matches!(w.used(&disk).await, Usage::Unproven(why) if why.contains("did not answer")));
 }

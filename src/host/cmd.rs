@@ -18,6 +18,8 @@ pub enum Tool {
     Multipath,
     /// device-mapper's tool, only to put an `error` table under a map that is held after its revoke.
     Dmsetup,
+    /// LVM's, only for `lunplug doctor`.
+    Lvmconfig,
 }
 
 impl Tool {
@@ -27,6 +29,7 @@ impl Tool {
             Self::Iscsiadm => "iscsiadm",
             Self::Multipath => "multipath",
             Self::Dmsetup => "dmsetup",
+            Self::Lvmconfig => "lvmconfig",
         }
     }
 
@@ -36,6 +39,7 @@ impl Tool {
             Self::Iscsiadm => "open-iscsi",
             Self::Multipath => "multipath-tools",
             Self::Dmsetup => "dmsetup",
+            Self::Lvmconfig => "lvm2",
         }
     }
 }

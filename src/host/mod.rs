@@ -25,6 +25,7 @@ pub mod runtree;
 pub mod secrets;
 pub mod sim;
 pub mod storage;
+pub mod survey;
 pub mod sysfs;
 pub mod uevent;
 mod workers;

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use crate::node::{
-    DOMAIN, Lab, Lun, Story, VM, add, guest_disks, lunplug, refused, sh, source_of, until, virsh,
+    DOMAIN, Lab, Lun, Story, VM, add, guest_disks, iqn, lunplug, refused, sh, source_of, until,
+    virsh,
 };
 
 #[test]
@@ -11,7 +12,7 @@ use crate::node::{
 fn each_wrong_source_has_its_own_code() {
     Lab::get();
     let story = Story::begin();
-    let iqn = sh("target iqn").ok().trim().to_owned();
+    let iqn = iqn();
     let cases = [
         ("iscsi://127.0.0.2/iqn.26-1.wrong/1".to_owned(), "INVALID_IQN"),
         (format!("iscsi://127.0.0.2:99999/{iqn}/1"), "INVALID_PORTAL"),
@@ -33,7 +34,7 @@ fn each_wrong_source_has_its_own_code() {
 fn a_portal_that_refuses_is_told_and_can_be_given_up() {
     Lab::get();
     let story = Story::begin();
-    let iqn = sh("target iqn").ok().trim().to_owned();
+    let iqn = iqn();
     let source = format!("iscsi://127.0.0.9:3260/{iqn}/1");
     refused(add("bad", &source, &["--timeout", "60s"]), "PORTAL_UNREACHABLE");
     crate::node::remove("bad", &[]).ok();

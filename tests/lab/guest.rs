@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::node::{
-    DOMAIN, Lab, Lun, POD, Story, add, guest_disk, guest_disks, in_guest, refused, remove, run, sh,
-    snapshot, until, virsh, volume,
+    Configured, DOMAIN, Lab, Lun, POD, Story, add, guest_disk, guest_disks, in_guest, refused,
+    remove, run, sh, snapshot, until, virsh, volume,
 };
 
 #[test]
@@ -102,6 +102,7 @@ fn without_an_agent_nothing_is_taken_unless_forced() {
     Lab::get();
     let lun = Lun::new("agentless", 6, "16M");
     let story = Story::begin();
+    let short = Configured::with(&["deadlines.agent=3s"]);
     add("agentless", &lun.source(), &[]).ok();
     // The agent's process is stopped, not ended, so that it can go on afterwards.
     virsh(&[
@@ -112,6 +113,7 @@ fn without_an_agent_nothing_is_taken_unless_forced() {
     refused(remove("agentless", &[]), "GUEST_UNPROVEN");
     until("the agent answers again", Duration::from_secs(120), || in_guest("true").code == 0);
     assert_eq!(volume("agentless")["phase"], "Ready");
+    drop(short);
     remove("agentless", &[]).ok();
     story.nothing_left();
 }

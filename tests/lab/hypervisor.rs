@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::node::{
     Configured, DOMAIN, Lab, Lun, POD, QEMU, Stopped, Story, VM, add, gone, guest_disk,
-    guest_disks, lunplug, open_in_pod, reason, refused, remove, run, sh, signal, stuck_calls,
-    until, virsh, vm_info, volume,
+    guest_disks, in_guest, lunplug, open_in_pod, reason, refused, remove, run, sh, signal,
+    stuck_calls, until, virsh, vm_info, volume,
 };
 
 const LONG: Duration = Duration::from_secs(90);
@@ -103,8 +103,7 @@ fn a_libvirtd_that_hangs_or_is_restarted_holds_up_its_own_vm_alone() {
     until("libvirtd is back", LONG, || vm_info(VM)["state"] == "running");
     let disk = guest_disk("hung").name;
     assert_eq!(volume("hung")["phase"], "Ready");
-    run("guest", &["exec", POD, DOMAIN, &format!("dd if=/dev/{disk} of=/dev/null bs=64k count=1")])
-        .ok();
+    in_guest(&format!("dd if=/dev/{disk} of=/dev/null bs=64k count=1")).ok();
     remove("hung", &[]).ok();
     drop(short);
     lunplug(&["vm", "unregister", "second"]).ok();

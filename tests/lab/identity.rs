@@ -1,6 +1,8 @@
 //! Right device or none: swapped LUNs, stale devices, expectations.
 
-use crate::node::{Lab, Lun, Story, add, guest_disk, guest_disks, refused, remove, sh, volume};
+use crate::node::{
+    Lab, Lun, Story, add, guest_disk, guest_disks, iqn, refused, remove, sh, volume,
+};
 
 #[test]
 #[ignore = "runs in the lab: hack/test"]
@@ -38,7 +40,7 @@ fn an_expected_identity_or_size_is_strict() {
 /// A session of somebody else's, with the LUN scanned before it was swapped: the kernel keeps the
 /// old identity until someone asks anew.
 fn leave_a_stale_path(lun: &mut Lun) {
-    let iqn = sh("target iqn").ok().trim().to_owned();
+    let iqn = iqn();
     let node = format!("iscsiadm -m node -T {iqn} -p 127.0.0.2:3260");
     sh(&format!(
         "{node} -o new >/dev/null; {node} -o update -n node.session.scan -v manual; {node} --login >/dev/null"
@@ -57,7 +59,7 @@ fn leave_a_stale_path(lun: &mut Lun) {
 const HOST_OF_SESSION: &str = "for s in /sys/class/iscsi_session/*; do realpath $s | grep -o 'host[0-9]*' | head -n 1; done | head -n 1";
 
 fn end_foreign_session() {
-    let iqn = sh("target iqn").ok().trim().to_owned();
+    let iqn = iqn();
     let node = format!("iscsiadm -m node -T {iqn} -p 127.0.0.2:3260");
     sh(&format!("{node} --logout >/dev/null; {node} -o delete")).ok();
 }

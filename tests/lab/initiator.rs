@@ -1,6 +1,6 @@
 //! open-iscsi fails: iscsid killed, restarted and hung, iscsiadm killed in the middle of its work.
 
-use crate::node::{Lab, Lun, Story, VM, add, guest_disks, lunplug, remove, sh, until, volume};
+use crate::node::{Lab, Lun, Story, VM, add, guest_disks, iqn, lunplug, remove, sh, until, volume};
 use crate::san::{Brisk, Fault, SOON, Writer, is_whole};
 
 const KILL: &str = "systemctl kill -s KILL iscsid || true";
@@ -123,7 +123,7 @@ fn an_iscsiadm_that_was_killed_leaves_a_lock_and_an_empty_record_in_vain() {
     let story = Story::begin();
     let brisk = Brisk::new();
     let source = luns[0].source();
-    let iqn = sh("target iqn").ok().trim().to_owned();
+    let iqn = iqn();
     let lock = "mkdir -p /run/lock/iscsi; touch /run/lock/iscsi/lock; ln /run/lock/iscsi/lock /run/lock/iscsi/lock.write";
 
     // What a SIGKILL at the worst moment leaves: the lock, and a record's file that is empty.

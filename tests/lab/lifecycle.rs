@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::node::{Lab, Lun, Story, lunplug, run, sh, until};
+use crate::agent;
+use crate::node::{Lab, Lun, Story, lunplug, sh, until};
 
 const LONG: Duration = Duration::from_secs(90);
 
@@ -31,7 +32,7 @@ fn volumes_leave_the_host_with_their_vm_and_come_back_with_it() {
 
     sh("guest up life default_life").ok();
     until("the volume is back", LONG, || told()["phase"] == "Ready");
-    let disks = run("guest", &["disks", "life", "default_life"]).ok();
+    let disks = agent::disks("life", "default_life");
     assert!(disks.contains(&format!("{} data", 16 << 20)), "{disks}");
 
     // The pod is deleted, without anybody telling lunplug.

@@ -6,11 +6,15 @@
 #![allow(clippy::disallowed_methods, reason = "a story runs programs and waits for them")]
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
+mod agent;
 mod attach;
 mod bad_input;
 mod chap;
+mod cost;
 mod daemon;
 mod discover;
+mod doctor;
+mod emulation;
 mod gone;
 mod grant;
 mod guest;

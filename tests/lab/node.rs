@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::{agent, emulation};
+
 /// What a command left behind.
 #[derive(Debug)]
 pub struct Ran {
@@ -21,6 +23,11 @@ impl Ran {
     pub fn ok(self) -> String {
         assert_eq!(self.code, 0, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
         self.stdout
+    }
+
+    /// Itself, as an error where the command failed.
+    pub fn done(self) -> Result<(), Self> {
+        if self.code == 0 { Ok(()) } else { Err(self) }
     }
 
     /// That of one that had to fail.
@@ -112,6 +119,7 @@ impl Drop for Story {
             return;
         }
         println!("lunplugd's last lines:\n{}", sh("daemon log 25").stdout);
+        emulation::tell_broken_guests();
         sh("target portal restore 127.0.0.3; umount -l /mnt 2>/dev/null");
         signal(POD, "libvirtd", "CONT");
         if signal(POD, QEMU, "CONT").code == 0 {
@@ -282,9 +290,15 @@ impl Drop for Lun {
     }
 }
 
+/// The name of the lab's target.
+pub fn iqn() -> &'static str {
+    static IQN: OnceLock<String> = OnceLock::new();
+    IQN.get_or_init(|| sh("target iqn").ok().trim().to_owned())
+}
+
 /// The source URL of a LUN number at both portals.
 pub fn source_of(number: u16) -> String {
-    format!("iscsi://127.0.0.2:3260,127.0.0.3:3260/{}/{number}", sh("target iqn").ok().trim())
+    format!("iscsi://127.0.0.2:3260,127.0.0.3:3260/{}/{number}", iqn())
 }
 
 /// Runs the CLI.
@@ -358,7 +372,7 @@ pub fn refused(ran: Ran, code: &str) {
 
 /// Runs a command in the guest.
 pub fn in_guest(line: &str) -> Ran {
-    run("guest", &["exec", POD, DOMAIN, line])
+    agent::exec(POD, DOMAIN, line)
 }
 
 /// A disk as the guest sees it.
@@ -372,7 +386,7 @@ pub struct GuestDisk {
 /// The guest's disks.
 #[track_caller]
 pub fn guest_disks() -> Vec<GuestDisk> {
-    let lines = run("guest", &["disks", POD, DOMAIN]).ok();
+    let lines = agent::disks(POD, DOMAIN);
     let disk = |line: &str| {
         let mut words = line.split(' ');
         let mut word = || words.next().unwrap_or_default().to_owned();

@@ -2,7 +2,7 @@
 //! that has nothing to do with it goes on.
 
 use crate::node::{
-    DOMAIN, Lab, Lun, Story, add, guest_disks, lunplug, refused, remove, sh, source_of, until,
+    DOMAIN, Lab, Lun, Story, add, guest_disks, iqn, lunplug, refused, remove, sh, source_of, until,
     volume,
 };
 use crate::san::{Brisk, Fault, SOON, Writer, is_whole, living_paths};
@@ -18,7 +18,7 @@ fn a_portal_that_falls_silent_during_the_login_holds_up_nothing_and_joins_later(
     let mute = Fault::new("target portal mute 127.0.0.3", "target portal restore 127.0.0.3");
     add("mute", &lun.source(), &[]).ok();
     assert_eq!(volume("mute")["device"]["paths"], 1);
-    let alone = format!("iscsi://127.0.0.3:3260/{}/2", sh("target iqn").ok().trim());
+    let alone = format!("iscsi://127.0.0.3:3260/{}/2", iqn());
     refused(add("alone", &alone, &["--timeout", "20s"]), "PORTAL_UNREACHABLE");
     remove("alone", &[]).ok();
 

@@ -1,10 +1,7 @@
 //! Other places where a VM can be: a pod run by runc, a plain libvirt host.
 
-use crate::node::{Lab, Lun, Story, lunplug, run, sh};
-
-fn disks_of(pod: &str, domain: &str) -> String {
-    run("guest", &["disks", pod, domain]).ok()
-}
+use crate::agent;
+use crate::node::{Lab, Lun, Story, lunplug, sh};
 
 #[test]
 #[ignore = "runs in the lab: hack/test"]
@@ -17,7 +14,7 @@ fn a_pod_run_by_runc_works_alike() {
         .ok();
     let story = Story::begin();
     lunplug(&["addvolume", "other", "--volume-name", "data", "--source", &lun.source()]).ok();
-    let disks = disks_of("other", "default_other");
+    let disks = agent::disks("other", "default_other");
     let read = "pod exec other dd if=/run/kubevirt/hotplug-disks/data of=/dev/null bs=512 count=1";
     sh(&format!("pod update other && {read}")).ok();
     lunplug(&["removevolume", "other", "--volume-name", "data"]).ok();

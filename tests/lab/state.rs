@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
 
+use crate::agent;
 use crate::node::{
     DOMAIN, Lab, Lun, Ran, Story, VM, add, guest_disks, in_guest, lunplug, refused, remove, run,
     sh, until, volume,
@@ -229,7 +230,7 @@ fn two_sidecars_share_one_target() {
     one.remove("last");
     assert_eq!(sessions(), 2, "the other sidecar needs them");
     let dead = ["dd", "if=/dev/sda", "of=/dev/null", "bs=64k", "count=1", "iflag=direct"];
-    run("guest", &["exec", "second", "default_second", &dead.join(" ")]).ok();
+    agent::exec("second", "default_second", &dead.join(" ")).ok();
     two.remove("last");
     assert_eq!(sessions(), 0);
     drop((one, two));

@@ -52,7 +52,7 @@ start_qemu() {
   in_tree qemu-system-x86_64 -name "lunplug-lab-$LAB_NODE" -machine pc "${accel[@]}" -smp 2 -m 6G \
     -nodefaults -no-user-config -display none \
     -kernel "$(lab_path "$image/vmlinux")" -initrd "$(lab_path "$image/node.initrd")" \
-    -append 'root=/dev/vda console=ttyS0 quiet net.ifnames=0 random.trust_cpu=1 mitigations=off systemd.show_status=0 panic=10' \
+    -append 'root=/dev/vda console=ttyS0 quiet net.ifnames=0 random.trust_cpu=1 mitigations=off systemd.show_status=0 oops=panic panic=10' \
     -drive "if=none,id=root,file=$(lab_path "$RUN/root.qcow2"),format=qcow2,cache=unsafe" \
     -device virtio-blk-pci,drive=root,serial=lab-root \
     -device virtio-rng-pci \
@@ -162,6 +162,16 @@ vm_reboot() {
   drop_ssh
   wait_ready "$offset"
   first_login
+}
+
+# Under emulation alone, and only if it was a virtual CPU's thread: what the kernel tells of the task that
+# it crashed in.
+vm_crashed() {
+  need_running
+  tr '\0' '\n' <"/proc/$(node_pid)/cmdline" | grep -q '^tcg,' || return 1
+  grep -aq 'Kernel panic - not syncing' "$CONSOLE" || return 1
+  grep -aE 'Comm: CPU [0-9]+/KVM|BUG: |Oops: |Kernel panic - not syncing' "$CONSOLE" |
+    grep -aE -m1 -A9 -B2 'Comm: CPU [0-9]+/KVM'
 }
 
 vm_down() {

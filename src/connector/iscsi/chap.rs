@@ -58,7 +58,7 @@ impl Inner {
         let stale = |p: &&Portal| ours.contains(p) && made.chap.contains(p);
         for &portal in need.iter().filter(stale).filter(|_| job.chap.is_none()) {
             if !missing.contains(&portal) {
-                self.iscsiadm(target).delete_record(portal).await?;
+                self.iscsiadm(target).delete_record(Some(portal)).await?;
                 missing.push(portal);
             }
             self.leases.update::<Made, _>(target.as_str(), |l| l.made.chap.remove(&portal)).await?;

@@ -82,19 +82,24 @@ impl Iscsiadm<'_> {
         self.expect(out, &[], || format!("writing the records of {}", self.target))
     }
 
-    /// Removes the record at `portal`; none there is fine (21).
-    pub(crate) async fn delete_record(&self, portal: Portal) -> Result<(), Error> {
-        let out = self.node(Some(portal), &["-o", "delete"]).await?;
-        self.expect(out, &[21], || format!("removing the record of {} at {portal}", self.target))
+    /// Removes the record at `portal`, or every record of the target; none there is fine (21).
+    pub(crate) async fn delete_record(&self, portal: Option<Portal>) -> Result<(), Error> {
+        let out = self.node(portal, &["-o", "delete"]).await?;
+        self.expect(out, &[21], || format!("removing the record of {}", self.at(portal)))
     }
 
-    /// Asks iscsid to log out at `portal`; `false` when it does not know the session (2, 21) or has
+    /// Asks iscsid to log out at `portal`, or at every portal of the target; `false` when it does not know the session (2, 21) or has
     /// no connection of it (32), as for a moment after it was started anew.
-    pub(crate) async fn logout(&self, portal: Portal) -> Result<bool, Error> {
-        let out = self.node(Some(portal), LOGOUT).await?;
+    pub(crate) async fn logout(&self, portal: Option<Portal>) -> Result<bool, Error> {
+        let out = self.node(portal, LOGOUT).await?;
         let taken = out.code == Some(0);
-        let doing = || format!("logging out of {} at {portal}", self.target);
+        let doing = || format!("logging out of {}", self.at(portal));
         self.expect(out, &[2, 21, 32], doing).map(|()| taken)
+    }
+
+    /// What is meant, in words.
+    fn at(&self, portal: Option<Portal>) -> String {
+        portal.map_or_else(|| self.target.to_string(), |p| format!("{} at {p}", self.target))
     }
 
     /// Logs in at `portal`, or by every record of the target.

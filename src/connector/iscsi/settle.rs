@@ -11,6 +11,7 @@ use crate::connector::error::Error;
 use crate::connector::lease::Lease;
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
+use crate::host::iscsidb::Record;
 use crate::step::Step;
 use crate::types::{Iqn, Portal};
 
@@ -23,14 +24,67 @@ impl Inner {
     /// nothing is left under the session, then the record. Foreign ones stay.
     pub(super) async fn settle(&self, target: &Iqn, portals: &[Portal]) -> Result<bool, Error> {
         let _lock = self.target_lock(target).await?;
+        let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
+        let unwanted: Vec<Portal> =
+            portals.iter().copied().filter(|p| !lease.wants(&p.to_string())).collect();
+        if self.settle_target(target, &unwanted, &lease.made).await? {
+            return Ok(true);
+        }
         let mut changed = false;
-        for &portal in portals {
-            let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
-            if !lease.wants(&portal.to_string()) {
-                changed |= self.settle_portal(target, portal, &lease.made).await?;
-            }
+        for portal in unwanted {
+            changed |= self.settle_portal(target, portal, &lease.made).await?;
         }
         Ok(changed)
+    }
+
+    /// Ends by two programs what would take two a portal, where all that iscsiadm knows of the target is
+    /// ours and unwanted: without a portal it means every session and every record of the target.
+    /// `false` when that is not so, or not all of it went: then each portal is seen to.
+    async fn settle_target(
+        &self,
+        target: &Iqn,
+        unwanted: &[Portal],
+        made: &Made,
+    ) -> Result<bool, Error> {
+        let records = self.known_records(target).await?;
+        let is_ours = |r: &Record| {
+            r.iface == "default" && unwanted.contains(&r.portal) && made.records.contains(&r.portal)
+        };
+        if records.len() < 2 || !records.iter().all(|r| !r.corrupt && is_ours(r)) {
+            return Ok(false);
+        }
+        let sysfs = &*self.doors.sysfs;
+        let sessions = session::of_target(sysfs, target).await?;
+        for session in &sessions {
+            let ours = session.up && made.has(session) && unwanted.contains(&session.portal);
+            if !ours || !session::devices(sysfs, session).await?.is_empty() {
+                return Ok(false);
+            }
+        }
+        for record in &records {
+            let up = sessions.iter().any(|s| s.portal == record.portal);
+            if !up && self.login_goes_on(target, record.portal).await {
+                return Ok(false);
+            }
+        }
+        if sessions.len() > 1 {
+            self.doors.tracker.run(Step::Logout, self.log_out(target, None, &sessions)).await?;
+        }
+        if !session::of_target(sysfs, target).await?.is_empty() {
+            return Ok(false);
+        }
+        let iscsiadm = self.iscsiadm(target);
+        self.doors.tracker.run(Step::DeleteRecord, iscsiadm.delete_record(None)).await?;
+        if !self.known_records(target).await?.is_empty() {
+            return Ok(false);
+        }
+        let forget = |lease: &mut Lease<Made>| {
+            lease.made.sessions.retain(|portal, _| !unwanted.contains(portal));
+            lease.made.records.retain(|portal| !unwanted.contains(portal));
+            lease.made.chap.retain(|portal| !unwanted.contains(portal));
+        };
+        self.leases.update::<Made, _>(target.as_str(), forget).await?;
+        Ok(true)
     }
 
     async fn settle_portal(
@@ -60,7 +114,8 @@ impl Inner {
                 tracing::info!(%target, %portal, device = %left[0], "the session stays: it has devices");
                 return Ok(false);
             }
-            self.doors.tracker.run(Step::Logout, self.log_out(target, session)).await?;
+            let logout = self.log_out(target, Some(portal), std::slice::from_ref(session));
+            self.doors.tracker.run(Step::Logout, logout).await?;
             changed = true;
         }
         if made.sessions.contains_key(&portal) {
@@ -69,8 +124,11 @@ impl Inner {
                 .await?;
         }
         if made.records.contains(&portal) && at_portal().await?.iter().all(|s| !s.is_plain()) {
-            let delete = self.delete_record(target, portal);
-            changed |= self.doors.tracker.run(Step::DeleteRecord, delete).await?;
+            if let Some(record) = self.record(target, portal).await? {
+                let delete = self.delete_record(target, &record);
+                self.doors.tracker.run(Step::DeleteRecord, delete).await?;
+                changed = true;
+            }
             self.leases
                 .update::<Made, _>(target.as_str(), |l| {
                     l.made.chap.remove(&portal);
@@ -87,41 +145,55 @@ impl Inner {
         if !session.marked {
             return Ok(false);
         }
-        let records = self.doors.iscsidb.records(target).await;
-        let records = records.map_err(Error::io(format!("reading the records of {target}")))?;
-        let mut records = records.iter();
-        Ok(!records.any(|r| r.portal == session.portal && r.iface == session.iface))
+        let records = self.known_records(target).await?;
+        Ok(!records.iter().any(|r| r.portal == session.portal && r.iface == session.iface))
     }
 
-    /// Removes our record, whatever state it is in; `false` when there is none.
-    async fn delete_record(&self, target: &Iqn, portal: Portal) -> Result<bool, Error> {
+    async fn known_records(&self, target: &Iqn) -> Result<Vec<Record>, Error> {
         let found = self.doors.iscsidb.records(target).await;
-        let found = found.map_err(Error::io(format!("reading the records of {target}")))?;
-        match found.iter().find(|r| r.portal == portal && r.iface == "default") {
-            None => return Ok(false),
-            Some(record) if record.corrupt => self.remove_corrupt(target, record).await?,
-            Some(_) => self.iscsiadm(target).delete_record(portal).await?,
-        }
-        Ok(true)
+        found.map_err(Error::io(format!("reading the records of {target}")))
     }
 
-    async fn log_out(&self, target: &Iqn, session: &Session) -> Result<(), Error> {
+    /// The record that we could have made at a portal.
+    async fn record(&self, target: &Iqn, portal: Portal) -> Result<Option<Record>, Error> {
+        let mut all = self.known_records(target).await?.into_iter();
+        Ok(all.find(|r| r.portal == portal && r.iface == "default"))
+    }
+
+    /// Removes a record of ours, whatever state it is in.
+    async fn delete_record(&self, target: &Iqn, record: &Record) -> Result<(), Error> {
+        match record.corrupt {
+            true => self.remove_corrupt(target, record).await,
+            false => self.iscsiadm(target).delete_record(Some(record.portal)).await,
+        }
+    }
+
+    /// Logs out at a portal, or of the whole target, and waits until these sessions are gone.
+    async fn log_out(
+        &self,
+        target: &Iqn,
+        portal: Option<Portal>,
+        sessions: &[Session],
+    ) -> Result<(), Error> {
         let end = Instant::now() + ms(self.settings.command_ms);
         loop {
             let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.command_ms));
-            let taken = self.iscsiadm(target).logout(session.portal).await?;
+            let taken = self.iscsiadm(target).logout(portal).await?;
             let until = if taken { end } else { end.min(Instant::now() + LOGOUT_AGAIN) };
-            while self.is_logged_in(target, session).await? {
+            while self.is_logged_in(target, sessions).await? {
                 if Instant::now() >= until || !wait.next_before(until).await {
                     break;
                 }
             }
-            if !self.is_logged_in(target, session).await? {
+            if !self.is_logged_in(target, sessions).await? {
                 return Ok(());
             }
             if Instant::now() >= end {
                 return Err(Error::Tool {
-                    doing: format!("logging out of {target} at {}", session.portal),
+                    doing: format!(
+                        "logging out of {target}{}",
+                        portal.map_or_else(String::new, |p| format!(" at {p}"))
+                    ),
                     code: Some(0),
                     stderr: "the session is still there".into(),
                 });
@@ -129,9 +201,9 @@ impl Inner {
         }
     }
 
-    async fn is_logged_in(&self, target: &Iqn, session: &Session) -> Result<bool, Error> {
+    async fn is_logged_in(&self, target: &Iqn, sessions: &[Session]) -> Result<bool, Error> {
         let all = session::of_target(&*self.doors.sysfs, target).await?;
-        Ok(all.iter().any(|s| s.sid == session.sid))
+        Ok(all.iter().any(|s| sessions.iter().any(|gone| gone.sid == s.sid)))
     }
 
     /// Whether a login at that portal goes on, here or in another process.

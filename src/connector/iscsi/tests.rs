@@ -1,5 +1,6 @@
 //! Flows on the simulated SAN.
 
+mod cost;
 mod failing;
 
 use std::sync::Arc;

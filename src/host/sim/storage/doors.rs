@@ -162,6 +162,7 @@ impl SimStorage {
                 _ => output(1, "multipath: invalid arguments\n"),
             },
             Tool::Dmsetup => self.dmsetup(args),
+            Tool::Lvmconfig => output(127, "not simulated"),
         }
     }
 

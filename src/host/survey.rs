@@ -1,0 +1,229 @@
+//! Looks at the node for `lunplug doctor`. Changes nothing, and speaks to nobody but multipathd: a
+//! connection to iscsid's socket would start it.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::sys::stat::Mode;
+
+use super::cmd::{Commands, RealCommands, Tool};
+use super::facts::{self, System};
+use super::multipathd::{Multipathd, MultipathdError, RealMultipathd};
+use crate::config::Config;
+use crate::doctor::{Listener, Module, Namespaces, Process, Service, Survey};
+use crate::preflight;
+
+/// For each question to a program or daemon.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// `__SO_ACCEPTCON` in the flags of /proc/net/unix: it listens.
+const LISTENS: u32 = 0x1_0000;
+
+/// More than any version of iscsiadm has.
+const MAX_PROGRAM: u64 = 16 << 20;
+
+/// What an iSCSI volume with more than one path needs of the kernel.
+const MODULES: [&str; 3] = ["iscsi_tcp", "dm_multipath", "sd_mod"];
+
+/// Looks at everything.
+pub async fn look(config: Config) -> Survey {
+    let commands = RealCommands::new(std::env::var_os("PATH"));
+    let said = async |tool, args: &[&str]| {
+        let output = commands.run(tool, args, DEADLINE).await.ok()?;
+        (output.code == Some(0) || !output.stdout.is_empty()).then_some(output.stdout)
+    };
+    let iscsiadm = said(Tool::Iscsiadm, &["--version"]).await;
+    // An older LVM knows no devices file, and prints the rest.
+    let keys = ["--type", "full", "devices/global_filter", "devices/use_devicesfile"];
+    let lvm = said(Tool::Lvmconfig, &keys).await;
+    let multipathd = RealMultipathd::new("/etc/multipath", DEADLINE);
+    let multipath = match multipathd.ask("show config local").await {
+        Ok(text) => Some(Ok(text)),
+        Err(MultipathdError::NotRunning) => None,
+        Err(error) => Some(Err(error.to_string())),
+    };
+    let seen = tokio::task::spawn_blocking(move || files(&config)).await.unwrap_or_default();
+    Survey { iscsiadm, lvm, multipath, ..seen }
+}
+
+/// What files tell.
+fn files(config: &Config) -> Survey {
+    let own = namespaces(Path::new("/proc/self"));
+    let processes = processes();
+    Survey {
+        lacks: preflight::check(config, &System).iter().map(ToString::to_string).collect(),
+        own,
+        listeners: listeners(&processes),
+        daemons: daemons(&processes),
+        modules: MODULES.map(|name| (name, module(name))).to_vec(),
+        udev_rules: udev_rules(),
+        ..Survey::default()
+    }
+}
+
+/// Directories of all processes.
+fn processes() -> Vec<(i32, PathBuf)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|e| Some((e.file_name().to_str()?.parse().ok()?, e.path()))).collect()
+}
+
+fn namespaces(process: &Path) -> Namespaces {
+    let inode = |name: &str| fs::metadata(process.join("ns").join(name)).map_or(0, |ns| ns.ino());
+    Namespaces { mount: inode("mnt"), net: inode("net") }
+}
+
+fn comm(process: &Path) -> String {
+    fs::read_to_string(process.join("comm")).unwrap_or_default().trim_end().to_owned()
+}
+
+/// The daemons' listening sockets in /proc/net/unix, by inode. Fields: number, reference count,
+/// protocol, flags, type, state, inode, path; an abstract name begins with `@` (proc_pid_net(5)).
+fn listening(text: &str) -> Vec<(Service, u64)> {
+    let read = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, _, _, flags, _, _, inode, name] = fields[..] else { return None };
+        let name = name.strip_prefix('@')?;
+        let service = Service::ALL.into_iter().find(|s| s.socket() == name)?;
+        let listens = u32::from_str_radix(flags, 16).ok()? & LISTENS != 0;
+        Some((service, inode.parse().ok()?)).filter(|_| listens)
+    };
+    text.lines().filter_map(read).collect()
+}
+
+fn listeners(processes: &[(i32, PathBuf)]) -> Vec<Listener> {
+    let sockets = listening(&fs::read_to_string("/proc/net/unix").unwrap_or_default());
+    let mut found = Vec::new();
+    for (pid, dir) in processes {
+        let fds = fs::read_dir(dir.join("fd")).into_iter().flatten().flatten();
+        let open: Vec<PathBuf> = fds.filter_map(|fd| fs::read_link(fd.path()).ok()).collect();
+        for (service, inode) in &sockets {
+            let link = PathBuf::from(format!("socket:[{inode}]"));
+            if open.contains(&link) {
+                // Nobody's, if it has ended meanwhile: then it is not the one to speak to.
+                let uid = fs::metadata(dir).map_or(u32::MAX, |m| m.uid());
+                found.push(Listener { service: *service, pid: *pid, uid, comm: comm(dir) });
+            }
+        }
+    }
+    found
+}
+
+/// The daemons' processes. Any process may call itself so; only root's are meant.
+fn daemons(processes: &[(i32, PathBuf)]) -> Vec<Process> {
+    let read = |(pid, dir): &(i32, PathBuf)| {
+        let name = comm(dir);
+        let service = Service::ALL.into_iter().find(|s| s.name() == name)?;
+        fs::metadata(dir).ok().filter(|m| m.uid() == 0)?;
+        let exe = fs::read_link(dir.join("exe")).ok()?;
+        Some(Process {
+            service,
+            pid: *pid,
+            namespaces: namespaces(dir),
+            replaced: exe.to_string_lossy().ends_with(" (deleted)"),
+            same_initiator: same(dir, "etc/iscsi/initiatorname.iscsi"),
+            same_iscsiadm: same(dir, "usr/sbin/iscsiadm"),
+        })
+    };
+    processes.iter().filter_map(read).collect()
+}
+
+/// Whether a process sees the same bytes in a file as we do.
+fn same(process: &Path, file: &str) -> Option<bool> {
+    let theirs = content(&process.join("root"), file).ok()?;
+    let ours = content(Path::new("/"), file).ok()?;
+    Some(theirs == ours)
+}
+
+/// A regular file beneath a root that may be another's: nothing leads out of it, and nothing blocks.
+fn content(root: &Path, file: &str) -> io::Result<Vec<u8>> {
+    let root = open(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let file = File::from(openat2(root.as_fd(), file, how)?);
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_PROGRAM).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Whether a kernel module is loaded or built in, or could be loaded.
+fn module(name: &str) -> Module {
+    if Path::new("/sys/module").join(name).exists() {
+        return Module::Loaded;
+    }
+    let dir = Path::new("/lib/modules").join(facts::kernel());
+    let listed = |list: &str| {
+        let text = fs::read_to_string(dir.join(list)).unwrap_or_default();
+        text.lines().any(|line| is_module(line.split(':').next().unwrap_or_default(), name))
+    };
+    if listed("modules.dep") || listed("modules.builtin") {
+        Module::Available
+    } else {
+        Module::Missing
+    }
+}
+
+/// Whether a path is that of a module: `kernel/drivers/scsi/sd_mod.ko.xz`.
+fn is_module(path: &str, name: &str) -> bool {
+    let file = path.rsplit('/').next().unwrap_or_default();
+    file.split('.').next().is_some_and(|stem| stem.replace('-', "_") == name)
+}
+
+fn udev_rules() -> Vec<PathBuf> {
+    let names = [preflight::UDEV_RULE, preflight::UDEV_RULE_EARLY, "13-dm-disk.rules"];
+    let dirs = preflight::UDEV_RULES_D.iter().map(Path::new);
+    let all = dirs.flat_map(|dir| names.map(|name| dir.join(name)));
+    all.filter(|rule| rule.exists()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listening_sockets_are_found_by_name() {
+        let text = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01  1666 @ISCSIADM_ABSTRACT_NAMESPACE\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03  1700 @ISCSIADM_ABSTRACT_NAMESPACE\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01   779 @/org/kernel/linux/storage/multipathd\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01   800 /org/kernel/linux/storage/multipathd\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01   801 @/org/kernel/linux/storage/multipathd2\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03  1701\n";
+        assert_eq!(listening(text), [(Service::Iscsid, 1666), (Service::Multipathd, 779)]);
+        assert_eq!(listening(""), []);
+    }
+
+    #[test]
+    fn modules_are_known_by_their_file() {
+        assert!(is_module("kernel/drivers/scsi/iscsi_tcp.ko.xz", "iscsi_tcp"));
+        assert!(is_module("kernel/drivers/md/dm-multipath.ko", "dm_multipath"));
+        assert!(!is_module("kernel/drivers/scsi/libiscsi_tcp.ko.xz", "iscsi_tcp"));
+    }
+
+    #[test]
+    fn nothing_leads_out_of_anothers_root() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("here"), "mine").unwrap();
+        std::os::unix::fs::symlink("/here", dir.path().join("link")).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("out")).unwrap();
+        nix::unistd::mkfifo(&dir.path().join("fifo"), Mode::S_IRUSR).unwrap();
+        assert_eq!(content(dir.path(), "link").unwrap(), b"mine");
+        assert!(content(dir.path(), "out").is_err());
+        assert!(content(dir.path(), "fifo").is_err());
+    }
+
+    #[tokio::test]
+    async fn any_machine_can_be_looked_at() {
+        let survey = look(Config::default()).await;
+        assert_ne!(survey.own.net, 0);
+        assert_eq!(survey.modules.len(), MODULES.len());
+    }
+}

@@ -33,6 +33,9 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// State of this boot: effects, locks, ownership.
     pub run_dir: PathBuf,
+    /// Secrets that volumes refer to: a directory each, with a file for each value, as Kubernetes
+    /// mounts them.
+    pub secrets_dir: PathBuf,
     /// kubelet's directory, where the pods' volumes are.
     pub kubelet_root: PathBuf,
     /// This node's name; the host's unless set.
@@ -63,6 +66,7 @@ impl Default for Config {
             allowed_uids: Vec::new(),
             state_dir: "/var/lib/lunplug".into(),
             run_dir: "/run/lunplug".into(),
+            secrets_dir: "/etc/lunplug/secrets".into(),
             kubelet_root: "/var/lib/kubelet".into(),
             node_name: String::new(),
             guest_unproven: GuestUnproven::default(),
@@ -298,6 +302,7 @@ impl Config {
         let paths = [
             ("state_dir", &self.state_dir),
             ("run_dir", &self.run_dir),
+            ("secrets_dir", &self.secrets_dir),
             ("kubelet_root", &self.kubelet_root),
             ("socket", &self.socket),
         ];

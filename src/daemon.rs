@@ -135,6 +135,7 @@ impl Doors {
     fn real(config: &Config) -> Result<Self, OpenError> {
         let options = RealOptions {
             run_dir: config.run_dir.clone(),
+            secrets: config.secrets_dir.clone(),
             kernel_deadline: config.deadlines.kernel_call,
             multipathd_deadline: config.deadlines.multipathd,
             ..RealOptions::default()
@@ -197,6 +198,7 @@ pub async fn compose(
         hypervisor,
         connector: Arc::new(connector),
         grants,
+        secrets: storage.secrets.clone(),
         tracker: storage.tracker.clone(),
         settings: Arc::new(way_settings(config)),
     };

@@ -122,6 +122,16 @@ reasons! {
     PortalUnreachable = "PORTAL_UNREACHABLE", Unavailable, "Check network and target; lunplug tries again.";
     /// The target refused the login.
     LoginRefused = "LOGIN_REFUSED", Precondition, "Check the target's ACL for this initiator and its credentials.";
+    /// The target does not accept the CHAP credentials.
+    ChapRejected = "CHAP_REJECTED", Precondition, "Correct the name and the secret, or the target's ACL for this initiator.";
+    /// CHAP credentials were given for a target that asks for none.
+    ChapNotWanted = "CHAP_NOT_WANTED", Precondition, "Add the volume without credentials, or have the target demand them.";
+    /// The target did not prove itself by mutual CHAP.
+    ChapTargetUnproven = "CHAP_TARGET_UNPROVEN", Precondition, "Set username_in and password_in as the target has them, or leave them out if it has none.";
+    /// The session to be shared was made with other credentials.
+    ChapDiffers = "CHAP_DIFFERS", Conflict, "Give the credentials of the volumes that use the session, or remove those first.";
+    /// CHAP credentials that a volume refers to cannot be had.
+    SecretUnavailable = "SECRET_UNAVAILABLE", Precondition, "Put the secret into secrets_dir, or add the volume again with its credentials.";
     /// The portal knows no such target.
     TargetNotFound = "TARGET_NOT_FOUND", Precondition, "Check the IQN and that the target is exported at this portal.";
     /// The target does not export that LUN to us.

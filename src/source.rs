@@ -37,6 +37,7 @@ fn iscsi(whole: &str, rest: &str) -> Result<IscsiSource, Malformed> {
         portals: portals_of(portals.split(','))?,
         target: target.parse()?,
         lun: lun.parse()?,
+        chap: None,
     })
 }
 
@@ -135,6 +136,7 @@ mod tests {
                 portals: portals.map(|p| p.parse().unwrap()).collect(),
                 target: format!("iqn.2001-04.{name}").parse().unwrap(),
                 lun: lun.try_into().unwrap(),
+                chap: None,
             })
         }
     }

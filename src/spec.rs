@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::reason::Reason;
 use crate::types::{
-    Bus, CacheMode, DevNum, ErrorPolicy, Iqn, Lun, Malformed, Portal, Serial, VmId, VolumeKey,
-    VolumeName, Wwid,
+    Bus, CacheMode, Chap, DevNum, ErrorPolicy, Iqn, Lun, Malformed, Portal, SecretName, Serial,
+    VmId, VolumeKey, VolumeName, Wwid,
 };
 
 /// Where the VM's QEMU and its libvirt are to be found.
@@ -61,6 +61,19 @@ pub struct IscsiSource {
     pub portals: Vec<Portal>,
     /// The LUN behind it.
     pub lun: Lun,
+    /// Where the session's CHAP credentials are, where it needs some. Never the credentials.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chap: Option<ChapFrom>,
+}
+
+/// Where CHAP credentials are.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChapFrom {
+    /// In this secret of the configured directory.
+    Secret(SecretName),
+    /// They came with the request, and are kept for this boot.
+    Request,
 }
 
 /// Where a volume's data lives. Fibre Channel, NVMe and local kinds are further variants.
@@ -155,8 +168,10 @@ impl VolumeSpec {
 }
 
 /// How an addition is to be made.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AddOptions {
+    /// The credentials that came with the request; they take the place of those that came before.
+    pub chap: Option<Chap>,
     /// Take another identity than the one recorded at the volume's first attach.
     pub accept_new_identity: bool,
     /// Check, and change nothing.
@@ -267,6 +282,7 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
             target: "iqn.2026-01.org.lunplug:test".parse().expect("an IQN"),
             portals: vec!["192.0.2.1:3260".parse().expect("a portal")],
             lun: Lun::try_from(name.len() as u64).expect("a LUN"),
+            chap: None,
         }),
         serial: name.parse().expect("a serial"),
         bus: Bus::Scsi,

@@ -196,3 +196,73 @@ async fn an_expand_tells_the_sizes_and_whether_anything_was_done() {
     assert_eq!(expand("--size x").await.0, 2);
     assert_eq!(server.run("expand a --volume-name none").await.0, 3);
 }
+
+#[tokio::test]
+async fn targets_are_discovered_as_a_table_and_as_json() {
+    let server = Server::start();
+    let (exit, out, err) = server.run("discover 10.0.0.1").await;
+    assert_eq!(exit, 0, "{err}");
+    let rows: Vec<Vec<&str>> = out.lines().map(|l| l.split_whitespace().collect()).collect();
+    assert_eq!(rows[0], ["TARGET", "PORTALS"]);
+    assert_eq!(rows[1], ["iqn.2001-04.com.example:a", "10.0.0.1:3260,[fd00::1]:3260"]);
+    let (_, out, _) = server.run("discover 10.0.0.1 -o json").await;
+    let found: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(found[0]["portals"][1], "[fd00::1]:3260");
+    let (exit, _, err) = server.run("discover san").await;
+    assert_eq!(exit, 2);
+    assert!(err.contains("INVALID_PORTAL"), "{err}");
+    let (exit, _, err) = server.run("discover 10.0.0.1 --chap-secret ../x").await;
+    assert_eq!(exit, 2, "{err}");
+    let (exit, _, err) = server.run("discover 10.0.0.1 --chap-secret x").await;
+    assert_eq!((exit, err.contains("CHAP_REJECTED")), (5, true), "{err}");
+}
+
+#[tokio::test]
+async fn volumes_of_others_and_their_credentials_are_read_from_files() {
+    let server = with_vm().await;
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let pv = put(
+        "pv.yaml",
+        "iscsi: {targetPortal: 10.0.0.1, iqn: 'iqn.2001-04.com.example:a', lun: 3, fsType: ext4,
+                 chapAuthSession: true, secretRef: {name: san-1}}",
+    );
+    server.memory.script(ATTACH);
+    let (exit, out, err) =
+        server.run(&format!("addvolume a --volume-name pv -f {pv} -o json")).await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(err.contains("note: iscsi.fsType is passed over"), "{err}");
+    let volume: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(volume["spec"]["source"]["iscsi"]["chap_secret"], "san-1");
+
+    let info = put(
+        "info.json",
+        r#"{"driver_volume_type": "iscsi", "data": {"target_portal": "10.0.0.1:3260",
+            "target_iqn": "iqn.2001-04.com.example:b", "target_lun": 4, "auth_method": "CHAP",
+            "auth_username": "u", "auth_password": "hush-hush"}}"#,
+    );
+    server.memory.script(ATTACH);
+    let (exit, out, err) =
+        server.run(&format!("addvolume a --volume-name info -f {info} -o json")).await;
+    assert_eq!(exit, 0, "{err}");
+    let volume: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(volume["spec"]["source"]["iscsi"]["chap_in_request"], true);
+    let (_, shown, _) = server.run("list -o yaml").await;
+    assert!(!format!("{out}{err}{shown}").contains("hush"), "{shown}");
+
+    // What was printed cannot be added again without the credentials, and says so.
+    let again = put("again.json", &volume["spec"].to_string());
+    let (exit, _, err) = server.run(&format!("addvolume a -f {again}")).await;
+    assert_eq!((exit, err.contains("chap_in_request")), (2, true), "{err}");
+    let chap = put("chap.yaml", "username: u\npassword: [hush]");
+    let (exit, _, err) = server.run(&format!("{} --chap-file {chap}", add(""))).await;
+    assert_eq!(exit, 2, "{err}");
+    let chap = put("chap.yaml", "username: u\npassword: 'hush '");
+    let (exit, _, err) = server.run(&format!("{} --chap-file {chap}", add(""))).await;
+    assert_eq!((exit, err.contains("chap.password")), (2, true), "{err}");
+    assert!(!err.contains("hush"), "{err}");
+}

@@ -6,16 +6,17 @@ use jiff::Timestamp;
 
 use super::status::malformed;
 use super::v1;
+use crate::connector::Discovered;
 use crate::reason::Reason;
 use crate::source::portals_of;
 use crate::spec::{
-    DeviceStatus, IscsiSource, MultipathPolicy, Phase, Source, VmPlace, VmSpec, VolumeSpec,
-    VolumeStatus,
+    ChapFrom, DeviceStatus, IscsiSource, MultipathPolicy, Phase, Source, VmPlace, VmSpec,
+    VolumeSpec, VolumeStatus,
 };
 use crate::types::{
-    Bus, CacheMode, ErrorPolicy, Lun, Malformed, Serial, VmId, VolumeKey, VolumeName,
+    Bus, CacheMode, Chap, ErrorPolicy, Lun, Malformed, Portal, Serial, VmId, VolumeKey, VolumeName,
 };
-use crate::vm::facade::{NodeInfo, Refusal, VmInfo, VmState};
+use crate::vm::facade::{DiscoverWith, NodeInfo, Refusal, VmInfo, VmState};
 
 fn missing(field: &str, reason: Reason, what: &str) -> Refusal {
     Refusal::new(reason, format!("{field} is missing: give {what}")).field(field)
@@ -176,13 +177,71 @@ fn source(source: Option<v1::Source>) -> Result<Source, Refusal> {
 
 fn iscsi_source(iscsi: v1::IscsiSource) -> Result<IscsiSource, Refusal> {
     let field = |name: &str| format!("volume.source.iscsi.{name}");
+    let secret = optional(&field("chap_secret"), &iscsi.chap_secret)?.map(ChapFrom::Secret);
     Ok(IscsiSource {
         target: parse(&field("target"), &iscsi.target)?,
         portals: portals_of(iscsi.portals.iter().map(String::as_str))
             .map_err(|error| malformed(field("portals"), &error))?,
         lun: Lun::try_from(u64::from(iscsi.lun))
             .map_err(|error| malformed(field("lun"), &error))?,
+        chap: secret.or(iscsi.chap_in_request.then_some(ChapFrom::Request)),
     })
+}
+
+/// The credentials that come with an addition, which then is where the volume has them from.
+pub fn chap(
+    given: Option<v1::ChapCredentials>,
+    spec: &mut VolumeSpec,
+) -> Result<Option<Chap>, Refusal> {
+    let Source::Iscsi(source) = &mut spec.source;
+    let Some(given) = given else {
+        if source.chap != Some(ChapFrom::Request) {
+            return Ok(None);
+        }
+        let what = "the credentials, or take chap_in_request out of the source";
+        return Err(missing("chap", Reason::InvalidOption, what));
+    };
+    let chap = chap_of(given)?;
+    if let Some(ChapFrom::Secret(name)) = &source.chap {
+        let message =
+            format!("chap: the source refers to secret {name} already: give one of the two");
+        return Err(Refusal::new(Reason::InvalidOption, message).field("chap"));
+    }
+    source.chap = Some(ChapFrom::Request);
+    Ok(Some(chap))
+}
+
+fn chap_of(mut given: v1::ChapCredentials) -> Result<Chap, Refusal> {
+    let take = std::mem::take::<String>;
+    let (username, password) = (take(&mut given.username), take(&mut given.password).into());
+    let (username_in, password_in) =
+        (take(&mut given.username_in), take(&mut given.password_in).into());
+    Chap::new(username, password, username_in, password_in)
+        .map_err(|error| malformed(format!("chap.{}", error.what), &error))
+}
+
+/// What a discovery is about.
+pub fn discovery(
+    request: v1::DiscoverTargetsRequest,
+) -> Result<(Portal, Option<DiscoverWith>), Refusal> {
+    let portal = parse("portal", &request.portal)?;
+    let secret = optional("chap_secret", &request.chap_secret)?.map(DiscoverWith::Secret);
+    let chap = request.chap.map(chap_of).transpose()?.map(DiscoverWith::Chap);
+    match (secret, chap) {
+        (Some(_), Some(_)) => {
+            let message = "chap: chap_secret is given already: give one of the two";
+            Err(Refusal::new(Reason::InvalidOption, message).field("chap"))
+        }
+        (secret, chap) => Ok((portal, secret.or(chap))),
+    }
+}
+
+/// A target that was discovered on the wire.
+pub fn wire_discovered(found: &Discovered) -> v1::DiscoveredTarget {
+    v1::DiscoveredTarget {
+        target: found.target.to_string(),
+        portals: found.portals.iter().map(ToString::to_string).collect(),
+    }
 }
 
 fn bus(value: i32) -> Result<Bus, Refusal> {
@@ -322,6 +381,11 @@ pub fn wire_source(source: &Source) -> v1::Source {
             target: s.target.to_string(),
             portals: s.portals.iter().map(ToString::to_string).collect(),
             lun: u32::from(s.lun.get()),
+            chap_secret: match &s.chap {
+                Some(ChapFrom::Secret(name)) => name.to_string(),
+                Some(ChapFrom::Request) | None => String::new(),
+            },
+            chap_in_request: s.chap == Some(ChapFrom::Request),
         }),
     };
     v1::Source { kind: Some(kind) }

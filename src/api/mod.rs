@@ -20,6 +20,20 @@ pub use service::Service;
 pub mod v1 {
     tonic::include_proto!("lunplug.v1");
 
+    impl std::fmt::Debug for ChapCredentials {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.debug_struct("ChapCredentials").finish_non_exhaustive()
+        }
+    }
+
+    impl Drop for ChapCredentials {
+        fn drop(&mut self) {
+            use zeroize::Zeroize as _;
+            self.password.zeroize();
+            self.password_in.zeroize();
+        }
+    }
+
     /// The contract's descriptors, for gRPC reflection.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lunplug.bin"));
 }

@@ -40,8 +40,9 @@ impl Service {
 
     async fn add(&self, request: v1::AddVolumeRequest) -> Result<v1::AddVolumeResponse, Refusal> {
         let vm = convert::vm_id("vm", request.vm.as_ref())?;
-        let spec = convert::volume_spec(request.volume)?;
+        let mut spec = convert::volume_spec(request.volume)?;
         let options = AddOptions {
+            chap: convert::chap(request.chap, &mut spec)?,
             accept_new_identity: request.accept_new_identity,
             dry_run: request.dry_run,
         };
@@ -230,6 +231,20 @@ impl LunplugService for Service {
             let vm = self.filter(request.vm.as_ref()).await?;
             let stream = super::watch::stream(self.volumes.clone(), vm, self.stopping.clone());
             Ok(Box::pin(stream) as Self::WatchVolumesStream)
+        })
+        .await
+    }
+
+    async fn discover_targets(
+        &self,
+        request: Request<v1::DiscoverTargetsRequest>,
+    ) -> Result<Response<v1::DiscoverTargetsResponse>, Status> {
+        let request = request.into_inner();
+        answer("DiscoverTargets", About::default(), async {
+            let (portal, with) = convert::discovery(request)?;
+            let found = self.volumes.discover(portal, with).await?;
+            let targets = found.iter().map(convert::wire_discovered).collect();
+            Ok(v1::DiscoverTargetsResponse { targets })
         })
         .await
     }

@@ -4,12 +4,15 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use zeroize::Zeroizing;
+
+use super::chap::ChapFile;
 use super::client::{connect, timed};
 use super::failure::{Exit, Failure};
 use super::file::{self, SourceFile, VolumeFile};
 use super::output::{self, Format};
 use super::wait::{Goal, wait};
-use super::{Screen, VmArg};
+use super::{Screen, VmArg, foreign};
 use crate::api::convert::wire_vm_id;
 use crate::api::v1;
 
@@ -72,7 +75,8 @@ pub(super) struct Args {
     /// Where the data lives: a URL, e.g. iscsi://10.0.0.1,10.0.0.2/IQN/LUN.
     #[arg(long, value_name = "URL", required_unless_present = "file")]
     source: Option<String>,
-    /// Read the volume from a file, YAML or JSON, `-` for stdin; flags win over it.
+    /// Read the volume from a file, YAML or JSON, `-` for stdin; flags win over it. Also a Kubernetes
+    /// PersistentVolume or its iscsi stanza, or Cinder's connection_info, together with --volume-name.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// The serial that the guest sees, at most 36 characters (bus virtio: 20) [default: the
@@ -113,17 +117,27 @@ pub(super) struct Args {
     /// preferred, required or off [default: preferred].
     #[arg(long, value_name = "POLICY")]
     multipath: Option<String>,
+    /// The secret of lunplugd's secrets_dir that has the session's CHAP credentials.
+    #[arg(long, value_name = "NAME", conflicts_with = "chap_file")]
+    chap_secret: Option<String>,
+    /// Read the session's CHAP credentials from a file, YAML or JSON, `-` for stdin: username,
+    /// password, and for mutual CHAP username_in and password_in. Kept for this boot only.
+    #[arg(long, value_name = "FILE")]
+    chap_file: Option<PathBuf>,
     #[command(flatten)]
     waiting: Waiting,
 }
 
 impl Args {
     /// The file's volume, if there is one, with the flags on top.
-    fn volume(&self) -> Result<VolumeFile, Failure> {
-        let mut volume = match &self.file {
+    fn volume(&self, screen: &mut Screen<'_>) -> Result<VolumeFile, Failure> {
+        let (mut volume, notes) = match &self.file {
             Some(path) => read(path)?,
-            None => VolumeFile::default(),
+            None => Default::default(),
         };
+        for note in notes {
+            writeln!(screen.err, "note: {note}")?;
+        }
         let set = |to: &mut String, from: &Option<String>| {
             if let Some(text) = from {
                 to.clone_from(text);
@@ -144,6 +158,12 @@ impl Args {
         if let Some(size) = &self.size {
             volume.size_bytes = file::size(size).map_err(|e| Failure::malformed("size", &e))?;
         }
+        if let Some(name) = &self.chap_secret {
+            volume.set_chap_secret(name)?;
+        }
+        if let Some(path) = &self.chap_file {
+            volume.chap = Some(chap_file(path)?);
+        }
         volume.persist |= self.persist;
         volume.shareable |= self.shareable;
         volume.read_only |= self.read_only;
@@ -151,15 +171,36 @@ impl Args {
     }
 }
 
-fn read(path: &Path) -> Result<VolumeFile, Failure> {
+fn wrong(path: &Path, error: impl std::fmt::Display) -> Failure {
+    Failure::plain(Exit::Usage, format!("{}: {error}", path.display()))
+}
+
+/// A volume in lunplug's own form, or in one of those that others have; and notes on what is passed over.
+fn read(path: &Path) -> Result<(VolumeFile, Vec<String>), Failure> {
+    let text = text(path)?;
+    // What cannot be read at all is told by the own form's reader.
+    let document = serde_yaml_ng::from_str(&text).unwrap_or(serde_yaml_ng::Value::Null);
+    match foreign::read(&document) {
+        Some(Ok(found)) => Ok((found.volume, found.notes)),
+        Some(Err(error)) => Err(wrong(path, error)),
+        None => VolumeFile::parse(&text).map(|v| (v, Vec::new())).map_err(|e| wrong(path, e)),
+    }
+}
+
+/// The credentials in a file.
+pub(super) fn chap_file(path: &Path) -> Result<ChapFile, Failure> {
+    ChapFile::parse(&text(path)?).map_err(|e| wrong(path, e))
+}
+
+/// A file's text, which may hold secrets.
+fn text(path: &Path) -> Result<Zeroizing<String>, Failure> {
     let text = if path == Path::new("-") {
         let mut text = String::new();
         std::io::stdin().read_to_string(&mut text).map(|_| text)
     } else {
         std::fs::read_to_string(path)
     };
-    let wrong = |error: String| Failure::plain(Exit::Usage, format!("{}: {error}", path.display()));
-    VolumeFile::parse(&text.map_err(|e| wrong(e.to_string()))?).map_err(|e| wrong(e.to_string()))
+    text.map(Zeroizing::new).map_err(|e| wrong(path, e))
 }
 
 pub(super) async fn run(
@@ -168,9 +209,11 @@ pub(super) async fn run(
     format: Format,
     screen: &mut Screen<'_>,
 ) -> Result<(), Failure> {
+    let volume = args.volume(screen)?;
     let request = v1::AddVolumeRequest {
         vm: Some(wire_vm_id(&args.vm.id()?)),
-        volume: Some(args.volume()?.to_wire()?),
+        volume: Some(volume.to_wire()?),
+        chap: volume.chap.as_ref().map(ChapFile::to_wire),
         accept_new_identity: args.accept_new_identity,
         dry_run: args.waiting.dry_run(),
     };

@@ -8,6 +8,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::chap::{self, ChapFile};
 use super::failure::Failure;
 use crate::api::{convert, v1};
 use crate::spec::Source;
@@ -43,6 +44,9 @@ pub(super) struct VolumeFile {
     pub(super) wwid: String,
     #[serde(alias = "sizeBytes", skip_serializing_if = "is_zero")]
     pub(super) size_bytes: u64,
+    /// CHAP credentials: read, and never shown.
+    #[serde(skip_serializing, deserialize_with = "chap::unseen")]
+    pub(super) chap: Option<ChapFile>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
@@ -70,6 +74,10 @@ pub(super) struct IscsiFile {
     target: String,
     portals: Vec<String>,
     lun: u32,
+    #[serde(default, alias = "chapSecret", skip_serializing_if = "String::is_empty")]
+    chap_secret: String,
+    #[serde(default, alias = "chapInRequest", skip_serializing_if = "std::ops::Not::not")]
+    chap_in_request: bool,
 }
 
 impl<'de> Deserialize<'de> for SourceFile {
@@ -115,8 +123,8 @@ impl VolumeFile {
                 Some(convert::wire_source(&word::<Source>("source", url)?))
             }
             Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
-                let IscsiFile { target, portals, lun } = s.clone();
-                let iscsi = v1::IscsiSource { target, portals, lun };
+                let IscsiFile { target, portals, lun, chap_secret, chap_in_request } = s.clone();
+                let iscsi = v1::IscsiSource { target, portals, lun, chap_secret, chap_in_request };
                 Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(iscsi)) })
             }
         };
@@ -141,9 +149,19 @@ impl VolumeFile {
     /// From the contract's form; what a newer daemon says and we do not know is left out.
     pub(super) fn from_wire(spec: &v1::VolumeSpec) -> Self {
         let source = spec.source.clone().and_then(|source| source.kind).map(|kind| match kind {
-            v1::source::Kind::Iscsi(v1::IscsiSource { target, portals, lun }) => {
-                SourceFile::Kind(SourceKind::Iscsi(IscsiFile { target, portals, lun }))
-            }
+            v1::source::Kind::Iscsi(v1::IscsiSource {
+                target,
+                portals,
+                lun,
+                chap_secret,
+                chap_in_request,
+            }) => SourceFile::Kind(SourceKind::Iscsi(IscsiFile {
+                target,
+                portals,
+                lun,
+                chap_secret,
+                chap_in_request,
+            })),
         });
         Self {
             name: spec.name.clone(),
@@ -160,7 +178,40 @@ impl VolumeFile {
             multipath: plain(spec.multipath().as_str_name(), "MULTIPATH_POLICY_"),
             wwid: spec.wwid.clone(),
             size_bytes: spec.size_bytes,
+            chap: None,
         }
+    }
+
+    /// Has it be this LUN; without credentials where `chap_secret` is empty.
+    pub(super) fn set_iscsi(
+        &mut self,
+        target: String,
+        portals: Vec<String>,
+        lun: u32,
+        chap_secret: String,
+    ) {
+        let iscsi = IscsiFile { target, portals, lun, chap_secret, chap_in_request: false };
+        self.source = Some(SourceFile::Kind(SourceKind::Iscsi(iscsi)));
+    }
+
+    /// Has the source refer to a secret.
+    pub(super) fn set_chap_secret(&mut self, name: &str) -> Result<(), Failure> {
+        let kind = match self.source.take() {
+            None => None,
+            Some(SourceFile::Kind(kind)) => Some(kind),
+            Some(SourceFile::Url(url)) => {
+                let wire = convert::wire_source(&word::<Source>("source", &url)?);
+                let spec = v1::VolumeSpec { source: Some(wire), ..v1::VolumeSpec::default() };
+                match Self::from_wire(&spec).source {
+                    Some(SourceFile::Kind(kind)) => Some(kind),
+                    Some(SourceFile::Url(_)) | None => None,
+                }
+            }
+        };
+        self.source = kind.map(|SourceKind::Iscsi(iscsi)| {
+            SourceFile::Kind(SourceKind::Iscsi(IscsiFile { chap_secret: name.into(), ..iscsi }))
+        });
+        Ok(())
     }
 
     /// The source as a URL; empty when it is not known.
@@ -313,6 +364,11 @@ size_bytes: 1024
             let error = VolumeFile::parse(text).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
         }
+        for chap in ["hush", "{username: [hush]}", "{username: u, hush: x}", "[hush]"] {
+            let error = VolumeFile::parse(&format!("chap: {chap}")).unwrap_err().to_string();
+            assert!(error.contains("username_in") && !error.contains("hush"), "{error}");
+            assert!(ChapFile::parse(chap).is_err());
+        }
         for (text, field) in [
             ("bus: ide", "bus"),
             ("cache: unsafe", "cache"),
@@ -324,6 +380,26 @@ size_bytes: 1024
             let failure = VolumeFile::parse(text).unwrap().to_wire().unwrap_err();
             assert_eq!((failure.field.as_str(), failure.exit), (field, Exit::Usage));
         }
+    }
+
+    #[test]
+    fn credentials_are_read_and_never_shown() {
+        let mut volume = VolumeFile::parse(
+            "{name: a, source: 'iscsi://10.0.0.1/iqn.2001-04.com.example:a/3', chap: {username: u, password: hush}}",
+        )
+        .unwrap();
+        let wire = volume.chap.as_ref().unwrap().to_wire();
+        assert_eq!((wire.username.as_str(), wire.password.as_str()), ("u", "hush"));
+        let shown = [
+            format!("{volume:?} {wire:?}"),
+            serde_json::to_string(&volume).unwrap(),
+            serde_yaml_ng::to_string(&volume).unwrap(),
+        ];
+        assert!(shown.iter().all(|text| !text.contains("hush")), "{shown:?}");
+        volume.set_chap_secret("san-1").unwrap();
+        let v1::source::Kind::Iscsi(iscsi) =
+            volume.to_wire().unwrap().source.unwrap().kind.unwrap();
+        assert_eq!((iscsi.chap_secret.as_str(), iscsi.lun), ("san-1", 3));
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! The commands of `lunplug`, one file each. Results go to stdout, progress and errors to stderr.
 
 mod add;
+mod chap;
 mod client;
 mod describe;
+mod discover;
 mod doctor;
 mod expand;
 mod failure;
 mod file;
+mod foreign;
 mod journal;
 mod list;
 mod node;
@@ -86,6 +89,8 @@ enum Command {
     /// Register, list and unregister VMs.
     #[command(subcommand)]
     Vm(vm::Command),
+    /// Show the targets that an iSCSI portal lists to this node. Leaves no record behind.
+    Discover(discover::Args),
     /// Show the node.
     Node,
     /// Follow the changes of volumes.
@@ -166,6 +171,7 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
         Command::List(args) => list::run(args, &socket, format, screen).await,
         Command::Describe(args) => describe::run(args, &socket, format, screen).await,
         Command::Vm(command) => vm::run(command, &socket, format, screen).await,
+        Command::Discover(args) => discover::run(args, &socket, format, screen).await,
         Command::Node => node::run(&socket, format, screen).await,
         Command::Watch(args) => watch::run(args, &socket, format, screen).await,
         Command::Doctor(args) => doctor::run(args, format, screen).await,

@@ -15,7 +15,7 @@ use crate::host::lock::{LockError, LockGuard, RunDir};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
 use crate::host::sysfs::{Guard, Guarded, Sysfs};
-use crate::types::{DevNum, Iqn, Outcome, Wwid};
+use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, Wwid};
 
 use super::settings::{Settings, ms};
 
@@ -39,6 +39,7 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
         }),
         rundir: Arc::new(BoundedRunDir(doors.rundir, ms(settings.file_ms))),
         iscsidb: Arc::new(BoundedIscsiDb(doors.iscsidb, ms(settings.file_ms))),
+        secrets: doors.secrets,
     }
 }
 
@@ -175,6 +176,18 @@ impl IscsiDb for BoundedIscsiDb {
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
         let call = self.0.remove_corrupt(target, record);
         within(self.1, || format!("removing a record of {target}"), call).await
+    }
+    async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()> {
+        let call = self.0.set_chap(target, portal, chap);
+        within(self.1, || format!("writing a record of {target}"), call).await
+    }
+    async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
+        let call = self.0.put_discovery(portal, chap);
+        within(self.1, || format!("writing a discovery record of {portal}"), call).await
+    }
+    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()> {
+        let call = self.0.remove_discovery(portal);
+        within(self.1, || "removing a discovery record".into(), call).await
     }
     async fn look_at_lock(&self) -> io::Result<DbLockState> {
         let doing = || "looking at open-iscsi's lock".to_owned();

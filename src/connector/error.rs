@@ -6,7 +6,7 @@ use crate::host::cmd::CmdError;
 use crate::host::lock::LockError;
 use crate::host::multipathd::MultipathdError;
 use crate::reason::Reason;
-use crate::types::{DevNum, Wwid};
+use crate::types::{DevNum, Portal, Wwid};
 
 pub use super::identity::IdentityError;
 pub use super::iscsi::LoginError;
@@ -159,6 +159,36 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The credentials that are needed cannot be had.
+    #[error("the CHAP credentials cannot be had: {0}")]
+    SecretUnavailable(String),
+    /// A portal did not list its targets.
+    #[error("the targets of {portal} could not be had")]
+    Discovery {
+        /// The portal.
+        portal: Portal,
+        /// Why.
+        #[source]
+        source: LoginError,
+    },
+    /// Somebody else's discovery record is in the way of credentials.
+    #[error(
+        "there is a discovery record of {portal} already, which is not lunplug's and stays as it is: ask without credentials, or remove it with iscsiadm -m discoverydb -t st -p {portal} -o delete"
+    )]
+    DiscoveryRecord {
+        /// The portal.
+        portal: Portal,
+    },
+    /// The session to be shared was made with other credentials.
+    #[error(
+        "the session to {target} at {portal} was made with other CHAP credentials than this volume has"
+    )]
+    ChapDiffers {
+        /// The target.
+        target: String,
+        /// The portal.
+        portal: String,
+    },
     /// A lock could not be had.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -223,6 +253,10 @@ impl Error {
             },
             Self::Tool { .. } => Reason::ToolFailed,
             Self::RecordCorrupt { .. } | Self::LeaseCorrupt { .. } => Reason::RecordCorrupt,
+            Self::Discovery { source, .. } => source.reason(),
+            Self::DiscoveryRecord { .. } => Reason::Unsupported,
+            Self::SecretUnavailable(_) => Reason::SecretUnavailable,
+            Self::ChapDiffers { .. } => Reason::ChapDiffers,
             Self::Lock(e) => match e {
                 LockError::TimedOut { .. } => Reason::DeadlineExceeded,
                 LockError::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => {

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 use crate::spec::{DeviceStatus, MultipathPolicy, Source};
-use crate::types::{DevNum, Outcome, VolumeKey, Wwid};
+use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, VolumeKey, Wwid};
 
 /// What the LUN must prove to be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,6 +61,30 @@ pub struct AttachRequest {
     pub shareable: bool,
     /// It will not be written to, so it may be write-protected.
     pub read_only: bool,
+    /// How to log in where there is no session yet.
+    pub authentication: Authentication,
+}
+
+/// A target that a portal lists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Discovered {
+    /// Its name.
+    pub target: Iqn,
+    /// The portals at which it says that it is to be had, in the order in which they were told.
+    pub portals: Vec<Portal>,
+}
+
+/// The credentials of an attach, or of a discovery.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Authentication {
+    /// None are given: what the host is configured with counts.
+    #[default]
+    None,
+    /// These.
+    Chap(Chap),
+    /// There should be some, and these words say why they cannot be had. It matters only to an attach
+    /// that needs them: a volume that is attached goes on without.
+    Lost(String),
 }
 
 /// One path of an attached volume.
@@ -159,6 +183,13 @@ pub trait Connector: Send + Sync {
         owner: &VolumeKey,
         source: &Source,
     ) -> Result<Option<Attachment>, Error>;
+
+    /// The targets that a portal lists to this node. Leaves no record behind.
+    async fn discover(
+        &self,
+        portal: Portal,
+        authentication: Authentication,
+    ) -> Result<Vec<Discovered>, Error>;
 
     /// How attached volumes are, in the order asked for. Cheap: no program is run, nothing is scanned
     /// or rescanned, and multipathd is asked once at most.

@@ -2,12 +2,13 @@
 
 mod lock;
 mod real;
+mod text;
 
 use std::io;
 
 use async_trait::async_trait;
 
-use crate::types::{Iqn, Portal};
+use crate::types::{Chap, Iqn, Portal};
 
 pub use real::RealIscsiDb;
 
@@ -34,7 +35,8 @@ pub enum DbLockState {
 }
 
 /// The door to the database's directory (`/etc/iscsi/nodes` on Debian, `/var/lib/iscsi/nodes`
-/// elsewhere). Records are written by iscsiadm alone.
+/// elsewhere). Records are made and removed by iscsiadm; of what is in them only credentials are
+/// written here, for iscsiadm takes them by its arguments alone, where everybody sees them.
 #[async_trait]
 pub trait IscsiDb: Send + Sync {
     /// The records of a target, in the order of their portals.
@@ -43,6 +45,19 @@ pub trait IscsiDb: Send + Sync {
     /// Removes a corrupt record's file, which iscsiadm itself may refuse to touch. A record that
     /// is not corrupt is left: `InvalidInput`.
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()>;
+
+    /// Writes credentials into the record of a target at a portal through the iface `default`, whose
+    /// file is its owner's alone from then on. No such record is `NotFound`, a corrupt one
+    /// `InvalidData`, and a database that is locked `WouldBlock`. No error shows a credential.
+    async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()>;
+
+    /// Writes a discovery record of ours for a portal, with credentials for its list of targets; one of
+    /// ours that is there is replaced, another's is `AlreadyExists`. For one discovery that makes no
+    /// node records, and to be removed after it.
+    async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()>;
+
+    /// Removes the discovery records of ours: that of a portal, or all.
+    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()>;
 
     /// One look at the database's lock. A lock that was left by a killed iscsiadm is removed, once
     /// that is proven: mostly by the second look at it.

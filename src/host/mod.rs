@@ -22,6 +22,7 @@ pub mod poddir;
 pub mod pods;
 pub mod procs;
 pub mod runtree;
+pub mod secrets;
 pub mod sim;
 pub mod storage;
 pub mod survey;

@@ -11,6 +11,7 @@ use super::iscsidb::{IscsiDb, RealIscsiDb};
 use super::killpoint::RealKillPoints;
 use super::lock::{RealRunDir, RunDir};
 use super::multipathd::{Multipathd, RealMultipathd};
+use super::secrets::{RealSecrets, Secrets};
 use super::sim::SimStorage;
 use super::sysfs::{RealSysfs, Sysfs};
 use super::uevent::{RealUevents, Uevents};
@@ -30,6 +31,8 @@ pub struct RealOptions {
     pub multipath: PathBuf,
     /// A directory of our own for device nodes that live for one open(2), not on a `nodev` mount.
     pub nodes: PathBuf,
+    /// The directory of secrets that volumes refer to.
+    pub secrets: PathBuf,
     /// For a write to sysfs (a scan of a slow target, a delete that waits for I/O), and for a flush.
     pub kernel_deadline: Duration,
     /// For one command of multipathd.
@@ -45,6 +48,7 @@ impl Default for RealOptions {
             multipath: "/etc/multipath".into(),
             // systemd mounts /run with nodev; /dev never is.
             nodes: "/dev/.lunplug".into(),
+            secrets: "/etc/lunplug/secrets".into(),
             kernel_deadline: Duration::from_secs(30),
             multipathd_deadline: Duration::from_secs(10),
         }
@@ -95,6 +99,8 @@ pub struct StorageDoors {
     pub rundir: Arc<dyn RunDir>,
     /// open-iscsi's node records.
     pub iscsidb: Arc<dyn IscsiDb>,
+    /// Secrets by reference.
+    pub secrets: Arc<dyn Secrets>,
     /// Runs the steps.
     pub tracker: Tracker,
     /// How many calls are past their deadline and still in the kernel.
@@ -136,6 +142,7 @@ impl StorageDoors {
             blocks,
             rundir: Arc::new(rundir),
             iscsidb: Arc::new(iscsidb),
+            secrets: Arc::new(RealSecrets::new(&options.secrets)),
             tracker: Tracker::new(Arc::new(RealKillPoints)),
         })
     }
@@ -150,7 +157,8 @@ impl StorageDoors {
             multipathd: sim_door.clone(),
             blocks: sim_door.clone(),
             rundir: sim.rundir(),
-            iscsidb: sim_door,
+            iscsidb: sim_door.clone(),
+            secrets: sim_door,
             tracker: Tracker::new(sim.faults().clone()),
             stuck: Arc::new(|| 0),
         }

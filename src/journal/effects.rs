@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use super::Error;
 use crate::cgroup::GrantRecord;
@@ -12,7 +13,7 @@ use crate::connector::Attachment;
 use crate::host::lock::RunDir;
 use crate::spec::{RemoveOptions, VolumeSpec};
 use crate::step::Step;
-use crate::types::{Bus, DevNum, VmId, VolumeKey};
+use crate::types::{Bus, Chap, DevNum, VmId, VolumeKey};
 
 /// A node that was, or was about to be, made in the pod.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +56,13 @@ impl Removal {
         }
         self.gave_up.len() > before
     }
+}
+
+/// Credentials that came with a request.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    boot_id: String,
+    chap: Chap,
 }
 
 /// What was begun for one volume. An absent field was not begun, or is undone.
@@ -173,6 +181,34 @@ impl EffectsStore {
         self.forget(removal(key)).await
     }
 
+    /// Keeps the credentials that came with a volume's request, for this boot: they are to be had
+    /// again by nobody but whoever asked for the volume.
+    pub async fn put_chap(&self, key: &VolumeKey, chap: &Chap) -> Result<(), Error> {
+        let kept = Kept { boot_id: self.0.boot_id().to_owned(), chap: chap.clone() };
+        // Of its full size from the start: one that grew would leave copies behind.
+        let mut json = Zeroizing::new(Vec::with_capacity(4096));
+        let what = secret(key);
+        serde_json::to_writer(&mut *json, &kept)
+            .map_err(|source| Error::Damaged { what: what.clone(), source })?;
+        self.0.store(&what, &json).await.map_err(|source| Error::Io { what, source })
+    }
+
+    /// The credentials that are kept of a volume.
+    pub async fn chap(&self, key: &VolumeKey) -> Result<Option<Chap>, Error> {
+        let found = self.read(secret(key), |kept: &Kept| &kept.boot_id).await?;
+        Ok(found.map(|kept| kept.chap))
+    }
+
+    /// The volumes of a VM of which credentials are kept.
+    pub async fn kept_chaps(&self, vm: &VmId) -> Result<BTreeSet<VolumeKey>, Error> {
+        self.names(vm, secrets(vm)).await
+    }
+
+    /// Forgets them.
+    pub async fn delete_chap(&self, key: &VolumeKey) -> Result<(), Error> {
+        self.forget(secret(key)).await
+    }
+
     async fn write<T: Serialize>(&self, what: String, value: &T) -> Result<(), Error> {
         let json = serde_json::to_vec(value)
             .map_err(|source| Error::Damaged { what: what.clone(), source })?;
@@ -187,6 +223,7 @@ impl EffectsStore {
     ) -> Result<Option<T>, Error> {
         let io = |source| Error::Io { what: what.clone(), source };
         let Some(bytes) = self.0.load(&what).await.map_err(io)? else { return Ok(None) };
+        let bytes = Zeroizing::new(bytes);
         let value: T = serde_json::from_slice(&bytes)
             .map_err(|source| Error::Damaged { what: what.clone(), source })?;
         if boot_of(&value) == self.0.boot_id() {
@@ -227,6 +264,14 @@ fn removals(vm: &VmId) -> String {
 
 fn removal(key: &VolumeKey) -> String {
     format!("{}/{}.json", removals(&key.vm), key.volume)
+}
+
+fn secrets(vm: &VmId) -> String {
+    format!("secrets/{}/{}", vm.namespace(), vm.name())
+}
+
+fn secret(key: &VolumeKey) -> String {
+    format!("{}/{}.json", secrets(&key.vm), key.volume)
 }
 
 fn file(key: &VolumeKey) -> String {

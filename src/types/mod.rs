@@ -75,8 +75,10 @@ macro_rules! text_type {
     };
 }
 
+mod chap;
 mod names;
 mod san;
 
+pub use chap::{Chap, Login, SecretName, SecretText};
 pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};
 pub use san::{DevNum, Iqn, Lun, Portal, Wwid};

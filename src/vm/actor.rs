@@ -118,7 +118,7 @@ impl Actor {
             // Ended tasks are only collected here; they have reported by message.
             while self.tasks.try_join_next().is_some() {}
             match message {
-                Message::Add { spec, options, asker } => self.add(spec, options, asker),
+                Message::Add { spec, options, asker } => self.add(spec, options, asker).await,
                 Message::AddChecked { spec, options, checked, asker } => {
                     let answer = self.add_checked(spec, options, checked, &asker.span).await;
                     asker.answer(answer);
@@ -197,6 +197,11 @@ impl Actor {
             tools.board.gave_up(&key, &tools.effects.gave_up(&key).await?);
             let stored = StoredVolume { spec, accept_new_identity: false, removing: None };
             volumes.insert(key.volume, Volume::new(stored, Some(removal.unwrap_or_default())));
+        }
+        for key in tools.effects.kept_chaps(&vm).await? {
+            if !volumes.contains_key(&key.volume) {
+                tools.effects.delete_chap(&key).await?;
+            }
         }
         let (tasks, looks) = (JoinSet::new(), look::Looks::default());
         Ok(Self { vm, tools, volumes, tasks, looks, watcher: None, messages })

@@ -162,7 +162,9 @@ impl Way<'_> {
         self.effects.host = true;
         self.announce(Step::Lease).await?;
         self.reached(Step::Lease.phase());
+        let authentication = self.ways.authentication(&self.key, &spec.source).await?;
         let request = AttachRequest {
+            authentication,
             owner: self.key.clone(),
             source: spec.source.clone(),
             expect: Expect {

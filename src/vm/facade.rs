@@ -7,9 +7,10 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio::sync::broadcast;
 
+use crate::connector::Discovered;
 use crate::reason::Reason;
 use crate::spec::{AddOptions, RemoveOptions, VmSpec, VolumeSpec, VolumeStatus};
-use crate::types::{Outcome, VmId, VolumeKey};
+use crate::types::{Chap, Outcome, Portal, SecretName, VmId, VolumeKey};
 
 /// All VMs of this node and their volumes. Calls return when the wish is durable; what becomes of
 /// it is told by [`Volumes::watch`].
@@ -64,8 +65,24 @@ pub trait Volumes: Send + Sync {
     /// sent.
     fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>>;
 
+    /// The targets that an iSCSI portal lists to this node. Leaves nothing behind.
+    async fn discover(
+        &self,
+        portal: Portal,
+        from: Option<DiscoverWith>,
+    ) -> Result<Vec<Discovered>, Refusal>;
+
     /// What this node is.
     async fn node(&self) -> NodeInfo;
+}
+
+/// The credentials of a discovery.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiscoverWith {
+    /// Those of a secret of the configured directory.
+    Secret(SecretName),
+    /// These.
+    Chap(Chap),
 }
 
 /// A wish that was not granted; nothing was changed.

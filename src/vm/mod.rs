@@ -19,6 +19,7 @@ pub mod actor;
 mod attach;
 pub mod backoff;
 mod checks;
+mod credentials;
 mod detach;
 pub mod discover;
 mod expand;

@@ -11,18 +11,20 @@ use tokio::sync::{Mutex, broadcast};
 
 use super::actor::Tools;
 use super::backoff::Backoff;
-use super::facade::{Expanded, NodeInfo, Refusal, VmInfo, VmState, Volumes};
+use super::credentials;
+use super::facade::{DiscoverWith, Expanded, NodeInfo, Refusal, VmInfo, VmState, Volumes};
 use super::failure::Failure;
 use super::handler::Handler;
 use super::publish::Board;
 use super::ways::{Host, Ways};
 use crate::connector::bounded::bounded_rundir;
+use crate::connector::{Authentication, Discovered};
 use crate::host::lock::{LockError, LockGuard};
 use crate::host::storage::StorageDoors;
 use crate::journal::{Desired, EffectsStore};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
-use crate::types::{Outcome, VmId, VolumeKey};
+use crate::types::{Outcome, Portal, VmId, VolumeKey};
 
 /// What a registry is told.
 #[derive(Debug, Clone)]
@@ -424,6 +426,22 @@ impl Volumes for Registry {
 
     fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>> {
         self.board.watch()
+    }
+
+    async fn discover(
+        &self,
+        portal: Portal,
+        with: Option<DiscoverWith>,
+    ) -> Result<Vec<Discovered>, Refusal> {
+        let authentication = match with {
+            None => Authentication::None,
+            Some(DiscoverWith::Chap(chap)) => Authentication::Chap(chap),
+            Some(DiscoverWith::Secret(name)) => {
+                credentials::secret(&*self.host.secrets, &name, credentials::DISCOVERY).await
+            }
+        };
+        let found = self.host.connector.discover(portal, authentication).await;
+        Ok(found.map_err(Failure::from)?)
     }
 
     async fn node(&self) -> NodeInfo {

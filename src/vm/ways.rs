@@ -24,6 +24,7 @@ use crate::host::libvirt::{
     Connection, Definition, DomainEvent, DomainEvents, DomainState, Hypervisor, Lifecycle,
 };
 use crate::host::pods::PodDoors;
+use crate::host::secrets::Secrets;
 use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{RemoveOptions, VmPlace, VmSpec, VolumeSpec};
@@ -62,6 +63,8 @@ pub struct Host {
     pub connector: Arc<dyn Connector>,
     /// Device grants.
     pub grants: Grants,
+    /// Secrets that volumes refer to.
+    pub secrets: Arc<dyn Secrets>,
     /// Runs the steps.
     pub tracker: Tracker,
     /// How and how long.

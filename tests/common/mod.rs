@@ -12,6 +12,7 @@ use lunplug::api::auth::AllowedPeers;
 use lunplug::api::server;
 use lunplug::api::v1::lunplug_service_client::LunplugServiceClient;
 use lunplug::cli::{self, Cli, Screen};
+use lunplug::connector::Discovered;
 use lunplug::host::listen::Socket;
 use lunplug::reason::Reason;
 use lunplug::spec::*;
@@ -176,6 +177,18 @@ impl Volumes for Facade {
 
     fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>> {
         self.0.changes.subscribe()
+    }
+
+    async fn discover(
+        &self,
+        portal: Portal,
+        with: Option<DiscoverWith>,
+    ) -> Result<Vec<Discovered>, Refusal> {
+        if with.is_some() {
+            return Err(Refusal::new(Reason::ChapRejected, "not these"));
+        }
+        let target = "iqn.2001-04.com.example:a".parse().unwrap();
+        Ok(vec![Discovered { target, portals: vec![portal, "[fd00::1]".parse().unwrap()] }])
     }
 
     async fn node(&self) -> NodeInfo {

@@ -6,7 +6,9 @@
 
 mod bad_input;
 mod cancel;
+mod chap;
 mod crash;
+mod discover;
 mod expand;
 mod faults;
 mod force;

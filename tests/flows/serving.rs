@@ -108,7 +108,7 @@ fn a_dry_run_changes_nothing() {
     let world = World::new();
     world.life(async |daemon| {
         let dry = AddOptions { dry_run: true, ..AddOptions::default() };
-        let add = async |spec| daemon.registry.add_volume(&vm(1), spec, dry).await;
+        let add = async |spec| daemon.registry.add_volume(&vm(1), spec, dry.clone()).await;
         assert!(!add(volume("data", 1)).await.unwrap().changed());
         let mut clash = volume("data", 1);
         clash.serial = "boot".parse().unwrap();

@@ -9,8 +9,10 @@
 mod agent;
 mod attach;
 mod bad_input;
+mod chap;
 mod cost;
 mod daemon;
+mod discover;
 mod doctor;
 mod emulation;
 mod expand;

@@ -12,7 +12,7 @@ use crate::connector::lease::{Claim, Lease, Made as _, MapLease};
 use crate::connector::mapchange;
 use crate::connector::multipath::{self, Above, Map};
 use crate::connector::scsi::{self, ScsiPath};
-use crate::connector::{AttachRequest, Attachment, DetachOptions};
+use crate::connector::{AttachRequest, Attachment, Authentication, DetachOptions};
 use crate::host::multipathd::MultipathdError;
 use crate::spec::{IscsiSource, MultipathPolicy};
 use crate::step::Step;
@@ -79,6 +79,11 @@ impl Inner {
         request: &AttachRequest,
         source: &IscsiSource,
     ) -> Result<Job, Error> {
+        let chap = match &request.authentication {
+            Authentication::None => None,
+            Authentication::Chap(chap) => Some(chap.clone()),
+            Authentication::Lost(why) => return Err(Error::SecretUnavailable(why.clone())),
+        };
         let alive = multipath::alive(&*self.doors.multipathd).await;
         if let Err(silent @ MultipathdError::TimedOut { .. }) = alive {
             // It runs, and would put a map over a path that was given away without one.
@@ -105,6 +110,7 @@ impl Inner {
             policy: request.multipath,
             shareable: request.shareable,
             read_only: request.read_only,
+            chap,
             multipath,
             called_off: Arc::default(),
         })

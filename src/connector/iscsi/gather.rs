@@ -18,7 +18,7 @@ use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::scsi::ScsiPath;
 use crate::connector::settings::ms;
-use crate::types::Portal;
+use crate::types::{Chap, Portal};
 
 /// What came together in time.
 pub(super) struct Gathered {
@@ -110,14 +110,27 @@ impl Inner {
 
     /// Some targets (LIO) answer a login to an unknown name like one to a service that is down, so
     /// that iscsid tries until its time is over. The portal itself knows better.
+    /// And iscsid itself ends a login with credentials, as one at an unknown target, when the target
+    /// did not go through with it: it asked for none, or could not prove itself.
     async fn diagnose(&self, job: &Job, error: LoginError) -> LoginError {
-        let LoginError::Unreachable { portal, .. } = error else { return error };
-        match self.iscsiadm(&job.source.target).is_exported(portal).await {
-            Some(false) => {
+        let portal = match error {
+            LoginError::Unreachable { portal, .. } => portal,
+            LoginError::NotFound { portal, .. } if job.chap.is_some() => portal,
+            other => return other,
+        };
+        let mutual = job.chap.as_ref().is_some_and(Chap::is_mutual);
+        match (self.iscsiadm(&job.source.target).is_exported(portal).await, error) {
+            (Some(false), _) => {
                 let detail = "it answers, but does not list it among its targets".into();
                 LoginError::NotFound { portal, detail }
             }
-            Some(true) | None => error,
+            (Some(true) | None, LoginError::NotFound { portal, detail }) if mutual => {
+                LoginError::Unproven { portal, detail }
+            }
+            (Some(true) | None, LoginError::NotFound { portal, detail }) => {
+                LoginError::Unasked { portal, detail }
+            }
+            (Some(true) | None, error) => error,
         }
     }
 
@@ -134,7 +147,7 @@ impl Inner {
         let how_many = if job.multipath { all.queue.len() } else { all.queue.len().min(1) };
         let portals: Vec<Portal> = all.queue.drain(..how_many).collect();
         if !portals.is_empty() {
-            let begun = self.log_in(&job.source.target, &portals, job.multipath).await?;
+            let begun = self.log_in(job, &portals).await?;
             all.progress.extend(begun);
         }
         for portal in portals {
@@ -283,6 +296,10 @@ fn is_local(error: &Error) -> bool {
         | Error::Command { .. }
         | Error::Tool { .. }
         | Error::RecordCorrupt { .. }
+        | Error::SecretUnavailable(_)
+        | Error::ChapDiffers { .. }
+        | Error::Discovery { .. }
+        | Error::DiscoveryRecord { .. }
         | Error::Lock(_)
         | Error::LeaseCorrupt { .. }
         | Error::Undo { .. } => false,

@@ -29,7 +29,7 @@ impl Inner {
         let begun = async {
             let job = self.job(request, source).await?;
             let missing = self.missing(&job, found).await?;
-            let mut progress = self.log_in(&source.target, &missing, job.multipath).await?;
+            let mut progress = self.log_in(&job, &missing).await?;
             let late = missing.into_iter().map(|p| (p, progress.remove(&p))).collect();
             self.claim_late(&job, late, found);
             Ok::<(), Error>(())

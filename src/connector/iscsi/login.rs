@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::Instrument;
 
-use super::Inner;
 use super::records::Iscsiadm;
 use super::session::{self, Session};
 use super::verdict::{LoggedIn, LoginError, login_result};
+use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::lease::{self, Lease, file_name};
 use crate::connector::wait::Wait;
@@ -32,6 +32,9 @@ pub(crate) struct Made {
     pub(crate) records: BTreeSet<Portal>,
     /// Portals whose sessions are ours, with the session's number once it is known.
     pub(crate) sessions: BTreeMap<Portal, Option<u32>>,
+    /// Portals whose records, of ours, have the credentials of a volume.
+    #[serde(default)]
+    pub(crate) chap: BTreeSet<Portal>,
 }
 
 impl lease::Made for Made {
@@ -49,6 +52,14 @@ impl Made {
         let known = self.sessions.get(&session.portal);
         session.is_plain() && known.is_some_and(|sid| sid.is_none_or(|sid| sid == session.sid))
     }
+}
+
+/// What there is of records for a login.
+struct Records {
+    /// The target's records are exactly those that are needed, and all ours.
+    alone: bool,
+    /// The user's name, for those that have a volume's credentials.
+    given: HashMap<Portal, String>,
 }
 
 /// How a login ended; `None` while it goes on.
@@ -90,20 +101,19 @@ impl Inner {
     /// has it next.
     pub(super) async fn log_in(
         self: &Arc<Self>,
-        target: &Iqn,
+        job: &Job,
         portals: &[Portal],
-        multipath: bool,
     ) -> Result<HashMap<Portal, Progress>, Error> {
-        let (inner, target, portals) = (self.clone(), target.clone(), portals.to_vec());
-        self.to_its_end(async move { inner.begin_logins(&target, &portals, multipath).await }).await
+        let (inner, job, portals) = (self.clone(), job.clone(), portals.to_vec());
+        self.to_its_end(async move { inner.begin_logins(&job, &portals).await }).await
     }
 
     async fn begin_logins(
         self: &Arc<Self>,
-        target: &Iqn,
+        job: &Job,
         portals: &[Portal],
-        multipath: bool,
     ) -> Result<HashMap<Portal, Progress>, Error> {
+        let target = &job.source.target;
         let _lock = self.target_lock(target).await?;
         let sessions = session::of_target(&*self.doors.sysfs, target).await?;
         let mut progress = HashMap::new();
@@ -120,8 +130,8 @@ impl Inner {
         if need.is_empty() {
             return Ok(progress);
         }
-        let records = self.records(target, &need, multipath);
-        let alone = self.doors.tracker.run(Step::Record, records).await?;
+        let records = self.records(job, &need);
+        let Records { alone, given } = self.doors.tracker.run(Step::Record, records).await?;
         self.leases
             .update::<Made, _>(target.as_str(), |lease| {
                 for portal in &need {
@@ -133,14 +143,14 @@ impl Inner {
         let groups: Vec<Vec<Portal>> =
             if alone { vec![need] } else { need.into_iter().map(|p| vec![p]).collect() };
         for group in groups {
-            progress.extend(self.start(target, group, alone));
+            progress.extend(self.start(target, group, alone, given.clone()));
         }
         Ok(progress)
     }
 
-    /// Has a record of the right kind at each of `need`. Says whether the target's records are
-    /// exactly these, and all ours.
-    async fn records(&self, target: &Iqn, need: &[Portal], multipath: bool) -> Result<bool, Error> {
+    /// Has a record of the right kind at each of `need`.
+    async fn records(&self, job: &Job, need: &[Portal]) -> Result<Records, Error> {
+        let (target, multipath) = (&job.source.target, job.multipath);
         let found = self.doors.iscsidb.records(target).await;
         let found = found.map_err(Error::io(format!("reading the records of {target}")))?;
         let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
@@ -163,8 +173,15 @@ impl Inner {
             }
         }
         ours.extend(&missing);
-        let intent = ours.clone();
-        self.leases.update::<Made, _>(target.as_str(), |l| l.made.records.extend(intent)).await?;
+        let missing = self.without_chap(job, &lease.made, &ours, missing, need).await?;
+        let mine: Vec<Portal> = need.iter().copied().filter(|p| ours.contains(p)).collect();
+        let (intent, chap) = (ours.clone(), job.chap.is_some());
+        self.leases
+            .update::<Made, _>(target.as_str(), |l| {
+                l.made.records.extend(intent);
+                l.made.chap.extend(mine.iter().filter(|_| chap));
+            })
+            .await?;
         for portal in &missing {
             self.iscsiadm(target).new_record(*portal).await?;
         }
@@ -175,11 +192,14 @@ impl Inner {
             self.iscsiadm(target).configure(None, multipath).await?;
         } else {
             // A call without a portal would touch foreign ones, and those of other volumes.
-            for portal in need.iter().filter(|p| ours.contains(p)) {
+            for portal in &mine {
                 self.iscsiadm(target).configure(Some(*portal), multipath).await?;
             }
         }
-        Ok(alone)
+        self.set_chap(job, &mine).await?;
+        let given = job.chap.as_ref().map(|chap| chap.out.name.clone());
+        let given = mine.into_iter().filter_map(|p| Some((p, given.clone()?))).collect();
+        Ok(Records { alone, given })
     }
 
     pub(super) async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> Result<(), Error> {
@@ -209,6 +229,7 @@ impl Inner {
         target: &Iqn,
         group: Vec<Portal>,
         alone: bool,
+        given: HashMap<Portal, String>,
     ) -> HashMap<Portal, Progress> {
         let mut reports = HashMap::new();
         let mut progress = HashMap::new();
@@ -222,7 +243,7 @@ impl Inner {
         let span = tracing::info_span!("session", %target);
         self.background(
             async move {
-                let open = inner.login_group(&target, reports, alone).await;
+                let open = inner.login_group(&target, reports, alone, &given).await;
                 if let Err(error) = inner.settle(&target, &group).await {
                     tracing::warn!(%target, error = &error as &dyn std::error::Error,
                         "what a login left could not be undone");
@@ -262,7 +283,11 @@ impl Inner {
         target: &Iqn,
         reports: HashMap<Portal, Report>,
         alone: bool,
+        given: &HashMap<Portal, String>,
     ) -> Vec<Portal> {
+        let outcome = |portal: Portal, out: &Result<Output, CmdError>| {
+            outcome(portal, out).map_err(|error| error.of_user(given.get(&portal)))
+        };
         let mut unheard = Vec::new();
         let mut locks = Vec::new();
         let mut open = Vec::new();

@@ -14,7 +14,9 @@
 
 mod attach;
 mod base;
+mod chap;
 mod detach;
+mod discover;
 mod expand;
 mod gather;
 mod held;
@@ -46,12 +48,13 @@ use super::multipath::{self};
 use super::settings::{Settings, ms};
 use super::touched::{self, Touched};
 use super::{
-    AttachRequest, Attachment, Connector, DetachOptions, Expect, Health, Measured, health,
+    AttachRequest, Attachment, Authentication, Connector, DetachOptions, Discovered, Expect,
+    Health, Measured, health,
 };
 use crate::host::storage::StorageDoors;
 use crate::spec::{IscsiSource, MultipathPolicy, Source};
 use crate::step::Step;
-use crate::types::{Iqn, Outcome, Portal, VolumeKey, Wwid};
+use crate::types::{Chap, Iqn, Outcome, Portal, VolumeKey, Wwid};
 use login::Logins;
 pub(super) use login::Made;
 
@@ -83,6 +86,7 @@ struct Job {
     policy: MultipathPolicy,
     shareable: bool,
     read_only: bool,
+    chap: Option<Chap>,
     /// All portals, for a map; otherwise the first that answers.
     multipath: bool,
     /// It is wanted no more: no scan is to begin.
@@ -120,6 +124,9 @@ impl IscsiConnector {
     /// Undoes what no volume wants: sessions and records that a killed daemon's login left. For the
     /// start, and harmless at any time.
     pub async fn sweep(&self) -> Result<(), Error> {
+        if let Err(error) = self.inner.doors.iscsidb.remove_discovery(None).await {
+            tracing::warn!(%error, "discovery records of a killed daemon could not be removed");
+        }
         let mut left: Vec<(Iqn, Vec<Portal>)> = Vec::new();
         for lease in self.inner.leases.all::<Made>().await? {
             let Ok(target) = lease.target.parse() else { continue };
@@ -250,6 +257,15 @@ impl Connector for IscsiConnector {
             listeners
         });
         listeners.subscribe()
+    }
+
+    async fn discover(
+        &self,
+        portal: Portal,
+        authentication: Authentication,
+    ) -> Result<Vec<Discovered>, Error> {
+        let span = tracing::info_span!("discover", %portal);
+        self.inner.discover(portal, authentication).instrument(span).await
     }
 
     async fn owners(&self) -> Result<Vec<VolumeKey>, Error> {

@@ -149,34 +149,9 @@ impl Iscsiadm<'_> {
         self.doors.commands.run(Tool::Iscsiadm, &all, deadline).await
     }
 
-    /// Waits while the database is locked: iscsiadm would, too, but for 30 s and then in vain when
-    /// whoever locked it was killed.
+    /// See [`unlocked`].
     pub(super) async fn unlocked(&self) -> Result<(), CmdError> {
-        let end = Instant::now() + ms(self.settings.db_lock_ms);
-        loop {
-            let by = match self.doors.iscsidb.look_at_lock().await {
-                Ok(DbLockState::Free) => return Ok(()),
-                Ok(DbLockState::Cleared) => {
-                    tracing::warn!(
-                        "open-iscsi's database was locked by a process that is dead: the lock is removed"
-                    );
-                    return Ok(());
-                }
-                Ok(DbLockState::Held(by)) => by,
-                Err(error) => {
-                    tracing::warn!(%error, "open-iscsi's lock could not be looked at");
-                    return Ok(());
-                }
-            };
-            if Instant::now() >= end {
-                let by = if by.is_empty() { "another process".into() } else { by.join(" or ") };
-                let text = format!("open-iscsi's database is locked, perhaps by {by}");
-                let source = std::io::Error::new(std::io::ErrorKind::WouldBlock, text);
-                return Err(CmdError::Io { tool: Tool::Iscsiadm, source });
-            }
-            // No event tells that whoever holds it has died.
-            tokio::time::sleep(LOCK_LOOK).await;
-        }
+        unlocked(self.doors, self.settings).await
     }
 
     fn expect(
@@ -192,6 +167,36 @@ impl Iscsiadm<'_> {
                 Err(Error::Tool { doing: doing(), code, stderr })
             }
         }
+    }
+}
+
+/// Waits while the database is locked: iscsiadm would, too, but for 30 s and then in vain when
+/// whoever locked it was killed.
+pub(super) async fn unlocked(doors: &StorageDoors, settings: &Settings) -> Result<(), CmdError> {
+    let end = Instant::now() + ms(settings.db_lock_ms);
+    loop {
+        let by = match doors.iscsidb.look_at_lock().await {
+            Ok(DbLockState::Free) => return Ok(()),
+            Ok(DbLockState::Cleared) => {
+                tracing::warn!(
+                    "open-iscsi's database was locked by a process that is dead: the lock is removed"
+                );
+                return Ok(());
+            }
+            Ok(DbLockState::Held(by)) => by,
+            Err(error) => {
+                tracing::warn!(%error, "open-iscsi's lock could not be looked at");
+                return Ok(());
+            }
+        };
+        if Instant::now() >= end {
+            let by = if by.is_empty() { "another process".into() } else { by.join(" or ") };
+            let text = format!("open-iscsi's database is locked, perhaps by {by}");
+            let source = std::io::Error::new(std::io::ErrorKind::WouldBlock, text);
+            return Err(CmdError::Io { tool: Tool::Iscsiadm, source });
+        }
+        // No event tells that whoever holds it has died.
+        tokio::time::sleep(LOCK_LOOK).await;
     }
 }
 

@@ -36,6 +36,7 @@ impl Inner {
         job: &Job,
         session: &Session,
     ) -> Result<Proven, Error> {
+        self.refuse_other_chap(job, session).await?;
         let hctl = session.hctl(job.source.lun.scsi());
         let dir = session.device_dir(hctl);
         if self.is_there(&dir).await? {

@@ -81,6 +81,7 @@ impl Inner {
         let forget = |lease: &mut Lease<Made>| {
             lease.made.sessions.retain(|portal, _| !unwanted.contains(portal));
             lease.made.records.retain(|portal| !unwanted.contains(portal));
+            lease.made.chap.retain(|portal| !unwanted.contains(portal));
         };
         self.leases.update::<Made, _>(target.as_str(), forget).await?;
         Ok(true)
@@ -129,7 +130,10 @@ impl Inner {
                 changed = true;
             }
             self.leases
-                .update::<Made, _>(target.as_str(), |l| l.made.records.remove(&portal))
+                .update::<Made, _>(target.as_str(), |l| {
+                    l.made.chap.remove(&portal);
+                    l.made.records.remove(&portal)
+                })
                 .await?;
         }
         Ok(changed)

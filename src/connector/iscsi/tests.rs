@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
-use crate::connector::{PathStatus, scsi};
+use crate::connector::{Authentication, PathStatus, scsi};
 use crate::host::cmd::Tool;
 use crate::host::sim::{Fault, FaultAction, Faults, PortalState, SimLun, SimStorage};
 use crate::reason::Reason;
@@ -42,7 +42,7 @@ fn owner(volume: &str) -> VolumeKey {
 
 fn source(n: u64, portals: &[u8]) -> Source {
     let portals = portals.iter().map(|p| portal(*p)).collect();
-    Source::Iscsi(IscsiSource { target: target(), portals, lun: lun(n) })
+    Source::Iscsi(IscsiSource { target: target(), portals, lun: lun(n), chap: None })
 }
 
 fn request(volume: &str, n: u64, portals: &[u8]) -> AttachRequest {
@@ -53,6 +53,7 @@ fn request(volume: &str, n: u64, portals: &[u8]) -> AttachRequest {
         multipath: MultipathPolicy::Preferred,
         shareable: false,
         read_only: false,
+        authentication: Authentication::None,
     }
 }
 
@@ -94,6 +95,47 @@ impl San {
     fn count(&self, kind: &str) -> usize {
         self.sim.snapshot().lines().filter(|l| l.starts_with(&format!("{kind} "))).count()
     }
+}
+
+fn chap(secret: &str) -> Chap {
+    Chap::new("node".into(), secret.to_owned().into(), String::new(), String::new().into())
+        .expect("credentials")
+}
+
+#[tokio::test(start_paused = true)]
+async fn credentials_left_in_a_record_of_ours_are_not_used_by_who_gives_none() {
+    let san = San::new();
+    let one = AttachRequest {
+        authentication: Authentication::Chap(chap("a secret")),
+        ..request("a", 1, &[2])
+    };
+    san.sim.set_chap(&target(), Some(chap("a secret")));
+    san.attach(&one).await;
+    san.sim.set_chap(&target(), None);
+    // The session goes behind lunplug's back, its record stays.
+    san.sim.end_session(&target(), portal(2));
+    let setting = |name| san.sim.record_setting(&target(), portal(2), name);
+    assert!(setting("node.session.auth.password").is_some());
+    san.attach(&request("b", 2, &[2])).await;
+    assert_eq!(setting("node.session.auth.password"), None);
+    assert_eq!(setting("node.session.scan").as_deref(), Some("manual"));
+    san.detach("b", 2, &[2]).await.expect("detached");
+    san.detach("a", 1, &[2]).await.expect("detached");
+    assert_eq!((san.count("session"), san.count("record"), san.count("run leases")), (0, 0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn lost_credentials_matter_only_where_a_login_is_needed() {
+    let san = San::new();
+    let with = |authentication| AttachRequest { authentication, ..request("a", 1, &[2, 3]) };
+    let lost = with(Authentication::Lost("gone".into()));
+    let error = san.refused(&lost).await;
+    assert_eq!(error.reason(), Reason::SecretUnavailable);
+    san.sim.set_chap(&target(), Some(chap("a secret")));
+    san.attach(&with(Authentication::Chap(chap("a secret")))).await;
+    assert!(!san.connector.attach(&lost).await.expect("attached").changed());
+    let before = san.sim.snapshot();
+    assert!(before.contains("\"chap\":[\"127.0.0.2:3260\",\"127.0.0.3:3260\"]"), "{before}");
 }
 
 fn hctls(attachment: &Attachment) -> Vec<&str> {

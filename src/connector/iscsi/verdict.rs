@@ -1,5 +1,6 @@
 //! How a login ended: what iscsiadm's exit codes and words mean.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::host::cmd::Output;
@@ -20,6 +21,34 @@ pub enum LoginError {
     /// The target does not let us in.
     #[error("portal {portal} refused the login: {detail}")]
     Refused {
+        /// The portal.
+        portal: Portal,
+        /// iscsiadm's words.
+        detail: String,
+    },
+    /// The target does not accept the credentials that it was given.
+    #[error("portal {portal} refused the login of {user:?} by CHAP: {detail}")]
+    ChapRejected {
+        /// The portal.
+        portal: Portal,
+        /// The name that was given.
+        user: String,
+        /// iscsiadm's words.
+        detail: String,
+    },
+    /// The target let us in, but asked for no credentials.
+    #[error(
+        "the target at portal {portal} asks for no CHAP credentials, and some were given: {detail}"
+    )]
+    Unasked {
+        /// The portal.
+        portal: Portal,
+        /// iscsiadm's words.
+        detail: String,
+    },
+    /// The target let us in, but could not prove who it is.
+    #[error("the target at portal {portal} did not prove itself by mutual CHAP: {detail}")]
+    Unproven {
         /// The portal.
         portal: Portal,
         /// iscsiadm's words.
@@ -68,6 +97,9 @@ impl LoginError {
             Self::Unreachable { .. } | Self::TimedOut { .. } => Reason::PortalUnreachable,
             Self::Silent { .. } => Reason::DeadlineExceeded,
             Self::Refused { .. } => Reason::LoginRefused,
+            Self::ChapRejected { .. } => Reason::ChapRejected,
+            Self::Unasked { .. } => Reason::ChapNotWanted,
+            Self::Unproven { .. } => Reason::ChapTargetUnproven,
             Self::NotFound { .. } => Reason::TargetNotFound,
             Self::Tool { missing: true, .. } => Reason::ToolMissing,
             Self::Tool { missing: false, .. } => Reason::ToolFailed,
@@ -78,7 +110,22 @@ impl LoginError {
     pub(crate) fn is_open(&self) -> bool {
         match self {
             Self::Silent { .. } | Self::TimedOut { .. } | Self::Tool { .. } => true,
-            Self::Unreachable { .. } | Self::Refused { .. } | Self::NotFound { .. } => false,
+            Self::Unreachable { .. }
+            | Self::Refused { .. }
+            | Self::ChapRejected { .. }
+            | Self::Unasked { .. }
+            | Self::Unproven { .. }
+            | Self::NotFound { .. } => false,
+        }
+    }
+
+    /// The same, of a login with a volume's credentials in the name of `user`.
+    pub(crate) fn of_user(self, user: Option<&String>) -> Self {
+        match (self, user) {
+            (Self::Refused { portal, detail }, Some(user)) => {
+                Self::ChapRejected { portal, user: user.clone(), detail }
+            }
+            (other, _) => other,
         }
     }
 
@@ -90,7 +137,10 @@ impl LoginError {
             Self::Silent { .. } => 2,
             Self::Tool { .. } => 3,
             Self::NotFound { .. } => 4,
-            Self::Refused { .. } => 5,
+            Self::Refused { .. }
+            | Self::ChapRejected { .. }
+            | Self::Unasked { .. }
+            | Self::Unproven { .. } => 5,
         }
     }
 }
@@ -109,8 +159,7 @@ pub(crate) enum LoggedIn {
 /// `Could not login to [iface: default, target: T, portal: 10.0.0.1,3260].` and
 /// `initiator reported error (8 - connection timed out)`.
 pub(crate) fn login_result(portal: Portal, out: &Output) -> Result<LoggedIn, LoginError> {
-    let address = format!("portal: {},{}]", portal.ip(), portal.port());
-    let at = |line: &str| line.contains(&address);
+    let at = |line: &str| portal_in(line) == Some(portal);
     if out.stdout.lines().any(|l| l.starts_with("Login to ") && at(l) && l.contains("successful")) {
         return Ok(LoggedIn::New);
     }
@@ -124,6 +173,14 @@ pub(crate) fn login_result(portal: Portal, out: &Output) -> Result<LoggedIn, Log
         }),
         Some(code) => classify(portal, code, &out.stderr),
     }
+}
+
+/// The portal in `portal: 10.0.0.1,3260]`, whose address stands as the record has it: one of IPv6 has
+/// many spellings.
+fn portal_in(line: &str) -> Option<Portal> {
+    let (address, port) = line.split_once("portal: ")?.1.rsplit_once(']')?.0.rsplit_once(',')?;
+    let ip: IpAddr = address.trim_matches(['[', ']']).parse().ok()?;
+    SocketAddr::new(ip, port.parse().ok()?).to_string().parse().ok()
 }
 
 /// The number in `initiator reported error (8 - connection timed out)`.
@@ -206,6 +263,19 @@ mod tests {
         assert_eq!(login_result(portal(2), &out(15, "", "")), Ok(LoggedIn::Existed));
         let killed = Output { code: None, stdout: String::new(), stderr: String::new() };
         assert!(login_result(portal(2), &killed).is_err());
+    }
+
+    #[test]
+    fn a_portal_of_ipv6_is_known_in_each_spelling() {
+        let portal: Portal = "[fd00::10]:3260".parse().expect("portal");
+        for spelling in ["fd00::10", "fd00:0:0:0:0:0:0:10", "FD00::0010", "[fd00::10]"] {
+            let line = format!(
+                "Login to [iface: default, target: iqn.2026-01.a:b, portal: {spelling},3260] successful.\n"
+            );
+            assert_eq!(login_result(portal, &out(8, &line, "")), Ok(LoggedIn::New), "{spelling}");
+        }
+        let other = "Login to [iface: default, target: iqn.2026-01.a:b, portal: fd00::1,3260] successful.\n";
+        assert!(login_result(portal, &out(8, other, "")).is_err());
     }
 
     #[test]

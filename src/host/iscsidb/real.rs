@@ -5,18 +5,22 @@
 //! addresses stand without brackets.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use nix::libc;
+use zeroize::Zeroizing;
 
 use super::lock::{self, Watcher};
+use super::text::{OURS, discovery_text, with_chap};
 use super::{DbLockState, IscsiDb, Record};
 use crate::host::workers::Workers;
-use crate::types::{Iqn, Portal};
+use crate::types::{Chap, Iqn, Portal};
 
 /// A local file system; only one in trouble takes this long.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -122,6 +126,87 @@ fn find(nodes: &Path, target: &Iqn) -> io::Result<Vec<Found>> {
     Ok(found)
 }
 
+/// As iscsiadm writes a record: in its place, under the lock. Cut off half way it is a damaged record,
+/// which is replaced when it is met.
+fn set_chap(
+    nodes: &Path,
+    locks: &Path,
+    target: &Iqn,
+    portal: Portal,
+    chap: &Chap,
+) -> io::Result<()> {
+    let _lock = lock::Held::take(locks)?;
+    let of_it = |f: &Found| f.record.portal == portal && f.record.iface == "default";
+    let found = find(nodes, target)?.into_iter().find(of_it).ok_or(io::ErrorKind::NotFound)?;
+    if found.record.corrupt {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).custom_flags(libc::O_NOFOLLOW).open(&found.file)?;
+    let before = Zeroizing::new(fs::read_to_string(&found.file)?);
+    let text = with_chap(&before, chap);
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    file.set_len(0)?;
+    file.write_all(text.as_bytes())
+}
+
+/// `send_targets/ADDRESS,PORT/st_config`, beside the nodes: its directory, and whether it is ours.
+fn discoveries(nodes: &Path) -> io::Result<Vec<(Portal, PathBuf, bool)>> {
+    let base = nodes.parent().unwrap_or(nodes).join("send_targets");
+    let mut found = Vec::new();
+    for (name, dir) in entries(&base)? {
+        let Some(portal) = portal(&name) else { continue };
+        let text = fs::read(dir.join("st_config")).map(Zeroizing::new).unwrap_or_default();
+        // Ours is written by an exclusive create: a crash may have left it empty, or in the middle.
+        let ours = text.starts_with(OURS.as_bytes());
+        found.push((portal, dir, ours));
+    }
+    Ok(found)
+}
+
+fn put_discovery(nodes: &Path, locks: &Path, portal: Portal, chap: &Chap) -> io::Result<()> {
+    let _lock = lock::Held::take(locks)?;
+    for (_, dir, ours) in discoveries(nodes)?.into_iter().filter(|(at, _, _)| *at == portal) {
+        if !ours {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        drop_discovery(&dir)?;
+    }
+    let base = nodes.parent().unwrap_or(nodes).join("send_targets");
+    let dir = base.join(format!("{},{}", portal.ip(), portal.port()));
+    fs::create_dir_all(&dir)?;
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(dir.join("st_config"))?;
+    let written = file.write_all(discovery_text(portal, chap).as_bytes());
+    if written.is_err() {
+        let _ = drop_discovery(&dir);
+    }
+    written
+}
+
+fn drop_discovery(dir: &Path) -> io::Result<()> {
+    fs::remove_file(dir.join("st_config"))?;
+    // Links that somebody else's discovery made are not ours to remove.
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        other => other,
+    }
+}
+
+fn remove_discovery(nodes: &Path, locks: &Path, portal: Option<Portal>) -> io::Result<()> {
+    let is_it = |at: Portal| portal.is_none_or(|portal| portal == at);
+    if !discoveries(nodes)?.iter().any(|(at, _, ours)| *ours && is_it(*at)) {
+        return Ok(());
+    }
+    let _lock = lock::Held::take(locks)?;
+    for (at, dir, ours) in discoveries(nodes)? {
+        if ours && is_it(at) {
+            drop_discovery(&dir)?;
+        }
+    }
+    Ok(())
+}
+
 fn remove_corrupt(nodes: &Path, locks: &Path, target: &Iqn, record: &Record) -> io::Result<()> {
     // While iscsiadm writes a record it is empty for a moment, and not corrupt.
     let _lock = lock::Held::take(locks)?;
@@ -159,6 +244,25 @@ impl IscsiDb for RealIscsiDb {
         let locks = self.locks.clone();
         let call = move || remove_corrupt(&nodes, &locks, &target, &record);
         self.workers.run("nodes", DEADLINE, call).await
+    }
+
+    async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()> {
+        let (nodes, locks) = (self.nodes.clone(), self.locks.clone());
+        let (target, chap) = (target.clone(), chap.clone());
+        let call = move || set_chap(&nodes, &locks, &target, portal, &chap);
+        self.workers.run("nodes", DEADLINE, call).await
+    }
+
+    async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
+        let (nodes, locks, chap) = (self.nodes.clone(), self.locks.clone(), chap.clone());
+        let call = move || put_discovery(&nodes, &locks, portal, &chap);
+        self.workers.run("discovery", DEADLINE, call).await
+    }
+
+    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()> {
+        let (nodes, locks) = (self.nodes.clone(), self.locks.clone());
+        let call = move || remove_discovery(&nodes, &locks, portal);
+        self.workers.run("discovery", DEADLINE, call).await
     }
 
     async fn look_at_lock(&self) -> io::Result<DbLockState> {
@@ -223,6 +327,81 @@ mod tests {
         assert_eq!(locked.kind(), io::ErrorKind::WouldBlock);
         assert!(!dir.path().join(IQN).join("fd00::1,3261,-1").exists());
         assert!(dir.path().join(IQN).join("127.0.0.3,3260,1").exists());
+    }
+
+    #[tokio::test]
+    async fn credentials_take_the_place_of_others_and_the_rest_stays() {
+        let (dir, locks) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let record = format!(
+            "# BEGIN RECORD 2.1.11\nnode.name = {IQN}\nnode.session.auth.authmethod = None\n\
+             node.session.auth.username = site\nnode.session.auth.password_in=old\n\
+             node.session.auth.chap_algs = MD5\nnode.conn[0].port = 3260\n# END RECORD\n"
+        );
+        put(dir.path(), "127.0.0.2,3260,1/default", &record);
+        put(dir.path(), "127.0.0.2,3260,1/iface0", &record);
+        put(dir.path(), "127.0.0.3,3260,1/default", "");
+        let at = |p: &str| dir.path().join(IQN).join(p);
+        fs::set_permissions(at("127.0.0.2,3260,1/default"), fs::Permissions::from_mode(0o644))
+            .unwrap();
+        let db = RealIscsiDb::new(dir.path()).with_locks(locks.path());
+        let target: Iqn = IQN.parse().unwrap();
+        let portal = |n: u8| format!("127.0.0.{n}:3260").parse::<Portal>().unwrap();
+        let secret = |text: &str| crate::types::SecretText::from(text.to_owned());
+        let chap = |back: &str, secret_in: &str| {
+            let (user, back) = ("u = 1".to_owned(), back.to_owned());
+            Chap::new(user, secret("p # w = x"), back, secret(secret_in)).unwrap()
+        };
+        db.set_chap(&target, portal(2), &chap("t", "other")).await.unwrap();
+        let text = fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap();
+        let head = format!(
+            "# BEGIN RECORD 2.1.11\nnode.name = {IQN}\nnode.session.auth.chap_algs = MD5\n\
+             node.conn[0].port = 3260\nnode.session.auth.authmethod = CHAP\n\
+             node.session.auth.username = u = 1\nnode.session.auth.password = p # w = x\n"
+        );
+        let mutual = "node.session.auth.username_in = t\nnode.session.auth.password_in = other\n";
+        assert_eq!(text, format!("{head}{mutual}# END RECORD\n"));
+        let mode = fs::metadata(at("127.0.0.2,3260,1/default")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        db.set_chap(&target, portal(2), &chap("", "")).await.unwrap();
+        let text = fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap();
+        assert_eq!(text, format!("{head}# END RECORD\n"));
+        assert_eq!(fs::read_to_string(at("127.0.0.2,3260,1/iface0")).unwrap(), record);
+        let kind =
+            async |n| db.set_chap(&target, portal(n), &chap("", "")).await.unwrap_err().kind();
+        assert_eq!(kind(3).await, io::ErrorKind::InvalidData);
+        assert_eq!(kind(4).await, io::ErrorKind::NotFound);
+        fs::write(locks.path().join("lock.write"), "").unwrap();
+        assert_eq!(kind(2).await, io::ErrorKind::WouldBlock);
+    }
+
+    #[tokio::test]
+    async fn a_discovery_record_is_for_one_discovery_and_those_of_others_stay() {
+        let (dir, locks) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let db = RealIscsiDb::new(dir.path().join("nodes")).with_locks(locks.path());
+        let chap = |secret: &str| {
+            let none = || crate::types::SecretText::default();
+            Chap::new("u".into(), secret.to_owned().into(), String::new(), none()).unwrap()
+        };
+        let at = |p: &str| dir.path().join("send_targets").join(p);
+        let v6: Portal = "[fd00::1]:3260".parse().unwrap();
+        db.remove_discovery(None).await.unwrap();
+        db.put_discovery(v6, &chap("one")).await.unwrap();
+        db.put_discovery(v6, &chap("two")).await.unwrap();
+        let file = at("fd00::1,3260/st_config");
+        let text = fs::read_to_string(&file).unwrap();
+        assert!(text.contains("\ndiscovery.sendtargets.auth.password = two\n"), "{text}");
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        // Somebody else's, in another spelling.
+        fs::create_dir_all(at("fd00:0::2,3260")).unwrap();
+        fs::write(at("fd00:0::2,3260/st_config"), "# BEGIN RECORD 2.1.11\n").unwrap();
+        let other: Portal = "[fd00::2]:3260".parse().unwrap();
+        let refused = db.put_discovery(other, &chap("one")).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+        db.remove_discovery(Some(other)).await.unwrap();
+        db.remove_discovery(None).await.unwrap();
+        assert!(!at("fd00::1,3260").exists());
+        assert!(at("fd00:0::2,3260/st_config").exists());
+        assert!(!locks.path().join("lock.write").exists(), "the database is unlocked again");
     }
 
     #[tokio::test]

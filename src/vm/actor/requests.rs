@@ -15,10 +15,15 @@ use crate::vm::plan::{self, Admission, Known};
 use crate::vm::publish;
 
 impl Actor {
-    pub(super) fn add(&mut self, spec: VolumeSpec, options: AddOptions, asker: Asker) {
+    pub(super) async fn add(&mut self, spec: VolumeSpec, options: AddOptions, asker: Asker) {
         match plan::admit_add(&self.known(), &spec, self.tools.max_volumes) {
             Err(refusal) => asker.answer(Err(refusal)),
             Ok(Admission::Ignore) => {
+                if !options.dry_run
+                    && let Err(failure) = self.keep(&spec.name, &options).await
+                {
+                    return asker.answer(Err(failure.into()));
+                }
                 let status = self.status(&spec.name);
                 if !options.dry_run && status.phase == Phase::Pending {
                     self.try_now(&spec.name, options);
@@ -33,6 +38,12 @@ impl Actor {
                 });
             }
         }
+    }
+
+    /// Keeps the credentials that came with a request, in the place of those before.
+    async fn keep(&self, name: &VolumeName, options: &AddOptions) -> Result<(), Failure> {
+        let Some(chap) = &options.chap else { return Ok(()) };
+        Ok(self.tools.effects.put_chap(&self.key(name), chap).await?)
     }
 
     /// Someone asked again for a volume that waits to be tried again.
@@ -54,6 +65,9 @@ impl Actor {
         checked?;
         // Another request may have been taken since this one was sent off to be checked.
         if plan::admit_add(&self.known(), &spec, self.tools.max_volumes)? == Admission::Ignore {
+            if !options.dry_run {
+                self.keep(&spec.name, &options).await?;
+            }
             return Ok(Outcome::Already(self.status(&spec.name)));
         }
         let key = self.key(&spec.name);
@@ -62,8 +76,16 @@ impl Actor {
         }
         let accept_new_identity = options.accept_new_identity;
         let stored = StoredVolume { spec, accept_new_identity, removing: None };
-        let store = self.tools.desired.put_volume(&self.vm, &stored);
-        self.tools.tracker.run(Step::Intent, store).await.map_err(Failure::from)?;
+        let store = async {
+            self.keep(&stored.spec.name, &options).await?;
+            Ok(self.tools.desired.put_volume(&self.vm, &stored).await?)
+        };
+        let stored_now: Result<(), Failure> = self.tools.tracker.run(Step::Intent, store).await;
+        if let Err(failure) = stored_now {
+            // The next start would do it, too.
+            let _ = self.tools.effects.delete_chap(&key).await;
+            return Err(failure.into());
+        }
         info!(volume = %key.volume, source = stored.spec.source.key(), "volume wanted");
         let status = self.tools.board.open(&key, &stored.spec);
         let volume = Volume { cause: cause.clone(), ..Volume::new(stored, None) };

@@ -299,7 +299,7 @@ async fn a_failure_for_good_ends_the_add_and_the_next_add_starts_anew() {
         "it is not wanted any more"
     );
     assert_eq!(handler.count().await.unwrap(), 0);
-    let accept = AddOptions { accept_new_identity: true, dry_run: false };
+    let accept = AddOptions { accept_new_identity: true, ..plain() };
     assert!(handler.add(volume("v"), accept).await.unwrap().changed());
     world.reaches("v", Phase::Ready).await;
     assert_eq!(world.script.log(), ["attach v", "attach v accept"]);

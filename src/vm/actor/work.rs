@@ -94,7 +94,11 @@ impl Actor {
             }
             Next::GiveUp => {
                 self.volumes.entry(name.clone()).and_modify(|v| v.failed = true);
-                if let Err(error) = self.tools.desired.delete_volume(&key).await {
+                let deleted = match self.tools.desired.delete_volume(&key).await {
+                    Ok(()) => self.tools.effects.delete_chap(&key).await,
+                    error => error,
+                };
+                if let Err(error) = deleted {
                     let why = Failure::from(error).message;
                     warn!(volume = %name, why, "the failed add is still stored: a restart tries it again");
                 }
@@ -138,6 +142,7 @@ impl Actor {
     /// Forgets a volume in both stores, the mark of its removal last.
     pub(super) async fn forget(&self, key: &VolumeKey) -> Result<(), Failure> {
         self.tools.desired.delete_volume(key).await?;
+        self.tools.effects.delete_chap(key).await?;
         self.tools.effects.delete(key).await?;
         Ok(self.tools.effects.delete_removal(key).await?)
     }

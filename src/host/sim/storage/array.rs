@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::types::{Lun, Portal, Wwid};
+use crate::types::{Chap, Lun, Portal, Wwid};
 
 /// How a portal answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +42,9 @@ pub(super) struct SimTarget {
     pub(super) luns: BTreeMap<Lun, SimLun>,
     /// What was written to a LUN by a test or a guest, from its first byte.
     pub(super) data: BTreeMap<Lun, Vec<u8>>,
+    /// What an initiator must prove to know, and what the target can prove in its turn; anybody may log
+    /// in where there is none.
+    pub(super) chap: Option<Chap>,
 }
 
 impl SimTarget {

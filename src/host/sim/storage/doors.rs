@@ -11,9 +11,10 @@ use crate::host::block::{Blocks, Exclusive};
 use crate::host::cmd::{CmdError, Commands, Output, Tool};
 use crate::host::iscsidb::{DbLockState, IscsiDb, Record};
 use crate::host::multipathd::{Multipathd, MultipathdError};
+use crate::host::secrets::Secrets;
 use crate::host::sysfs::{Guard, Guarded, Sysfs};
 use crate::host::uevent::{UeventStream, Uevents};
-use crate::types::{DevNum, Iqn, Outcome, Wwid};
+use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, SecretName, SecretText, Wwid};
 
 /// How long a write to /sys, a flush or an answer of multipathd may take, as on the real host.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -298,6 +299,41 @@ impl IscsiDb for SimStorage {
         }
     }
 
+    async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()> {
+        self.pass("iscsidb.chap", target.as_str()).await?;
+        let mut world = self.world();
+        if world.db_lock.is_some() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let key = (target.clone(), portal, "default".to_owned());
+        let record = world.records.get_mut(&key).ok_or(io::ErrorKind::NotFound)?;
+        if record.corrupt {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        super::iscsiadm::put_chap(record, chap);
+        Ok(())
+    }
+
+    async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
+        self.pass("iscsidb.discovery", &portal.to_string()).await?;
+        let mut world = self.world();
+        if world.db_lock.is_some() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if matches!(world.discoveries.get(&portal), Some(None)) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        world.discoveries.insert(portal, Some(chap.clone()));
+        Ok(())
+    }
+
+    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()> {
+        self.pass("iscsidb.discovery", "").await?;
+        let mut world = self.world();
+        world.discoveries.retain(|at, ours| ours.is_none() || portal.is_some_and(|p| p != *at));
+        Ok(())
+    }
+
     async fn look_at_lock(&self) -> io::Result<DbLockState> {
         self.pass("iscsidb.lock", "").await?;
         let mut world = self.world();
@@ -309,5 +345,15 @@ impl IscsiDb for SimStorage {
                 DbLockState::Cleared
             }
         })
+    }
+}
+
+#[async_trait]
+impl Secrets for SimStorage {
+    async fn read(&self, name: &SecretName, keys: &[&str]) -> io::Result<Vec<Option<SecretText>>> {
+        self.pass("secrets.read", name.as_str()).await?;
+        let secrets = super::lock(&self.inner.secrets);
+        let found = secrets.get(name).ok_or(io::ErrorKind::NotFound)?;
+        Ok(keys.iter().map(|key| found.get(*key).cloned()).collect())
     }
 }

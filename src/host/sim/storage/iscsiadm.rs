@@ -8,7 +8,7 @@ use super::SimStorage;
 use super::array::PortalState;
 use super::kernel::World;
 use crate::host::cmd::Output;
-use crate::types::{Iqn, Portal};
+use crate::types::{Chap, Iqn, Portal};
 
 /// open-iscsi's codes.
 mod code {
@@ -66,6 +66,7 @@ struct Args {
     sid: Option<u32>,
     names: Vec<String>,
     values: Vec<String>,
+    discover: bool,
     login: bool,
     logout: bool,
     rescan: bool,
@@ -82,6 +83,7 @@ fn parse(args: &[String]) -> Option<Args> {
             _ => (arg.as_str(), None),
         };
         match flag {
+            "-D" | "--discover" => parsed.discover = true,
             "-l" | "--login" => parsed.login = true,
             "-u" | "--logout" => parsed.logout = true,
             "-R" | "--rescan" => parsed.rescan = true,
@@ -101,7 +103,7 @@ fn parse(args: &[String]) -> Option<Args> {
                     "-r" | "--sid" => parsed.sid = Some(value.parse().ok()?),
                     "-n" | "--name" => parsed.names.push(value),
                     "-v" | "--value" => parsed.values.push(value),
-                    "-d" | "--debug" | "-P" | "--print" => {}
+                    "-d" | "--debug" | "-P" | "--print" | "-t" | "--type" => {}
                     _ => return None,
                 }
             }
@@ -116,6 +118,55 @@ fn output(code: i32, stdout: String, stderr: &str) -> Output {
 
 fn done(stdout: String) -> Output {
     output(0, stdout, "")
+}
+
+const AUTH: &str = "node.session.auth.";
+
+/// Writes credentials into a record, in the place of those that it has.
+pub(super) fn put_chap(record: &mut NodeRecord, chap: &Chap) {
+    let mut put = |name: &str, value: Option<&str>| {
+        let name = format!("{AUTH}{name}");
+        match value {
+            Some(value) => drop(record.settings.insert(name, value.to_owned())),
+            None => drop(record.settings.remove(&name)),
+        }
+    };
+    let back = chap.back.as_ref();
+    put("authmethod", Some("CHAP"));
+    put("username", Some(&chap.out.name));
+    put("password", Some(chap.out.secret.expose()));
+    put("username_in", back.map(|b| b.name.as_str()));
+    put("password_in", back.map(|b| b.secret.expose()));
+}
+
+/// The credentials that a record has in force.
+fn chap_of(record: &NodeRecord) -> Option<Chap> {
+    let get = |name: &str| record.settings.get(&format!("{AUTH}{name}")).cloned();
+    if get("authmethod").as_deref() != Some("CHAP") {
+        return None;
+    }
+    let text = |name: &str| get(name).unwrap_or_default();
+    let (password, password_in) = (text("password").into(), text("password_in").into());
+    Chap::new(text("username"), password, text("username_in"), password_in).ok()
+}
+
+/// What becomes of a login by CHAP, as open-iscsi 2.1.11 and LIO end it (tried): a target that does not
+/// accept an initiator says so (24); of one that does not ask for credentials, or does not prove itself,
+/// iscsid makes a fatal error (19).
+fn chap_verdict(demanded: Option<&Chap>, given: Option<&Chap>) -> Option<i32> {
+    let accepted = match (demanded, given) {
+        (Some(demanded), Some(given)) => demanded.out == given.out,
+        (Some(_), None) => false,
+        (None, Some(_)) => return Some(code::FATAL_LOGIN),
+        (None, None) => true,
+    };
+    let proof = given.and_then(|given| given.back.as_ref());
+    let proven = proof.is_none() || demanded.and_then(|d| d.back.as_ref()) == proof;
+    match (accepted, proven) {
+        (false, _) => Some(code::LOGIN_AUTH_FAILED),
+        (true, false) => Some(code::FATAL_LOGIN),
+        (true, true) => None,
+    }
 }
 
 /// How long iscsiadm tries to lock the database.
@@ -144,6 +195,11 @@ impl SimStorage {
                 Ok(()) => logout(&mut self.world(), &args),
                 Err(none) => none,
             },
+            ("discovery", "nonpersistent") => self.discover(&args, None, login_time).await,
+            ("discoverydb", "nonpersistent") if args.discover => {
+                let record = args.portal.and_then(|p| self.world().discoveries.get(&p).cloned());
+                self.discover(&args, record.flatten(), login_time).await
+            }
             ("session", _) if args.rescan => rescan(&mut self.world(), &args),
             ("session", "" | "show") => show_sessions(&self.world()),
             ("node", "new") => new(&mut self.world(), &args),
@@ -171,6 +227,31 @@ impl SimStorage {
             let text = "iscsiadm: can not connect to iSCSI daemon (111)!\n";
             output(code::ISCSID_NOTCONN, String::new(), text)
         })
+    }
+
+    /// SendTargets of a portal, of which no record is made.
+    async fn discover(&self, args: &Args, given: Option<Chap>, patience: Duration) -> Output {
+        let Some(portal) = args.portal else {
+            return output(code::INVAL, String::new(), "iscsiadm: discovery needs a portal\n");
+        };
+        let (text, answers) = sendtargets(&self.world(), portal);
+        let refused = chap_verdict(self.world().discovery_chap.as_ref(), given.as_ref());
+        let fails = |code| {
+            output(code, String::new(), "iscsiadm: Could not perform SendTargets discovery\n")
+        };
+        match answers {
+            Some(PortalState::Alive | PortalState::Denied) if refused.is_some() => {
+                fails(refused.unwrap_or(code::FATAL_LOGIN))
+            }
+            Some(PortalState::Alive | PortalState::Denied) => done(text),
+            Some(PortalState::Refusing) => {
+                output(code::TRANS, String::new(), "iscsiadm: connection login retries exceeded\n")
+            }
+            Some(PortalState::Dead) | None => {
+                tokio::time::sleep(patience).await;
+                output(code::TRANS_TIMEOUT, String::new(), "iscsiadm: connection timed out\n")
+            }
+        }
     }
 
     async fn login(&self, args: &Args, login_time: Duration) -> Output {
@@ -213,6 +294,20 @@ impl SimStorage {
     }
 }
 
+/// What a portal lists, each target at each of its portals, and how it answers.
+fn sendtargets(world: &World, portal: Portal) -> (String, Option<PortalState>) {
+    let here = world.targets.iter().filter(|(_, t)| t.portals.contains_key(&portal));
+    let mut text = String::new();
+    let mut answers = None;
+    for (name, target) in here {
+        answers = target.portals.get(&portal).copied();
+        for at in target.portals.keys() {
+            text += &format!("{at},1 {name}\n");
+        }
+    }
+    (text, answers)
+}
+
 fn label((target, portal, iface): &RecordKey) -> String {
     format!("iface: {iface}, target: {target}, portal: {},{}", portal.ip(), portal.port())
 }
@@ -249,7 +344,15 @@ fn try_login(world: &mut World, key: &RecordKey, records: &Records) -> Option<i3
         Some(PortalState::Denied) => return Some(code::LOGIN_AUTH_FAILED),
         None => return Some(code::FATAL_LOGIN),
     }
+    let given = records.get(key).and_then(chap_of);
+    let demanded = world.targets.get(target).and_then(|t| t.chap.as_ref());
+    if let Some(code) = chap_verdict(demanded, given.as_ref()) {
+        return Some(code);
+    }
     let sid = world.login(target, *portal, iface);
+    for (name, value) in shown(given.as_ref()) {
+        world.set_session_attribute(sid, name, value);
+    }
     let setting = |name: &str| records.get(key).and_then(|r| r.settings.get(name));
     if let Some(value) = setting("node.session.err_timeo.tgt_reset_timeout") {
         world.set_session_attribute(sid, "tgt_reset_tmo", value);
@@ -261,6 +364,17 @@ fn try_login(world: &mut World, key: &RecordKey, records: &Records) -> Option<i3
         let _ = world.write(&format!("class/scsi_host/host{host}/scan"), "- - -");
     }
     Some(0)
+}
+
+/// What the kernel shows of a session's credentials.
+fn shown(given: Option<&Chap>) -> [(&'static str, &str); 4] {
+    let back = given.and_then(|g| g.back.as_ref());
+    [
+        ("username", given.map_or("(null)", |g| &g.out.name)),
+        ("password", given.map_or("(null)", |g| g.out.secret.expose())),
+        ("username_in", back.map_or("(null)", |b| &b.name)),
+        ("password_in", back.map_or("(null)", |b| b.secret.expose())),
+    ]
 }
 
 /// The records that the arguments select.

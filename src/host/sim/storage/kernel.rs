@@ -13,7 +13,7 @@ use super::iscsiadm::Records;
 use super::multipathd::MultipathModel;
 use super::tree::Tree;
 use crate::host::uevent::{Notice, Uevent};
-use crate::types::{DevNum, Iqn, Portal};
+use crate::types::{Chap, DevNum, Iqn, Portal};
 
 /// The first host number that iSCSI gets: a node has others.
 const FIRST_HOST: u32 = 2;
@@ -43,6 +43,10 @@ pub(super) struct World {
     pub(super) events: broadcast::Sender<Notice>,
     pub(super) targets: BTreeMap<Iqn, SimTarget>,
     pub(super) records: Records,
+    /// Discovery records, with the credentials of those that are lunplug's.
+    pub(super) discoveries: BTreeMap<Portal, Option<Chap>>,
+    /// What the portals demand of who asks for their targets.
+    pub(super) discovery_chap: Option<Chap>,
     /// The database's lock, with the processes that may hold it: none when they are dead.
     pub(super) db_lock: Option<Vec<String>>,
     pub(super) sessions: BTreeMap<u32, Session>,
@@ -65,6 +69,8 @@ impl World {
             events,
             targets: BTreeMap::new(),
             records: Records::default(),
+            discoveries: BTreeMap::new(),
+            discovery_chap: None,
             db_lock: None,
             sessions: BTreeMap::new(),
             disks: BTreeMap::new(),

@@ -19,7 +19,7 @@
 //! that code); `iscsid` (`login` or `logout`, once iscsiadm has read the records); `multipathd.ask` (command), `multipathd.forget` (WWID); `blocks.flush`,
 //! `blocks.exclusive`, `blocks.openers` (major:minor); `rundir.lock`, `rundir.load`,
 //! `rundir.store`, `rundir.remove`, `rundir.list` (name); `iscsidb.records`, `iscsidb.remove`
-//! (IQN), `iscsidb.lock`. Writes to sysfs, flushes, logins and logouts that stall are carried out late
+//! (IQN), `iscsidb.chap` (IQN), `iscsidb.discovery` (portal), `iscsidb.lock`; `secrets.read` (name). Writes to sysfs, flushes, logins and logouts that stall are carried out late
 //! even though their caller has given up, as the kernel and iscsid do; other programs are ended at
 //! their deadline.
 
@@ -35,7 +35,7 @@ mod rundir;
 mod tests;
 mod tree;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -47,7 +47,7 @@ use rundir::{RunState, SimRunDir};
 use crate::host::cmd::Tool;
 use crate::host::lock::RunDir;
 use crate::host::sim::Faults;
-use crate::types::{DevNum, Iqn, Lun, Portal};
+use crate::types::{Chap, DevNum, Iqn, Lun, Portal, SecretName, SecretText};
 
 /// Enough for the events of hundreds of disks at once; a slower reader is told that it lost some.
 const EVENT_BUFFER: usize = 16 * 1024;
@@ -65,6 +65,7 @@ struct Inner {
     started: AtomicU64,
     missing_tools: Mutex<BTreeSet<Tool>>,
     login_time: Mutex<Duration>,
+    secrets: Mutex<BTreeMap<SecretName, BTreeMap<String, SecretText>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -96,6 +97,7 @@ impl SimStorage {
                 started: AtomicU64::new(0),
                 missing_tools: Mutex::default(),
                 login_time: Mutex::new(Duration::from_secs(15)),
+                secrets: Mutex::default(),
             }),
         }
     }
@@ -142,6 +144,31 @@ impl SimStorage {
     pub fn reboot(&self) {
         self.world().reboot();
         *lock(&self.inner.run) = Arc::default();
+    }
+
+    /// Has a target demand CHAP, and prove itself by `back` where there is one; or lets anybody in.
+    pub fn set_chap(&self, target: &Iqn, chap: Option<Chap>) {
+        self.world().targets.entry(target.clone()).or_default().chap = chap;
+    }
+
+    /// Has the portals demand CHAP of who asks for their targets.
+    pub fn set_discovery_chap(&self, chap: Option<Chap>) {
+        self.world().discovery_chap = chap;
+    }
+
+    /// Somebody else's discovery record.
+    pub fn add_discovery(&self, portal: Portal) {
+        self.world().discoveries.insert(portal, None);
+    }
+
+    /// Puts a secret into the configured directory, or takes it away.
+    pub fn set_secret(&self, name: &SecretName, values: Option<&[(&str, &str)]>) {
+        let own = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned().into());
+        let mut secrets = lock(&self.inner.secrets);
+        match values {
+            Some(values) => drop(secrets.insert(name.clone(), values.iter().map(own).collect())),
+            None => drop(secrets.remove(name)),
+        }
     }
 
     /// Adds a target with its portals, all alive; known portals keep their state.
@@ -390,6 +417,10 @@ impl SimStorage {
         for ((target, portal, iface), record) in &world.records {
             let corrupt = if record.corrupt { " corrupt" } else { "" };
             line("record", format!("{target} {portal} {iface}{corrupt}"));
+        }
+        for (portal, ours) in &world.discoveries {
+            let whose = if ours.is_some() { "lunplug" } else { "somebody" };
+            line("discovery", format!("{portal} {whose}"));
         }
         if world.db_lock.is_some() {
             line("lock", "of the records".into());

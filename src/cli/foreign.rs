@@ -1,0 +1,483 @@
+//! Sources as others write them: the `iscsi:` stanza of a Kubernetes volume, and OpenStack Cinder's
+//! `connection_info`. Each field is either taken, passed over with a note, or refused by its name;
+//! one that is not known is refused, for nobody knows what was meant by it.
+
+use serde_yaml_ng::{Mapping, Value};
+
+use super::chap::ChapFile;
+use super::file::VolumeFile;
+
+/// A volume that was read, and what was passed over in it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Foreign {
+    pub(super) volume: VolumeFile,
+    pub(super) notes: Vec<String>,
+}
+
+/// The volume of a document in one of these forms; `None` for any other document.
+pub(super) fn read(document: &Value) -> Option<Result<Foreign, String>> {
+    let map = document.as_mapping()?;
+    if map.contains_key("driver_volume_type") {
+        return Some(cinder(Fields::new("", map)));
+    }
+    // As Nova keeps it.
+    if let Some(inner) = map.get("connection_info").and_then(Value::as_mapping) {
+        return Some(cinder(Fields::new("connection_info.", inner)));
+    }
+    if map.get("kind").and_then(Value::as_str) == Some("PersistentVolume") {
+        let iscsi = map.get("spec").and_then(|spec| spec.get("iscsi"));
+        return Some(match iscsi.and_then(Value::as_mapping) {
+            Some(iscsi) => stanza(Fields::new("spec.iscsi.", iscsi)),
+            None => Err("spec.iscsi is missing: only iscsi volumes can be read".into()),
+        });
+    }
+    let iscsi = map.get("iscsi").and_then(Value::as_mapping)?;
+    let alone = map.len() == 1;
+    Some(if alone {
+        stanza(Fields::new("iscsi.", iscsi))
+    } else {
+        Err("iscsi must be the only key: the volume's name and the rest are flags".into())
+    })
+}
+
+/// A mapping whose fields are taken one by one.
+struct Fields<'a> {
+    path: String,
+    left: Vec<(String, &'a Value)>,
+    notes: Vec<String>,
+}
+
+impl<'a> Fields<'a> {
+    fn new(path: &str, map: &'a Mapping) -> Self {
+        let name = |key: &Value| key.as_str().map_or_else(|| format!("{key:?}"), str::to_owned);
+        let left = map.iter().map(|(key, value)| (name(key), value)).collect();
+        Self { path: path.into(), left, notes: Vec::new() }
+    }
+
+    /// A field's value; null is as good as absent.
+    fn take(&mut self, name: &str) -> Option<&'a Value> {
+        let at = self.left.iter().position(|(key, _)| key == name)?;
+        Some(self.left.swap_remove(at).1).filter(|value| !value.is_null())
+    }
+
+    fn wrong(&self, name: &str, value: &Value, rule: &str) -> String {
+        // A value that may be a secret is not shown.
+        let shown = match value {
+            _ if name.contains("password") || name.contains("secret") => "(not shown)".into(),
+            Value::String(text) => format!("{text:?}"),
+            Value::Bool(on) => on.to_string(),
+            Value::Number(number) => number.to_string(),
+            _ => "(a structure)".into(),
+        };
+        format!("{}{name}: {shown} is not possible: {rule}", self.path)
+    }
+
+    fn text(&mut self, name: &str) -> Result<String, String> {
+        match self.take(name) {
+            None => Ok(String::new()),
+            Some(Value::String(text)) => Ok(text.clone()),
+            Some(other) => Err(self.wrong(name, other, "it must be a text")),
+        }
+    }
+
+    fn flag(&mut self, name: &str) -> Result<bool, String> {
+        match self.take(name) {
+            None => Ok(false),
+            Some(Value::Bool(on)) => Ok(*on),
+            Some(other) => Err(self.wrong(name, other, "it must be true or false")),
+        }
+    }
+
+    fn number(&self, name: &str, value: &Value) -> Result<u32, String> {
+        let number = value.as_u64().or_else(|| value.as_str()?.parse().ok());
+        number
+            .and_then(|n| u32::try_from(n).ok())
+            .ok_or_else(|| self.wrong(name, value, "it must be a number"))
+    }
+
+    fn list(&mut self, name: &str) -> Result<&'a [Value], String> {
+        match self.take(name) {
+            None => Ok(&[]),
+            Some(Value::Sequence(values)) => Ok(values),
+            Some(other) => Err(self.wrong(name, other, "it must be a list")),
+        }
+    }
+
+    fn texts(&mut self, name: &str) -> Result<Vec<String>, String> {
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let values = self.list(name)?;
+        let texts: Option<Vec<String>> = values.iter().map(text).collect();
+        texts.ok_or_else(|| format!("{}{name}: it must be a list of texts", self.path))
+    }
+
+    /// Passes over a field; says why when it is there.
+    fn pass(&mut self, name: &str, why: &str) {
+        if self.take(name).is_some() {
+            self.notes.push(format!("{}{name} is passed over: {why}", self.path));
+        }
+    }
+
+    /// Refuses a field that is there.
+    fn refuse(&mut self, name: &str, rule: &str) -> Result<(), String> {
+        self.take(name).map_or(Ok(()), |value| Err(self.wrong(name, value, rule)))
+    }
+
+    /// Nothing may be left.
+    fn end(self) -> Result<Vec<String>, String> {
+        match self.left.iter().find(|(_, value)| !value.is_null()) {
+            None => Ok(self.notes),
+            Some((name, value)) => {
+                Err(self.wrong(name, value, "lunplug does not know this field; take it out"))
+            }
+        }
+    }
+}
+
+/// `spec.iscsi` of a PersistentVolume, `iscsi` of a pod's volume.
+fn stanza(mut fields: Fields<'_>) -> Result<Foreign, String> {
+    let mut portals = vec![fields.text("targetPortal")?];
+    portals.extend(fields.texts("portals")?);
+    let mut volume = VolumeFile { read_only: fields.flag("readOnly")?, ..VolumeFile::default() };
+    let target = fields.text("iqn")?;
+    let lun = match fields.take("lun") {
+        Some(value) => fields.number("lun", value)?,
+        None => return Err(format!("{}lun is missing", fields.path)),
+    };
+    let iface = fields.take("iscsiInterface");
+    if let Some(other) = iface.filter(|v| !matches!(v.as_str(), Some("" | "default"))) {
+        return Err(fields.wrong("iscsiInterface", other, "only the iface default is offered"));
+    }
+    fields.refuse("initiatorName", "the node's own initiator name is used; take it out")?;
+    let secret = match fields.take("secretRef") {
+        None => String::new(),
+        Some(Value::Mapping(map)) => {
+            let mut inner = Fields::new(&format!("{}secretRef.", fields.path), map);
+            let name = inner.text("name")?;
+            inner.pass("namespace", "secrets are found in lunplugd's secrets_dir by their name");
+            fields.notes.extend(inner.end()?);
+            name
+        }
+        Some(other) => return Err(fields.wrong("secretRef", other, "it must have a name")),
+    };
+    let chap = fields.flag("chapAuthSession")?;
+    if chap && secret.is_empty() {
+        return Err(format!("{}chapAuthSession needs secretRef.name", fields.path));
+    }
+    if !chap && !secret.is_empty() {
+        fields.notes.push(format!("{}secretRef is passed over: no chapAuthSession", fields.path));
+    }
+    fields.pass("chapAuthDiscovery", "nothing is discovered to attach a volume");
+    fields.pass("fsType", "the guest gets a block device");
+    let secret = if chap { secret } else { String::new() };
+    volume.set_iscsi(target, distinct(portals), lun, secret);
+    Ok(Foreign { volume, notes: fields.end()? })
+}
+
+/// Each portal once, in their order. The port that is not written is 3260.
+fn distinct(portals: Vec<String>) -> Vec<String> {
+    let whole =
+        |text: &String| text.parse().map_or(text.clone(), |p: crate::types::Portal| p.to_string());
+    let mut found: Vec<String> = Vec::new();
+    for portal in portals.iter().filter(|p| !p.is_empty()).map(whole) {
+        if !found.contains(&portal) {
+            found.push(portal);
+        }
+    }
+    found
+}
+
+/// Cinder's `connection_info`, as initialize_connection answers it.
+fn cinder(mut outer: Fields<'_>) -> Result<Foreign, String> {
+    match outer.take("driver_volume_type") {
+        Some(Value::String(kind)) if kind.eq_ignore_ascii_case("iscsi") => {}
+        Some(other) => {
+            return Err(outer.wrong("driver_volume_type", other, "only iscsi is offered"));
+        }
+        None => return Err(format!("{}driver_volume_type is missing", outer.path)),
+    }
+    let Some(data) = outer.take("data").and_then(Value::as_mapping) else {
+        return Err(format!("{}data is missing", outer.path));
+    };
+    let mut fields = Fields::new(&format!("{}data.", outer.path), data);
+    // Nova's and Cinder's own bookkeeping.
+    for name in [
+        "status",
+        "serial",
+        "multiattach",
+        "volume_id",
+        "instance",
+        "attached_at",
+        "attach_mode",
+        "attachment_id",
+        "connector",
+        "detached_at",
+    ] {
+        outer.take(name);
+    }
+    for name in ["volume_id", "target_discovered", "device_path", "name", "discard"] {
+        fields.take(name);
+    }
+    let mut volume = VolumeFile::default();
+    access(&mut fields, &mut volume)?;
+    volume.chap = credentials(&mut fields)?;
+    let (target, portals, lun) = places(&mut fields)?;
+    addressing(&mut fields, lun)?;
+    volume.set_iscsi(target, portals, lun, String::new());
+    let mut notes = fields.end()?;
+    notes.extend(outer.end()?);
+    Ok(Foreign { volume, notes })
+}
+
+fn access(fields: &mut Fields<'_>, volume: &mut VolumeFile) -> Result<(), String> {
+    match fields.text("access_mode")?.as_str() {
+        "" | "rw" => {}
+        "ro" => volume.read_only = true,
+        other => {
+            let other = Value::String(other.into());
+            return Err(fields.wrong("access_mode", &other, "rw or ro"));
+        }
+    }
+    if fields.flag("encrypted")? {
+        let on = Value::Bool(true);
+        return Err(fields.wrong("encrypted", &on, "lunplug decrypts nothing; the guest can"));
+    }
+    if fields.flag("enforce_multipath")? {
+        volume.multipath = "required".into();
+    }
+    fields.pass("qos_specs", "limits are the domain's affair");
+    fields.pass("cacheable", "the cache mode is given with --cache");
+    Ok(())
+}
+
+fn credentials(fields: &mut Fields<'_>) -> Result<Option<ChapFile>, String> {
+    let method = fields.text("auth_method")?;
+    let (username, password) = (fields.text("auth_username")?, fields.text("auth_password")?);
+    for name in ["discovery_auth_method", "discovery_auth_username", "discovery_auth_password"] {
+        fields.pass(name, "nothing is discovered to attach a volume");
+    }
+    match method.as_str() {
+        "" if username.is_empty() && password.is_empty() => Ok(None),
+        "CHAP" | "" => Ok(Some(ChapFile::one_way(username, password.into()))),
+        other => {
+            let other = Value::String(other.into());
+            Err(fields.wrong("auth_method", &other, "CHAP, or none at all"))
+        }
+    }
+}
+
+/// Target, portals and LUN: of the lists where they are there, else of the single fields.
+fn places(fields: &mut Fields<'_>) -> Result<(String, Vec<String>, u32), String> {
+    let (portal, target) = (fields.text("target_portal")?, fields.text("target_iqn")?);
+    let lun = match fields.take("target_lun") {
+        Some(value) => Some(fields.number("target_lun", value)?),
+        None => None,
+    };
+    let (mut portals, mut targets) =
+        (fields.texts("target_portals")?, fields.texts("target_iqns")?);
+    let luns = fields.list("target_luns")?;
+    let mut luns =
+        luns.iter().map(|v| fields.number("target_luns", v)).collect::<Result<Vec<u32>, _>>()?;
+    if portals.is_empty() {
+        portals = vec![portal];
+    }
+    if targets.is_empty() {
+        targets = vec![target; portals.len()];
+    }
+    if luns.is_empty() {
+        luns = vec![
+            lun.ok_or_else(|| format!("{}target_lun is missing", fields.path))?;
+            portals.len()
+        ];
+    }
+    if targets.len() != portals.len() || luns.len() != portals.len() {
+        return Err(format!(
+            "{}target_portals, target_iqns and target_luns have {}, {} and {} entries: they belong together one by one",
+            fields.path,
+            portals.len(),
+            targets.len(),
+            luns.len()
+        ));
+    }
+    let (target, lun) = (targets[0].clone(), luns[0]);
+    if let Some(other) = targets.iter().find(|t| !t.eq_ignore_ascii_case(&target)) {
+        return Err(format!(
+            "{}target_iqns: {target:?} and {other:?}: a volume whose portals have targets of their own is not offered; give the portals of one target",
+            fields.path
+        ));
+    }
+    if let Some(other) = luns.iter().find(|l| **l != lun) {
+        return Err(format!(
+            "{}target_luns: {lun} and {other}: a volume that has another LUN at each portal is not offered",
+            fields.path
+        ));
+    }
+    Ok((target, distinct(portals), lun))
+}
+
+/// LUNs are addressed as SAM-2 has it: peripheral up to 255, flat above. Another way that comes to
+/// the same number is as good.
+fn addressing(fields: &mut Fields<'_>, lun: u32) -> Result<(), String> {
+    let mode = fields.text("addressing_mode")?;
+    match mode.as_str() {
+        "" | "SAM2" => Ok(()),
+        "SAM" | "transparent" if lun < 256 => Ok(()),
+        _ => {
+            let rule = "SAM2: peripheral addressing up to LUN 255, flat above (SAM and transparent are the same up to 255)";
+            Err(fields.wrong("addressing_mode", &Value::String(mode), rule))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::api::v1;
+
+    fn of(text: &str) -> Result<(v1::VolumeSpec, Vec<String>, VolumeFile), String> {
+        let document: Value = serde_yaml_ng::from_str(text).unwrap();
+        let foreign = read(&document).expect("one of the forms")?;
+        let wire = foreign.volume.to_wire().map_err(|failure| failure.message)?;
+        Ok((wire, foreign.notes, foreign.volume))
+    }
+
+    fn iscsi(wire: &v1::VolumeSpec) -> v1::IscsiSource {
+        let v1::source::Kind::Iscsi(iscsi) = wire.source.clone().unwrap().kind.unwrap();
+        iscsi
+    }
+
+    const PV: &str = "
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: iscsi-pv}
+spec:
+  capacity: {storage: 1Gi}
+  accessModes: [ReadWriteOnce]
+  iscsi:
+    targetPortal: 10.0.2.15:3260
+    portals: ['10.0.2.16:3260', '10.0.2.17:3261', '10.0.2.15']
+    iqn: iqn.2001-04.com.example:storage.kube.sys1.xyz
+    lun: 0
+    iscsiInterface: default
+    fsType: ext4
+    readOnly: true
+    chapAuthDiscovery: true
+    chapAuthSession: true
+    secretRef: {name: chap-secret, namespace: default}
+";
+
+    #[test]
+    fn a_persistent_volume_is_read_verbatim() {
+        let (wire, notes, _) = of(PV).unwrap();
+        let source = iscsi(&wire);
+        assert_eq!(source.portals, ["10.0.2.15:3260", "10.0.2.16:3260", "10.0.2.17:3261"]);
+        assert_eq!((source.lun, source.chap_secret.as_str()), (0, "chap-secret"));
+        assert!(wire.read_only);
+        let of_field = |name: &str| notes.iter().any(|n| n.contains(name));
+        assert!(of_field("fsType") && of_field("chapAuthDiscovery") && of_field("namespace"));
+        assert_eq!(notes.len(), 3, "{notes:?}");
+        let stanza = "iscsi: {targetPortal: 10.0.0.1, iqn: 'iqn.2001-04.com.example:a', lun: 7}";
+        let (wire, notes, _) = of(stanza).unwrap();
+        assert_eq!((iscsi(&wire).lun, notes.len()), (7, 0));
+    }
+
+    #[test]
+    fn what_a_persistent_volume_may_not_have_is_named() {
+        for (from, to, words) in [
+            ("iscsiInterface: default", "iscsiInterface: eth0", "iscsiInterface: \"eth0\""),
+            ("fsType: ext4", "fstype: ext4", "fstype: \"ext4\""),
+            ("fsType: ext4", "initiatorName: iqn.x", "initiatorName: \"iqn.x\""),
+            ("lun: 0", "", "spec.iscsi.lun is missing"),
+            ("lun: 0", "lun: first", "lun: \"first\""),
+            ("secretRef: {name: chap-secret, namespace: default}", "", "secretRef.name"),
+            ("readOnly: true", "readOnly: often", "readOnly: \"often\""),
+            ("iscsi:", "nfs:", "spec.iscsi is missing"),
+        ] {
+            assert!(PV.contains(from));
+            let error = of(&PV.replace(from, to)).unwrap_err();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+
+    const CINDER: &str = r#"{
+"driver_volume_type": "iscsi", "data": {
+ "target_discovered": false, "target_portal": "10.0.0.1:3260", "target_iqn": "iqn.2010-10.org.openstack:v1",
+ "target_lun": 1, "target_portals": ["10.0.0.1:3260", "10.0.0.2:3260"],
+ "target_iqns": ["iqn.2010-10.org.openstack:v1", "iqn.2010-10.org.openstack:v1"], "target_luns": [1, 1],
+ "volume_id": "6d2a", "auth_method": "CHAP", "auth_username": "stack", "auth_password": "hush-hush",
+ "encrypted": false, "qos_specs": null, "access_mode": "rw", "addressing_mode": "SAM2"}}"#;
+
+    #[test]
+    fn connection_info_is_read_verbatim() {
+        let (wire, notes, volume) = of(CINDER).unwrap();
+        let source = iscsi(&wire);
+        assert_eq!(source.portals, ["10.0.0.1:3260", "10.0.0.2:3260"]);
+        assert_eq!((source.target.as_str(), source.lun), ("iqn.2010-10.org.openstack:v1", 1));
+        let chap = volume.chap.unwrap().to_wire();
+        assert_eq!((chap.username.as_str(), chap.password.as_str()), ("stack", "hush-hush"));
+        assert!(notes.is_empty(), "{notes:?}");
+        let nova = format!("{{\"connection_info\": {CINDER}}}");
+        assert_eq!(iscsi(&of(&nova).unwrap().0), source);
+    }
+
+    #[test]
+    fn what_connection_info_may_not_have_is_named_and_no_password_shown() {
+        for (from, to, words) in [
+            ("\"iscsi\"", "\"rbd\"", "driver_volume_type: \"rbd\""),
+            ("\"encrypted\": false", "\"encrypted\": true", "data.encrypted: true"),
+            ("\"access_mode\": \"rw\"", "\"access_mode\": \"wo\"", "access_mode: \"wo\""),
+            ("\"SAM2\"", "\"SAM3-flat\"", "addressing_mode: \"SAM3-flat\""),
+            ("\"CHAP\"", "\"KRB5\"", "auth_method: \"KRB5\""),
+            ("\"target_luns\": [1, 1]", "\"target_luns\": [1, 2]", "target_luns: 1 and 2"),
+            ("\"target_luns\": [1, 1]", "\"target_luns\": [1]", "2, 2 and 1 entries"),
+            ("org.openstack:v1\"],", "org.openstack:v2\"],", "target_iqns"),
+            ("\"volume_id\"", "\"colour\"", "data.colour: \"6d2a\""),
+            ("\"hush-hush\"", "[\"hush-hush\"]", "auth_password: (not shown)"),
+            ("\"auth_password\"", "\"my_password\"", "my_password: (not shown)"),
+        ] {
+            assert!(CINDER.contains(from), "{from}");
+            let error = of(&CINDER.replace(from, to)).unwrap_err();
+            assert!(error.contains(words), "{error}");
+            assert!(!error.contains("hush"), "{error}");
+        }
+    }
+
+    #[test]
+    fn other_documents_are_not_taken_for_one_of_these() {
+        for text in ["{name: a, source: x}", "[]", "text", "{source: {iscsi: {}}}"] {
+            let document: Value = serde_yaml_ng::from_str(text).unwrap();
+            assert_eq!(read(&document), None, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_value_of_a_field_makes_the_reader_panic(
+            field in prop::sample::select(vec![
+                "target_portals", "target_iqns", "target_luns", "target_lun", "auth_method",
+                "addressing_mode", "encrypted", "qos_specs", "x",
+            ]),
+            value in "[\\[{]?[a-z0-9\":, -]{0,30}[\\]}]?",
+        ) {
+            let text = format!("driver_volume_type: iscsi\ndata:\n  target_iqn: a\n  {field}: {value}\n");
+            if let Ok(document) = serde_yaml_ng::from_str::<Value>(&text) {
+                let _ = read(&document);
+            }
+        }
+
+        #[test]
+        fn the_portals_of_lists_are_each_there_once(ports in prop::collection::vec(1u16..9, 1..9)) {
+            let portals: Vec<String> = ports.iter().map(|p| format!("10.0.0.1:{p}")).collect();
+            let text = serde_json::json!({"driver_volume_type": "iscsi", "data": {
+                "target_iqn": "iqn.2010-10.org.openstack:v1", "target_lun": "3",
+                "target_portals": portals,
+            }});
+            let (wire, _, _) = of(&text.to_string()).unwrap();
+            let found = iscsi(&wire).portals;
+            let set: std::collections::BTreeSet<&String> = portals.iter().collect();
+            prop_assert_eq!(found.iter().collect::<std::collections::BTreeSet<_>>(), set.clone());
+            prop_assert_eq!(found.len(), set.len());
+        }
+    }
+}

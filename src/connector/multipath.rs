@@ -209,18 +209,22 @@ pub(crate) async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Re
 }
 
 /// Has multipathd decide now whether it makes a map of a single path, rather than a moment after
-/// the path was given away. Before udev has seen the path it may not know it: then once more.
+/// the path was given away. Before udev has read the path's identity it refuses it, and makes the map when
+/// it has: so it is told again until it takes it.
 pub(crate) async fn decide(
     doors: &StorageDoors,
     settings: &Settings,
     paths: &[ScsiPath],
 ) -> Result<(), Error> {
-    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_nudge_ms));
-    if nudge(&*doors.multipathd, paths).await? {
-        return Ok(());
+    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    while !nudge(&*doors.multipathd, paths).await? {
+        // udev's own events are not the kernel's: without one of these it is asked again in a while.
+        let again = Instant::now() + ms(settings.map_nudge_ms);
+        if above(&*doors.sysfs, paths).await? != Above::Nothing || !wait.next_before(again).await {
+            break;
+        }
     }
-    while above(&*doors.sysfs, paths).await? == Above::Nothing && wait.next().await {}
-    nudge(&*doors.multipathd, paths).await.map(drop)
+    Ok(())
 }
 
 /// Every slave must be one of the verified paths, or prove to be the same LUN: it may be another

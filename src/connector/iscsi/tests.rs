@@ -488,6 +488,21 @@ async fn multipath_off_takes_multipathds_map_off_again() {
     assert_eq!(san.sim.snapshot(), before);
 }
 
+/// It would make the map right after the path was given away.
+#[tokio::test(start_paused = true)]
+async fn multipath_off_waits_until_multipathd_knows_the_path() {
+    let san = San::new();
+    san.sim.set_multipathd_auto(false);
+    san.sim.set_udev_behind(4);
+    let mut r = request("a", 1, &[2, 3]);
+    r.multipath = MultipathPolicy::Off;
+    let got = san.attach(&r).await;
+    assert_eq!((got.device.map, san.count("dm")), (None, 0));
+    san.sim.set_multipathd_auto(true);
+    san.sim.settle_multipathd();
+    assert_eq!(san.count("dm"), 0, "it was made, and taken off");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_slow_multipathd_is_nudged() {
     let san = San::new();

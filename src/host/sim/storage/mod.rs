@@ -282,6 +282,12 @@ impl SimStorage {
         world.multipathd_react();
     }
 
+    /// So many times multipathd refuses a path that it is told of, for udev has not read its identity
+    /// yet.
+    pub fn set_udev_behind(&self, refusals: u32) {
+        self.world().multipath.unread = refusals;
+    }
+
     /// Whether multipathd answers `delayed` to removals. When it no longer does, it carries out those
     /// that it has put off.
     pub fn set_multipathd_delays(&self, delays: bool) {

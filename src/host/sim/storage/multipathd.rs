@@ -11,6 +11,8 @@ pub(super) struct MultipathModel {
     pub(super) running: bool,
     /// Whether it handles new devices by itself, at once; otherwise when it is told to.
     pub(super) auto: bool,
+    /// How many times it is told of a path before udev has read its identity: it refuses it then.
+    pub(super) unread: u32,
     /// Disks it has not looked at yet.
     pub(super) pending: Vec<String>,
     /// Whether it puts removals off, as for a map that is in use by udev: `delayed`, a success.
@@ -28,6 +30,7 @@ impl Default for MultipathModel {
         Self {
             running: true,
             auto: true,
+            unread: 0,
             pending: Vec::new(),
             delays: false,
             delayed: Vec::new(),
@@ -119,6 +122,10 @@ impl World {
                 self.show_maps(format_of(command))
             }
             ["show" | "list", "paths", "raw", "format", ..] => self.show_paths(format_of(command)),
+            ["add", "path", _] if self.multipath.unread > 0 => {
+                self.multipath.unread -= 1;
+                FAIL.into()
+            }
             ["add", "path", name] => {
                 let Some(hctl) = self.hctl_of(name) else { return FAIL.into() };
                 self.multipath.pending.retain(|p| *p != hctl);

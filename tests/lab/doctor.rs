@@ -49,8 +49,8 @@ fn the_doctor_finds_what_would_hurt() {
         let _undo = Undo("mv /etc/multipath.conf.kept /etc/multipath.conf; multipathd reconfigure");
         sh("cp -a /etc/multipath.conf /etc/multipath.conf.kept
             sed -i 's/find_multipaths .*/find_multipaths strict/' /etc/multipath.conf
-            echo 'overrides { no_path_retry queue
-            }' >>/etc/multipath.conf; multipathd reconfigure")
+            printf 'overrides {\\nno_path_retry queue\\n}\\n' >>/etc/multipath.conf
+            multipathd reconfigure")
         .ok();
         // multipathd reads it when it has answered.
         until("it is told", SOON, || doctor().code == 9);

@@ -69,18 +69,6 @@ fn the_doctor_finds_what_would_hurt() {
     }
 
     {
-        let _undo = Undo("systemctl stop second-iscsid");
-        sh("iscsiadm -m session >/dev/null 2>&1 || true
-            systemctl start iscsid
-            systemd-run --quiet --unit second-iscsid -p PrivateNetwork=yes iscsid -f -p /run/second.pid")
-        .ok();
-        until("both run", SOON, || sh("[ $(pgrep -cx iscsid) -ge 3 ]").code == 0);
-        let ran = doctor();
-        assert_eq!(ran.code, 0, "{}", ran.stdout);
-        told(&ran, "iscsi.service", "warning", "2 of iscsid run");
-    }
-
-    {
         let _undo = Undo("mv /etc/lvm/lvmlocal.conf.kept /etc/lvm/lvmlocal.conf");
         sh("mv /etc/lvm/lvmlocal.conf /etc/lvm/lvmlocal.conf.kept").ok();
         told(&doctor(), "lvm", "warning", "does not know guests' LUNs");

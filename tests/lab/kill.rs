@@ -85,7 +85,10 @@ fn a_kill_on_either_side_of_every_step_is_survived() {
         guest_disk("beside").name
     );
     let story = Story::begin();
-    let wanted = ["addvolume", VM, "--volume-name", "data", "--source", &lun.source(), "--no-wait"];
+    // An identity that is known is not remembered anew, unless another would be taken.
+    let source = lun.source();
+    let named = ["addvolume", VM, "--volume-name", "data", "--source", &source];
+    let wanted = [&named[..], &["--accept-new-identity", "--no-wait"]].concat();
     let unwanted = ["removevolume", VM, "--volume-name", "data", "--no-wait"];
     let every = if nightly() { 1 } else { 3 };
     let mut detach = KillPoint::of(Way::Detach).step_by(every);

@@ -98,3 +98,22 @@ fn the_sections_that_messages_point_to_are_there() {
         }
     }
 }
+
+/// The table of scenarios names tests that are there.
+#[test]
+fn every_scenario_has_the_tests_that_it_names() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = include_str!("../docs/scenarios.md");
+    let named: Vec<&str> =
+        text.split('`').skip(1).step_by(2).filter(|t| t.contains("::")).collect();
+    assert!(named.len() > 40, "{}", named.len());
+    for test in named {
+        let (module, name) = test.split_once("::").unwrap();
+        let file = match module.strip_prefix("unit/") {
+            Some(module) => root.join(format!("src/connector/{module}.rs")),
+            None => root.join(format!("tests/{module}.rs")),
+        };
+        let source = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{test}: {e}"));
+        assert!(source.contains(&format!("fn {name}(")), "{test} is not in {}", file.display());
+    }
+}

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use crate::node::{Ran, run};
+use crate::node::{Ran, run, until};
 
 /// How long a command in the guest may take.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -52,10 +52,20 @@ pub fn disks(pod: &str, domain: &str) -> String {
     exec(pod, domain, DISKS).ok()
 }
 
+/// Waits until a pod's guest has a disk of that size and serial: its kernel comes to it some time after
+/// QEMU.
+#[track_caller]
+pub fn has(pod: &str, domain: &str, disk: &str) {
+    let what = format!("the guest {domain} has a disk {disk}");
+    until(&what, Duration::from_secs(30), || disks(pod, domain).contains(disk));
+}
+
 fn talk(pod: &str, domain: &str, line: &str) -> Result<Ran, String> {
     let info = run("pod", &["info", pod]).stdout;
     let info: Value = serde_json::from_str(&info).map_err(|e| format!("pod info {pod}: {e}"))?;
     let uri = info["libvirt_uri"].as_str().ok_or("pod info has no libvirt_uri")?;
+    // Errors are returned; libvirt would print them as well.
+    virt::error::clear_error_callback();
     let connection = Connect::open(Some(uri)).map_err(|e| e.to_string())?;
     let found = connection.lookup_domain_by_name(domain).map_err(|e| e.to_string())?;
     in_guest(&found, line)

@@ -1,8 +1,6 @@
 //! Right device or none: swapped LUNs, stale devices, expectations.
 
-use crate::node::{
-    Lab, Lun, Story, add, guest_disk, guest_disks, iqn, refused, remove, sh, volume,
-};
+use crate::node::{Lab, Lun, Story, add, guest_disk, guest_has, iqn, refused, remove, sh, volume};
 
 #[test]
 #[ignore = "runs in the lab: hack/test"]
@@ -14,7 +12,7 @@ fn a_lun_swapped_between_detach_and_attach_is_refused_until_accepted() {
     remove("swapped", &[]).ok();
     lun.swap();
     refused(add("swapped", &lun.source(), &[]), "IDENTITY_CHANGED");
-    assert!(guest_disks().is_empty());
+    guest_has(0);
     story.nothing_left();
     add("swapped", &lun.source(), &["--accept-new-identity"]).ok();
     assert_eq!(volume("swapped")["device"]["wwid"], lun.wwid.as_str());
@@ -91,7 +89,7 @@ fn a_stale_path_that_is_held_is_refused_and_left() {
     let path = sh("basename $(ls -d /sys/bus/scsi/devices/*:0:0:5/block/*)").ok().trim().to_owned();
     sh(&format!("dmsetup create holder --table '0 8 linear /dev/{path} 0'")).ok();
     refused(add("held", &lun.source(), &[]), "STALE_DEVICE_HELD");
-    assert!(guest_disks().is_empty());
+    guest_has(0);
     sh("dmsetup remove --retry holder").ok();
     end_foreign_session();
     story.nothing_left();

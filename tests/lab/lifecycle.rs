@@ -32,8 +32,7 @@ fn volumes_leave_the_host_with_their_vm_and_come_back_with_it() {
 
     sh("guest up life default_life").ok();
     until("the volume is back", LONG, || told()["phase"] == "Ready");
-    let disks = agent::disks("life", "default_life");
-    assert!(disks.contains(&format!("{} data", 16 << 20)), "{disks}");
+    agent::has("life", "default_life", &format!("{} data", 16 << 20));
 
     // The pod is deleted, without anybody telling lunplug.
     sh("pod down life").ok();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::node::{
-    Lab, Lun, Story, VM, add, guest_disk, guest_disks, lunplug, refused, remove, sh, until, volume,
+    Lab, Lun, Story, VM, add, guest_disk, guest_has, lunplug, refused, remove, sh, until, volume,
 };
 use crate::san::{Brisk, Fault, SOON, Writer, is_whole};
 
@@ -56,7 +56,7 @@ fn a_map_is_removed_while_multipathd_is_away() {
     add("mpa", &lun.source(), &[]).ok();
     let away = stop();
     remove("mpa", &[]).ok();
-    assert!(guest_disks().is_empty());
+    guest_has(0);
     story.nothing_left();
     away.end();
     until("it is back", SOON, || sh("multipathd show daemon").code == 0);
@@ -80,7 +80,7 @@ fn a_hung_multipathd_holds_up_volumes_and_loses_none() {
     let ran = remove("mph2", &["--timeout", "15s"]).fails();
     println!("told: {}", ran.stderr.trim());
     assert!(ran.stderr.contains("MAP_FAILED"), "{}", ran.stderr);
-    assert_eq!(guest_disks().len(), 1, "the guest has let go of it");
+    guest_has(1); // the guest has let go of it
     hung.end();
     add("mph3", &third, &[]).ok();
     is_whole("mph3", &luns[2]);

@@ -401,13 +401,23 @@ pub fn guest_disks() -> Vec<GuestDisk> {
     lines.lines().map(disk).collect()
 }
 
-/// The guest's disk with that serial.
+/// The guest's disk with that serial: its kernel comes to a disk some time after QEMU has it.
 #[track_caller]
 pub fn guest_disk(serial: &str) -> GuestDisk {
-    let disks = guest_disks();
-    let found = disks.iter().position(|d| d.serial == serial);
-    let at = found.unwrap_or_else(|| panic!("the guest has no disk {serial}: {disks:?}"));
-    disks.into_iter().nth(at).expect("it was just found")
+    let mut found = None;
+    until(&format!("the guest has a disk {serial}"), Duration::from_secs(30), || {
+        found = guest_disks().into_iter().find(|d| d.serial == serial);
+        found.is_some()
+    });
+    found.expect("it was waited for")
+}
+
+/// Waits until the guest has so many disks: it comes to them, and lets go of them, some time after QEMU.
+#[track_caller]
+pub fn guest_has(disks: usize) {
+    until(&format!("the guest has {disks} disks"), Duration::from_secs(30), || {
+        guest_disks().len() == disks
+    });
 }
 
 /// Opens a device node in the container, as QEMU would; the error is the kernel's.

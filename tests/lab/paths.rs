@@ -2,7 +2,7 @@
 //! that has nothing to do with it goes on.
 
 use crate::node::{
-    DOMAIN, Lab, Lun, Story, add, guest_disks, iqn, lunplug, refused, remove, sh, source_of, until,
+    DOMAIN, Lab, Lun, Story, add, guest_has, iqn, lunplug, refused, remove, sh, source_of, until,
     volume,
 };
 use crate::san::{Brisk, Fault, SOON, Writer, is_whole, living_paths};
@@ -128,7 +128,7 @@ fn a_lun_that_was_unmapped_at_the_array_can_be_removed() {
     }
     remove("forced", &["--force"]).ok();
     bystander.goes_on("the other volume goes on");
-    assert_eq!(guest_disks().len(), 1);
+    guest_has(1);
     // The sessions are the other volume's, and its paths are alone under them.
     is_whole("gone3", &other);
     assert_eq!(sh("ls -d /sys/bus/scsi/devices/*:*:*:3 | wc -l").ok().trim(), "2");
@@ -162,7 +162,7 @@ fn a_lun_that_was_swapped_under_a_volume_is_given_to_nobody_else() {
         "{}",
         ran.stderr
     );
-    assert_eq!(guest_disks().len(), 2, "nobody got anything");
+    guest_has(2); // nobody got anything
     assert_eq!(volume("under")["device"]["wwid"], was.as_str());
     bystander.goes_on("the other volume goes on");
 

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::agent;
 use crate::node::{
-    DOMAIN, Lab, Lun, Ran, Story, VM, add, guest_disks, in_guest, lunplug, refused, remove, run,
-    sh, until, volume,
+    DOMAIN, Lab, Lun, Ran, Story, VM, add, guest_disk, guest_has, in_guest, lunplug, refused,
+    remove, run, sh, until, volume,
 };
 
 const DB: &str = "/var/lib/lunplug/lunplug.db";
@@ -66,7 +66,7 @@ fn a_state_without_room_is_served_and_becomes_whole() {
     println!("the node says: {trouble}");
     assert!(trouble.contains("cannot be written"), "{trouble}");
     refused(remove("kept", &["--timeout", "30s"]), "STATE_STORE_FAILED");
-    assert!(guest_disks().is_empty());
+    guest_has(0);
     story.nothing_left();
 
     sh("rm /var/lib/lunplug/filler").ok();
@@ -313,7 +313,7 @@ fn a_single_path_that_is_held_is_silenced_whatever_the_clock_does() {
     let state = format!("/sys/dev/block/{dev}/device/state");
     assert_eq!(sh(&format!("cat {state}")).ok().trim(), "offline");
     assert_eq!(holder.read(), "1", "the holder still reads the LUN");
-    let disk = guest_disks().remove(0);
+    let disk = guest_disk("other");
     let read = format!("dd if=/dev/{} of=/dev/null bs=64k count=1 iflag=direct", disk.name);
     in_guest(&read).ok();
 

@@ -185,9 +185,12 @@ impl IscsiDb for BoundedIscsiDb {
         let call = self.0.put_discovery(portal, chap);
         within(self.1, || format!("writing a discovery record of {portal}"), call).await
     }
-    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()> {
+    async fn discoveries(&self) -> io::Result<Vec<Portal>> {
+        within(self.1, || "reading the discovery records".into(), self.0.discoveries()).await
+    }
+    async fn remove_discovery(&self, portal: Portal) -> io::Result<()> {
         let call = self.0.remove_discovery(portal);
-        within(self.1, || "removing a discovery record".into(), call).await
+        within(self.1, || format!("removing the discovery record of {portal}"), call).await
     }
     async fn look_at_lock(&self) -> io::Result<DbLockState> {
         let doing = || "looking at open-iscsi's lock".to_owned();

@@ -1,5 +1,6 @@
 //! open-iscsi's database of node records, read without its tool.
 
+mod discovery;
 mod lock;
 mod real;
 mod text;
@@ -56,8 +57,11 @@ pub trait IscsiDb: Send + Sync {
     /// node records, and to be removed after it.
     async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()>;
 
-    /// Removes the discovery records of ours: that of a portal, or all.
-    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()>;
+    /// The portals that have a discovery record of ours.
+    async fn discoveries(&self) -> io::Result<Vec<Portal>>;
+
+    /// Removes the discovery record of a portal, if it is ours.
+    async fn remove_discovery(&self, portal: Portal) -> io::Result<()>;
 
     /// One look at the database's lock. A lock that was left by a killed iscsiadm is removed, once
     /// that is proven: mostly by the second look at it.

@@ -51,6 +51,12 @@ impl Desired {
         tokio::task::spawn_blocking(move || store.trouble()).await.ok().flatten()
     }
 
+    /// Ends all use; every later call is [`Error::Closed`].
+    pub async fn close(&self) {
+        let store = self.0.clone();
+        let _ = tokio::task::spawn_blocking(move || store.close()).await;
+    }
+
     /// Reads on a blocking worker.
     async fn read<T: Send + 'static>(
         &self,

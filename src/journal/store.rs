@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::Error;
@@ -64,6 +65,8 @@ enum State {
     Whole(Connection),
     /// Reads are from this copy, which cannot have fallen behind: nothing was written since.
     Degraded(Connection),
+    /// The daemon is ending.
+    Closed,
 }
 
 impl Store {
@@ -111,7 +114,10 @@ impl Store {
         &self,
         work: impl FnOnce(&Connection) -> Result<T, rusqlite::Error>,
     ) -> Result<T, Error> {
-        let (State::Whole(connection) | State::Degraded(connection)) = &*self.lock();
+        let state = self.lock();
+        let (State::Whole(connection) | State::Degraded(connection)) = &*state else {
+            return Err(Error::Closed);
+        };
         work(connection).map_err(|source| Error::of(&self.path, source))
     }
 
@@ -144,8 +150,13 @@ impl Store {
             State::Whole(connection) => {
                 work(connection).map_err(|source| Error::of(&self.path, source))
             }
-            State::Degraded(..) => Err(Error::Closed),
+            State::Degraded(..) | State::Closed => Err(Error::Closed),
         }
+    }
+
+    /// Ends all use, whoever still holds the store: what the `-wal` has goes into the file.
+    pub(super) fn close(&self) {
+        *self.lock() = State::Closed;
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -211,6 +222,7 @@ fn open_known(at: &Path, path: &Path, flags: OpenFlags) -> Result<Connection, Er
     }
     let of = |source| Error::of(path, source);
     let connection = Connection::open_with_flags(at, flags).map_err(of)?;
+    connection.set_db_config(ON_CLOSE, true).map_err(of)?;
     let version: i64 = connection.query_row("PRAGMA user_version", [], |r| r.get(0)).map_err(of)?;
     if version > SCHEMA {
         return Err(Error::Newer { path: path.to_owned(), found: version, known: SCHEMA });
@@ -218,11 +230,15 @@ fn open_known(at: &Path, path: &Path, flags: OpenFlags) -> Result<Connection, Er
     if version == 0 {
         return Err(corrupt("it is not a database of lunplug's".into()));
     }
-    match integrity(&connection, 1).map_err(of)?.into_iter().next() {
-        None => Ok(connection),
-        Some(what) => Err(corrupt(what)),
+    if let Some(what) = integrity(&connection, 1).map_err(of)?.into_iter().next() {
+        return Err(corrupt(what));
     }
+    connection.set_db_config(ON_CLOSE, false).map_err(of)?;
+    Ok(connection)
 }
+
+/// SQLite's last connection moves what the `-wal` has into the file, a refused one too.
+const ON_CLOSE: DbConfig = DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
 
 /// What SQLite finds wrong with the database's pages, `most` lines at most.
 pub(super) fn integrity(

@@ -128,10 +128,12 @@ impl Registry {
         Ok(registry)
     }
 
-    /// Ends all handlers; no volume is detached.
+    /// Ends all handlers, and then the use of the store; no volume is detached. What still runs after
+    /// `grace` is left behind, and so is a store whose disk hangs.
     pub async fn stop(&self, grace: Duration) {
         let vms = std::mem::take(&mut *self.vms());
         join_all(vms.values().map(|served| served.handler.stop(grace))).await;
+        let _ = tokio::time::timeout(grace, self.desired.close()).await;
     }
 
     fn vms(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmId, Arc<Served>>> {

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use lunplug::connector::{IscsiConnector, Settings};
 use lunplug::host::sim::{FaultAction, PortalState};
+use lunplug::host::storage::StorageDoors;
 use lunplug::reason::Reason;
 use lunplug::types::{Chap, SecretText};
 use lunplug::vm::facade::{DiscoverWith, Volumes};
@@ -95,6 +97,27 @@ fn a_daemon_killed_in_a_discovery_leaves_no_credentials() {
             break;
         }
     }
+}
+
+/// Another lunplugd of the node starts, and sweeps what killed ones left, while this one asks.
+#[test]
+fn a_discovery_keeps_its_record_while_another_daemon_starts() {
+    let world = World::new();
+    let sim = &world.host.storage;
+    sim.set_discovery_chap(Some(chap("hush-1", "")));
+    world.life(async |daemon| {
+        world.inject("cmd.run", 0, FaultAction::Stall);
+        let with = Some(DiscoverWith::Chap(chap("hush-1", "")));
+        let starts = async {
+            world.host.faults.meeting().await;
+            let doors = StorageDoors::sim(sim);
+            IscsiConnector::new(doors, Settings::default()).sweep().await.unwrap();
+            world.host.faults.clear();
+        };
+        let (found, ()) = tokio::join!(daemon.registry.discover(portal(1), with), starts);
+        assert_eq!(found.unwrap().len(), 1);
+        world.assert_clean("discovered");
+    });
 }
 
 /// Whoever asked may go away: what was begun for it is ended all the same.

@@ -4,11 +4,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Inner;
 use super::records::unlocked;
 use super::verdict::{LoginError, login_result};
-use crate::connector::error::Error;
+use crate::connector::error::{Error, chain};
 use crate::connector::lease::file_name;
 use crate::connector::settings::ms;
 use crate::connector::{Authentication, Discovered};
@@ -48,8 +49,7 @@ impl Inner {
         portal: Portal,
         chap: &Chap,
     ) -> Result<Result<Output, CmdError>, Error> {
-        let name = format!("discoveries/{}", file_name(&portal.to_string()));
-        let _lock = self.doors.rundir.lock(&name, ms(self.settings.lock_ms)).await?;
+        let _lock = self.doors.rundir.lock(&lock_of(portal), ms(self.settings.lock_ms)).await?;
         let doing = || format!("writing the credentials for a discovery at {portal}");
         let free = unlocked(&self.doors, &self.settings).await;
         free.map_err(|source| Error::Command { doing: doing(), source })?;
@@ -59,12 +59,37 @@ impl Inner {
             _ => Error::Io { doing: doing(), source },
         })?;
         let ran = self.sendtargets("discoverydb", portal).await;
+        self.forget_discovery(portal).await?;
+        Ok(ran)
+    }
+
+    async fn forget_discovery(&self, portal: Portal) -> Result<(), Error> {
         let removed = match unlocked(&self.doors, &self.settings).await {
-            Ok(()) => self.doors.iscsidb.remove_discovery(Some(portal)).await,
+            Ok(()) => self.doors.iscsidb.remove_discovery(portal).await,
             Err(e) => Err(io::Error::other(e)),
         };
-        removed.map_err(Error::io(format!("removing the discovery record of {portal}")))?;
-        Ok(ran)
+        removed.map_err(Error::io(format!("removing the discovery record of {portal}")))
+    }
+
+    /// Removes the records that killed daemons left, with the credentials in them; not that of a
+    /// discovery which another lunplugd of this node is just making.
+    pub(super) async fn sweep_discoveries(&self) {
+        let left = match self.doors.iscsidb.discoveries().await {
+            Ok(left) => left,
+            Err(error) => {
+                tracing::warn!(%error, "what killed daemons left of discoveries cannot be looked for");
+                return;
+            }
+        };
+        for portal in left {
+            let Ok(_lock) = self.doors.rundir.lock(&lock_of(portal), Duration::ZERO).await else {
+                continue;
+            };
+            if let Err(error) = self.forget_discovery(portal).await {
+                let why = chain(&error);
+                tracing::warn!(%portal, why, "the credentials of a discovery are still in its record");
+            }
+        }
     }
 
     async fn sendtargets(&self, mode: &str, portal: Portal) -> Result<Output, CmdError> {
@@ -75,6 +100,11 @@ impl Inner {
         }
         self.doors.commands.run(Tool::Iscsiadm, &args, self.settings.login()).await
     }
+}
+
+/// The lock of a portal's discovery record, held as long as that is needed.
+fn lock_of(portal: Portal) -> String {
+    format!("discoveries/{}", file_name(&portal.to_string()))
 }
 
 /// What came of it.
@@ -94,7 +124,7 @@ fn read(
         Err(CmdError::TimedOut { .. }) => failed(LoginError::TimedOut { portal }),
         Err(source @ (CmdError::Missing(_) | CmdError::Io { .. })) => failed(LoginError::Tool {
             portal,
-            detail: crate::connector::error::chain(source),
+            detail: chain(source),
             missing: matches!(source, CmdError::Missing(_)),
         }),
     }

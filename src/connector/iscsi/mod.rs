@@ -124,9 +124,7 @@ impl IscsiConnector {
     /// Undoes what no volume wants: sessions and records that a killed daemon's login left. For the
     /// start, and harmless at any time.
     pub async fn sweep(&self) -> Result<(), Error> {
-        if let Err(error) = self.inner.doors.iscsidb.remove_discovery(None).await {
-            tracing::warn!(%error, "discovery records of a killed daemon could not be removed");
-        }
+        self.inner.sweep_discoveries().await;
         let mut left: Vec<(Iqn, Vec<Portal>)> = Vec::new();
         for lease in self.inner.leases.all::<Made>().await? {
             let Ok(target) = lease.target.parse() else { continue };

@@ -16,8 +16,9 @@ use async_trait::async_trait;
 use nix::libc;
 use zeroize::Zeroizing;
 
+use super::discovery;
 use super::lock::{self, Watcher};
-use super::text::{OURS, discovery_text, with_chap};
+use super::text::with_chap;
 use super::{DbLockState, IscsiDb, Record};
 use crate::host::workers::Workers;
 use crate::types::{Chap, Iqn, Portal};
@@ -73,7 +74,7 @@ struct Found {
 }
 
 /// `ADDRESS,PORT` with or without `,TPGT`.
-fn portal(name: &str) -> Option<Portal> {
+pub(super) fn portal(name: &str) -> Option<Portal> {
     let mut fields = name.split(',');
     let ip: IpAddr = fields.next()?.trim_matches(['[', ']']).parse().ok()?;
     let port: u16 = fields.next()?.parse().ok()?;
@@ -95,7 +96,7 @@ fn is_corrupt(file: &Path) -> bool {
     }
 }
 
-fn entries(dir: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+pub(super) fn entries(dir: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     let read = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other?,
@@ -150,63 +151,6 @@ fn set_chap(
     file.write_all(text.as_bytes())
 }
 
-/// `send_targets/ADDRESS,PORT/st_config`, beside the nodes: its directory, and whether it is ours.
-fn discoveries(nodes: &Path) -> io::Result<Vec<(Portal, PathBuf, bool)>> {
-    let base = nodes.parent().unwrap_or(nodes).join("send_targets");
-    let mut found = Vec::new();
-    for (name, dir) in entries(&base)? {
-        let Some(portal) = portal(&name) else { continue };
-        let text = fs::read(dir.join("st_config")).map(Zeroizing::new).unwrap_or_default();
-        // Ours is written by an exclusive create: a crash may have left it empty, or in the middle.
-        let ours = text.starts_with(OURS.as_bytes());
-        found.push((portal, dir, ours));
-    }
-    Ok(found)
-}
-
-fn put_discovery(nodes: &Path, locks: &Path, portal: Portal, chap: &Chap) -> io::Result<()> {
-    let _lock = lock::Held::take(locks)?;
-    for (_, dir, ours) in discoveries(nodes)?.into_iter().filter(|(at, _, _)| *at == portal) {
-        if !ours {
-            return Err(io::ErrorKind::AlreadyExists.into());
-        }
-        drop_discovery(&dir)?;
-    }
-    let base = nodes.parent().unwrap_or(nodes).join("send_targets");
-    let dir = base.join(format!("{},{}", portal.ip(), portal.port()));
-    fs::create_dir_all(&dir)?;
-    let mut options = fs::OpenOptions::new();
-    let mut file = options.write(true).create_new(true).mode(0o600).open(dir.join("st_config"))?;
-    let written = file.write_all(discovery_text(portal, chap).as_bytes());
-    if written.is_err() {
-        let _ = drop_discovery(&dir);
-    }
-    written
-}
-
-fn drop_discovery(dir: &Path) -> io::Result<()> {
-    fs::remove_file(dir.join("st_config"))?;
-    // Links that somebody else's discovery made are not ours to remove.
-    match fs::remove_dir(dir) {
-        Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
-        other => other,
-    }
-}
-
-fn remove_discovery(nodes: &Path, locks: &Path, portal: Option<Portal>) -> io::Result<()> {
-    let is_it = |at: Portal| portal.is_none_or(|portal| portal == at);
-    if !discoveries(nodes)?.iter().any(|(at, _, ours)| *ours && is_it(*at)) {
-        return Ok(());
-    }
-    let _lock = lock::Held::take(locks)?;
-    for (at, dir, ours) in discoveries(nodes)? {
-        if ours && is_it(at) {
-            drop_discovery(&dir)?;
-        }
-    }
-    Ok(())
-}
-
 fn remove_corrupt(nodes: &Path, locks: &Path, target: &Iqn, record: &Record) -> io::Result<()> {
     // While iscsiadm writes a record it is empty for a moment, and not corrupt.
     let _lock = lock::Held::take(locks)?;
@@ -253,15 +197,20 @@ impl IscsiDb for RealIscsiDb {
         self.workers.run("nodes", DEADLINE, call).await
     }
 
+    async fn discoveries(&self) -> io::Result<Vec<Portal>> {
+        let nodes = self.nodes.clone();
+        self.workers.run("discovery", DEADLINE, move || discovery::ours(&nodes)).await
+    }
+
     async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
         let (nodes, locks, chap) = (self.nodes.clone(), self.locks.clone(), chap.clone());
-        let call = move || put_discovery(&nodes, &locks, portal, &chap);
+        let call = move || discovery::put(&nodes, &locks, portal, &chap);
         self.workers.run("discovery", DEADLINE, call).await
     }
 
-    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()> {
+    async fn remove_discovery(&self, portal: Portal) -> io::Result<()> {
         let (nodes, locks) = (self.nodes.clone(), self.locks.clone());
-        let call = move || remove_discovery(&nodes, &locks, portal);
+        let call = move || discovery::remove(&nodes, &locks, portal);
         self.workers.run("discovery", DEADLINE, call).await
     }
 
@@ -372,36 +321,6 @@ mod tests {
         assert_eq!(kind(4).await, io::ErrorKind::NotFound);
         fs::write(locks.path().join("lock.write"), "").unwrap();
         assert_eq!(kind(2).await, io::ErrorKind::WouldBlock);
-    }
-
-    #[tokio::test]
-    async fn a_discovery_record_is_for_one_discovery_and_those_of_others_stay() {
-        let (dir, locks) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let db = RealIscsiDb::new(dir.path().join("nodes")).with_locks(locks.path());
-        let chap = |secret: &str| {
-            let none = || crate::types::SecretText::default();
-            Chap::new("u".into(), secret.to_owned().into(), String::new(), none()).unwrap()
-        };
-        let at = |p: &str| dir.path().join("send_targets").join(p);
-        let v6: Portal = "[fd00::1]:3260".parse().unwrap();
-        db.remove_discovery(None).await.unwrap();
-        db.put_discovery(v6, &chap("one")).await.unwrap();
-        db.put_discovery(v6, &chap("two")).await.unwrap();
-        let file = at("fd00::1,3260/st_config");
-        let text = fs::read_to_string(&file).unwrap();
-        assert!(text.contains("\ndiscovery.sendtargets.auth.password = two\n"), "{text}");
-        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
-        // Somebody else's, in another spelling.
-        fs::create_dir_all(at("fd00:0::2,3260")).unwrap();
-        fs::write(at("fd00:0::2,3260/st_config"), "# BEGIN RECORD 2.1.11\n").unwrap();
-        let other: Portal = "[fd00::2]:3260".parse().unwrap();
-        let refused = db.put_discovery(other, &chap("one")).await.unwrap_err();
-        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
-        db.remove_discovery(Some(other)).await.unwrap();
-        db.remove_discovery(None).await.unwrap();
-        assert!(!at("fd00::1,3260").exists());
-        assert!(at("fd00:0::2,3260/st_config").exists());
-        assert!(!locks.path().join("lock.write").exists(), "the database is unlocked again");
     }
 
     #[tokio::test]

@@ -68,6 +68,38 @@ fn a_damaged_file_is_refused_by_name_and_left_as_it_is() {
 }
 
 #[test]
+fn a_damaged_file_keeps_what_a_killed_daemon_left_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = made(dir.path());
+    let store = Store::open(&path, dir.path()).unwrap();
+    put(&store, "ns/last").unwrap();
+    let wal = fs::read(with(&path, "-wal")).unwrap();
+    drop(store);
+    File::options().write(true).open(&path).unwrap().set_len(5000).unwrap();
+    fs::write(with(&path, "-wal"), &wal).unwrap();
+    let before = fs::read(&path).unwrap();
+    for _ in 0..2 {
+        let error = Store::open(&path, dir.path()).unwrap_err();
+        assert_eq!(error.reason(), Reason::RecordCorrupt, "{error}");
+        assert!(fs::read(&path).unwrap() == before, "the file was changed");
+        assert!(fs::read(with(&path, "-wal")).unwrap() == wal, "the -wal was changed");
+    }
+}
+
+#[test]
+fn a_closed_store_is_one_file_whoever_still_holds_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = made(dir.path());
+    let store = Store::open(&path, dir.path()).unwrap();
+    put(&store, "ns/last").unwrap();
+    store.close();
+    assert!(!with(&path, "-wal").exists());
+    assert_eq!(put(&store, "ns/later").unwrap_err().reason(), Reason::ShuttingDown);
+    assert_eq!(store.read(|_| Ok(())).unwrap_err().reason(), Reason::ShuttingDown);
+    assert_eq!(count(&Store::open(&path, dir.path()).unwrap()), 201);
+}
+
+#[test]
 fn a_file_that_went_without_its_wal_is_not_made_anew() {
     let dir = tempfile::tempdir().unwrap();
     let path = made(dir.path());

@@ -327,10 +327,22 @@ impl IscsiDb for SimStorage {
         Ok(())
     }
 
-    async fn remove_discovery(&self, portal: Option<Portal>) -> io::Result<()> {
+    async fn discoveries(&self) -> io::Result<Vec<Portal>> {
         self.pass("iscsidb.discovery", "").await?;
+        let world = self.world();
+        Ok(world.discoveries.iter().filter(|(_, ours)| ours.is_some()).map(|(at, _)| *at).collect())
+    }
+
+    async fn remove_discovery(&self, portal: Portal) -> io::Result<()> {
+        self.pass("iscsidb.discovery", &portal.to_string()).await?;
         let mut world = self.world();
-        world.discoveries.retain(|at, ours| ours.is_none() || portal.is_some_and(|p| p != *at));
+        if !matches!(world.discoveries.get(&portal), Some(Some(_))) {
+            return Ok(());
+        }
+        if world.db_lock.is_some() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        world.discoveries.remove(&portal);
         Ok(())
     }
 

@@ -42,6 +42,8 @@ pub struct Config {
     pub node_name: String,
     /// What becomes of a removal when nobody can say whether the guest uses the disk.
     pub guest_unproven: GuestUnproven,
+    /// Take only volumes whose request says which identity the LUN must have.
+    pub require_wwid: bool,
     /// Where metrics are served for Prometheus over HTTP, as `127.0.0.1:9464`; empty: nowhere.
     pub metrics_listen: String,
     /// Logs.
@@ -70,6 +72,7 @@ impl Default for Config {
             kubelet_root: "/var/lib/kubelet".into(),
             node_name: String::new(),
             guest_unproven: GuestUnproven::default(),
+            require_wwid: false,
             metrics_listen: String::new(),
             log: Log::default(),
             deadlines: Deadlines::default(),

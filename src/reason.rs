@@ -71,7 +71,7 @@ reasons! {
     /// A portal is malformed.
     InvalidPortal = "INVALID_PORTAL", Invalid, "Use IP:PORT, IPv6 in brackets.";
     /// A LUN is malformed or out of range.
-    InvalidLun = "INVALID_LUN", Invalid, "Use a decimal number from 0 to 16383.";
+    InvalidLun = "INVALID_LUN", Invalid, "Use a decimal number from 0 to 16383; flat:NUMBER and plain:NUMBER address it otherwise.";
     /// A WWID is malformed.
     InvalidWwid = "INVALID_WWID", Invalid, "Use naa.<hex>, eui.<hex> or t10.<text>.";
     /// Another option has a value that it cannot have.
@@ -94,6 +94,8 @@ reasons! {
     VolumeNotReady = "VOLUME_NOT_READY", Unavailable, "Wait until it is Ready (lunplug describe says why it is not), then ask again.";
     /// The source is attached to this VM under another name, or held by another VM.
     SourceInUse = "SOURCE_IN_USE", Conflict, "Remove the volume that has it first.";
+    /// This node takes only volumes whose request says which identity the LUN must have.
+    WwidRequired = "WWID_REQUIRED", Invalid, "Give the identity that the array shows with --wwid, or unset require_wwid in the configuration.";
     /// The serial is in the domain already.
     SerialInUse = "SERIAL_IN_USE", Conflict, "Choose another with --serial.";
     /// A disk of that name is in the domain, but lunplug did not put it there.

@@ -14,7 +14,8 @@ use crate::spec::{
     VolumeSpec, VolumeStatus,
 };
 use crate::types::{
-    Bus, CacheMode, Chap, ErrorPolicy, Lun, Malformed, Portal, Serial, VmId, VolumeKey, VolumeName,
+    Addressing, Bus, CacheMode, Chap, ErrorPolicy, Lun, Malformed, Portal, Serial, VmId, VolumeKey,
+    VolumeName,
 };
 use crate::vm::facade::{DiscoverWith, NodeInfo, Refusal, VmInfo, VmState};
 
@@ -182,7 +183,7 @@ fn iscsi_source(iscsi: v1::IscsiSource) -> Result<IscsiSource, Refusal> {
         target: parse(&field("target"), &iscsi.target)?,
         portals: portals_of(iscsi.portals.iter().map(String::as_str))
             .map_err(|error| malformed(field("portals"), &error))?,
-        lun: Lun::try_from(u64::from(iscsi.lun))
+        lun: Lun::new(u64::from(iscsi.lun), addressing(iscsi.lun_addressing)?)
             .map_err(|error| malformed(field("lun"), &error))?,
         chap: secret.or(iscsi.chap_in_request.then_some(ChapFrom::Request)),
     })
@@ -290,6 +291,28 @@ fn error_policy(value: i32) -> Result<Option<ErrorPolicy>, Refusal> {
     })
 }
 
+fn addressing(value: i32) -> Result<Addressing, Refusal> {
+    use v1::LunAddressing as Wire;
+    match Wire::try_from(value) {
+        Ok(Wire::Unspecified | Wire::Sam2) => Ok(Addressing::Sam2),
+        Ok(Wire::Sam3Flat) => Ok(Addressing::Flat),
+        Ok(Wire::Transparent) => Ok(Addressing::Plain),
+        Err(_) => {
+            let rule = "SAM2 (1), SAM3_FLAT (2) or TRANSPARENT (3)";
+            Err(unknown_value("volume.source.iscsi.lun_addressing", value, rule))
+        }
+    }
+}
+
+/// The addressing of a LUN on the wire; unspecified is what it mostly is.
+pub fn wire_addressing(addressing: Addressing) -> v1::LunAddressing {
+    match addressing {
+        Addressing::Sam2 => v1::LunAddressing::Unspecified,
+        Addressing::Flat => v1::LunAddressing::Sam3Flat,
+        Addressing::Plain => v1::LunAddressing::Transparent,
+    }
+}
+
 fn multipath(value: i32) -> Result<MultipathPolicy, Refusal> {
     use v1::MultipathPolicy as Wire;
     match Wire::try_from(value) {
@@ -386,6 +409,7 @@ pub fn wire_source(source: &Source) -> v1::Source {
                 Some(ChapFrom::Request) | None => String::new(),
             },
             chap_in_request: s.chap == Some(ChapFrom::Request),
+            lun_addressing: wire_addressing(s.lun.addressing()).into(),
         }),
     };
     v1::Source { kind: Some(kind) }
@@ -500,5 +524,6 @@ pub fn wire_node(node: &NodeInfo) -> v1::Node {
         }),
         stuck_calls: node.stuck_calls,
         state_trouble: node.state_trouble.clone().unwrap_or_default(),
+        require_wwid: node.require_wwid,
     }
 }

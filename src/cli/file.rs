@@ -12,7 +12,7 @@ use super::chap::{self, ChapFile};
 use super::failure::Failure;
 use crate::api::{convert, v1};
 use crate::spec::Source;
-use crate::types::{Bus, CacheMode, ErrorPolicy, Malformed};
+use crate::types::{Addressing, Bus, CacheMode, ErrorPolicy, Lun, Malformed};
 
 /// A volume's fields; what is not given has the contract's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,10 +74,33 @@ pub(super) struct IscsiFile {
     target: String,
     portals: Vec<String>,
     lun: u32,
+    #[serde(default, alias = "lunAddressing", skip_serializing_if = "String::is_empty")]
+    lun_addressing: String,
     #[serde(default, alias = "chapSecret", skip_serializing_if = "String::is_empty")]
     chap_secret: String,
     #[serde(default, alias = "chapInRequest", skip_serializing_if = "std::ops::Not::not")]
     chap_in_request: bool,
+}
+
+const LUN_ADDRESSING: &str = "LUN_ADDRESSING_";
+
+impl IscsiFile {
+    fn to_wire(&self) -> Result<v1::IscsiSource, Failure> {
+        let Self { target, portals, lun, lun_addressing, chap_secret, chap_in_request } =
+            self.clone();
+        let lun_addressing = match lun_addressing.as_str() {
+            "" => v1::LunAddressing::Unspecified,
+            text => convert::wire_addressing(word("source.iscsi.lun_addressing", text)?),
+        };
+        let lun_addressing = lun_addressing.into();
+        Ok(v1::IscsiSource { target, portals, lun, lun_addressing, chap_secret, chap_in_request })
+    }
+
+    fn from_wire(wire: v1::IscsiSource) -> Self {
+        let lun_addressing = plain(wire.lun_addressing().as_str_name(), LUN_ADDRESSING);
+        let v1::IscsiSource { target, portals, lun, chap_secret, chap_in_request, .. } = wire;
+        Self { target, portals, lun, lun_addressing, chap_secret, chap_in_request }
+    }
 }
 
 impl<'de> Deserialize<'de> for SourceFile {
@@ -123,9 +146,7 @@ impl VolumeFile {
                 Some(convert::wire_source(&word::<Source>("source", url)?))
             }
             Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
-                let IscsiFile { target, portals, lun, chap_secret, chap_in_request } = s.clone();
-                let iscsi = v1::IscsiSource { target, portals, lun, chap_secret, chap_in_request };
-                Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(iscsi)) })
+                Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(s.to_wire()?)) })
             }
         };
         Ok(v1::VolumeSpec {
@@ -149,19 +170,9 @@ impl VolumeFile {
     /// From the contract's form; what a newer daemon says and we do not know is left out.
     pub(super) fn from_wire(spec: &v1::VolumeSpec) -> Self {
         let source = spec.source.clone().and_then(|source| source.kind).map(|kind| match kind {
-            v1::source::Kind::Iscsi(v1::IscsiSource {
-                target,
-                portals,
-                lun,
-                chap_secret,
-                chap_in_request,
-            }) => SourceFile::Kind(SourceKind::Iscsi(IscsiFile {
-                target,
-                portals,
-                lun,
-                chap_secret,
-                chap_in_request,
-            })),
+            v1::source::Kind::Iscsi(iscsi) => {
+                SourceFile::Kind(SourceKind::Iscsi(IscsiFile::from_wire(iscsi)))
+            }
         });
         Self {
             name: spec.name.clone(),
@@ -187,10 +198,14 @@ impl VolumeFile {
         &mut self,
         target: String,
         portals: Vec<String>,
-        lun: u32,
+        (lun, addressing): (u32, Addressing),
         chap_secret: String,
     ) {
-        let iscsi = IscsiFile { target, portals, lun, chap_secret, chap_in_request: false };
+        let lun_addressing =
+            plain(convert::wire_addressing(addressing).as_str_name(), LUN_ADDRESSING);
+        let chap_in_request = false;
+        let iscsi =
+            IscsiFile { target, portals, lun, lun_addressing, chap_secret, chap_in_request };
         self.source = Some(SourceFile::Kind(SourceKind::Iscsi(iscsi)));
     }
 
@@ -220,7 +235,10 @@ impl VolumeFile {
             None => String::new(),
             Some(SourceFile::Url(url)) => url.clone(),
             Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
-                format!("iscsi://{}/{}/{}", s.portals.join(","), s.target, s.lun)
+                let addressing = s.lun_addressing.parse().unwrap_or_default();
+                let lun = Lun::new(s.lun.into(), addressing)
+                    .map_or_else(|_| s.lun.to_string(), |lun| lun.to_string());
+                format!("iscsi://{}/{}/{lun}", s.portals.join(","), s.target)
             }
         }
     }

@@ -6,6 +6,7 @@ use serde_yaml_ng::{Mapping, Value};
 
 use super::chap::ChapFile;
 use super::file::VolumeFile;
+use crate::types::Addressing;
 
 /// A volume that was read, and what was passed over in it.
 #[derive(Debug, PartialEq, Eq)]
@@ -169,7 +170,7 @@ fn stanza(mut fields: Fields<'_>) -> Result<Foreign, String> {
     fields.pass("chapAuthDiscovery", "nothing is discovered to attach a volume");
     fields.pass("fsType", "the guest gets a block device");
     let secret = if chap { secret } else { String::new() };
-    volume.set_iscsi(target, distinct(portals), lun, secret);
+    volume.set_iscsi(target, distinct(portals), (lun, Addressing::Sam2), secret);
     Ok(Foreign { volume, notes: fields.end()? })
 }
 
@@ -221,8 +222,8 @@ fn cinder(mut outer: Fields<'_>) -> Result<Foreign, String> {
     access(&mut fields, &mut volume)?;
     volume.chap = credentials(&mut fields)?;
     let (target, portals, lun) = places(&mut fields)?;
-    addressing(&mut fields, lun)?;
-    volume.set_iscsi(target, portals, lun, String::new());
+    let addressing = addressing(&mut fields)?;
+    volume.set_iscsi(target, portals, (lun, addressing), String::new());
     let mut notes = fields.end()?;
     notes.extend(outer.end()?);
     Ok(Foreign { volume, notes })
@@ -314,17 +315,15 @@ fn places(fields: &mut Fields<'_>) -> Result<(String, Vec<String>, u32), String>
     Ok((target, distinct(portals), lun))
 }
 
-/// LUNs are addressed as SAM-2 has it: peripheral up to 255, flat above. Another way that comes to
-/// the same number is as good.
-fn addressing(fields: &mut Fields<'_>, lun: u32) -> Result<(), String> {
+/// How the LUN is addressed; `transparent` where nothing is said, as os-brick has it.
+fn addressing(fields: &mut Fields<'_>) -> Result<Addressing, String> {
     let mode = fields.text("addressing_mode")?;
     match mode.as_str() {
-        "" | "SAM2" => Ok(()),
-        "SAM" | "transparent" if lun < 256 => Ok(()),
-        _ => {
-            let rule = "SAM2: peripheral addressing up to LUN 255, flat above (SAM and transparent are the same up to 255)";
-            Err(fields.wrong("addressing_mode", &Value::String(mode), rule))
-        }
+        "" => Ok(Addressing::Plain),
+        text => text.parse().map_err(|_| {
+            let rule = "transparent, SAM, SAM2 or SAM3-flat";
+            fields.wrong("addressing_mode", &Value::String(mode.clone()), rule)
+        }),
     }
 }
 
@@ -422,12 +421,29 @@ spec:
     }
 
     #[test]
+    fn connection_info_says_how_its_lun_is_addressed() {
+        use v1::LunAddressing as To;
+        for (mode, lun, to) in [
+            ("\"SAM2\"", 300, To::Unspecified),
+            ("\"SAM3-flat\"", 1, To::Sam3Flat),
+            ("\"SAM\"", 16640, To::Transparent),
+            ("\"transparent\"", 1, To::Transparent),
+            ("null", 16640, To::Transparent),
+        ] {
+            let text =
+                CINDER.replace("\"SAM2\"", mode).replace("[1, 1]", &format!("[{lun}, {lun}]"));
+            let source = iscsi(&of(&text).unwrap().0);
+            assert_eq!((source.lun, source.lun_addressing()), (lun, to), "{mode}");
+        }
+    }
+
+    #[test]
     fn what_connection_info_may_not_have_is_named_and_no_password_shown() {
         for (from, to, words) in [
             ("\"iscsi\"", "\"rbd\"", "driver_volume_type: \"rbd\""),
             ("\"encrypted\": false", "\"encrypted\": true", "data.encrypted: true"),
             ("\"access_mode\": \"rw\"", "\"access_mode\": \"wo\"", "access_mode: \"wo\""),
-            ("\"SAM2\"", "\"SAM3-flat\"", "addressing_mode: \"SAM3-flat\""),
+            ("\"SAM2\"", "\"SAM4\"", "addressing_mode: \"SAM4\""),
             ("\"CHAP\"", "\"KRB5\"", "auth_method: \"KRB5\""),
             ("\"target_luns\": [1, 1]", "\"target_luns\": [1, 2]", "target_luns: 1 and 2"),
             ("\"target_luns\": [1, 1]", "\"target_luns\": [1]", "2, 2 and 1 entries"),

@@ -25,6 +25,7 @@ struct NodeView {
     max_volumes_per_vm: u32,
     stuck_calls: u64,
     state_trouble: String,
+    require_wwid: bool,
 }
 
 impl From<v1::Node> for NodeView {
@@ -44,6 +45,7 @@ impl From<v1::Node> for NodeView {
             max_volumes_per_vm: limits.max_volumes_per_vm,
             stuck_calls: node.stuck_calls,
             state_trouble: node.state_trouble,
+            require_wwid: node.require_wwid,
         }
     }
 }
@@ -83,6 +85,10 @@ pub(super) async fn run(
         ("State", node.state_trouble),
         ("VMs at most", node.max_vms.to_string()),
         ("Volumes a VM", node.max_volumes_per_vm.to_string()),
+        (
+            "Requires",
+            if node.require_wwid { "--wwid of every volume".into() } else { String::new() },
+        ),
     ];
     Ok(output::facts(&facts, screen.out)?)
 }

@@ -6,7 +6,7 @@ use crate::host::cmd::CmdError;
 use crate::host::lock::LockError;
 use crate::host::multipathd::MultipathdError;
 use crate::reason::Reason;
-use crate::types::{DevNum, Portal, Wwid};
+use crate::types::{DevNum, Lun, Portal, Wwid};
 
 pub use super::identity::IdentityError;
 pub use super::iscsi::LoginError;
@@ -30,7 +30,7 @@ pub enum Error {
         /// The target.
         target: String,
         /// The LUN.
-        lun: u16,
+        lun: Lun,
     },
     /// There is a SCSI device, but no disk with a medium.
     #[error("the LUN at {at} ({target}, LUN {lun}) has no medium or is no disk")]
@@ -40,7 +40,7 @@ pub enum Error {
         /// The target.
         target: String,
         /// The LUN.
-        lun: u16,
+        lun: Lun,
     },
     /// It is not what it has to be.
     #[error(transparent)]

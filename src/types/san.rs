@@ -106,58 +106,149 @@ impl From<Portal> for String {
     }
 }
 
-/// A logical unit number as arrays and people count it, 0 to 16383.
+/// How a LUN's number is laid out in the eight bytes that the target is asked with (SAM-5 4.7), by the
+/// names of Cinder's `addressing_mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub enum Addressing {
+    /// `SAM2`: peripheral up to 255, flat space above.
+    #[default]
+    Sam2,
+    /// `SAM3-flat`: flat space for every number.
+    Flat,
+    /// `SAM`, `transparent`: the number as the Linux SCSI layer takes it, whatever the array makes of it.
+    Plain,
+}
+
+impl FromStr for Addressing {
+    type Err = Malformed;
+    /// Cinder's names, or those of `lun_addressing` in a volume's file.
+    fn from_str(s: &str) -> Result<Self, Malformed> {
+        match s {
+            "SAM2" | "sam2" => Ok(Self::Sam2),
+            "SAM3-flat" | "sam3_flat" => Ok(Self::Flat),
+            "SAM" | "transparent" => Ok(Self::Plain),
+            _ => Err(Malformed::new("LUN addressing", s, "sam2, sam3_flat or transparent")),
+        }
+    }
+}
+
+/// A logical unit number as arrays and people count it, and how it is addressed: `7`, `flat:7`,
+/// `plain:16640`. Numbers that come to the same address are equal: `plain:7` is `7`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "u64", into = "u64")]
-pub struct Lun(u16);
+#[serde(try_from = "StoredLun", into = "StoredLun")]
+pub struct Lun {
+    number: u16,
+    addressing: Addressing,
+}
+
+/// A bare number, as it ever was; else the text.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum StoredLun {
+    Number(u64),
+    Text(String),
+}
+
+/// What flat space addressing adds to a number.
+const FLAT: u16 = 0x4000;
 
 impl Lun {
     /// The highest LUN that flat space addressing can express (14 bits, SAM-5 4.7.7.3).
     pub const MAX: u64 = 16383;
 
-    /// The number as given.
-    pub fn get(self) -> u16 {
-        self.0
+    /// A number, addressed as `addressing` says: 0 to 16383, plain 0 to 32767.
+    pub fn new(number: u64, addressing: Addressing) -> Result<Self, Malformed> {
+        let (most, rule) = match addressing {
+            Addressing::Sam2 | Addressing::Flat => (Self::MAX, "a decimal number from 0 to 16383"),
+            Addressing::Plain => (0x7fff, "a decimal number from 0 to 32767"),
+        };
+        let small = u16::try_from(number).ok().filter(|_| number <= most);
+        let number = small.ok_or_else(|| Malformed::new("LUN", &number.to_string(), rule))?;
+        Ok(match addressing {
+            Addressing::Plain if number < 256 => Self { number, addressing: Addressing::Sam2 },
+            Addressing::Flat if number >= 256 => Self { number, addressing: Addressing::Sam2 },
+            Addressing::Plain if number >= FLAT => Self::flat(number - FLAT),
+            _ => Self { number, addressing },
+        })
     }
 
-    /// The number as the Linux SCSI layer writes and scans it, in decimal: peripheral addressing up
-    /// to 255, flat space (`0x4000 | lun`) above, so LUN 256 is 16640.
+    fn flat(number: u16) -> Self {
+        let addressing = if number < 256 { Addressing::Flat } else { Addressing::Sam2 };
+        Self { number, addressing }
+    }
+
+    /// The number as given.
+    pub fn get(self) -> u16 {
+        self.number
+    }
+
+    /// How it is addressed.
+    pub fn addressing(self) -> Addressing {
+        self.addressing
+    }
+
+    /// The number as the Linux SCSI layer writes and scans it, in decimal: flat space is
+    /// `0x4000 | lun`, so LUN 256 is 16640.
     pub fn scsi(self) -> u64 {
-        if self.0 < 256 { u64::from(self.0) } else { 0x4000 | u64::from(self.0) }
+        match self.addressing {
+            Addressing::Plain => u64::from(self.number),
+            Addressing::Sam2 if self.number < 256 => u64::from(self.number),
+            Addressing::Sam2 | Addressing::Flat => u64::from(FLAT | self.number),
+        }
     }
 }
 
 impl fmt::Display for Lun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        match self.addressing {
+            Addressing::Sam2 => self.number.fmt(f),
+            Addressing::Flat => write!(f, "flat:{}", self.number),
+            Addressing::Plain => write!(f, "plain:{}", self.number),
+        }
     }
 }
 
 impl TryFrom<u64> for Lun {
     type Error = Malformed;
     fn try_from(value: u64) -> Result<Self, Malformed> {
-        match u16::try_from(value) {
-            Ok(lun) if value <= Self::MAX => Ok(Self(lun)),
-            _ => Err(Malformed::new("LUN", &value.to_string(), "a decimal number from 0 to 16383")),
+        Self::new(value, Addressing::Sam2)
+    }
+}
+
+impl TryFrom<StoredLun> for Lun {
+    type Error = Malformed;
+    fn try_from(value: StoredLun) -> Result<Self, Malformed> {
+        match value {
+            StoredLun::Number(number) => number.try_into(),
+            StoredLun::Text(text) => text.parse(),
         }
     }
 }
 
-impl From<Lun> for u64 {
-    fn from(value: Lun) -> u64 {
-        u64::from(value.0)
+impl From<Lun> for StoredLun {
+    fn from(value: Lun) -> Self {
+        match value.addressing {
+            Addressing::Sam2 => Self::Number(value.number.into()),
+            Addressing::Flat | Addressing::Plain => Self::Text(value.to_string()),
+        }
     }
 }
 
 impl FromStr for Lun {
     type Err = Malformed;
     fn from_str(s: &str) -> Result<Self, Malformed> {
-        let decimal = !s.is_empty() && s.len() <= 5 && s.bytes().all(|c| c.is_ascii_digit());
-        s.parse::<u64>()
-            .ok()
-            .filter(|_| decimal)
-            .and_then(|n| Self::try_from(n).ok())
-            .ok_or_else(|| Malformed::new("LUN", s, "a decimal number from 0 to 16383"))
+        const RULE: &str = "a decimal number from 0 to 16383, or flat:NUMBER or plain:NUMBER for another addressing";
+        let (addressing, digits) = match s.split_once(':') {
+            Some(("flat", rest)) => (Addressing::Flat, rest),
+            Some(("plain", rest)) => (Addressing::Plain, rest),
+            _ => (Addressing::Sam2, s),
+        };
+        let decimal =
+            !digits.is_empty() && digits.len() <= 5 && digits.bytes().all(|c| c.is_ascii_digit());
+        let number = digits.parse().ok().filter(|_| decimal);
+        number
+            .and_then(|n| Self::new(n, addressing).ok())
+            .ok_or_else(|| Malformed::new("LUN", s, RULE))
     }
 }
 
@@ -324,7 +415,32 @@ mod tests {
         for (lun, scsi) in [(0, 0), (1, 1), (255, 255), (256, 16_640), (16_383, 32_767)] {
             assert_eq!(Lun::try_from(lun).unwrap().scsi(), scsi);
         }
-        for bad in ["", "-1", "+1", "0x1", "1 ", "16384", "99999999999999999999"] {
+        for bad in ["", "-1", "+1", "0x1", "1 ", "16384", "99999999999999999999", "flat:", "sam:1"]
+        {
+            assert!(bad.parse::<Lun>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_lun_can_be_addressed_otherwise_and_what_comes_to_the_same_is_equal() {
+        for (text, scsi, shown) in [
+            ("flat:0", 0x4000, "flat:0"),
+            ("flat:255", 0x40ff, "flat:255"),
+            ("flat:256", 0x4100, "256"),
+            ("plain:255", 255, "255"),
+            ("plain:256", 256, "plain:256"),
+            ("plain:16383", 16383, "plain:16383"),
+            ("plain:16384", 0x4000, "flat:0"),
+            ("plain:16640", 0x4100, "256"),
+            ("plain:32767", 0x7fff, "16383"),
+        ] {
+            let lun: Lun = text.parse().unwrap();
+            assert_eq!((lun.scsi(), lun.to_string().as_str()), (scsi, shown), "{text}");
+            let stored = serde_json::to_string(&lun).unwrap();
+            assert_eq!(serde_json::from_str::<Lun>(&stored).unwrap(), lun, "{stored}");
+        }
+        assert_eq!(serde_json::to_string(&Lun::try_from(300).unwrap()).unwrap(), "300");
+        for bad in ["flat:16384", "plain:32768"] {
             assert!(bad.parse::<Lun>().is_err(), "{bad}");
         }
     }

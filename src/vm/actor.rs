@@ -15,7 +15,7 @@ use tracing::{Span, warn};
 use super::backoff::Backoff;
 use super::failure::Failure;
 use super::handler::Message;
-use super::plan::Known;
+use super::plan::{Known, Rules};
 use super::publish::{self, Board};
 use super::steps::Steps;
 use crate::connector::Attachment;
@@ -48,8 +48,8 @@ pub struct Tools {
     pub look_interval: Duration,
     /// A volume whose LUN has grown follows it unasked.
     pub auto_expand: bool,
-    /// At most so many volumes.
-    pub max_volumes: usize,
+    /// What may be added.
+    pub rules: Rules,
 }
 
 /// A volume as its handler has it.

@@ -190,4 +190,6 @@ pub struct NodeInfo {
     pub max_vms: u32,
     /// At most so many volumes a VM.
     pub max_volumes_per_vm: u32,
+    /// Only volumes whose request says which identity the LUN must have.
+    pub require_wwid: bool,
 }

@@ -30,6 +30,15 @@ impl Known {
     }
 }
 
+/// What this node allows a VM.
+#[derive(Debug, Clone, Copy)]
+pub struct Rules {
+    /// At most so many volumes.
+    pub max_volumes: usize,
+    /// The request must say which identity the LUN has.
+    pub require_wwid: bool,
+}
+
 /// What to do with a request that was not denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
@@ -41,8 +50,8 @@ pub enum Admission {
     Forget,
 }
 
-/// Whether a volume may be added to a VM that has `known`, up to `limit` volumes.
-pub fn admit_add(known: &[Known], spec: &VolumeSpec, limit: usize) -> Result<Admission, Refusal> {
+/// Whether a volume may be added to a VM that has `known`.
+pub fn admit_add(known: &[Known], spec: &VolumeSpec, rules: Rules) -> Result<Admission, Refusal> {
     if let Err((field, malformed)) = spec.check() {
         return Err(
             Refusal::new(reason_of(field), malformed.to_string()).field(format!("volume.{field}"))
@@ -74,6 +83,11 @@ pub fn admit_add(known: &[Known], spec: &VolumeSpec, limit: usize) -> Result<Adm
         let message = format!("serial {} is that of volume {}", spec.serial, other.spec.name);
         return Err(Refusal::new(Reason::SerialInUse, message).field("volume.serial"));
     }
+    if rules.require_wwid && spec.expect_wwid.is_none() {
+        let message = "the identity of the LUN is missing: this node has require_wwid set";
+        return Err(Refusal::new(Reason::WwidRequired, message).field("volume.wwid"));
+    }
+    let limit = rules.max_volumes;
     if live().count() >= limit {
         let message =
             format!("the VM has {limit} volumes, as many as limits.max_volumes_per_vm allows");
@@ -198,15 +212,17 @@ mod tests {
         Known { spec, phase, removing }
     }
 
+    const RULES: Rules = Rules { max_volumes: 256, require_wwid: false };
+
     fn denied(known: &[Known], spec: &VolumeSpec) -> (Reason, Option<String>) {
-        let refusal = admit_add(known, spec, 256).unwrap_err();
+        let refusal = admit_add(known, spec, RULES).unwrap_err();
         (refusal.reason, refusal.field)
     }
 
     #[test]
     fn each_clash_has_its_own_reason_and_names_the_field() {
         let ready = [known(with_lun("a", 1), Phase::Ready)];
-        assert_eq!(admit_add(&ready, &with_lun("a", 1), 256).unwrap(), Admission::Ignore);
+        assert_eq!(admit_add(&ready, &with_lun("a", 1), RULES).unwrap(), Admission::Ignore);
         assert_eq!(
             denied(&ready, &with_lun("a", 2)),
             (Reason::VolumeExists, Some("volume.source".into()))
@@ -225,10 +241,27 @@ mod tests {
         same_disk.disk = "a".parse().unwrap();
         let clash = (Reason::VolumeExists, Some("volume.disk_name".into()));
         assert_eq!(denied(&ready, &same_disk), clash);
-        let full = admit_add(&ready, &with_lun("b", 2), 1).unwrap_err();
+        let full =
+            admit_add(&ready, &with_lun("b", 2), Rules { max_volumes: 1, ..RULES }).unwrap_err();
         assert_eq!(full.reason, Reason::LimitReached);
         let leaving = [known(with_lun("a", 1), Phase::Detaching)];
         assert_eq!(denied(&leaving, &with_lun("a", 1)).0, Reason::VolumeExists);
+    }
+
+    #[test]
+    fn a_node_can_require_that_the_identity_is_given() {
+        let strict = Rules { require_wwid: true, ..RULES };
+        let mut spec = with_lun("a", 1);
+        let refusal = admit_add(&[], &spec, strict).unwrap_err();
+        assert_eq!(
+            (refusal.reason, refusal.field),
+            (Reason::WwidRequired, Some("volume.wwid".into()))
+        );
+        // What there was before the setting stays what it is.
+        let before = [known(spec.clone(), Phase::Ready)];
+        assert_eq!(admit_add(&before, &spec, strict).unwrap(), Admission::Ignore);
+        spec.expect_wwid = Some("naa.6001405abcdef0123456789abcdef012".parse().unwrap());
+        assert_eq!(admit_add(&[], &spec, strict).unwrap(), Admission::Accept);
     }
 
     #[test]
@@ -236,7 +269,7 @@ mod tests {
         let sized = |size| VolumeSpec { expect_size: size, ..with_lun("a", 1) };
         let grown = [known(sized(Some(1024)), Phase::Ready)];
         for size in [512, 1024] {
-            let same = admit_add(&grown, &sized(Some(size)), 256);
+            let same = admit_add(&grown, &sized(Some(size)), RULES);
             assert_eq!(same.unwrap(), Admission::Ignore, "{size}");
         }
         let other = (Reason::VolumeExists, Some("volume.expect_size".into()));
@@ -260,7 +293,7 @@ mod tests {
         let mut spec = with_lun("v", 1);
         spec.bus = Bus::Virtio;
         spec.serial = "a-serial-of-21-bytes-".parse().unwrap();
-        let refusal = admit_add(&[], &spec, 256).unwrap_err();
+        let refusal = admit_add(&[], &spec, RULES).unwrap_err();
         assert_eq!(refusal.reason, Reason::InvalidSerial);
         assert!(refusal.message.contains("--serial"), "{}", refusal.message);
     }
@@ -320,7 +353,7 @@ mod tests {
             let mut have: Vec<Known> = Vec::new();
             for (name, lun) in requests {
                 let spec = with_lun(&format!("v{name}"), lun);
-                if matches!(admit_add(&have, &spec, 256), Ok(Admission::Accept)) {
+                if matches!(admit_add(&have, &spec, RULES), Ok(Admission::Accept)) {
                     have.push(known(spec, Phase::Pending));
                 }
             }
@@ -338,7 +371,8 @@ mod tests {
         fn failed_adds_do_not_count(have in any_known(), name in 0u64..5, lun in 0u64..5) {
             let spec = with_lun(&format!("v{name}"), lun);
             let live: Vec<Known> = have.iter().filter(|k| k.phase != Phase::Failed).cloned().collect();
-            prop_assert_eq!(admit_add(&have, &spec, 4), admit_add(&live, &spec, 4));
+            let few = Rules { max_volumes: 4, ..RULES };
+            prop_assert_eq!(admit_add(&have, &spec, few), admit_add(&live, &spec, few));
         }
     }
 }

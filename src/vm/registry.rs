@@ -15,6 +15,7 @@ use super::credentials;
 use super::facade::{DiscoverWith, Expanded, NodeInfo, Refusal, VmInfo, VmState, Volumes};
 use super::failure::Failure;
 use super::handler::Handler;
+use super::plan::Rules;
 use super::publish::Board;
 use super::ways::{Host, Ways};
 use crate::connector::bounded::bounded_rundir;
@@ -179,7 +180,10 @@ impl Registry {
             backoff: self.settings.backoff,
             look_interval: self.settings.look_interval,
             auto_expand: self.settings.auto_expand,
-            max_volumes: self.settings.node.max_volumes_per_vm as usize,
+            rules: Rules {
+                max_volumes: self.settings.node.max_volumes_per_vm as usize,
+                require_wwid: self.settings.node.require_wwid,
+            },
         };
         let handler = Handler::start(id, tools).await?;
         let since = std::sync::Mutex::new((VmState::Unknown, Timestamp::now()));

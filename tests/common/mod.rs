@@ -206,6 +206,7 @@ impl Volumes for Facade {
             state_trouble: None,
             max_vms: 1,
             max_volumes_per_vm: 2,
+            require_wwid: false,
         }
     }
 }

@@ -147,3 +147,21 @@ fn a_stale_device_is_removed_only_when_nobody_holds_it() {
         assert!(!world.picture().contains("\ndisk "));
     });
 }
+
+#[test]
+fn a_node_can_take_only_volumes_whose_identity_is_given() {
+    let mut world = World::new();
+    world.config.require_wwid = true;
+    world.host.storage.replace_lun(&target(), lun(1), SimLun::new(wwid(1), 1 << 30));
+    world.life(async |daemon| {
+        assert!(daemon.registry.node().await.require_wwid);
+        let refusal = daemon.want(1, &volume("a", 1)).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::WwidRequired);
+        assert_eq!(refusal.field.as_deref(), Some("volume.wwid"));
+        let mut given = volume("a", 1);
+        given.expect_wwid = Some(wwid(1));
+        daemon.want(1, &given).await.unwrap();
+        daemon.ready(1, "a").await;
+        daemon.remove(1, "a").await;
+    });
+}

@@ -96,17 +96,20 @@ fn a_dry_run_checks_and_changes_nothing() {
 fn lun_1_is_not_lun_10_and_large_numbers_work() {
     Lab::get();
     // LIO takes the number as it is on the wire: in flat space addressing LUN 256 is 0x4100.
-    let luns =
-        [Lun::new("one", 1, "16M"), Lun::new("ten", 10, "32M"), Lun::new("far", 0x4100, "48M")];
+    let luns = [Lun::new("one", 1, "16M"), Lun::new("ten", 10, "32M")];
+    let _far = [Lun::new("far", 0x4100, "48M"), Lun::new("flat", 0x4001, "64M")];
     let story = Story::begin();
     add("ten", &luns[1].source(), &[]).ok();
     add("far", &source_of(256), &[]).ok();
     assert_eq!(guest_disk("ten").bytes, 32 << 20);
+    add("flat", &source_of("flat:1"), &[]).ok();
     assert_eq!(guest_disk("far").bytes, 48 << 20);
+    assert_eq!(guest_disk("flat").bytes, 64 << 20);
     add("one", &luns[0].source(), &["--multipath", "required"]).ok();
     assert_eq!(guest_disk("one").bytes, 16 << 20);
     remove("one", &[]).ok();
-    guest_has(2); // only LUN 1 went
+    guest_has(3); // only LUN 1 went
+    remove("flat", &[]).ok();
     remove("ten", &[]).ok();
     remove("far", &[]).ok();
     story.nothing_left();

@@ -303,8 +303,8 @@ pub fn iqn() -> &'static str {
 }
 
 /// The source URL of a LUN number at both portals.
-pub fn source_of(number: u16) -> String {
-    format!("iscsi://127.0.0.2:3260,127.0.0.3:3260/{}/{number}", iqn())
+pub fn source_of(lun: impl std::fmt::Display) -> String {
+    format!("iscsi://127.0.0.2:3260,127.0.0.3:3260/{}/{lun}", iqn())
 }
 
 /// Runs the CLI.

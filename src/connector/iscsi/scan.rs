@@ -213,7 +213,7 @@ impl Inner {
     async fn find(&self, job: &Job, hctl: Hctl, dir: &str) -> Result<Disk, Error> {
         let sysfs = &*self.doors.sysfs;
         let target = job.source.target.to_string();
-        let lun = job.source.lun.get();
+        let lun = job.source.lun;
         self.announce(job, hctl, dir, true, None).await?;
         guestlun::mark(&*self.doors.rundir, hctl).await?;
         let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.lun_ms));

@@ -2,6 +2,7 @@
 
 mod cost;
 mod failing;
+mod luns;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -217,17 +218,6 @@ async fn five_luns_at_once_share_the_sessions_and_the_last_one_logs_out() {
     }
     san.detach("v5", 256, &[2, 3]).await.expect("detached");
     assert_eq!(san.sim.snapshot(), before);
-}
-
-#[tokio::test(start_paused = true)]
-async fn lun_1_is_not_lun_10() {
-    let san = San::new();
-    let ten = san.attach(&request("ten", 10, &[2])).await;
-    let one = san.attach(&request("one", 1, &[2])).await;
-    assert_eq!((one.device.wwid, ten.device.wwid.clone()), (wwid(1), wwid(10)));
-    san.detach("one", 1, &[2]).await.expect("detached");
-    let still = san.connector.observe(&owner("ten"), &source(10, &[2])).await.expect("read");
-    assert_eq!(still.expect("there").device.wwid, wwid(10));
 }
 
 #[tokio::test(start_paused = true)]

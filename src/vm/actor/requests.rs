@@ -16,7 +16,7 @@ use crate::vm::publish;
 
 impl Actor {
     pub(super) async fn add(&mut self, spec: VolumeSpec, options: AddOptions, asker: Asker) {
-        match plan::admit_add(&self.known(), &spec, self.tools.max_volumes) {
+        match plan::admit_add(&self.known(), &spec, self.tools.rules) {
             Err(refusal) => asker.answer(Err(refusal)),
             Ok(Admission::Ignore) => {
                 if !options.dry_run
@@ -64,7 +64,7 @@ impl Actor {
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
         checked?;
         // Another request may have been taken since this one was sent off to be checked.
-        if plan::admit_add(&self.known(), &spec, self.tools.max_volumes)? == Admission::Ignore {
+        if plan::admit_add(&self.known(), &spec, self.tools.rules)? == Admission::Ignore {
             if !options.dry_run {
                 self.keep(&spec.name, &options).await?;
             }

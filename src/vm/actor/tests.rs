@@ -18,7 +18,7 @@ use crate::types::Outcome;
 use crate::vm::facade::Refusal;
 use crate::vm::failure::Failure;
 use crate::vm::handler::Handler;
-use crate::vm::plan::Left;
+use crate::vm::plan::{Left, Rules};
 use crate::vm::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
 
 /// Steps that do what they are told, and tell what they did.
@@ -166,7 +166,7 @@ impl World {
             backoff: Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) },
             look_interval: Duration::from_secs(60),
             auto_expand: false,
-            max_volumes: 8,
+            rules: Rules { max_volumes: 8, require_wwid: false },
         };
         Self { script, tools, sim }
     }

@@ -166,6 +166,9 @@ pub(crate) async fn ensure(
         if !nudged && Instant::now() >= nudge_at {
             nudged = true;
             nudge(&*doors.multipathd, paths).await?;
+            if found == Above::Nothing {
+                insist(&*doors.multipathd, &paths[0].identity).await?;
+            }
             continue;
         }
         let more = if nudged { wait.next().await } else { wait.next_before(nudge_at).await };
@@ -206,6 +209,21 @@ pub(crate) async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Re
         }
     }
     Ok(taken)
+}
+
+/// Asks multipathd for the map of a WWID: that it makes whatever `find_multipaths` has it make by itself
+/// (libmultipath/configure.c, coalesce_paths). Which of a LUN's designators it goes by is its affair.
+async fn insist(multipathd: &dyn Multipathd, identity: &Identity) -> Result<(), Error> {
+    for wwid in &identity.all {
+        match multipathd.ask(&format!("add map {}", wwid.multipath())).await {
+            Ok(_) => break,
+            Err(MultipathdError::Refused { command, answer }) => {
+                tracing::debug!(%command, %answer, "multipathd made no map");
+            }
+            Err(e) => return Err(Error::Multipathd(e)),
+        }
+    }
+    Ok(())
 }
 
 /// Has multipathd decide now whether it makes a map of a single path, rather than a moment after

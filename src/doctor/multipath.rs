@@ -50,7 +50,6 @@ pub(super) fn examine(survey: &Survey) -> Vec<Finding> {
     };
     let settings = parse(text);
     let mut findings = Vec::new();
-    findings.extend(settings.iter().filter_map(makes_no_map));
     findings.extend(queues(&settings));
     findings.extend(settings.iter().filter_map(looks_inside));
     findings.extend(settings.iter().filter_map(hides_all));
@@ -58,14 +57,6 @@ pub(super) fn examine(survey: &Survey) -> Vec<Finding> {
         findings.push(Finding::fine(CHECK, "nothing in it that would hang or hide a guest's LUN"));
     }
     findings
-}
-
-fn makes_no_map(setting: &Setting) -> Option<Finding> {
-    let strict = setting.key == "find_multipaths" && setting.value == "strict";
-    strict.then(|| {
-        let what = "find_multipaths strict: no map is made of a LUN that was never seen before";
-        Finding::problem(CHECK, what, "Set find_multipaths to no, yes or greedy.")
-    })
 }
 
 /// Whether a setting lets I/O wait for ever when no path is left.
@@ -187,11 +178,7 @@ devices {
 
     #[test]
     fn what_makes_no_map_is_a_problem() {
-        for config in [
-            "defaults {\n\tfind_multipaths \"strict\"\n}\n",
-            "blacklist {\n\twwid \".*\"\n}\n",
-            "blacklist {\n\tdevnode \"*\"\n}\n",
-        ] {
+        for config in ["blacklist {\n\twwid \".*\"\n}\n", "blacklist {\n\tdevnode \"*\"\n}\n"] {
             let found = of(config);
             assert!(found.len() == 1 && found[0].0 == Severity::Problem, "{config}: {found:?}");
         }

@@ -48,14 +48,14 @@ fn the_doctor_finds_what_would_hurt() {
     {
         let _undo = Undo("mv /etc/multipath.conf.kept /etc/multipath.conf; multipathd reconfigure");
         sh("cp -a /etc/multipath.conf /etc/multipath.conf.kept
-            sed -i 's/find_multipaths .*/find_multipaths strict/' /etc/multipath.conf
-            printf 'overrides {\\nno_path_retry queue\\n}\\n' >>/etc/multipath.conf
+            printf 'overrides {\\nno_path_retry queue\\n}\\nblacklist {\\nwwid \".*\"\\n}\\n' \
+                >>/etc/multipath.conf
             multipathd reconfigure")
         .ok();
         // multipathd reads it when it has answered.
         until("it is told", SOON, || doctor().code == 9);
         let ran = doctor();
-        told(&ran, "multipath.config", "problem", "find_multipaths strict");
+        told(&ran, "multipath.config", "problem", "blacklist");
         told(&ran, "multipath.config", "warning", "waits for ever");
     }
     until("all is well again", SOON, || doctor().code == 0);

@@ -26,6 +26,7 @@ mod initiator;
 mod kill;
 mod lifecycle;
 mod mpathd;
+mod mpconf;
 mod node;
 mod paths;
 mod places;

@@ -3,6 +3,7 @@
 mod cost;
 mod failing;
 mod luns;
+mod maps;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -491,22 +492,6 @@ async fn multipath_off_waits_until_multipathd_knows_the_path() {
     san.sim.set_multipathd_auto(true);
     san.sim.settle_multipathd();
     assert_eq!(san.count("dm"), 0, "it was made, and taken off");
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_slow_multipathd_is_nudged() {
-    let san = San::new();
-    san.sim.set_multipathd_auto(false);
-    let got = san.attach(&request("a", 1, &[2, 3])).await;
-    assert_eq!((got.device.map.is_some(), got.device.paths), (true, 2));
-}
-
-#[tokio::test(start_paused = true)]
-async fn without_a_map_in_time_everything_is_undone() {
-    let san = San::new();
-    san.sim.set_multipathd_auto(false);
-    san.sim.faults().inject(fault("multipathd.ask", "add path", FaultAction::Fail("fail".into())));
-    assert_eq!(san.refused(&request("a", 1, &[2, 3])).await.reason(), Reason::MapFailed);
 }
 
 #[tokio::test(start_paused = true)]

@@ -42,6 +42,7 @@ use std::time::Duration;
 
 pub use array::{PortalState, SimLun};
 use kernel::World;
+pub use multipathd::FindMultipaths;
 use rundir::{RunState, SimRunDir};
 
 use crate::host::cmd::Tool;
@@ -272,6 +273,13 @@ impl SimStorage {
         let mut world = self.world();
         world.multipath.running = running;
         world.multipathd_react();
+    }
+
+    /// multipath.conf: of which disks maps are made, and whether these have aliases.
+    pub fn set_multipath_conf(&self, find_multipaths: FindMultipaths, friendly_names: bool) {
+        let mut world = self.world();
+        world.multipath.find_multipaths = find_multipaths;
+        world.multipath.friendly_names = friendly_names;
     }
 
     /// Whether multipathd handles new disks at once (the default), or when

@@ -1,14 +1,28 @@
-//! multipathd, with `find_multipaths no` and `user_friendly_names yes`.
+//! multipathd.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::kernel::World;
 use crate::types::{DevNum, Wwid};
 
+/// Of which disks it makes maps by itself (`find_multipaths`, libmultipath/wwids.c should_multipath).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FindMultipaths {
+    /// `no`, `greedy`: of each.
+    No,
+    /// `yes`, `smart`: of a LUN that has two paths, or whose WWID it knows.
+    Yes,
+    /// `strict`: of a LUN whose WWID it knows.
+    Strict,
+}
+
 /// The daemon and its two files.
 #[derive(Debug)]
 pub(super) struct MultipathModel {
     pub(super) running: bool,
+    pub(super) find_multipaths: FindMultipaths,
+    /// `user_friendly_names`: maps have an alias of the bindings file, else their WWID for a name.
+    pub(super) friendly_names: bool,
     /// Whether it handles new devices by itself, at once; otherwise when it is told to.
     pub(super) auto: bool,
     /// How many times it is told of a path before udev has read its identity: it refuses it then.
@@ -29,6 +43,8 @@ impl Default for MultipathModel {
     fn default() -> Self {
         Self {
             running: true,
+            find_multipaths: FindMultipaths::No,
+            friendly_names: true,
             auto: true,
             unread: 0,
             pending: Vec::new(),
@@ -62,7 +78,7 @@ impl World {
         }
     }
 
-    /// Puts a disk into its map, making that if it is the first; `false` when it cannot.
+    /// Puts a disk into its map, making that where it is to; `false` when it cannot.
     fn add_path(&mut self, hctl: &str) -> bool {
         let Some(disk) = self.disks.get(hctl).cloned() else { return false };
         let Some(wwid) = disk.known.wwid.as_ref().map(Wwid::multipath) else { return false };
@@ -79,12 +95,36 @@ impl World {
                 self.set_slaves(minor, slaves);
             }
             None => {
-                let alias = self.alias(&wwid);
-                self.multipath.wwids.insert(wwid);
-                self.create_dm(&alias, &uuid, &[disk.dev]);
+                let known = self.multipath.wwids.contains(&wwid);
+                let wanted = match self.multipath.find_multipaths {
+                    FindMultipaths::No => true,
+                    FindMultipaths::Yes => known || self.paths_of(&wwid).len() > 1,
+                    FindMultipaths::Strict => known,
+                };
+                if wanted {
+                    self.make_map(&wwid);
+                }
             }
         }
         true
+    }
+
+    /// The disks of that WWID that it may use.
+    fn paths_of(&self, wwid: &str) -> Vec<DevNum> {
+        let is_of = |w: &Wwid| w.multipath() == wwid;
+        let disks = self.disks.values().filter(|d| d.known.wwid.as_ref().is_some_and(is_of));
+        disks
+            .filter(|d| !self.multipath.pending.contains(&d.hctl))
+            .filter(|d| d.known.size > 0 && !self.claims.contains_key(&d.dev))
+            .map(|d| d.dev)
+            .collect()
+    }
+
+    fn make_map(&mut self, wwid: &str) {
+        let paths = self.paths_of(wwid);
+        let alias = if self.multipath.friendly_names { self.alias(wwid) } else { wwid.to_owned() };
+        self.multipath.wwids.insert(wwid.to_owned());
+        self.create_dm(&alias, &format!("mpath-{wwid}"), &paths);
     }
 
     /// The alias that the bindings file has for a WWID, or the first that is free.
@@ -130,6 +170,16 @@ impl World {
                 let Some(hctl) = self.hctl_of(name) else { return FAIL.into() };
                 self.multipath.pending.retain(|p| *p != hctl);
                 done(self.add_path(&hctl))
+            }
+            // Of a WWID, whatever `find_multipaths` says (libmultipath/configure.c, coalesce_paths).
+            ["add", "map" | "multipath", wwid] => {
+                if self.map_of(wwid).is_none() && self.paths_of(wwid).is_empty() {
+                    return FAIL.into();
+                }
+                if self.map_of(wwid).is_none() {
+                    self.make_map(wwid);
+                }
+                OK.into()
             }
             ["del" | "remove", "path", name] => {
                 let Some(hctl) = self.hctl_of(name) else { return OK.into() };

@@ -1,0 +1,68 @@
+//! Volumes with multipath.conf as others have it.
+
+use crate::node::{Lab, Lun, Story, add, guest_disk, iqn, remove, sh, volume};
+
+/// Settings of multipathd's, until they are dropped.
+struct Conf;
+
+const FILE: &str = "/etc/multipath/conf.d/story.conf";
+
+impl Conf {
+    #[track_caller]
+    fn set(find_multipaths: &str, friendly_names: &str, more: &str) -> Self {
+        let conf = Self;
+        sh(&format!(
+            "mkdir -p $(dirname {FILE})
+            printf '%s\\n' 'defaults {{' ' find_multipaths {find_multipaths}' \
+                ' user_friendly_names {friendly_names}' '}}' '{more}' >{FILE}
+            multipathd reconfigure"
+        ))
+        .ok();
+        conf
+    }
+}
+
+impl Drop for Conf {
+    fn drop(&mut self) {
+        sh(&format!(
+            "rm -f {FILE}; rmdir /etc/multipath/conf.d 2>/dev/null; multipathd reconfigure"
+        ));
+    }
+}
+
+fn map_of(name: &str) -> String {
+    volume(name)["device"]["map"].as_str().expect("it has a map").to_owned()
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_map_comes_about_however_multipathd_finds_its_paths_and_names_its_maps() {
+    Lab::get();
+    let lun = Lun::new("mpc", 1, "16M");
+    let story = Story::begin();
+    let multipath_wwid = lun.wwid.replace("naa.", "3");
+    let alias = format!("multipaths {{ multipath {{ wwid {multipath_wwid} alias blue }} }}");
+    for (find_multipaths, friendly_names, more, name) in [
+        ("yes", "no", "", multipath_wwid.as_str()),
+        ("smart", "yes", "", "mpatha"),
+        ("greedy", "yes", alias.as_str(), "blue"),
+        ("strict", "yes", "", "mpatha"),
+    ] {
+        let conf = Conf::set(find_multipaths, friendly_names, more);
+        add("mpc", &lun.source(), &["--multipath", "required"]).ok();
+        assert_eq!(map_of("mpc"), name, "{find_multipaths}");
+        assert_eq!(volume("mpc")["device"]["paths"], 2, "{find_multipaths}");
+        assert_eq!(guest_disk("mpc").bytes, 16 << 20);
+        remove("mpc", &[]).ok();
+        story.nothing_left();
+        // Of a LUN that was never seen before, by one path.
+        if matches!(find_multipaths, "yes" | "strict") {
+            let one_portal = format!("iscsi://127.0.0.2/{}/1", iqn());
+            add("mpc", &one_portal, &["--multipath", "required"]).ok();
+            assert_eq!(map_of("mpc"), name, "{find_multipaths}");
+            remove("mpc", &[]).ok();
+            story.nothing_left();
+        }
+        drop(conf);
+    }
+}

@@ -146,6 +146,9 @@ pub struct Deadlines {
     /// One child process, e.g. iscsiadm.
     #[serde(with = "friendly")]
     pub command: Duration,
+    /// The names of the portals of one request.
+    #[serde(with = "friendly")]
+    pub resolve: Duration,
     /// The guest agent's answer.
     #[serde(with = "friendly")]
     pub agent: Duration,
@@ -170,6 +173,7 @@ impl Default for Deadlines {
             libvirt_call: s(30),
             check: s(60),
             command: s(60),
+            resolve: s(10),
             agent: s(5),
             guest_unplug: s(30),
             kernel_call: s(30),

@@ -264,6 +264,7 @@ fn way_settings(config: &Config) -> WaySettings {
         detach: config.deadlines.detach,
         libvirt: config.deadlines.libvirt_call,
         check: config.deadlines.check,
+        resolve: config.deadlines.resolve,
         agent: config.deadlines.agent,
         guest_unplug: config.deadlines.guest_unplug,
         allow_unproven: config.guest_unproven == GuestUnproven::Allow,

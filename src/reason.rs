@@ -69,7 +69,9 @@ reasons! {
     /// An iSCSI name is malformed.
     InvalidIqn = "INVALID_IQN", Invalid, "Use the target's name as the array shows it.";
     /// A portal is malformed.
-    InvalidPortal = "INVALID_PORTAL", Invalid, "Use IP:PORT, IPv6 in brackets.";
+    InvalidPortal = "INVALID_PORTAL", Invalid, "Use IP:PORT, IPv6 in brackets, or HOST:PORT.";
+    /// The name of a portal's host could not be resolved.
+    PortalNotResolved = "PORTAL_NOT_RESOLVED", Unavailable, "See what the node makes of the name (getent ahosts NAME), or give the portal's address.";
     /// A LUN is malformed or out of range.
     InvalidLun = "INVALID_LUN", Invalid, "Use a decimal number from 0 to 16383; flat:NUMBER and plain:NUMBER address it otherwise.";
     /// A WWID is malformed.

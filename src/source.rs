@@ -6,9 +6,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::spec::{IscsiSource, Source};
-use crate::types::{Malformed, Portal};
+use crate::types::{Iqn, Lun, Malformed};
 
-const RULE: &str = "iscsi://PORTAL[,PORTAL]/IQN/LUN, e.g. iscsi://10.0.0.1,10.0.0.2:3260/iqn.2001-04.com.example:disk/1 (IPv6 in brackets, port 3260 unless given)";
+const RULE: &str = "iscsi://PORTAL[,PORTAL]/IQN/LUN, e.g. iscsi://10.0.0.1,san-b:3260/iqn.2001-04.com.example:disk/1 (IPv6 in brackets, port 3260 unless given)";
 
 /// At most so many portals of one target: more are a mistake, and each costs a login.
 pub const MAX_PORTALS: usize = 16;
@@ -18,32 +18,43 @@ impl FromStr for Source {
 
     /// Errors of a part name that part (`portal`, `IQN`, `LUN`); anything else is a `source`.
     fn from_str(s: &str) -> Result<Self, Malformed> {
-        match s.split_once("://") {
-            Some((scheme, rest)) if scheme.eq_ignore_ascii_case("iscsi") => {
-                iscsi(s, rest).map(Self::Iscsi)
-            }
-            _ => Err(Malformed::new("source", s, RULE)),
-        }
+        let IscsiUrl { target, portals, lun } = s.parse()?;
+        Ok(Self::Iscsi(IscsiSource { target, portals, lun, chap: None }))
     }
 }
 
-fn iscsi(whole: &str, rest: &str) -> Result<IscsiSource, Malformed> {
-    // From the right: neither an IQN nor a LUN has a slash, and a portal has none either.
-    let parts: Vec<&str> = rest.split('/').collect();
-    let [portals, target, lun] = parts[..] else {
-        return Err(Malformed::new("source", whole, RULE));
-    };
-    Ok(IscsiSource {
-        portals: portals_of(portals.split(','))?,
-        target: target.parse()?,
-        lun: lun.parse()?,
-        chap: None,
-    })
+/// What a URL says, portals by address ([`Portal`]) or also by name ([`Endpoint`](crate::types::Endpoint)).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IscsiUrl<P> {
+    /// The target.
+    pub target: Iqn,
+    /// Its portals.
+    pub portals: Vec<P>,
+    /// The LUN.
+    pub lun: Lun,
+}
+
+impl<P: FromStr<Err = Malformed> + PartialEq> FromStr for IscsiUrl<P> {
+    type Err = Malformed;
+    fn from_str(s: &str) -> Result<Self, Malformed> {
+        let malformed = || Malformed::new("source", s, RULE);
+        let (scheme, rest) = s.split_once("://").ok_or_else(malformed)?;
+        // Neither portals nor IQN nor LUN has a slash.
+        let parts: Vec<&str> = rest.split('/').collect();
+        let ([portals, target, lun], true) = (&parts[..], scheme.eq_ignore_ascii_case("iscsi"))
+        else {
+            return Err(malformed());
+        };
+        let portals = portals_of(portals.split(','))?;
+        Ok(Self { portals, target: target.parse()?, lun: lun.parse()? })
+    }
 }
 
 /// Reads portals: at least one, at most [`MAX_PORTALS`], none twice.
-pub fn portals_of<'a>(texts: impl Iterator<Item = &'a str>) -> Result<Vec<Portal>, Malformed> {
-    let mut portals: Vec<Portal> = Vec::new();
+pub fn portals_of<'a, P: FromStr<Err = Malformed> + PartialEq>(
+    texts: impl Iterator<Item = &'a str>,
+) -> Result<Vec<P>, Malformed> {
+    let mut portals: Vec<P> = Vec::new();
     for text in texts {
         let portal = text.parse()?;
         if portals.contains(&portal) {
@@ -75,6 +86,7 @@ impl fmt::Display for Source {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::Endpoint;
     use proptest::prelude::*;
 
     fn iscsi(url: &str) -> IscsiSource {
@@ -91,6 +103,19 @@ mod tests {
         );
         assert_eq!(source.target.as_str(), "iqn.2001-04.com.example:a");
         assert_eq!(source.lun.get(), 7);
+    }
+
+    #[test]
+    fn a_url_may_name_the_hosts_of_portals() {
+        let url = "iscsi://San-A,10.0.0.1,san-a:860/iqn.2001-04.com.example:a/flat:7";
+        let read: IscsiUrl<Endpoint> = url.parse().unwrap();
+        let portals: Vec<String> = read.portals.iter().map(ToString::to_string).collect();
+        assert_eq!(portals, ["san-a:3260", "10.0.0.1:3260", "san-a:860"]);
+        assert_eq!(read.lun.to_string(), "flat:7");
+        // A source has addresses: names are resolved before.
+        assert_eq!(url.parse::<Source>().unwrap_err().what, "portal");
+        let twice = url.replace("10.0.0.1", "san-a:3260");
+        assert_eq!(twice.parse::<IscsiUrl<Endpoint>>().unwrap_err().rule, "each portal once");
     }
 
     #[test]

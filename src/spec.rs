@@ -13,6 +13,7 @@ use crate::types::{
     Bus, CacheMode, Chap, DevNum, ErrorPolicy, Iqn, Lun, Malformed, Portal, SecretName, Serial,
     VmId, VolumeKey, VolumeName, Wwid,
 };
+use crate::vm::resolve::Names;
 
 /// Where the VM's QEMU and its libvirt are to be found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,6 +138,9 @@ pub struct VolumeSpec {
     pub error_policy: Option<ErrorPolicy>,
     /// The size in bytes that the LUN must have.
     pub expect_size: Option<u64>,
+    /// What the portals that were given by name were resolved to; the source has the addresses.
+    #[serde(default, skip_serializing_if = "Names::is_empty")]
+    pub names: Names,
 }
 
 impl VolumeSpec {
@@ -294,6 +298,7 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
         multipath: MultipathPolicy::Preferred,
         expect_wwid: None,
         expect_size: None,
+        names: Names::new(),
     }
 }
 

@@ -85,7 +85,7 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
             "volume.source.iscsi.portals",
         ),
         (
-            addition("a", |v| v.source = iscsi(|s| s.portals[1] = "host:1".into())),
+            addition("a", |v| v.source = iscsi(|s| s.portals[1] = "host:0".into())),
             Reason::InvalidPortal,
             "volume.source.iscsi.portals",
         ),
@@ -135,6 +135,38 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
         client.list_volumes(v1::ListVolumesRequest::default()).await.unwrap().into_inner().volumes,
         []
     );
+}
+
+#[tokio::test]
+async fn portals_by_name_are_resolved_and_told_as_they_were_asked_for() {
+    let server = Server::start();
+    let mut client = server.client().await;
+    client.register_vm(registration("a", pod())).await.unwrap();
+    let by_name = |name: &str| {
+        let portals = vec!["10.0.0.1".into(), name.into()];
+        addition("a", |v| v.source = iscsi(|s| s.portals = portals))
+    };
+    for _ in 0..2 {
+        let answer = client.add_volume(by_name("SAN:860")).await.unwrap().into_inner();
+        let spec = answer.volume.unwrap().spec.unwrap();
+        let Some(v1::source::Kind::Iscsi(source)) = spec.source.unwrap().kind else { panic!() };
+        assert_eq!(source.portals, ["10.0.0.1:3260", "san:860"]);
+        let resolved: Vec<_> = spec.resolved_portals.into_iter().collect();
+        assert_eq!(resolved, [("san:860".into(), "10.0.0.9:860".into())]);
+    }
+    let stored = server.memory.get("default/a/data").unwrap().spec;
+    let Source::Iscsi(source) = stored.source;
+    assert_eq!(source.portals[1].to_string(), "10.0.0.9:860");
+    let unknown = client.add_volume(by_name("unknown")).await.unwrap_err();
+    let field = "volume.source.iscsi.portals".to_owned();
+    assert_eq!(blame(&unknown), (Reason::PortalNotResolved, field));
+
+    let mut discover = v1::DiscoverTargetsRequest { portal: "san".into(), ..Default::default() };
+    let found = client.discover_targets(discover.clone()).await.unwrap().into_inner();
+    assert_eq!(found.targets[0].portals[0], "10.0.0.9:3260");
+    discover.portal = "unknown".into();
+    let unknown = client.discover_targets(discover).await.unwrap_err();
+    assert_eq!(blame(&unknown), (Reason::PortalNotResolved, "portal".into()));
 }
 
 #[tokio::test]

@@ -130,7 +130,7 @@ async fn what_is_wrong_is_said_with_reason_and_exit_code() {
     let url = |url: &str| format!("addvolume a --volume-name data --source {url}");
     for (line, exit, reason) in [
         (url("iscsi://10.0.0.1/iqn.2001-04.com.example:a"), 2, "INVALID_SOURCE"),
-        (url("iscsi://x/iqn.2001-04.com.example:a/1"), 2, "INVALID_PORTAL"),
+        (url("iscsi://x_/iqn.2001-04.com.example:a/1"), 2, "INVALID_PORTAL"),
         (url("iscsi://10.0.0.1/disk/1"), 2, "INVALID_IQN"),
         (url("iscsi://10.0.0.1/iqn.2001-04.com.example:a/x"), 2, "INVALID_LUN"),
         (add("--cache unsafe"), 2, "INVALID_OPTION"),
@@ -140,6 +140,7 @@ async fn what_is_wrong_is_said_with_reason_and_exit_code() {
         (add("--size many"), 2, "INVALID_OPTION"),
         (add("--disk-type lun"), 5, "UNSUPPORTED"),
         (add("").replace("addvolume a", "addvolume b"), 3, "VM_NOT_FOUND"),
+        (add("").replace("10.0.0.1", "unknown"), 6, "PORTAL_NOT_RESOLVED"),
         (add("").replace("addvolume a", "addvolume B"), 2, "INVALID_NAME"),
         ("list b".into(), 3, "VM_NOT_FOUND"),
         ("describe a data".into(), 3, "VOLUME_NOT_FOUND"),
@@ -208,7 +209,7 @@ async fn targets_are_discovered_as_a_table_and_as_json() {
     let (_, out, _) = server.run("discover 10.0.0.1 -o json").await;
     let found: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert_eq!(found[0]["portals"][1], "[fd00::1]:3260");
-    let (exit, _, err) = server.run("discover san").await;
+    let (exit, _, err) = server.run("discover 10.0.0").await;
     assert_eq!(exit, 2);
     assert!(err.contains("INVALID_PORTAL"), "{err}");
     let (exit, _, err) = server.run("discover 10.0.0.1 --chap-secret ../x").await;

@@ -5,6 +5,7 @@ use lunplug::api::convert::{vm_spec, volume_spec, wire_spec};
 use lunplug::api::v1;
 use lunplug::spec::{MultipathPolicy, Source, VolumeSpec};
 use lunplug::types::{Bus, CacheMode, ErrorPolicy};
+use lunplug::vm::resolve::Names;
 use proptest::prelude::*;
 use prost::Message;
 
@@ -20,7 +21,10 @@ prop_compose! {
         wwid in proptest::option::of("naa\\.[0-9a-f]{16}"),
         blocks in proptest::option::of(1..u64::MAX / 512),
         lun in 0..16384u32,
+        by_name: bool,
     ) -> VolumeSpec {
+        let resolved = ("san-1:99".parse().unwrap(), "[fd00::1]:99".parse().unwrap());
+        let names: Names = if by_name { [resolved].into() } else { Names::new() };
         let cache = [CacheMode::None, CacheMode::Writethrough, CacheMode::Writeback][cache];
         let policies =
             [MultipathPolicy::Preferred, MultipathPolicy::Required, MultipathPolicy::Off];
@@ -45,6 +49,7 @@ prop_compose! {
             multipath: policies[multipath],
             expect_wwid: wwid.map(|w| w.parse().unwrap()),
             expect_size: blocks.map(|b| b * 512),
+            names,
         }
     }
 }
@@ -52,13 +57,13 @@ prop_compose! {
 proptest! {
     #[test]
     fn a_volume_that_goes_out_comes_in_the_same(spec in specs()) {
-        prop_assert_eq!(volume_spec(Some(wire_spec(&spec))).unwrap(), spec);
+        prop_assert_eq!(volume_spec(Some(wire_spec(&spec)), spec.names.clone()).unwrap(), spec);
     }
 
     #[test]
     fn no_bytes_from_the_wire_make_the_conversion_panic(bytes: Vec<u8>) {
         if let Ok(request) = v1::AddVolumeRequest::decode(&*bytes) {
-            let _ = volume_spec(request.volume);
+            let _ = volume_spec(request.volume, Names::new());
         }
         if let Ok(request) = v1::RegisterVmRequest::decode(&*bytes) {
             let _ = vm_spec(request.vm);

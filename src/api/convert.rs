@@ -4,6 +4,7 @@ use std::path::{Component, Path, PathBuf};
 
 use jiff::Timestamp;
 
+use super::names;
 use super::status::malformed;
 use super::v1;
 use crate::connector::Discovered;
@@ -18,6 +19,7 @@ use crate::types::{
     VolumeName,
 };
 use crate::vm::facade::{DiscoverWith, NodeInfo, Refusal, VmInfo, VmState};
+use crate::vm::resolve::Names;
 
 fn missing(field: &str, reason: Reason, what: &str) -> Refusal {
     Refusal::new(reason, format!("{field} is missing: give {what}")).field(field)
@@ -123,9 +125,11 @@ fn plain(
     }
 }
 
-/// A volume to add, defaults filled in, the rules between fields checked.
-pub fn volume_spec(spec: Option<v1::VolumeSpec>) -> Result<VolumeSpec, Refusal> {
-    let spec = spec.ok_or_else(|| missing("volume", Reason::InvalidName, "the volume"))?;
+/// A volume to add, defaults filled in, the rules between fields checked. `names` is what the names in it
+/// were resolved to.
+pub fn volume_spec(spec: Option<v1::VolumeSpec>, names: Names) -> Result<VolumeSpec, Refusal> {
+    let mut spec = spec.ok_or_else(|| missing("volume", Reason::InvalidName, "the volume"))?;
+    names::to_addresses(&mut spec, &names);
     let name: VolumeName = parse("volume.name", &spec.name)?;
     disk_type(spec.disk_type)?;
     let disk: Option<VolumeName> = optional("volume.disk_name", &spec.disk_name)?;
@@ -142,6 +146,7 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>) -> Result<VolumeSpec, Refusal> 
         multipath: multipath(spec.multipath)?,
         expect_wwid: optional("volume.wwid", &spec.wwid)?,
         expect_size: size("volume.size_bytes", spec.size_bytes)?,
+        names,
         name,
     };
     spec.check().map_err(|(field, error)| malformed(format!("volume.{field}"), &error))?;
@@ -417,7 +422,7 @@ pub fn wire_source(source: &Source) -> v1::Source {
 
 /// A volume as asked for on the wire, with every default filled in.
 pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
-    v1::VolumeSpec {
+    let mut wire = v1::VolumeSpec {
         name: spec.name.to_string(),
         disk_name: spec.disk.to_string(),
         source: Some(wire_source(&spec.source)),
@@ -446,7 +451,10 @@ pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
         .into(),
         wwid: spec.expect_wwid.as_ref().map(ToString::to_string).unwrap_or_default(),
         size_bytes: spec.expect_size.unwrap_or_default(),
-    }
+        resolved_portals: spec.names.iter().map(|(n, p)| (n.to_string(), p.to_string())).collect(),
+    };
+    names::to_names(&mut wire, &spec.names);
+    wire
 }
 
 /// An error policy on the wire.

@@ -8,6 +8,7 @@
 
 pub mod auth;
 pub mod convert;
+mod names;
 pub mod server;
 mod service;
 pub mod status;

@@ -9,12 +9,14 @@ use tonic::{Request, Response, Status};
 use tracing::{Instrument, Span, info_span};
 
 use super::convert;
+use super::names;
 use super::status::{self, About};
 use super::v1::{self, lunplug_service_server::LunplugService};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, RemoveOptions};
-use crate::types::{Outcome, VmId};
+use crate::types::{Outcome, VmId, VolumeKey};
 use crate::vm::facade::{Refusal, Volumes};
+use crate::vm::resolve::Names;
 
 /// Serves `lunplug.v1.LunplugService`.
 pub struct Service {
@@ -40,7 +42,8 @@ impl Service {
 
     async fn add(&self, request: v1::AddVolumeRequest) -> Result<v1::AddVolumeResponse, Refusal> {
         let vm = convert::vm_id("vm", request.vm.as_ref())?;
-        let mut spec = convert::volume_spec(request.volume)?;
+        let names = self.resolved(&vm, request.volume.as_ref()).await?;
+        let mut spec = convert::volume_spec(request.volume, names)?;
         let options = AddOptions {
             chap: convert::chap(request.chap, &mut spec)?,
             accept_new_identity: request.accept_new_identity,
@@ -49,6 +52,18 @@ impl Service {
         let outcome = self.volumes.add_volume(&vm, spec, options).await?;
         let (volume, changed) = split(outcome);
         Ok(v1::AddVolumeResponse { volume: Some(convert::wire_volume(&volume)), changed })
+    }
+
+    /// What the names of a volume's portals are resolved to.
+    async fn resolved(&self, vm: &VmId, volume: Option<&v1::VolumeSpec>) -> Result<Names, Refusal> {
+        let wanted = volume.map(names::names).unwrap_or_default();
+        if wanted.is_empty() {
+            return Ok(Names::new());
+        }
+        let name = volume.and_then(|volume| volume.name.parse().ok());
+        let key = name.map(|volume| VolumeKey { vm: vm.clone(), volume });
+        let resolved = self.volumes.resolve(key.as_ref(), &wanted).await;
+        resolved.map_err(|refusal| refusal.field("volume.source.iscsi.portals"))
     }
 
     async fn expand(
@@ -241,6 +256,12 @@ impl LunplugService for Service {
     ) -> Result<Response<v1::DiscoverTargetsResponse>, Status> {
         let request = request.into_inner();
         answer("DiscoverTargets", About::default(), async {
+            let mut request = request;
+            if let Some(name) = names::name(&request.portal) {
+                let resolved = self.volumes.resolve(None, &[name.clone()].into()).await;
+                let resolved = resolved.map_err(|refusal| refusal.field("portal"))?;
+                request.portal = resolved.get(&name).map(ToString::to_string).unwrap_or_default();
+            }
             let (portal, with) = convert::discovery(request)?;
             let found = self.volumes.discover(portal, with).await?;
             let targets = found.iter().map(convert::wire_discovered).collect();

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::chap::{self, ChapFile};
 use super::failure::Failure;
 use crate::api::{convert, v1};
-use crate::spec::Source;
-use crate::types::{Addressing, Bus, CacheMode, ErrorPolicy, Lun, Malformed};
+use crate::source::IscsiUrl;
+use crate::types::{Addressing, Bus, CacheMode, Endpoint, ErrorPolicy, Lun, Malformed};
 
 /// A volume's fields; what is not given has the contract's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +84,28 @@ pub(super) struct IscsiFile {
 
 const LUN_ADDRESSING: &str = "LUN_ADDRESSING_";
 
+fn addressing_word(addressing: Addressing) -> String {
+    plain(convert::wire_addressing(addressing).as_str_name(), LUN_ADDRESSING)
+}
+
+impl SourceFile {
+    /// The fields, those of a URL read.
+    fn fields(&self) -> Result<IscsiFile, Failure> {
+        let url = match self {
+            Self::Kind(SourceKind::Iscsi(fields)) => return Ok(fields.clone()),
+            Self::Url(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
+        };
+        Ok(IscsiFile {
+            target: url.target.to_string(),
+            portals: url.portals.iter().map(ToString::to_string).collect(),
+            lun: url.lun.get().into(),
+            lun_addressing: addressing_word(url.lun.addressing()),
+            chap_secret: String::new(),
+            chap_in_request: false,
+        })
+    }
+}
+
 impl IscsiFile {
     fn to_wire(&self) -> Result<v1::IscsiSource, Failure> {
         let Self { target, portals, lun, lun_addressing, chap_secret, chap_in_request } =
@@ -142,11 +164,9 @@ impl VolumeFile {
     pub(super) fn to_wire(&self) -> Result<v1::VolumeSpec, Failure> {
         let source = match &self.source {
             None => None,
-            Some(SourceFile::Url(url)) => {
-                Some(convert::wire_source(&word::<Source>("source", url)?))
-            }
-            Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
-                Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(s.to_wire()?)) })
+            Some(source) => {
+                let wire = source.fields()?.to_wire()?;
+                Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(wire)) })
             }
         };
         Ok(v1::VolumeSpec {
@@ -164,6 +184,7 @@ impl VolumeFile {
             multipath: multipath(&self.multipath)?.into(),
             wwid: self.wwid.clone(),
             size_bytes: self.size_bytes,
+            ..v1::VolumeSpec::default()
         })
     }
 
@@ -201,8 +222,7 @@ impl VolumeFile {
         (lun, addressing): (u32, Addressing),
         chap_secret: String,
     ) {
-        let lun_addressing =
-            plain(convert::wire_addressing(addressing).as_str_name(), LUN_ADDRESSING);
+        let lun_addressing = addressing_word(addressing);
         let chap_in_request = false;
         let iscsi =
             IscsiFile { target, portals, lun, lun_addressing, chap_secret, chap_in_request };
@@ -211,21 +231,10 @@ impl VolumeFile {
 
     /// Has the source refer to a secret.
     pub(super) fn set_chap_secret(&mut self, name: &str) -> Result<(), Failure> {
-        let kind = match self.source.take() {
-            None => None,
-            Some(SourceFile::Kind(kind)) => Some(kind),
-            Some(SourceFile::Url(url)) => {
-                let wire = convert::wire_source(&word::<Source>("source", &url)?);
-                let spec = v1::VolumeSpec { source: Some(wire), ..v1::VolumeSpec::default() };
-                match Self::from_wire(&spec).source {
-                    Some(SourceFile::Kind(kind)) => Some(kind),
-                    Some(SourceFile::Url(_)) | None => None,
-                }
-            }
-        };
-        self.source = kind.map(|SourceKind::Iscsi(iscsi)| {
-            SourceFile::Kind(SourceKind::Iscsi(IscsiFile { chap_secret: name.into(), ..iscsi }))
-        });
+        if let Some(source) = self.source.take() {
+            let iscsi = IscsiFile { chap_secret: name.into(), ..source.fields()? };
+            self.source = Some(SourceFile::Kind(SourceKind::Iscsi(iscsi)));
+        }
         Ok(())
     }
 

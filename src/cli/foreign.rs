@@ -6,7 +6,7 @@ use serde_yaml_ng::{Mapping, Value};
 
 use super::chap::ChapFile;
 use super::file::VolumeFile;
-use crate::types::Addressing;
+use crate::types::{Addressing, Endpoint};
 
 /// A volume that was read, and what was passed over in it.
 #[derive(Debug, PartialEq, Eq)]
@@ -176,8 +176,7 @@ fn stanza(mut fields: Fields<'_>) -> Result<Foreign, String> {
 
 /// Each portal once, in their order. The port that is not written is 3260.
 fn distinct(portals: Vec<String>) -> Vec<String> {
-    let whole =
-        |text: &String| text.parse().map_or(text.clone(), |p: crate::types::Portal| p.to_string());
+    let whole = |text: &String| text.parse().map_or(text.clone(), |p: Endpoint| p.to_string());
     let mut found: Vec<String> = Vec::new();
     for portal in portals.iter().filter(|p| !p.is_empty()).map(whole) {
         if !found.contains(&portal) {

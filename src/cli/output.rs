@@ -1,5 +1,6 @@
 //! Results as tables, JSON and YAML. The JSON and YAML forms are stable: fields are only added.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use clap::ValueEnum;
@@ -113,6 +114,9 @@ pub(super) struct VolumeView {
     pub(super) generation: u64,
     pub(super) gave_up: Vec<String>,
     pub(super) spec: VolumeFile,
+    /// What portals that were given by name were resolved to.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) resolved_portals: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -158,6 +162,11 @@ impl From<&v1::Volume> for VolumeView {
             }),
             generation: volume.generation,
             gave_up: volume.gave_up.clone(),
+            resolved_portals: volume
+                .spec
+                .as_ref()
+                .map(|spec| spec.resolved_portals.clone().into_iter().collect())
+                .unwrap_or_default(),
             spec,
         }
     }
@@ -218,6 +227,8 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
     let (trouble, device) = (v.trouble.as_ref(), v.device.as_ref());
     let of = |get: fn(&TroubleView) -> String| trouble.map(get).unwrap_or_default();
     let on = |get: fn(&DeviceView) -> String| device.map(get).unwrap_or_default();
+    let resolved: Vec<String> =
+        v.resolved_portals.iter().map(|(name, address)| format!("{name} is {address}")).collect();
     let list = [
         ("VM", v.vm.clone()),
         ("Volume", v.name.clone()),
@@ -239,6 +250,7 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
             if v.spec.disk_name == v.spec.name { String::new() } else { v.spec.disk_name.clone() },
         ),
         ("Source", v.spec.source_url()),
+        ("Resolved", resolved.join(", ")),
         ("Serial", v.spec.serial.clone()),
         ("Bus", v.spec.bus.clone()),
         ("Cache", v.spec.cache.clone()),

@@ -40,6 +40,7 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
         rundir: Arc::new(BoundedRunDir(doors.rundir, ms(settings.file_ms))),
         iscsidb: Arc::new(BoundedIscsiDb(doors.iscsidb, ms(settings.file_ms))),
         secrets: doors.secrets,
+        resolver: doors.resolver,
     }
 }
 

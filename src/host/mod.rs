@@ -21,6 +21,7 @@ pub mod nodes;
 pub mod poddir;
 pub mod pods;
 pub mod procs;
+pub mod resolver;
 pub mod runtree;
 pub mod secrets;
 pub mod sim;

@@ -11,6 +11,7 @@ use super::iscsidb::{IscsiDb, RealIscsiDb};
 use super::killpoint::RealKillPoints;
 use super::lock::{RealRunDir, RunDir};
 use super::multipathd::{Multipathd, RealMultipathd};
+use super::resolver::{RealResolver, Resolver};
 use super::secrets::{RealSecrets, Secrets};
 use super::sim::SimStorage;
 use super::sysfs::{RealSysfs, Sysfs};
@@ -101,6 +102,8 @@ pub struct StorageDoors {
     pub iscsidb: Arc<dyn IscsiDb>,
     /// Secrets by reference.
     pub secrets: Arc<dyn Secrets>,
+    /// Names of hosts.
+    pub resolver: Arc<dyn Resolver>,
     /// Runs the steps.
     pub tracker: Tracker,
     /// How many calls are past their deadline and still in the kernel.
@@ -143,6 +146,7 @@ impl StorageDoors {
             rundir: Arc::new(rundir),
             iscsidb: Arc::new(iscsidb),
             secrets: Arc::new(RealSecrets::new(&options.secrets)),
+            resolver: Arc::new(RealResolver),
             tracker: Tracker::new(Arc::new(RealKillPoints)),
         })
     }
@@ -158,7 +162,8 @@ impl StorageDoors {
             blocks: sim_door.clone(),
             rundir: sim.rundir(),
             iscsidb: sim_door.clone(),
-            secrets: sim_door,
+            secrets: sim_door.clone(),
+            resolver: sim_door,
             tracker: Tracker::new(sim.faults().clone()),
             stuck: Arc::new(|| 0),
         }

@@ -76,9 +76,11 @@ macro_rules! text_type {
 }
 
 mod chap;
+mod endpoint;
 mod names;
 mod san;
 
 pub use chap::{Chap, Login, SecretName, SecretText};
+pub use endpoint::{Endpoint, HostPort};
 pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};
 pub use san::{Addressing, DevNum, Iqn, Lun, Portal, Wwid};

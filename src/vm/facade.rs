@@ -1,5 +1,6 @@
 //! What the API talks to: all VMs of this node and their volumes.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -7,10 +8,11 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio::sync::broadcast;
 
+use super::resolve::Names;
 use crate::connector::Discovered;
 use crate::reason::Reason;
 use crate::spec::{AddOptions, RemoveOptions, VmSpec, VolumeSpec, VolumeStatus};
-use crate::types::{Chap, Outcome, Portal, SecretName, VmId, VolumeKey};
+use crate::types::{Chap, HostPort, Outcome, Portal, SecretName, VmId, VolumeKey};
 
 /// All VMs of this node and their volumes. Calls return when the wish is durable; what becomes of
 /// it is told by [`Volumes::watch`].
@@ -64,6 +66,13 @@ pub trait Volumes: Send + Sync {
     /// keep growing when a name is removed and added again. A change is in the list before it is
     /// sent.
     fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>>;
+
+    /// What the names of portals are resolved to: for a volume that is there, what was recorded with it.
+    async fn resolve(
+        &self,
+        volume: Option<&VolumeKey>,
+        names: &BTreeSet<HostPort>,
+    ) -> Result<Names, Refusal>;
 
     /// The targets that an iSCSI portal lists to this node. Leaves nothing behind.
     async fn discover(

@@ -31,5 +31,6 @@ mod order;
 pub mod plan;
 pub mod publish;
 pub mod registry;
+pub mod resolve;
 pub mod steps;
 pub mod ways;

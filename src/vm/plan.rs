@@ -173,10 +173,11 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         multipath,
         expect_wwid,
         expect_size,
+        names,
     } = a;
     let differs = [
         ("disk_name", *disk != b.disk),
-        ("source", *source != b.source),
+        ("source", *source != b.source || *names != b.names),
         ("serial", *serial != b.serial),
         ("bus", *bus != b.bus),
         ("cache", *cache != b.cache),

@@ -1,6 +1,6 @@
 //! All VMs of a node: their handlers, by name; and the node itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use super::failure::Failure;
 use super::handler::Handler;
 use super::plan::Rules;
 use super::publish::Board;
+use super::resolve::{self, Names};
 use super::ways::{Host, Ways};
 use crate::connector::bounded::bounded_rundir;
 use crate::connector::{Authentication, Discovered};
@@ -24,8 +25,8 @@ use crate::host::lock::{LockError, LockGuard};
 use crate::host::storage::StorageDoors;
 use crate::journal::{Desired, EffectsStore};
 use crate::reason::Reason;
-use crate::spec::{AddOptions, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
-use crate::types::{Outcome, Portal, VmId, VolumeKey};
+use crate::spec::{AddOptions, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
+use crate::types::{HostPort, Outcome, Portal, VmId, VolumeKey};
 
 /// What a registry is told.
 #[derive(Debug, Clone)]
@@ -432,6 +433,19 @@ impl Volumes for Registry {
 
     fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>> {
         self.board.watch()
+    }
+
+    async fn resolve(
+        &self,
+        volume: Option<&VolumeKey>,
+        names: &BTreeSet<HostPort>,
+    ) -> Result<Names, Refusal> {
+        let known = volume.and_then(|key| self.board.get(key));
+        // A failed add left nothing: it starts anew.
+        let recorded = known.filter(|status| status.phase != Phase::Failed);
+        let recorded = recorded.map(|status| status.spec.names).unwrap_or_default();
+        let (resolver, limit) = (&*self.storage.resolver, self.host.settings.resolve);
+        Ok(resolve::resolve(resolver, limit, names, recorded).await?)
     }
 
     async fn discover(

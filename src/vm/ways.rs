@@ -44,6 +44,8 @@ pub struct WaySettings {
     pub libvirt: Duration,
     /// The whole of a check of a request, or of a look at a VM's volumes.
     pub check: Duration,
+    /// The names of a request's portals.
+    pub resolve: Duration,
     /// The guest agent's answer.
     pub agent: Duration,
     /// The guest's answer to a request to let a disk go.

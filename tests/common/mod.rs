@@ -1,7 +1,7 @@
 //! A façade in memory, and a server on a temporary socket.
 #![allow(dead_code, unreachable_pub)] // each test uses its own part
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -18,6 +18,7 @@ use lunplug::reason::Reason;
 use lunplug::spec::*;
 use lunplug::types::*;
 use lunplug::vm::facade::*;
+use lunplug::vm::resolve::Names;
 use tokio::sync::{broadcast, watch};
 use tonic::transport::{Channel, Endpoint};
 
@@ -177,6 +178,18 @@ impl Volumes for Facade {
 
     fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>> {
         self.0.changes.subscribe()
+    }
+
+    async fn resolve(
+        &self,
+        _: Option<&VolumeKey>,
+        names: &BTreeSet<HostPort>,
+    ) -> Result<Names, Refusal> {
+        let resolved = names.iter().map(|name| match name.host() {
+            "san" => Ok((name.clone(), format!("10.0.0.9:{}", name.port()).parse().unwrap())),
+            _ => Err(Refusal::new(Reason::PortalNotResolved, name.to_string())),
+        });
+        resolved.collect()
     }
 
     async fn discover(

@@ -18,6 +18,7 @@ mod journal;
 mod late;
 mod main_job;
 mod matrix;
+mod names;
 mod protected;
 mod reconcile;
 mod restart;

@@ -15,6 +15,7 @@ use lunplug::spec::{
 use lunplug::types::{Bus, CacheMode, Iqn, Lun, Outcome, Portal, VmId, VolumeKey};
 use lunplug::vm::facade::{Refusal, Volumes};
 use lunplug::vm::registry::Registry;
+use lunplug::vm::resolve::Names;
 
 /// Longer than everything that goes on in the background.
 const QUIET: Duration = Duration::from_secs(700);
@@ -86,6 +87,7 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         multipath: MultipathPolicy::Preferred,
         expect_wwid: None,
         expect_size: None,
+        names: Names::new(),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The storage doors, answered from the model.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -11,10 +12,11 @@ use crate::host::block::{Blocks, Exclusive};
 use crate::host::cmd::{CmdError, Commands, Output, Tool};
 use crate::host::iscsidb::{DbLockState, IscsiDb, Record};
 use crate::host::multipathd::{Multipathd, MultipathdError};
+use crate::host::resolver::Resolver;
 use crate::host::secrets::Secrets;
 use crate::host::sysfs::{Guard, Guarded, Sysfs};
 use crate::host::uevent::{UeventStream, Uevents};
-use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, SecretName, SecretText, Wwid};
+use crate::types::{Chap, DevNum, HostPort, Iqn, Outcome, Portal, SecretName, SecretText, Wwid};
 
 /// How long a write to /sys, a flush or an answer of multipathd may take, as on the real host.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -367,5 +369,15 @@ impl Secrets for SimStorage {
         let secrets = super::lock(&self.inner.secrets);
         let found = secrets.get(name).ok_or(io::ErrorKind::NotFound)?;
         Ok(keys.iter().map(|key| found.get(*key).cloned()).collect())
+    }
+}
+
+#[async_trait]
+impl Resolver for SimStorage {
+    async fn resolve(&self, name: &HostPort) -> io::Result<Vec<SocketAddr>> {
+        self.pass("resolver.resolve", &name.to_string()).await?;
+        let hosts = super::lock(&self.inner.hosts);
+        let ip = hosts.get(name.host()).ok_or(io::ErrorKind::NotFound)?;
+        Ok(vec![SocketAddr::new(*ip, name.port())])
     }
 }

@@ -19,7 +19,8 @@
 //! that code); `iscsid` (`login` or `logout`, once iscsiadm has read the records); `multipathd.ask` (command), `multipathd.forget` (WWID); `blocks.flush`,
 //! `blocks.exclusive`, `blocks.openers` (major:minor); `rundir.lock`, `rundir.load`,
 //! `rundir.store`, `rundir.remove`, `rundir.list` (name); `iscsidb.records`, `iscsidb.remove`
-//! (IQN), `iscsidb.chap` (IQN), `iscsidb.discovery` (portal), `iscsidb.lock`; `secrets.read` (name). Writes to sysfs, flushes, logins and logouts that stall are carried out late
+//! (IQN), `iscsidb.chap` (IQN), `iscsidb.discovery` (portal), `iscsidb.lock`; `secrets.read` (name);
+//! `resolver.resolve` (host:port). Writes to sysfs, flushes, logins and logouts that stall are carried out late
 //! even though their caller has given up, as the kernel and iscsid do; other programs are ended at
 //! their deadline.
 
@@ -36,6 +37,7 @@ mod tests;
 mod tree;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -67,6 +69,7 @@ struct Inner {
     missing_tools: Mutex<BTreeSet<Tool>>,
     login_time: Mutex<Duration>,
     secrets: Mutex<BTreeMap<SecretName, BTreeMap<String, SecretText>>>,
+    hosts: Mutex<BTreeMap<String, IpAddr>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -99,6 +102,7 @@ impl SimStorage {
                 missing_tools: Mutex::default(),
                 login_time: Mutex::new(Duration::from_secs(15)),
                 secrets: Mutex::default(),
+                hosts: Mutex::default(),
             }),
         }
     }
@@ -170,6 +174,11 @@ impl SimStorage {
             Some(values) => drop(secrets.insert(name.clone(), values.iter().map(own).collect())),
             None => drop(secrets.remove(name)),
         }
+    }
+
+    /// Gives a host's name an address, or another one.
+    pub fn set_host(&self, name: &str, ip: IpAddr) {
+        lock(&self.inner.hosts).insert(name.to_owned(), ip);
     }
 
     /// Adds a target with its portals, all alive; known portals keep their state.

@@ -1,17 +1,21 @@
-//! Sources as people write them: `iscsi://PORTAL[,PORTAL]/IQN/LUN`.
+//! Sources as people write them: `iscsi://PORTAL[,PORTAL]/IQN/LUN`, and after a `+` each further target at
+//! which the same LUN is to be had: `iscsi://PORTAL/IQN/LUN+PORTAL/IQN/LUN`.
 //!
 //! A further transport is a further scheme here.
 
 use std::fmt;
 use std::str::FromStr;
 
-use crate::spec::{IscsiSource, Source};
+use crate::spec::{IscsiSource, IscsiTarget, Source};
 use crate::types::{Malformed, Portal};
 
-const RULE: &str = "iscsi://PORTAL[,PORTAL]/IQN/LUN, e.g. iscsi://10.0.0.1,10.0.0.2:3260/iqn.2001-04.com.example:disk/1 (IPv6 in brackets, port 3260 unless given)";
+const RULE: &str = "iscsi://PORTAL[,PORTAL]/IQN/LUN, e.g. iscsi://10.0.0.1,10.0.0.2:3260/iqn.2001-04.com.example:disk/1 (IPv6 in brackets, port 3260 unless given; +PORTAL[,PORTAL]/IQN/LUN for each further target of the same LUN)";
 
 /// At most so many portals of one target: more are a mistake, and each costs a login.
 pub const MAX_PORTALS: usize = 16;
+
+/// And so many targets of one LUN.
+pub const MAX_TARGETS: usize = 16;
 
 impl FromStr for Source {
     type Err = Malformed;
@@ -28,17 +32,36 @@ impl FromStr for Source {
 }
 
 fn iscsi(whole: &str, rest: &str) -> Result<IscsiSource, Malformed> {
-    // From the right: neither an IQN nor a LUN has a slash, and a portal has none either.
-    let parts: Vec<&str> = rest.split('/').collect();
-    let [portals, target, lun] = parts[..] else {
+    // None of portals, IQN and LUN has a slash or a plus.
+    let target = |text: &str| {
+        let parts: Vec<&str> = text.split('/').collect();
+        let [portals, target, lun] = parts[..] else {
+            return Err(Malformed::new("source", whole, RULE));
+        };
+        Ok(IscsiTarget {
+            portals: portals_of(portals.split(','))?,
+            target: target.parse()?,
+            lun: lun.parse()?,
+        })
+    };
+    source_of(rest.split('+').map(target).collect::<Result<_, _>>()?, whole)
+}
+
+/// The source of a LUN that is to be had at all of `targets`: at least one, at most [`MAX_TARGETS`], none
+/// twice. An error shows it as `whole`.
+pub fn source_of(targets: Vec<IscsiTarget>, whole: &str) -> Result<IscsiSource, Malformed> {
+    let keys: std::collections::BTreeSet<String> = targets.iter().map(IscsiTarget::key).collect();
+    if keys.len() < targets.len() {
+        return Err(Malformed::new("source", whole, "each target with its LUN once"));
+    }
+    if targets.len() > MAX_TARGETS {
+        return Err(Malformed::new("source", whole, "at most 16 targets"));
+    }
+    let mut targets = targets.into_iter();
+    let Some(IscsiTarget { target, portals, lun }) = targets.next() else {
         return Err(Malformed::new("source", whole, RULE));
     };
-    Ok(IscsiSource {
-        portals: portals_of(portals.split(','))?,
-        target: target.parse()?,
-        lun: lun.parse()?,
-        chap: None,
-    })
+    Ok(IscsiSource { target, portals, lun, chap: None, more_targets: targets.collect() })
 }
 
 /// Reads portals: at least one, at most [`MAX_PORTALS`], none twice.
@@ -65,8 +88,12 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Iscsi(s) => {
-                let portals: Vec<String> = s.portals.iter().map(ToString::to_string).collect();
-                write!(f, "iscsi://{}/{}/{}", portals.join(","), s.target, s.lun)
+                let part = |t: &IscsiTarget| {
+                    let portals: Vec<String> = t.portals.iter().map(ToString::to_string).collect();
+                    format!("{}/{}", portals.join(","), t.key())
+                };
+                let parts: Vec<String> = s.targets().iter().map(part).collect();
+                write!(f, "iscsi://{}", parts.join("+"))
             }
         }
     }
@@ -109,6 +136,12 @@ mod tests {
             ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/", "LUN"),
             ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/16384", "LUN"),
             ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/0x1", "LUN"),
+            ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/1+", "source"),
+            ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/1+/iqn.2001-04.com.example:b/1", "portal"),
+            (
+                "iscsi://10.0.0.1/iqn.2001-04.com.example:a/1+10.0.0.2/iqn.2001-04.com.example:A/1",
+                "source",
+            ),
         ] {
             let error = url.parse::<Source>().unwrap_err();
             assert_eq!(error.what, what, "{url}: {error}");
@@ -120,12 +153,33 @@ mod tests {
         assert_eq!(error.rule, "at most 16 portals");
     }
 
+    #[test]
+    fn further_targets_have_portals_and_luns_of_their_own() {
+        let url = "iscsi://10.0.0.1:3260,10.0.0.2:3260/iqn.2001-04.com.example:a/7+10.0.0.1:3260/iqn.2001-04.com.example:b/9";
+        let source = iscsi(url);
+        assert_eq!((source.lun.get(), source.portals.len()), (7, 2));
+        let [more] = &source.more_targets[..] else { panic!("{source:?}") };
+        assert_eq!(more.key(), "iqn.2001-04.com.example:b/9");
+        let whole = Source::Iscsi(source);
+        assert_eq!(whole.to_string(), url);
+        let turned: Source =
+            "iscsi://10.0.0.3/iqn.2001-04.com.example:b/9+10.0.0.4/iqn.2001-04.com.example:a/7"
+                .parse()
+                .unwrap();
+        assert_eq!(whole.key(), turned.key(), "whatever their order and portals");
+        let one: Source = "iscsi://10.0.0.5/iqn.2001-04.com.example:b/9".parse().unwrap();
+        assert_eq!(whole.shared_with(&one).as_deref(), Some("iscsi://iqn.2001-04.com.example:b/9"));
+        let other: Source = "iscsi://10.0.0.5/iqn.2001-04.com.example:b/7".parse().unwrap();
+        assert_eq!(whole.shared_with(&other), None);
+    }
+
     prop_compose! {
         fn sources()(
             v4 in proptest::collection::btree_set((1u32..0xdfff_ffff, 1u16..), 1..8),
             v6 in proptest::collection::btree_set((1u128..0xfe00 << 112, 1u16..), 0..8),
             name in "[a-z0-9][a-z0-9.:-]{0,60}",
             lun in 0u64..=16383,
+            more in proptest::collection::btree_set((0u64..=16383, 1u32..0xdfff_ffff), 0..4),
         ) -> Source {
             let portals = v4.iter().map(|&(ip, port)| {
                 format!("{}:{port}", std::net::Ipv4Addr::from(ip))
@@ -137,6 +191,11 @@ mod tests {
                 target: format!("iqn.2001-04.{name}").parse().unwrap(),
                 lun: lun.try_into().unwrap(),
                 chap: None,
+                more_targets: more.into_iter().enumerate().map(|(n, (lun, ip))| IscsiTarget {
+                    target: format!("iqn.2001-05.com.example:{n}").parse().unwrap(),
+                    portals: vec![std::net::Ipv4Addr::from(ip).to_string().parse().unwrap()],
+                    lun: lun.try_into().unwrap(),
+                }).collect(),
             })
         }
     }

@@ -8,10 +8,10 @@ use super::status::malformed;
 use super::v1;
 use crate::connector::Discovered;
 use crate::reason::Reason;
-use crate::source::portals_of;
+use crate::source::{portals_of, source_of};
 use crate::spec::{
-    ChapFrom, DeviceStatus, IscsiSource, MultipathPolicy, Phase, Source, VmPlace, VmSpec,
-    VolumeSpec, VolumeStatus,
+    ChapFrom, DeviceStatus, IscsiSource, IscsiTarget, MultipathPolicy, Phase, Source, VmPlace,
+    VmSpec, VolumeSpec, VolumeStatus,
 };
 use crate::types::{
     Bus, CacheMode, Chap, ErrorPolicy, Lun, Malformed, Portal, Serial, VmId, VolumeKey, VolumeName,
@@ -178,13 +178,28 @@ fn source(source: Option<v1::Source>) -> Result<Source, Refusal> {
 fn iscsi_source(iscsi: v1::IscsiSource) -> Result<IscsiSource, Refusal> {
     let field = |name: &str| format!("volume.source.iscsi.{name}");
     let secret = optional(&field("chap_secret"), &iscsi.chap_secret)?.map(ChapFrom::Secret);
-    Ok(IscsiSource {
-        target: parse(&field("target"), &iscsi.target)?,
-        portals: portals_of(iscsi.portals.iter().map(String::as_str))
+    let v1::IscsiSource { target, portals, lun, .. } = iscsi;
+    let first = v1::IscsiTarget { target, portals, lun };
+    let mut targets = vec![iscsi_target(&first, &field)?];
+    for (n, more) in iscsi.more_targets.iter().enumerate() {
+        targets.push(iscsi_target(more, &|name| field(&format!("more_targets[{n}].{name}")))?);
+    }
+    let written = targets.iter().map(IscsiTarget::key).collect::<Vec<_>>().join(", ");
+    let source =
+        source_of(targets, &written).map_err(|error| malformed(field("more_targets"), &error))?;
+    let chap = secret.or(iscsi.chap_in_request.then_some(ChapFrom::Request));
+    Ok(IscsiSource { chap, ..source })
+}
+
+fn iscsi_target(
+    wire: &v1::IscsiTarget,
+    field: &dyn Fn(&str) -> String,
+) -> Result<IscsiTarget, Refusal> {
+    Ok(IscsiTarget {
+        target: parse(&field("target"), &wire.target)?,
+        portals: portals_of(wire.portals.iter().map(String::as_str))
             .map_err(|error| malformed(field("portals"), &error))?,
-        lun: Lun::try_from(u64::from(iscsi.lun))
-            .map_err(|error| malformed(field("lun"), &error))?,
-        chap: secret.or(iscsi.chap_in_request.then_some(ChapFrom::Request)),
+        lun: Lun::try_from(u64::from(wire.lun)).map_err(|error| malformed(field("lun"), &error))?,
     })
 }
 
@@ -386,9 +401,18 @@ pub fn wire_source(source: &Source) -> v1::Source {
                 Some(ChapFrom::Request) | None => String::new(),
             },
             chap_in_request: s.chap == Some(ChapFrom::Request),
+            more_targets: s.more_targets.iter().map(wire_target).collect(),
         }),
     };
     v1::Source { kind: Some(kind) }
+}
+
+fn wire_target(target: &IscsiTarget) -> v1::IscsiTarget {
+    v1::IscsiTarget {
+        target: target.target.to_string(),
+        portals: target.portals.iter().map(ToString::to_string).collect(),
+        lun: u32::from(target.lun.get()),
+    }
 }
 
 /// A volume as asked for on the wire, with every default filled in.

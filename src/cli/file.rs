@@ -78,6 +78,29 @@ pub(super) struct IscsiFile {
     chap_secret: String,
     #[serde(default, alias = "chapInRequest", skip_serializing_if = "std::ops::Not::not")]
     chap_in_request: bool,
+    #[serde(default, alias = "moreTargets", skip_serializing_if = "Vec::is_empty")]
+    more_targets: Vec<TargetFile>,
+}
+
+/// A target at which the LUN is to be had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TargetFile {
+    pub(super) target: String,
+    pub(super) portals: Vec<String>,
+    pub(super) lun: u32,
+}
+
+impl TargetFile {
+    fn to_wire(&self) -> v1::IscsiTarget {
+        let Self { target, portals, lun } = self.clone();
+        v1::IscsiTarget { target, portals, lun }
+    }
+
+    fn from_wire(wire: v1::IscsiTarget) -> Self {
+        let v1::IscsiTarget { target, portals, lun } = wire;
+        Self { target, portals, lun }
+    }
 }
 
 impl<'de> Deserialize<'de> for SourceFile {
@@ -123,8 +146,16 @@ impl VolumeFile {
                 Some(convert::wire_source(&word::<Source>("source", url)?))
             }
             Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
-                let IscsiFile { target, portals, lun, chap_secret, chap_in_request } = s.clone();
-                let iscsi = v1::IscsiSource { target, portals, lun, chap_secret, chap_in_request };
+                let IscsiFile { target, portals, lun, chap_secret, chap_in_request, .. } =
+                    s.clone();
+                let iscsi = v1::IscsiSource {
+                    target,
+                    portals,
+                    lun,
+                    chap_secret,
+                    chap_in_request,
+                    more_targets: s.more_targets.iter().map(TargetFile::to_wire).collect(),
+                };
                 Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(iscsi)) })
             }
         };
@@ -155,12 +186,14 @@ impl VolumeFile {
                 lun,
                 chap_secret,
                 chap_in_request,
+                more_targets,
             }) => SourceFile::Kind(SourceKind::Iscsi(IscsiFile {
                 target,
                 portals,
                 lun,
                 chap_secret,
                 chap_in_request,
+                more_targets: more_targets.into_iter().map(TargetFile::from_wire).collect(),
             })),
         });
         Self {
@@ -182,15 +215,17 @@ impl VolumeFile {
         }
     }
 
-    /// Has it be this LUN; without credentials where `chap_secret` is empty.
+    /// Has it be the LUN that is to be had at `first` and at `more_targets`; without credentials where
+    /// `chap_secret` is empty.
     pub(super) fn set_iscsi(
         &mut self,
-        target: String,
-        portals: Vec<String>,
-        lun: u32,
+        first: TargetFile,
+        more_targets: Vec<TargetFile>,
         chap_secret: String,
     ) {
-        let iscsi = IscsiFile { target, portals, lun, chap_secret, chap_in_request: false };
+        let TargetFile { target, portals, lun } = first;
+        let chap_in_request = false;
+        let iscsi = IscsiFile { target, portals, lun, chap_secret, chap_in_request, more_targets };
         self.source = Some(SourceFile::Kind(SourceKind::Iscsi(iscsi)));
     }
 
@@ -220,7 +255,10 @@ impl VolumeFile {
             None => String::new(),
             Some(SourceFile::Url(url)) => url.clone(),
             Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
-                format!("iscsi://{}/{}/{}", s.portals.join(","), s.target, s.lun)
+                let first = format!("iscsi://{}/{}/{}", s.portals.join(","), s.target, s.lun);
+                let more =
+                    |t: &TargetFile| format!("+{}/{}/{}", t.portals.join(","), t.target, t.lun);
+                first + &s.more_targets.iter().map(more).collect::<String>()
             }
         }
     }
@@ -351,6 +389,17 @@ size_bytes: 1024
         .unwrap();
         let v1::source::Kind::Iscsi(iscsi) = url.source.unwrap().kind.unwrap();
         assert_eq!(iscsi.portals, ["10.0.0.1:3260"]);
+        let more = FULL.replace(
+            "lun: 3}",
+            "lun: 3, more_targets: [{target: 'iqn.2001-04.com.example:b', portals: [10.0.0.2], lun: 4}]}",
+        );
+        let more = VolumeFile::parse(&more).unwrap();
+        let wire = more.to_wire().unwrap();
+        assert_eq!(VolumeFile::from_wire(&wire), more);
+        assert_eq!(VolumeFile::parse(&serde_json::to_string(&more).unwrap()).unwrap(), more);
+        let whole =
+            "iscsi://10.0.0.1/iqn.2001-04.com.example:a/3+10.0.0.2/iqn.2001-04.com.example:b/4";
+        assert_eq!(more.source_url(), whole);
     }
 
     #[test]

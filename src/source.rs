@@ -1,37 +1,40 @@
-//! Sources as people write them: `iscsi://PORTAL[,PORTAL]/IQN/LUN`.
+//! Sources as people write them: `iscsi://PORTAL[,PORTAL]/IQN/LUN`, and after a `+` each further target at
+//! which the same LUN is to be had: `iscsi://PORTAL/IQN/LUN+PORTAL/IQN/LUN`.
 //!
 //! A further transport is a further scheme here.
 
 use std::fmt;
 use std::str::FromStr;
 
-use crate::spec::{IscsiSource, Source};
-use crate::types::{Iqn, Lun, Malformed};
+use crate::spec::{IscsiSource, IscsiTarget, Source};
+use crate::types::Malformed;
 
-const RULE: &str = "iscsi://PORTAL[,PORTAL]/IQN/LUN, e.g. iscsi://10.0.0.1,san-b:3260/iqn.2001-04.com.example:disk/1 (IPv6 in brackets, port 3260 unless given)";
+const RULE: &str = "iscsi://PORTAL[,PORTAL]/IQN/LUN, e.g. iscsi://10.0.0.1,san-b:3260/iqn.2001-04.com.example:disk/1 (IPv6 in brackets, port 3260 unless given; +PORTAL[,PORTAL]/IQN/LUN for each further target of the same LUN)";
 
 /// At most so many portals of one target: more are a mistake, and each costs a login.
 pub const MAX_PORTALS: usize = 16;
+
+/// And so many targets of one LUN.
+pub const MAX_TARGETS: usize = 16;
 
 impl FromStr for Source {
     type Err = Malformed;
 
     /// Errors of a part name that part (`portal`, `IQN`, `LUN`); anything else is a `source`.
     fn from_str(s: &str) -> Result<Self, Malformed> {
-        let IscsiUrl { target, portals, lun } = s.parse()?;
-        Ok(Self::Iscsi(IscsiSource { target, portals, lun, chap: None }))
+        let IscsiUrl { first, more } = s.parse()?;
+        source_of(first, more, s).map(Self::Iscsi)
     }
 }
 
-/// What a URL says, portals by address ([`Portal`]) or also by name ([`Endpoint`](crate::types::Endpoint)).
+/// What a URL says: targets, portals by address ([`Portal`](crate::types::Portal)) or also by name
+/// ([`Endpoint`](crate::types::Endpoint)).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IscsiUrl<P> {
-    /// The target.
-    pub target: Iqn,
-    /// Its portals.
-    pub portals: Vec<P>,
-    /// The LUN.
-    pub lun: Lun,
+    /// The first target.
+    pub first: IscsiTarget<P>,
+    /// Further ones.
+    pub more: Vec<IscsiTarget<P>>,
 }
 
 impl<P: FromStr<Err = Malformed> + PartialEq> FromStr for IscsiUrl<P> {
@@ -39,15 +42,40 @@ impl<P: FromStr<Err = Malformed> + PartialEq> FromStr for IscsiUrl<P> {
     fn from_str(s: &str) -> Result<Self, Malformed> {
         let malformed = || Malformed::new("source", s, RULE);
         let (scheme, rest) = s.split_once("://").ok_or_else(malformed)?;
-        // Neither portals nor IQN nor LUN has a slash.
-        let parts: Vec<&str> = rest.split('/').collect();
-        let ([portals, target, lun], true) = (&parts[..], scheme.eq_ignore_ascii_case("iscsi"))
-        else {
+        if !scheme.eq_ignore_ascii_case("iscsi") {
             return Err(malformed());
+        }
+        // None of portals, IQN and LUN has a slash or a plus.
+        let target = |text: &str| {
+            let parts: Vec<&str> = text.split('/').collect();
+            let [portals, target, lun] = parts[..] else { return Err(malformed()) };
+            let portals = portals_of(portals.split(','))?;
+            Ok(IscsiTarget { portals, target: target.parse()?, lun: lun.parse()? })
         };
-        let portals = portals_of(portals.split(','))?;
-        Ok(Self { portals, target: target.parse()?, lun: lun.parse()? })
+        let mut targets = rest.split('+').map(target);
+        let first = targets.next().ok_or_else(malformed)??;
+        Ok(Self { first, more: targets.collect::<Result<_, _>>()? })
     }
+}
+
+/// The source of a LUN that is to be had at `first` and at `more` targets: at most [`MAX_TARGETS`], none
+/// twice. An error shows it as `whole`.
+pub fn source_of(
+    first: IscsiTarget,
+    more: Vec<IscsiTarget>,
+    whole: &str,
+) -> Result<IscsiSource, Malformed> {
+    let IscsiTarget { target, portals, lun } = first;
+    let source = IscsiSource { target, portals, lun, chap: None, more_targets: more };
+    let targets = source.targets();
+    let keys: std::collections::BTreeSet<String> = targets.iter().map(IscsiTarget::key).collect();
+    if keys.len() < targets.len() {
+        return Err(Malformed::new("source", whole, "each target with its LUN once"));
+    }
+    if targets.len() > MAX_TARGETS {
+        return Err(Malformed::new("source", whole, "at most 16 targets"));
+    }
+    Ok(source)
 }
 
 /// Reads portals: at least one, at most [`MAX_PORTALS`], none twice.
@@ -76,8 +104,12 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Iscsi(s) => {
-                let portals: Vec<String> = s.portals.iter().map(ToString::to_string).collect();
-                write!(f, "iscsi://{}/{}/{}", portals.join(","), s.target, s.lun)
+                let part = |t: &IscsiTarget| {
+                    let portals: Vec<String> = t.portals.iter().map(ToString::to_string).collect();
+                    format!("{}/{}", portals.join(","), t.key())
+                };
+                let parts: Vec<String> = s.targets().iter().map(part).collect();
+                write!(f, "iscsi://{}", parts.join("+"))
             }
         }
     }
@@ -109,9 +141,11 @@ mod tests {
     fn a_url_may_name_the_hosts_of_portals() {
         let url = "iscsi://San-A,10.0.0.1,san-a:860/iqn.2001-04.com.example:a/flat:7";
         let read: IscsiUrl<Endpoint> = url.parse().unwrap();
-        let portals: Vec<String> = read.portals.iter().map(ToString::to_string).collect();
+        let (first, more) = (&read.first, &read.more);
+        assert!(more.is_empty());
+        let portals: Vec<String> = first.portals.iter().map(ToString::to_string).collect();
         assert_eq!(portals, ["san-a:3260", "10.0.0.1:3260", "san-a:860"]);
-        assert_eq!(read.lun.to_string(), "flat:7");
+        assert_eq!(first.lun.to_string(), "flat:7");
         // A source has addresses: names are resolved before.
         assert_eq!(url.parse::<Source>().unwrap_err().what, "portal");
         let twice = url.replace("10.0.0.1", "san-a:3260");
@@ -134,6 +168,12 @@ mod tests {
             ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/", "LUN"),
             ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/16384", "LUN"),
             ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/0x1", "LUN"),
+            ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/1+", "source"),
+            ("iscsi://10.0.0.1/iqn.2001-04.com.example:a/1+/iqn.2001-04.com.example:b/1", "portal"),
+            (
+                "iscsi://10.0.0.1/iqn.2001-04.com.example:a/1+10.0.0.2/iqn.2001-04.com.example:A/1",
+                "source",
+            ),
         ] {
             let error = url.parse::<Source>().unwrap_err();
             assert_eq!(error.what, what, "{url}: {error}");
@@ -145,12 +185,33 @@ mod tests {
         assert_eq!(error.rule, "at most 16 portals");
     }
 
+    #[test]
+    fn further_targets_have_portals_and_luns_of_their_own() {
+        let url = "iscsi://10.0.0.1:3260,10.0.0.2:3260/iqn.2001-04.com.example:a/7+10.0.0.1:3260/iqn.2001-04.com.example:b/9";
+        let source = iscsi(url);
+        assert_eq!((source.lun.get(), source.portals.len()), (7, 2));
+        let [more] = &source.more_targets[..] else { panic!("{source:?}") };
+        assert_eq!(more.key(), "iqn.2001-04.com.example:b/9");
+        let whole = Source::Iscsi(source);
+        assert_eq!(whole.to_string(), url);
+        let turned: Source =
+            "iscsi://10.0.0.3/iqn.2001-04.com.example:b/9+10.0.0.4/iqn.2001-04.com.example:a/7"
+                .parse()
+                .unwrap();
+        assert_eq!(whole.key(), turned.key(), "whatever their order and portals");
+        let one: Source = "iscsi://10.0.0.5/iqn.2001-04.com.example:b/9".parse().unwrap();
+        assert_eq!(whole.shared_with(&one).as_deref(), Some("iscsi://iqn.2001-04.com.example:b/9"));
+        let other: Source = "iscsi://10.0.0.5/iqn.2001-04.com.example:b/7".parse().unwrap();
+        assert_eq!(whole.shared_with(&other), None);
+    }
+
     prop_compose! {
         fn sources()(
             v4 in proptest::collection::btree_set((1u32..0xdfff_ffff, 1u16..), 1..8),
             v6 in proptest::collection::btree_set((1u128..0xfe00 << 112, 1u16..), 0..8),
             name in "[a-z0-9][a-z0-9.:-]{0,60}",
             lun in 0u64..=16383,
+            more in proptest::collection::btree_set((0u64..=16383, 1u32..0xdfff_ffff), 0..4),
         ) -> Source {
             let portals = v4.iter().map(|&(ip, port)| {
                 format!("{}:{port}", std::net::Ipv4Addr::from(ip))
@@ -162,6 +223,11 @@ mod tests {
                 target: format!("iqn.2001-04.{name}").parse().unwrap(),
                 lun: lun.try_into().unwrap(),
                 chap: None,
+                more_targets: more.into_iter().enumerate().map(|(n, (lun, ip))| IscsiTarget {
+                    target: format!("iqn.2001-05.com.example:{n}").parse().unwrap(),
+                    portals: vec![std::net::Ipv4Addr::from(ip).to_string().parse().unwrap()],
+                    lun: lun.try_into().unwrap(),
+                }).collect(),
             })
         }
     }

@@ -53,6 +53,24 @@ pub struct VmSpec {
     pub place: VmPlace,
 }
 
+/// A target at which a LUN is to be had.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct IscsiTarget<P = Portal> {
+    /// The target's name.
+    pub target: Iqn,
+    /// Its portals, at least one, without repetition.
+    pub portals: Vec<P>,
+    /// The LUN's number there.
+    pub lun: Lun,
+}
+
+impl<P> IscsiTarget<P> {
+    /// What tells it from the others of any source: target and LUN, whatever the portals.
+    pub fn key(&self) -> String {
+        format!("{}/{}", self.target, self.lun)
+    }
+}
+
 /// An iSCSI LUN.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct IscsiSource {
@@ -65,6 +83,22 @@ pub struct IscsiSource {
     /// Where the session's CHAP credentials are, where it needs some. Never the credentials.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chap: Option<ChapFrom>,
+    /// Further targets at which the same LUN is to be had, perhaps by another number; none twice. That it
+    /// is the same is proven on every path.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_targets: Vec<IscsiTarget>,
+}
+
+impl IscsiSource {
+    /// Every target at which it is to be had, in their order: at least one.
+    pub fn targets(&self) -> Vec<IscsiTarget> {
+        let first = IscsiTarget {
+            target: self.target.clone(),
+            portals: self.portals.clone(),
+            lun: self.lun,
+        };
+        std::iter::once(first).chain(self.more_targets.iter().cloned()).collect()
+    }
 }
 
 /// Where CHAP credentials are.
@@ -86,11 +120,24 @@ pub enum Source {
 }
 
 impl Source {
-    /// What makes two sources the same volume: for iSCSI target and LUN, whatever the portals.
+    /// What makes two sources the same volume: for iSCSI the targets, each with its LUN, whatever their
+    /// order and portals.
     pub fn key(&self) -> String {
-        match self {
-            Self::Iscsi(s) => format!("iscsi://{}/{}", s.target, s.lun),
-        }
+        format!("iscsi://{}", self.keys().join("+"))
+    }
+
+    /// What it has in common with another source, so that both are of one LUN: a target with its LUN.
+    pub fn shared_with(&self, other: &Self) -> Option<String> {
+        let theirs = other.keys();
+        self.keys().into_iter().find(|key| theirs.contains(key)).map(|key| format!("iscsi://{key}"))
+    }
+
+    /// Each way to it, in a fixed order.
+    fn keys(&self) -> Vec<String> {
+        let Self::Iscsi(source) = self;
+        let mut keys: Vec<String> = source.targets().iter().map(IscsiTarget::key).collect();
+        keys.sort();
+        keys
     }
 }
 
@@ -164,7 +211,7 @@ impl VolumeSpec {
             ));
         }
         let Source::Iscsi(source) = &self.source;
-        if source.portals.is_empty() {
+        if source.targets().iter().any(|t| t.portals.is_empty()) {
             return Err(("source.portals", malformed("portals", "", "at least one portal")));
         }
         Ok(())
@@ -287,6 +334,7 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
             portals: vec!["192.0.2.1:3260".parse().expect("a portal")],
             lun: Lun::try_from(name.len() as u64).expect("a LUN"),
             chap: None,
+            more_targets: Vec::new(),
         }),
         serial: name.parse().expect("a serial"),
         bus: Bus::Scsi,

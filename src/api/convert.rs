@@ -9,10 +9,10 @@ use super::status::malformed;
 use super::v1;
 use crate::connector::Discovered;
 use crate::reason::Reason;
-use crate::source::portals_of;
+use crate::source::{portals_of, source_of};
 use crate::spec::{
-    ChapFrom, DeviceStatus, IscsiSource, MultipathPolicy, Phase, Source, VmPlace, VmSpec,
-    VolumeSpec, VolumeStatus,
+    ChapFrom, DeviceStatus, IscsiSource, IscsiTarget, MultipathPolicy, Phase, Source, VmPlace,
+    VmSpec, VolumeSpec, VolumeStatus,
 };
 use crate::types::{
     Addressing, Bus, CacheMode, Chap, ErrorPolicy, Lun, Malformed, Portal, Serial, VmId, VolumeKey,
@@ -184,13 +184,31 @@ fn source(source: Option<v1::Source>) -> Result<Source, Refusal> {
 fn iscsi_source(iscsi: v1::IscsiSource) -> Result<IscsiSource, Refusal> {
     let field = |name: &str| format!("volume.source.iscsi.{name}");
     let secret = optional(&field("chap_secret"), &iscsi.chap_secret)?.map(ChapFrom::Secret);
-    Ok(IscsiSource {
-        target: parse(&field("target"), &iscsi.target)?,
-        portals: portals_of(iscsi.portals.iter().map(String::as_str))
+    let v1::IscsiSource { target, portals, lun, lun_addressing, .. } = iscsi;
+    let first = v1::IscsiTarget { target, portals, lun, lun_addressing };
+    let first = iscsi_target(&first, &field)?;
+    let more =
+        iscsi.more_targets.iter().enumerate().map(|(n, more)| {
+            iscsi_target(more, &|name| field(&format!("more_targets[{n}].{name}")))
+        });
+    let more = more.collect::<Result<Vec<_>, _>>()?;
+    let written = more.iter().map(IscsiTarget::key).collect::<Vec<_>>().join(", ");
+    let source = source_of(first, more, &written)
+        .map_err(|error| malformed(field("more_targets"), &error))?;
+    let chap = secret.or(iscsi.chap_in_request.then_some(ChapFrom::Request));
+    Ok(IscsiSource { chap, ..source })
+}
+
+fn iscsi_target(
+    wire: &v1::IscsiTarget,
+    field: &dyn Fn(&str) -> String,
+) -> Result<IscsiTarget, Refusal> {
+    Ok(IscsiTarget {
+        target: parse(&field("target"), &wire.target)?,
+        portals: portals_of(wire.portals.iter().map(String::as_str))
             .map_err(|error| malformed(field("portals"), &error))?,
-        lun: Lun::new(u64::from(iscsi.lun), addressing(iscsi.lun_addressing)?)
+        lun: Lun::new(u64::from(wire.lun), addressing(field, wire.lun_addressing)?)
             .map_err(|error| malformed(field("lun"), &error))?,
-        chap: secret.or(iscsi.chap_in_request.then_some(ChapFrom::Request)),
     })
 }
 
@@ -296,7 +314,7 @@ fn error_policy(value: i32) -> Result<Option<ErrorPolicy>, Refusal> {
     })
 }
 
-fn addressing(value: i32) -> Result<Addressing, Refusal> {
+fn addressing(field: &dyn Fn(&str) -> String, value: i32) -> Result<Addressing, Refusal> {
     use v1::LunAddressing as Wire;
     match Wire::try_from(value) {
         Ok(Wire::Unspecified | Wire::Sam2) => Ok(Addressing::Sam2),
@@ -304,7 +322,7 @@ fn addressing(value: i32) -> Result<Addressing, Refusal> {
         Ok(Wire::Transparent) => Ok(Addressing::Plain),
         Err(_) => {
             let rule = "SAM2 (1), SAM3_FLAT (2) or TRANSPARENT (3)";
-            Err(unknown_value("volume.source.iscsi.lun_addressing", value, rule))
+            Err(unknown_value(&field("lun_addressing"), value, rule))
         }
     }
 }
@@ -415,9 +433,19 @@ pub fn wire_source(source: &Source) -> v1::Source {
             },
             chap_in_request: s.chap == Some(ChapFrom::Request),
             lun_addressing: wire_addressing(s.lun.addressing()).into(),
+            more_targets: s.more_targets.iter().map(wire_target).collect(),
         }),
     };
     v1::Source { kind: Some(kind) }
+}
+
+fn wire_target(target: &IscsiTarget) -> v1::IscsiTarget {
+    v1::IscsiTarget {
+        target: target.target.to_string(),
+        portals: target.portals.iter().map(ToString::to_string).collect(),
+        lun: u32::from(target.lun.get()),
+        lun_addressing: wire_addressing(target.lun.addressing()).into(),
+    }
 }
 
 /// A volume as asked for on the wire, with every default filled in.

@@ -18,9 +18,7 @@ pub(super) fn name(text: &str) -> Option<HostPort> {
 
 /// The names in a volume's source.
 pub(super) fn names(spec: &v1::VolumeSpec) -> BTreeSet<HostPort> {
-    let kind = spec.source.as_ref().and_then(|source| source.kind.as_ref());
-    let portals = kind.map(|v1::source::Kind::Iscsi(iscsi)| &iscsi.portals);
-    portals.into_iter().flatten().filter_map(|text| name(text)).collect()
+    portals(&mut spec.clone()).filter_map(|text| name(text)).collect()
 }
 
 /// Puts addresses in their place.
@@ -41,7 +39,11 @@ pub(super) fn to_names(spec: &mut v1::VolumeSpec, resolved: &Names) {
     }
 }
 
+/// Every portal of a volume's source.
 fn portals(spec: &mut v1::VolumeSpec) -> impl Iterator<Item = &mut String> {
     let kind = spec.source.as_mut().and_then(|source| source.kind.as_mut());
-    kind.into_iter().flat_map(|v1::source::Kind::Iscsi(iscsi)| iscsi.portals.iter_mut())
+    kind.into_iter().flat_map(|v1::source::Kind::Iscsi(iscsi)| {
+        let more = iscsi.more_targets.iter_mut().flat_map(|target| &mut target.portals);
+        iscsi.portals.iter_mut().chain(more)
+    })
 }

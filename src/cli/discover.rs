@@ -14,7 +14,7 @@ use crate::api::v1;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The portal to ask: 10.0.0.1, 10.0.0.1:3260, or IPv6 in brackets; port 3260 unless given.
+    /// The portal to ask: 10.0.0.1, 10.0.0.1:3260, IPv6 in brackets, or a host's name; port 3260 unless given.
     #[arg(value_name = "PORTAL")]
     portal: String,
     /// The secret of lunplugd's secrets_dir that has the CHAP credentials for discovery.

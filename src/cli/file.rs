@@ -12,6 +12,7 @@ use super::chap::{self, ChapFile};
 use super::failure::Failure;
 use crate::api::{convert, v1};
 use crate::source::IscsiUrl;
+use crate::spec::IscsiTarget;
 use crate::types::{Addressing, Bus, CacheMode, Endpoint, ErrorPolicy, Lun, Malformed};
 
 /// A volume's fields; what is not given has the contract's default.
@@ -80,48 +81,113 @@ pub(super) struct IscsiFile {
     chap_secret: String,
     #[serde(default, alias = "chapInRequest", skip_serializing_if = "std::ops::Not::not")]
     chap_in_request: bool,
+    #[serde(default, alias = "moreTargets", skip_serializing_if = "Vec::is_empty")]
+    more_targets: Vec<TargetFile>,
+}
+
+/// A target at which the LUN is to be had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TargetFile {
+    pub(super) target: String,
+    pub(super) portals: Vec<String>,
+    pub(super) lun: u32,
+    #[serde(default, alias = "lunAddressing", skip_serializing_if = "String::is_empty")]
+    lun_addressing: String,
 }
 
 const LUN_ADDRESSING: &str = "LUN_ADDRESSING_";
 
-fn addressing_word(addressing: Addressing) -> String {
-    plain(convert::wire_addressing(addressing).as_str_name(), LUN_ADDRESSING)
+impl TargetFile {
+    pub(super) fn new(target: String, portals: Vec<String>, lun: u32) -> Self {
+        Self { target, portals, lun, lun_addressing: String::new() }
+    }
+
+    /// Has its LUN be addressed so.
+    pub(super) fn address(&mut self, addressing: Addressing) {
+        let word = convert::wire_addressing(addressing).as_str_name();
+        self.lun_addressing = plain(word, LUN_ADDRESSING);
+    }
+
+    fn to_wire(&self) -> Result<v1::IscsiTarget, Failure> {
+        let Self { target, portals, lun, lun_addressing } = self.clone();
+        let lun_addressing = match lun_addressing.as_str() {
+            "" => v1::LunAddressing::Unspecified,
+            text => convert::wire_addressing(word("source.iscsi.lun_addressing", text)?),
+        };
+        Ok(v1::IscsiTarget { target, portals, lun, lun_addressing: lun_addressing.into() })
+    }
+
+    fn from_wire(wire: v1::IscsiTarget) -> Self {
+        let lun_addressing = plain(wire.lun_addressing().as_str_name(), LUN_ADDRESSING);
+        let v1::IscsiTarget { target, portals, lun, .. } = wire;
+        Self { target, portals, lun, lun_addressing }
+    }
+
+    /// Its part of a URL.
+    fn url(&self) -> String {
+        let addressing = self.lun_addressing.parse().unwrap_or_default();
+        let lun = Lun::new(self.lun.into(), addressing);
+        let lun = lun.map_or_else(|_| self.lun.to_string(), |lun| lun.to_string());
+        format!("{}/{}/{lun}", self.portals.join(","), self.target)
+    }
+}
+
+impl From<IscsiTarget<Endpoint>> for TargetFile {
+    fn from(of: IscsiTarget<Endpoint>) -> Self {
+        let portals = of.portals.iter().map(ToString::to_string).collect();
+        let mut target = Self::new(of.target.to_string(), portals, of.lun.get().into());
+        target.address(of.lun.addressing());
+        target
+    }
 }
 
 impl SourceFile {
     /// The fields, those of a URL read.
     fn fields(&self) -> Result<IscsiFile, Failure> {
-        let url = match self {
+        let IscsiUrl { first, more } = match self {
             Self::Kind(SourceKind::Iscsi(fields)) => return Ok(fields.clone()),
             Self::Url(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
         };
-        Ok(IscsiFile {
-            target: url.target.to_string(),
-            portals: url.portals.iter().map(ToString::to_string).collect(),
-            lun: url.lun.get().into(),
-            lun_addressing: addressing_word(url.lun.addressing()),
-            chap_secret: String::new(),
-            chap_in_request: false,
-        })
+        Ok(IscsiFile::of(first.into(), more.into_iter().map(TargetFile::from).collect()))
     }
 }
 
 impl IscsiFile {
+    fn of(first: TargetFile, more_targets: Vec<TargetFile>) -> Self {
+        let TargetFile { target, portals, lun, lun_addressing } = first;
+        let (chap_secret, chap_in_request) = (String::new(), false);
+        Self { target, portals, lun, lun_addressing, chap_secret, chap_in_request, more_targets }
+    }
+
+    fn first(&self) -> TargetFile {
+        let Self { target, portals, lun, lun_addressing, .. } = self.clone();
+        TargetFile { target, portals, lun, lun_addressing }
+    }
+
     fn to_wire(&self) -> Result<v1::IscsiSource, Failure> {
-        let Self { target, portals, lun, lun_addressing, chap_secret, chap_in_request } =
-            self.clone();
-        let lun_addressing = match lun_addressing.as_str() {
-            "" => v1::LunAddressing::Unspecified,
-            text => convert::wire_addressing(word("source.iscsi.lun_addressing", text)?),
-        };
-        let lun_addressing = lun_addressing.into();
-        Ok(v1::IscsiSource { target, portals, lun, lun_addressing, chap_secret, chap_in_request })
+        let v1::IscsiTarget { target, portals, lun, lun_addressing } = self.first().to_wire()?;
+        let more_targets = self.more_targets.iter().map(TargetFile::to_wire);
+        Ok(v1::IscsiSource {
+            target,
+            portals,
+            lun,
+            lun_addressing,
+            chap_secret: self.chap_secret.clone(),
+            chap_in_request: self.chap_in_request,
+            more_targets: more_targets.collect::<Result<_, _>>()?,
+        })
     }
 
     fn from_wire(wire: v1::IscsiSource) -> Self {
-        let lun_addressing = plain(wire.lun_addressing().as_str_name(), LUN_ADDRESSING);
-        let v1::IscsiSource { target, portals, lun, chap_secret, chap_in_request, .. } = wire;
-        Self { target, portals, lun, lun_addressing, chap_secret, chap_in_request }
+        let v1::IscsiSource { target, portals, lun, lun_addressing, .. } = wire;
+        let first = v1::IscsiTarget { target, portals, lun, lun_addressing };
+        let more = wire.more_targets.into_iter().map(TargetFile::from_wire).collect();
+        Self {
+            chap_secret: wire.chap_secret,
+            chap_in_request: wire.chap_in_request,
+            ..Self::of(TargetFile::from_wire(first), more)
+        }
     }
 }
 
@@ -214,18 +280,15 @@ impl VolumeFile {
         }
     }
 
-    /// Has it be this LUN; without credentials where `chap_secret` is empty.
+    /// Has it be the LUN that is to be had at `first` and at `more_targets`; without credentials where
+    /// `chap_secret` is empty.
     pub(super) fn set_iscsi(
         &mut self,
-        target: String,
-        portals: Vec<String>,
-        (lun, addressing): (u32, Addressing),
+        first: TargetFile,
+        more_targets: Vec<TargetFile>,
         chap_secret: String,
     ) {
-        let lun_addressing = addressing_word(addressing);
-        let chap_in_request = false;
-        let iscsi =
-            IscsiFile { target, portals, lun, lun_addressing, chap_secret, chap_in_request };
+        let iscsi = IscsiFile { chap_secret, ..IscsiFile::of(first, more_targets) };
         self.source = Some(SourceFile::Kind(SourceKind::Iscsi(iscsi)));
     }
 
@@ -244,10 +307,9 @@ impl VolumeFile {
             None => String::new(),
             Some(SourceFile::Url(url)) => url.clone(),
             Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
-                let addressing = s.lun_addressing.parse().unwrap_or_default();
-                let lun = Lun::new(s.lun.into(), addressing)
-                    .map_or_else(|_| s.lun.to_string(), |lun| lun.to_string());
-                format!("iscsi://{}/{}/{lun}", s.portals.join(","), s.target)
+                let first = s.first().url();
+                let more = |t: &TargetFile| format!("+{}", t.url());
+                format!("iscsi://{first}") + &s.more_targets.iter().map(more).collect::<String>()
             }
         }
     }
@@ -378,6 +440,17 @@ size_bytes: 1024
         .unwrap();
         let v1::source::Kind::Iscsi(iscsi) = url.source.unwrap().kind.unwrap();
         assert_eq!(iscsi.portals, ["10.0.0.1:3260"]);
+        let more = FULL.replace(
+            "lun: 3}",
+            "lun: 3, more_targets: [{target: 'iqn.2001-04.com.example:b', portals: [10.0.0.2], lun: 4}]}",
+        );
+        let more = VolumeFile::parse(&more).unwrap();
+        let wire = more.to_wire().unwrap();
+        assert_eq!(VolumeFile::from_wire(&wire), more);
+        assert_eq!(VolumeFile::parse(&serde_json::to_string(&more).unwrap()).unwrap(), more);
+        let whole =
+            "iscsi://10.0.0.1/iqn.2001-04.com.example:a/3+10.0.0.2/iqn.2001-04.com.example:b/4";
+        assert_eq!(more.source_url(), whole);
     }
 
     #[test]

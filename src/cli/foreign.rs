@@ -5,7 +5,7 @@
 use serde_yaml_ng::{Mapping, Value};
 
 use super::chap::ChapFile;
-use super::file::VolumeFile;
+use super::file::{TargetFile, VolumeFile};
 use crate::types::{Addressing, Endpoint};
 
 /// A volume that was read, and what was passed over in it.
@@ -170,7 +170,8 @@ fn stanza(mut fields: Fields<'_>) -> Result<Foreign, String> {
     fields.pass("chapAuthDiscovery", "nothing is discovered to attach a volume");
     fields.pass("fsType", "the guest gets a block device");
     let secret = if chap { secret } else { String::new() };
-    volume.set_iscsi(target, distinct(portals), (lun, Addressing::Sam2), secret);
+    let first = TargetFile::new(target, distinct(portals), lun);
+    volume.set_iscsi(first, Vec::new(), secret);
     Ok(Foreign { volume, notes: fields.end()? })
 }
 
@@ -220,9 +221,11 @@ fn cinder(mut outer: Fields<'_>) -> Result<Foreign, String> {
     let mut volume = VolumeFile::default();
     access(&mut fields, &mut volume)?;
     volume.chap = credentials(&mut fields)?;
-    let (target, portals, lun) = places(&mut fields)?;
+    let mut targets = places(&mut fields)?;
     let addressing = addressing(&mut fields)?;
-    volume.set_iscsi(target, portals, (lun, addressing), String::new());
+    targets.iter_mut().for_each(|target| target.address(addressing));
+    let first = targets.remove(0);
+    volume.set_iscsi(first, targets, String::new());
     let mut notes = fields.end()?;
     notes.extend(outer.end()?);
     Ok(Foreign { volume, notes })
@@ -265,8 +268,9 @@ fn credentials(fields: &mut Fields<'_>) -> Result<Option<ChapFile>, String> {
     }
 }
 
-/// Target, portals and LUN: of the lists where they are there, else of the single fields.
-fn places(fields: &mut Fields<'_>) -> Result<(String, Vec<String>, u32), String> {
+/// Targets, each with its portals and LUN, at least one: of the lists where they are there, else of the
+/// single fields.
+fn places(fields: &mut Fields<'_>) -> Result<Vec<TargetFile>, String> {
     let (portal, target) = (fields.text("target_portal")?, fields.text("target_iqn")?);
     let lun = match fields.take("target_lun") {
         Some(value) => Some(fields.number("target_lun", value)?),
@@ -298,20 +302,23 @@ fn places(fields: &mut Fields<'_>) -> Result<(String, Vec<String>, u32), String>
             luns.len()
         ));
     }
-    let (target, lun) = (targets[0].clone(), luns[0]);
-    if let Some(other) = targets.iter().find(|t| !t.eq_ignore_ascii_case(&target)) {
-        return Err(format!(
-            "{}target_iqns: {target:?} and {other:?}: a volume whose portals have targets of their own is not offered; give the portals of one target",
-            fields.path
-        ));
+    Ok(grouped(portals.into_iter().zip(targets).zip(luns).map(|((p, t), l)| (t, l, p))))
+}
+
+/// What is one target and LUN by several portals, as one, in the order in which they come first.
+fn grouped(entries: impl Iterator<Item = (String, u32, String)>) -> Vec<TargetFile> {
+    let mut found: Vec<TargetFile> = Vec::new();
+    for (target, lun, portal) in entries {
+        let same = |t: &&mut TargetFile| t.lun == lun && t.target.eq_ignore_ascii_case(&target);
+        match found.iter_mut().find(same) {
+            Some(same) => same.portals.push(portal),
+            None => found.push(TargetFile::new(target, vec![portal], lun)),
+        }
     }
-    if let Some(other) = luns.iter().find(|l| **l != lun) {
-        return Err(format!(
-            "{}target_luns: {lun} and {other}: a volume that has another LUN at each portal is not offered",
-            fields.path
-        ));
+    for target in &mut found {
+        target.portals = distinct(std::mem::take(&mut target.portals));
     }
-    Ok((target, distinct(portals), lun))
+    found
 }
 
 /// How the LUN is addressed; `transparent` where nothing is said, as os-brick has it.
@@ -419,6 +426,31 @@ spec:
         assert_eq!(iscsi(&of(&nova).unwrap().0), source);
     }
 
+    /// As arrays answer that have a target for each port, and a LUN number for each of them.
+    #[test]
+    fn targets_and_luns_of_lists_belong_to_the_portals_one_by_one() {
+        let several = CINDER
+            .replace(
+                "\"target_portals\": [",
+                "\"target_portals\": [\"10.0.0.1\", \"10.0.0.3:3261\", ",
+            )
+            .replace(
+                "\"target_iqns\": [",
+                "\"target_iqns\": [\"iqn.2010-10.org.openstack:V1\", \"iqn.2010-10.org.openstack:v2\", ",
+            )
+            .replace("\"target_luns\": [1, 1]", "\"target_luns\": [1, 7, 1, 2]");
+        let (wire, notes, volume) = of(&several).unwrap();
+        assert_eq!(
+            volume.source_url(),
+            "iscsi://10.0.0.1:3260/iqn.2010-10.org.openstack:V1/1+10.0.0.3:3261/iqn.2010-10.org.openstack:v2/7+10.0.0.2:3260/iqn.2010-10.org.openstack:v1/2"
+        );
+        assert_eq!(iscsi(&wire).more_targets.len(), 2);
+        assert!(notes.is_empty(), "{notes:?}");
+        let flat = several.replace("\"SAM2\"", "\"SAM3-flat\"");
+        let flat = iscsi(&of(&flat).unwrap().0);
+        assert!(flat.more_targets.iter().all(|t| t.lun_addressing == flat.lun_addressing));
+    }
+
     #[test]
     fn connection_info_says_how_its_lun_is_addressed() {
         use v1::LunAddressing as To;
@@ -444,9 +476,7 @@ spec:
             ("\"access_mode\": \"rw\"", "\"access_mode\": \"wo\"", "access_mode: \"wo\""),
             ("\"SAM2\"", "\"SAM4\"", "addressing_mode: \"SAM4\""),
             ("\"CHAP\"", "\"KRB5\"", "auth_method: \"KRB5\""),
-            ("\"target_luns\": [1, 1]", "\"target_luns\": [1, 2]", "target_luns: 1 and 2"),
             ("\"target_luns\": [1, 1]", "\"target_luns\": [1]", "2, 2 and 1 entries"),
-            ("org.openstack:v1\"],", "org.openstack:v2\"],", "target_iqns"),
             ("\"volume_id\"", "\"colour\"", "data.colour: \"6d2a\""),
             ("\"hush-hush\"", "[\"hush-hush\"]", "auth_password: (not shown)"),
             ("\"auth_password\"", "\"my_password\"", "my_password: (not shown)"),

@@ -5,6 +5,8 @@
 //! of a registered authority, EUI-64, or T10 vendor id with the unit's serial number in it (SPC-5
 //! 7.7.6). Locally assigned NAA and vendor specific ones do not.
 
+use std::fmt;
+
 use crate::reason::Reason;
 use crate::types::Wwid;
 
@@ -17,6 +19,34 @@ pub(crate) struct Identity {
     pub(crate) wwid: Wwid,
     /// All unique designators, the best first: multipath's udev helper may prefer another one.
     pub(crate) all: Vec<Wwid>,
+    /// What else the unit says of itself.
+    pub(crate) unit: Unit,
+}
+
+/// What a logical unit says of itself beside its designators, the same by whatever target and port it is
+/// reached (SPC-5 6.6.2, 7.7.24). `None` is what could not be read: that contradicts nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Unit {
+    /// The unit serial number of VPD page 0x80.
+    pub(crate) serial: Option<String>,
+    /// Vendor and product of the standard INQUIRY data.
+    pub(crate) product: Option<String>,
+}
+
+impl Unit {
+    /// Whether both can be of one unit.
+    pub(crate) fn agrees(&self, other: &Self) -> bool {
+        let same = |a: &Option<String>, b: &Option<String>| a.is_none() || b.is_none() || a == b;
+        same(&self.serial, &other.serial) && same(&self.product, &other.product)
+    }
+}
+
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unknown = || "unknown".to_owned();
+        let serial = self.serial.clone().unwrap_or_else(unknown);
+        write!(f, "product {}, serial {serial}", self.product.clone().unwrap_or_else(unknown))
+    }
 }
 
 impl Identity {
@@ -85,11 +115,11 @@ pub enum IdentityError {
     Disagree {
         /// SCSI address of one.
         one_at: String,
-        /// What it is, with its size.
+        /// What it is, with all that they disagree about.
         one: String,
         /// SCSI address of the other.
         other_at: String,
-        /// What it is, with its size.
+        /// What it is, with all that they disagree about.
         other: String,
     },
 }
@@ -140,7 +170,7 @@ pub(crate) fn identify(
     {
         return Err(IdentityError::Contradiction { at: at.into(), kernel: text.into() });
     }
-    Ok(Identity { wwid: best, all })
+    Ok(Identity { wwid: best, all, unit: Unit { serial, product: None } })
 }
 
 /// One designation descriptor.
@@ -364,7 +394,8 @@ mod tests {
         let a = w("naa.6001405000000000000000000000000a");
         let b = w("naa.6001405000000000000000000000000b");
         let eui = w("eui.0025010203040506");
-        let found = Identity { wwid: a.clone(), all: vec![a.clone(), eui.clone()] };
+        let all = vec![a.clone(), eui.clone()];
+        let found = Identity { wwid: a.clone(), all, unit: Unit::default() };
         let e = |wwid: Option<&Wwid>, size, recorded: Option<&Wwid>, accept| Expect {
             wwid: wwid.cloned(),
             size,

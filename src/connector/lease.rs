@@ -1,5 +1,8 @@
 //! Who uses what on this node: one lease a target, and one claim a LUN.
 //!
+//! A volume that is reached by several targets is a user of each: of those the first one has what is of the
+//! whole (identity, map, attachment), every one its own paths.
+//!
 //! They lie under /run/lunplug, shared by a node daemon and sidecars, and are written *before* the
 //! effect that they announce; what another boot wrote is void. Every change is read, changed and
 //! written under the lease's own lock, which is held for nothing else.
@@ -49,6 +52,9 @@ pub(crate) struct User {
     pub(crate) map: Option<MapLease>,
     /// The whole, once handed out.
     pub(crate) attachment: Option<Attachment>,
+    /// The target whose lease has what is of the whole, where that is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) first: Option<String>,
     /// The last step that was begun for it; for people.
     #[serde(default)]
     pub(crate) step: Option<Step>,
@@ -95,19 +101,32 @@ impl<M> Lease<M> {
         &self.boot_id
     }
 
-    /// The user of that name.
-    pub(crate) fn user(&self, owner: &VolumeKey) -> Option<&User> {
-        self.users.iter().find(|u| u.owner == *owner)
+    /// The user of that name and LUN.
+    pub(crate) fn user(&self, owner: &VolumeKey, lun: Lun) -> Option<&User> {
+        self.users.iter().find(|u| u.is(owner, lun))
     }
 
-    /// The user of that name, to be changed.
-    pub(crate) fn user_mut(&mut self, owner: &VolumeKey) -> Option<&mut User> {
-        self.users.iter_mut().find(|u| u.owner == *owner)
+    /// The user of that name and LUN, to be changed.
+    pub(crate) fn user_mut(&mut self, owner: &VolumeKey, lun: Lun) -> Option<&mut User> {
+        self.users.iter_mut().find(|u| u.is(owner, lun))
+    }
+
+    /// All that a volume has here: mostly one LUN.
+    pub(crate) fn users_of(&self, owner: &VolumeKey) -> impl Iterator<Item = &User> {
+        self.users.iter().filter(move |u| u.owner == *owner)
     }
 
     /// Another user of the same LUN.
     pub(crate) fn other(&self, owner: &VolumeKey, lun: Lun) -> Option<&User> {
         self.users.iter().find(|u| u.owner != *owner && u.lun == lun)
+    }
+
+    /// A user with those of its paths alone that no other user of the LUN has.
+    pub(crate) fn alone_with(&self, mut user: User) -> User {
+        let others = || self.users.iter().filter(|u| u.owner != user.owner && u.lun == user.lun);
+        let taken: Vec<Hctl> = others().flat_map(|u| &u.paths).map(|p| p.hctl).collect();
+        user.paths.retain(|p| !taken.contains(&p.hctl));
+        user
     }
 
     /// Whether somebody wants to come to the target by that way.
@@ -116,8 +135,8 @@ impl<M> Lease<M> {
     }
 
     /// Removes a user; what it made passes to another user of the LUN, if there is one.
-    pub(crate) fn remove_user(&mut self, owner: &VolumeKey) -> Option<User> {
-        let at = self.users.iter().position(|u| u.owner == *owner)?;
+    pub(crate) fn remove_user(&mut self, owner: &VolumeKey, lun: Lun) -> Option<User> {
+        let at = self.users.iter().position(|u| u.is(owner, lun))?;
         let gone = self.users.remove(at);
         if let Some(heir) = self.users.iter_mut().find(|u| u.lun == gone.lun) {
             for path in gone.paths.iter().filter(|p| p.made) {
@@ -126,17 +145,41 @@ impl<M> Lease<M> {
                     None => heir.paths.push(path.clone()),
                 }
             }
-            match (&mut heir.map, &gone.map) {
-                (Some(map), Some(made)) if made.made => map.made = true,
-                (map @ None, Some(made)) => *map = Some(made.clone()),
-                _ => {}
-            }
+            heir.take_map(gone.map.as_ref());
         }
         Some(gone)
     }
 }
 
 impl User {
+    fn is(&self, owner: &VolumeKey, lun: Lun) -> bool {
+        self.owner == *owner && self.lun == lun
+    }
+
+    /// Takes over another's map: whoever made it, it is this one's to be removed.
+    pub(crate) fn take_map(&mut self, map: Option<&MapLease>) {
+        match (&mut self.map, map) {
+            (Some(map), Some(made)) if made.made => map.made = true,
+            (map @ None, Some(made)) => *map = Some(made.clone()),
+            _ => {}
+        }
+    }
+
+    /// What a volume has at several targets, as one; `None` where it has nothing. The first has what is
+    /// of the whole, also where that came to another one, as an heir's.
+    pub(crate) fn joined<'a>(users: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
+        let mut users = users.into_iter();
+        let mut all = users.next()?.clone();
+        for user in users {
+            all.routes.extend(user.routes.iter().cloned());
+            all.paths.extend(user.paths.iter().cloned());
+            all.wwid = all.wwid.or_else(|| user.wwid.clone());
+            all.attachment = all.attachment.or_else(|| user.attachment.clone());
+            all.take_map(user.map.as_ref());
+        }
+        Some(all)
+    }
+
     /// Announces or updates a path. Whoever made it first, made it.
     pub(crate) fn set_path(&mut self, path: PathLease) {
         match self.paths.iter_mut().find(|p| p.hctl == path.hctl) {
@@ -259,7 +302,18 @@ impl Leases {
         self.write_claims(&name, kept).await
     }
 
-    /// Takes a claim back; absent is fine. Says whether nobody else has one.
+    /// The claims on a LUN in other names than `owner`'s, as they were noted.
+    pub(crate) async fn claimed_by_others(
+        &self,
+        wwid: &Wwid,
+        owner: &VolumeKey,
+    ) -> Result<Vec<Claim>, Error> {
+        let (_guard, _, mut claims) = self.claims(wwid).await?;
+        claims.retain(|c| c.owner != *owner);
+        Ok(claims)
+    }
+
+    /// Takes a claim back; absent is fine.
     pub(crate) async fn unclaim(&self, wwid: &Wwid, owner: &VolumeKey) -> Result<(), Error> {
         let (_guard, name, mut claims) = self.claims(wwid).await?;
         claims.retain(|c| c.owner != *owner);
@@ -384,6 +438,7 @@ mod tests {
             }],
             map: Some(MapLease { uuid: "mpath-3x".into(), made }),
             attachment: None,
+            first: None,
             step: None,
         }
     }
@@ -396,10 +451,10 @@ mod tests {
             users: vec![user("a", true), user("b", false)],
             made: (),
         };
-        let a = lease.users[0].owner.clone();
-        assert!(lease.remove_user(&a).is_some());
+        let (a, lun) = (lease.users[0].owner.clone(), lease.users[0].lun);
+        assert!(lease.remove_user(&a, lun).is_some());
         assert!(lease.users[0].paths[0].made);
         assert!(lease.users[0].map.as_ref().is_some_and(|m| m.made));
-        assert!(lease.remove_user(&a).is_none());
+        assert!(lease.remove_user(&a, lun).is_none());
     }
 }

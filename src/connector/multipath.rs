@@ -266,8 +266,8 @@ async fn prove(sysfs: &dyn Sysfs, map: &Map, paths: &[ScsiPath]) -> Result<(), E
         };
         scsi::rescan(sysfs, &dir).await?;
         match scsi::identity(sysfs, hctl, &dir).await?.1 {
-            Ok(other) if other.wwid == identity.wwid => {}
-            Ok(other) => return Err(foreign(&format!("is {}", other.wwid))),
+            Ok(other) if other.wwid == identity.wwid && other.unit.agrees(&identity.unit) => {}
+            Ok(other) => return Err(foreign(&format!("is {}, {}", other.wwid, other.unit))),
             Err(e) => return Err(foreign(&e.to_string())),
         }
     }

@@ -172,7 +172,23 @@ pub(crate) async fn identity(
     let raw = raw_wwid(sysfs, dir).await?;
     let kernel = (!raw.is_empty()).then_some(raw.as_str());
     let identity = identify(&hctl.to_string(), &pg83, pg80.as_deref(), kernel);
-    Ok((raw, identity))
+    let product = product(sysfs, dir).await?;
+    let whole = |mut identity: Identity| {
+        identity.unit.product = product;
+        identity
+    };
+    Ok((raw, identity.map(whole)))
+}
+
+/// Vendor and product as the kernel read them when the device was found: a rescan does not look at them
+/// again (drivers/scsi/scsi_scan.c, scsi_rescan_device).
+async fn product(sysfs: &dyn Sysfs, dir: &str) -> Result<Option<String>, Error> {
+    let text = async |name: &str| {
+        let path = format!("{dir}/{name}");
+        sysfs.text(&path).await.map_err(Error::io(format!("reading {path}")))
+    };
+    let (vendor, model) = (text("vendor").await?, text("model").await?);
+    Ok(vendor.zip(model).map(|(vendor, model)| format!("{} {}", vendor.trim(), model.trim())))
 }
 
 /// Has the kernel read the device's VPD pages and capacity anew (a scan of a known LUN does not).

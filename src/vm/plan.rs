@@ -75,8 +75,9 @@ pub fn admit_add(known: &[Known], spec: &VolumeSpec, rules: Rules) -> Result<Adm
         let message = format!("disk {} is that of volume {}", spec.disk, other.spec.name);
         return Err(Refusal::new(Reason::VolumeExists, message).field("volume.disk_name"));
     }
-    if let Some(other) = live().find(|k| k.spec.source.key() == spec.source.key()) {
-        let message = format!("{} is attached as volume {}", spec.source.key(), other.spec.name);
+    let shared = live().find_map(|k| Some((k, spec.source.shared_with(&k.spec.source)?)));
+    if let Some((other, shared)) = shared {
+        let message = format!("{shared} is attached as volume {}", other.spec.name);
         return Err(Refusal::new(Reason::SourceInUse, message).field("volume.source"));
     }
     if let Some(other) = live().find(|k| k.spec.serial == spec.serial) {
@@ -287,6 +288,23 @@ mod tests {
         let Source::Iscsi(source) = &mut other.source;
         source.portals = vec!["192.0.2.9:3260".parse().unwrap()];
         assert_eq!(denied(&ready, &other).0, Reason::SourceInUse);
+    }
+
+    #[test]
+    fn a_source_that_has_any_target_in_common_is_the_same_source() {
+        let ready = [known(with_lun("a", 1), Phase::Ready)];
+        let of = |lun: u64, more: &str| {
+            let mut spec = with_lun("b", lun);
+            spec.source = format!("{}+{more}", spec.source).parse().unwrap();
+            spec
+        };
+        let first = ready[0].spec.source.to_string();
+        let there = first.strip_prefix("iscsi://").unwrap();
+        let (reason, field) = denied(&ready, &of(2, there));
+        assert_eq!((reason, field.as_deref()), (Reason::SourceInUse, Some("volume.source")));
+        let elsewhere = "192.0.2.9/iqn.2026-01.org.lunplug:elsewhere/1";
+        assert_eq!(denied(&ready, &of(1, elsewhere)).0, Reason::SourceInUse);
+        assert!(admit_add(&ready, &of(2, elsewhere), RULES).is_ok());
     }
 
     #[test]

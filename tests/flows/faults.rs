@@ -7,7 +7,7 @@ use lunplug::spec::{AddOptions, MultipathPolicy, Phase, RemoveOptions, Source, V
 use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{Daemon, World, key, single, vm, vm_spec, volume};
+use crate::world::{Daemon, World, key, single, split, vm, vm_spec, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
@@ -20,7 +20,7 @@ fn hang() -> FaultAction {
 }
 
 /// The kinds of volumes whose calls differ.
-pub(crate) fn kinds() -> [Sweep; 4] {
+pub(crate) fn kinds() -> [Sweep; 5] {
     let alone = |spec| Sweep { spec, beside: false };
     let virtio = VolumeSpec { bus: Bus::Virtio, persist: true, ..volume("data", 1) };
     [
@@ -28,6 +28,7 @@ pub(crate) fn kinds() -> [Sweep; 4] {
         alone(single("data", 1)),
         alone(virtio),
         Sweep { spec: volume("data", 1), beside: true },
+        alone(split("data", 1)),
     ]
 }
 
@@ -48,7 +49,10 @@ impl Sweep {
         let Source::Iscsi(source) = &self.spec.source;
         match self.spec.multipath {
             MultipathPolicy::Off => 1,
-            _ => u32::try_from(source.portals.len()).unwrap(),
+            _ => {
+                let portals = source.targets().iter().map(|t| t.portals.len()).sum::<usize>();
+                u32::try_from(portals).unwrap()
+            }
         }
     }
 

@@ -77,7 +77,7 @@ fn an_expectation_that_is_not_met() {
 #[test]
 fn a_lun_without_a_unique_designator() {
     let world = World::new();
-    let nameless = SimLun { wwid: None, size: 1 << 30, read_only: false };
+    let nameless = SimLun::new(wwid(1), 1 << 30).nameless();
     world.host.storage.replace_lun(&target(), lun(1), nameless);
     world.life(async |daemon| {
         fails(&world, &daemon, &volume("data", 1), Reason::NoUniqueIdentity).await;

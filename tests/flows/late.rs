@@ -104,7 +104,7 @@ fn a_name_is_not_used_anew_while_its_old_detach_may_take_effect() {
 #[test]
 fn an_attach_of_nobody_is_undone_at_whatever_moment_it_comes() {
     let endpoint = World::endpoint(1);
-    let [plain, _, virtio, _] = kinds();
+    let [plain, _, virtio, ..] = kinds();
     for sweep in [plain, virtio] {
         let delivered = |at: usize| {
             let world = sweep.world();

@@ -24,5 +24,6 @@ mod reconcile;
 mod restart;
 mod serving;
 mod stores;
+mod targets;
 mod walk;
 mod world;

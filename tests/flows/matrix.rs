@@ -7,13 +7,13 @@ use lunplug::spec::{MultipathPolicy, Phase, VolumeSpec};
 use lunplug::step::{KillPoint, Way};
 
 use crate::faults::{Sweep, each};
-use crate::world::{World, single, volume};
+use crate::world::{World, single, split, volume};
 
 /// The kinds of sources. multipathd makes a map of a single path as well, so that with policy `off`
 /// one has to be taken off.
-fn kinds() -> [VolumeSpec; 3] {
+fn kinds() -> [VolumeSpec; 4] {
     let off = VolumeSpec { multipath: MultipathPolicy::Off, ..volume("data", 1) };
-    [volume("data", 1), single("data", 1), off]
+    [volume("data", 1), single("data", 1), off, split("data", 1)]
 }
 
 /// The points that a clean add and a clean removal reach, in their order.

@@ -24,6 +24,11 @@ pub(crate) fn target() -> Iqn {
     "iqn.2026-01.org.lunplug:sim".parse().unwrap()
 }
 
+/// Another target that exports LUN n of [`target`] as n + 100, by portals 3 and 4.
+pub(crate) fn mirror() -> Iqn {
+    "iqn.2026-01.org.lunplug:mirror".parse().unwrap()
+}
+
 /// The n-th portal, from 1.
 pub(crate) fn portal(number: u8) -> Portal {
     format!("192.0.2.{number}").parse().unwrap()
@@ -62,10 +67,12 @@ pub(crate) fn vm_spec(number: u8) -> VmSpec {
 /// How many VMs the node has.
 const VMS: u8 = 3;
 
-/// A node with VMs and a target of 16 LUNs behind two portals.
+/// A node with VMs and a target of 16 LUNs behind two portals, and its mirror.
 pub(crate) fn node() -> SimHost {
     let host = SimHost::default();
     host.add_target(&target(), &[portal(1), portal(2)], 16);
+    host.add_target(&mirror(), &[portal(3), portal(4)], 0);
+    (0..16).for_each(|n| host.storage.export_lun(&target(), lun(n), &mirror(), lun(n + 100)));
     (1..=VMS).for_each(|n| host.add_vm(&uid(n), &domain(n)));
     host
 }
@@ -89,6 +96,20 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         expect_size: None,
         names: Names::new(),
     }
+}
+
+/// The same with two paths more, by [`mirror`].
+pub(crate) fn mirrored(name: &str, lun: u64) -> VolumeSpec {
+    let spec = volume(name, lun);
+    let more = format!("{}+192.0.2.3,192.0.2.4/{}/{}", spec.source, mirror(), lun + 100);
+    VolumeSpec { source: more.parse().unwrap(), ..spec }
+}
+
+/// The same with one path by each of the two targets.
+pub(crate) fn split(name: &str, lun: u64) -> VolumeSpec {
+    let source =
+        format!("iscsi://192.0.2.1/{}/{lun}+192.0.2.3/{}/{}", target(), mirror(), lun + 100);
+    VolumeSpec { source: source.parse().unwrap(), ..volume(name, lun) }
 }
 
 /// The same by the first portal alone.

@@ -8,15 +8,15 @@ use super::login::Made;
 use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::identity::Identity;
-use crate::connector::lease::{Claim, Lease, Made as _, MapLease};
+use crate::connector::lease::{Claim, Lease, Made as _, MapLease, User};
 use crate::connector::mapchange;
 use crate::connector::multipath::{self, Above, Map};
 use crate::connector::scsi::{self, ScsiPath};
 use crate::connector::{AttachRequest, Attachment, Authentication, DetachOptions};
 use crate::host::multipathd::MultipathdError;
-use crate::spec::{IscsiSource, MultipathPolicy};
+use crate::spec::{IscsiSource, IscsiTarget, MultipathPolicy};
 use crate::step::Step;
-use crate::types::{Outcome, Portal};
+use crate::types::Outcome;
 
 impl Inner {
     /// Attaches a LUN, or finds it attached; what this attach made is undone when it fails.
@@ -25,31 +25,30 @@ impl Inner {
         request: &AttachRequest,
         source: &IscsiSource,
     ) -> Result<Outcome<Attachment>, Error> {
-        let _lun = self.lun_lock(source).await?;
+        let targets = source.targets();
+        let _lun = self.lun_lock(&targets).await?;
         self.await_walks(&request.owner).await;
-        let lease: Lease<Made> = self.leases.load(source.target.as_str()).await?;
-        let before = lease.user(&request.owner).cloned();
+        let before = self.held(&request.owner, &targets).await?;
         if let Some(user) = &before
-            && user.lun == source.lun
             && let Some(found) = self.still_right(user, &request.expect).await?
         {
-            self.heal(request, source, &found).await;
+            self.heal(request, targets, &found).await;
             return Ok(Outcome::Already(found));
         }
-        if let Some(user) = before.as_ref().filter(|u| u.lun != source.lun) {
-            let device = format!("LUN {} of {}", user.lun, source.target);
-            let holder = format!("{}, which must let go of it first", user.owner);
+        if let Some((target, lun)) = self.other_lun(&request.owner, &targets).await? {
+            let device = format!("LUN {lun} of {target}");
+            let holder = format!("{}, which must let go of it first", request.owner);
             return Err(Error::DeviceHeld { device, holder });
         }
         // What a guest may have in use is not undone because looking at it again failed.
         let in_use = before.as_ref().is_some_and(|u| u.attachment.is_some());
-        let job = self.job(request, source).await?;
+        let job = self.job(request, targets).await?;
         match self.build(&job).await {
             Ok(attachment) => Ok(Outcome::Done(attachment)),
             Err(cause) if in_use => Err(cause),
             Err(cause) => {
                 let force = DetachOptions { force: true, ..DetachOptions::default() };
-                match self.release(&job.owner, source, force).await {
+                match self.release(&job.owner, &job.whole, force).await {
                     Ok(_) => Err(cause),
                     Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
                 }
@@ -61,7 +60,7 @@ impl Inner {
     async fn build(self: &Arc<Self>, job: &Job) -> Result<Attachment, Error> {
         let tracker = &self.doors.tracker;
         tracker.run(Step::Lease, self.intend(job)).await?;
-        let gathered = self.gather(job).await?;
+        let gathered = self.gather(&job.parts()).await?;
         let first = &gathered.paths[0];
         tracker.run(Step::Claim, self.claim(job, &first.identity)).await?;
         let map = tracker.run(Step::Map, self.map(job, &gathered)).await?;
@@ -69,15 +68,16 @@ impl Inner {
         self.refuse_holders(job, &gathered.paths, map.as_ref()).await?;
         let attachment = describe(&gathered.paths, map.as_ref());
         self.complete(job, &gathered, &attachment).await?;
-        self.claim_late(job, gathered.late, &attachment);
+        self.claim_late(gathered.late, &attachment);
         Ok(attachment)
     }
 
-    /// Decides between map and single path, once, before anything is made.
+    /// Decides between map and single path, once, before anything is made. The job is at the first of
+    /// `targets`.
     pub(super) async fn job(
         &self,
         request: &AttachRequest,
-        source: &IscsiSource,
+        targets: Vec<IscsiTarget>,
     ) -> Result<Job, Error> {
         let chap = match &request.authentication {
             Authentication::None => None,
@@ -95,7 +95,7 @@ impl Inner {
                 alive.map_err(Error::MultipathUnavailable)?;
                 true
             }
-            MultipathPolicy::Preferred if source.portals.len() < 2 => false,
+            MultipathPolicy::Preferred if ways(&targets) < 2 => false,
             MultipathPolicy::Preferred => {
                 if let Err(error) = &alive {
                     tracing::warn!(%error, "no multipath: the volume gets a single path");
@@ -105,7 +105,8 @@ impl Inner {
         };
         Ok(Job {
             owner: request.owner.clone(),
-            source: source.clone(),
+            source: targets[0].clone(),
+            whole: targets.into(),
             expect: request.expect.clone(),
             policy: request.multipath,
             shareable: request.shareable,
@@ -116,19 +117,23 @@ impl Inner {
         })
     }
 
-    /// Enters the owner into the lease; what an earlier try made stays known.
+    /// Enters the owner into the lease of each target; what an earlier try made stays known.
     async fn intend(&self, job: &Job) -> Result<(), Error> {
-        self.leases
-            .update::<Made, _>(job.source.target.as_str(), |lease| {
-                match lease.user_mut(&job.owner) {
+        for part in job.parts() {
+            let enter = |lease: &mut Lease<Made>| {
+                let intent = part.user();
+                match lease.user_mut(&part.owner, part.source.lun) {
                     Some(user) => {
-                        user.shareable = job.shareable;
-                        user.routes = job.user().routes;
+                        user.shareable = intent.shareable;
+                        user.routes = intent.routes;
+                        user.first = intent.first;
                     }
-                    None => lease.users.push(job.user()),
+                    None => lease.users.push(intent),
                 }
-            })
-            .await
+            };
+            self.leases.update::<Made, _>(part.source.target.as_str(), enter).await?;
+        }
+        Ok(())
     }
 
     /// Claims the LUN's identity for the owner: the same LUN may come by another name.
@@ -137,30 +142,19 @@ impl Inner {
         let claim = Claim {
             owner: job.owner.clone(),
             transport: Made::TRANSPORT.into(),
-            target: job.source.target.to_string(),
+            target: job.first().target.to_string(),
             shareable: job.shareable,
         };
-        let is_live = async |c: Claim| -> Result<bool, Error> {
-            // Only this transport's leases can be read here; others' claims count as they are.
-            if c.transport != Made::TRANSPORT {
-                return Ok(true);
-            }
-            let lease: Lease<Made> = self.leases.load(&c.target).await?;
-            Ok(lease.user(&c.owner).is_some_and(|u| u.wwid.as_ref().is_none_or(|w| w == wwid)))
-        };
         // In the lease first, so that a detach finds the claim whatever happens in between.
-        let before = self
-            .leases
-            .update::<Made, _>(job.source.target.as_str(), |lease| {
-                let user = lease.user_mut(&job.owner)?;
-                user.step = Some(Step::Claim);
-                user.wwid.replace(wwid.clone())
-            })
-            .await?;
+        let note = |user: &mut User| {
+            user.step = Some(Step::Claim);
+            user.wwid.replace(wwid.clone())
+        };
+        let before = self.change(&job.owner, job.first(), note).await?.flatten();
         if let Some(other) = before.filter(|w| w != wwid) {
             self.leases.unclaim(&other, &job.owner).await?;
         }
-        self.leases.claim(wwid, claim, is_live).await
+        self.leases.claim(wwid, claim, async |c| self.is_live(&c, wwid).await).await
     }
 
     /// The map above the paths where there is to be one. With policy `off` a map that multipathd
@@ -170,15 +164,12 @@ impl Inner {
         let paths = &gathered.paths;
         let note = async |map: &Map| {
             let made = !gathered.had_map;
-            self.leases
-                .update::<Made, _>(job.source.target.as_str(), |lease| {
-                    if let Some(user) = lease.user_mut(&job.owner) {
-                        let made = made || user.map.as_ref().is_some_and(|m| m.made);
-                        user.map = Some(MapLease { uuid: map.uuid.clone(), made });
-                        user.step = Some(Step::Map);
-                    }
-                })
-                .await
+            let note = |user: &mut User| {
+                let made = made || user.map.as_ref().is_some_and(|m| m.made);
+                user.map = Some(MapLease { uuid: map.uuid.clone(), made });
+                user.step = Some(Step::Map);
+            };
+            self.change(&job.owner, job.first(), note).await
         };
         if job.multipath {
             let map = multipath::ensure(&self.doors, &self.settings, paths).await?;
@@ -246,9 +237,10 @@ impl Inner {
         paths: &[ScsiPath],
         map: Option<&Map>,
     ) -> Result<(), Error> {
-        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
-        let attached = lease.user(&job.owner).is_some_and(|u| u.attachment.is_some());
-        let in_use = attached || lease.other(&job.owner, job.source.lun).is_some();
+        let held = self.held(&job.owner, &job.whole).await?;
+        let attached = held.is_some_and(|u| u.attachment.is_some());
+        let wwid = &paths[0].identity.wwid;
+        let in_use = attached || !self.sharers(&job.owner, Some(wwid)).await?.is_empty();
         let holder = async |block: &str, dev, ours: &[String]| {
             if in_use {
                 scsi::stacked(&*self.doors.sysfs, block, ours).await
@@ -279,21 +271,30 @@ impl Inner {
         gathered: &Gathered,
         found: &Attachment,
     ) -> Result<(), Error> {
-        let used: Vec<String> = gathered.used.iter().map(Portal::to_string).collect();
-        self.leases
-            .update::<Made, _>(job.source.target.as_str(), |lease| {
-                if let Some(user) = lease.user_mut(&job.owner) {
-                    user.attachment = Some(found.clone());
-                    user.step = Some(Step::Remember);
-                    if !job.multipath {
-                        user.routes = used;
-                    }
+        // The first last: it says that all is done.
+        for part in job.parts().into_iter().rev() {
+            let is_first = part.source == *job.first();
+            let mine = gathered.used.iter().filter(|(key, _)| *key == part.source.key());
+            let used: Vec<String> = mine.map(|(_, portal)| portal.to_string()).collect();
+            let note = |user: &mut User| {
+                user.attachment = is_first.then(|| found.clone());
+                user.step = Some(Step::Remember);
+                if !job.multipath {
+                    user.routes = used;
                 }
-            })
-            .await?;
+            };
+            self.change(&job.owner, &part.source, note).await?;
+        }
         if !job.multipath {
-            self.settle(&job.source.target, &job.source.portals).await?;
+            for at in job.whole.iter() {
+                self.settle(&at.target, &at.portals).await?;
+            }
         }
         Ok(())
     }
+}
+
+/// How many portals there are to a LUN.
+pub(super) fn ways(targets: &[IscsiTarget]) -> usize {
+    targets.iter().map(|t| t.portals.len()).sum()
 }

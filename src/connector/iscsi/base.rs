@@ -1,5 +1,6 @@
 //! Locks, background tasks, and what a gathering of paths amounts to.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,14 +17,24 @@ use crate::connector::multipath::Map;
 use crate::connector::scsi::ScsiPath;
 use crate::connector::settings::ms;
 use crate::host::lock::LockGuard;
-use crate::spec::{DeviceStatus, IscsiSource};
+use crate::spec::{DeviceStatus, IscsiTarget};
 use crate::types::{Iqn, VolumeKey};
 
 impl Inner {
-    /// One attach or detach at a time for a LUN.
-    pub(super) async fn lun_lock(&self, source: &IscsiSource) -> Result<Box<dyn LockGuard>, Error> {
-        let name = file_name(&format!("{} {}", source.target, source.lun));
-        Ok(self.doors.rundir.lock(&format!("luns/{name}"), ms(self.settings.lock_ms)).await?)
+    /// One attach or detach at a time for a LUN, at all targets where it is to be had: in the order of
+    /// their names, so that two volumes with some of them in common do not wait for each other.
+    pub(super) async fn lun_lock(
+        &self,
+        targets: &[IscsiTarget],
+    ) -> Result<Vec<Box<dyn LockGuard>>, Error> {
+        let name = |t: &IscsiTarget| file_name(&format!("{} {}", t.target, t.lun));
+        let names: BTreeSet<String> = targets.iter().map(name).collect();
+        let mut locks = Vec::new();
+        for name in names {
+            let name = format!("luns/{name}");
+            locks.push(self.doors.rundir.lock(&name, ms(self.settings.lock_ms)).await?);
+        }
+        Ok(locks)
     }
 
     /// For records and logouts of a target; held shortly.
@@ -113,17 +124,29 @@ pub(super) fn describe(paths: &[ScsiPath], map: Option<&Map>) -> Attachment {
     }
 }
 
-/// All paths must be the same LUN, of the same size.
+/// All paths must be the same LUN, of the same size, and say the same of themselves. Two arrays may give
+/// one WWID to two LUNs.
 pub(super) fn agree(paths: &[ScsiPath]) -> Result<(), IdentityError> {
-    let what = |p: &ScsiPath| format!("{} with {} bytes", p.identity.wwid, p.disk.size);
-    let Some((first, rest)) = paths.split_first() else { return Ok(()) };
-    match rest.iter().find(|p| what(p) != what(first)) {
-        None => Ok(()),
-        Some(other) => Err(IdentityError::Disagree {
-            one_at: first.hctl.to_string(),
-            one: what(first),
+    let size = |p: &ScsiPath| format!("{} with {} bytes", p.identity.wwid, p.disk.size);
+    let unit = |p: &ScsiPath| format!("{}, {}", size(p), p.identity.unit);
+    let disagree = |one: &ScsiPath, other: &ScsiPath, what: &dyn Fn(&ScsiPath) -> String| {
+        Err(IdentityError::Disagree {
+            one_at: one.hctl.to_string(),
+            one: what(one),
             other_at: other.hctl.to_string(),
             other: what(other),
-        }),
+        })
+    };
+    for (n, other) in paths.iter().enumerate() {
+        // Each with each: what one does not tell another may contradict.
+        for one in &paths[..n] {
+            if size(one) != size(other) {
+                return disagree(one, other, &size);
+            }
+            if !one.identity.unit.agrees(&other.identity.unit) {
+                return disagree(one, other, &unit);
+            }
+        }
     }
+    Ok(())
 }

@@ -1,9 +1,8 @@
 //! An attached volume whose LUN has grown: its paths measured, its map grown.
 
 use super::Inner;
-use super::login::Made;
 use crate::connector::error::Error;
-use crate::connector::lease::{Lease, User};
+use crate::connector::lease::User;
 use crate::connector::mapchange;
 use crate::connector::multipath::Map;
 use crate::connector::size::{self, Member, PathName};
@@ -20,7 +19,7 @@ impl Inner {
         source: &IscsiSource,
         expected: Option<u64>,
     ) -> Result<Measured, Error> {
-        let _lun = self.lun_lock(source).await?;
+        let _lun = self.lun_lock(&source.targets()).await?;
         let (user, attachment) = self.attached_to(owner, source).await?;
         let (map, members) = self.members(&user, &attachment).await?;
         let measure = async {
@@ -46,7 +45,7 @@ impl Inner {
         source: &IscsiSource,
         size: u64,
     ) -> Result<Outcome<Attachment>, Error> {
-        let _lun = self.lun_lock(source).await?;
+        let _lun = self.lun_lock(&source.targets()).await?;
         let (user, attachment) = self.attached_to(owner, source).await?;
         let (map, members) = self.members(&user, &attachment).await?;
         self.doors
@@ -78,12 +77,13 @@ impl Inner {
             mapchange::resize(&self.doors, &self.settings, &map, wwid, size).await?;
             changed = true;
         }
-        let noted = self.leases.update::<Made, _>(source.target.as_str(), |lease| {
-            let attachment = lease.user_mut(owner)?.attachment.as_mut()?;
+        let note = |user: &mut User| {
+            let attachment = user.attachment.as_mut()?;
             let before = std::mem::replace(&mut attachment.device.size, size);
             Some((attachment.clone(), before != size))
-        });
-        let Some((attachment, noted)) = noted.await? else { return Err(not_attached(owner)) };
+        };
+        let noted = self.change(owner, &source.targets()[0], note).await?.flatten();
+        let Some((attachment, noted)) = noted else { return Err(not_attached(owner)) };
         Ok(if changed || noted { Outcome::Done(attachment) } else { Outcome::Already(attachment) })
     }
 
@@ -92,8 +92,7 @@ impl Inner {
         owner: &VolumeKey,
         source: &IscsiSource,
     ) -> Result<(User, Attachment), Error> {
-        let lease: Lease<Made> = self.leases.load(source.target.as_str()).await?;
-        let user = lease.user(owner).filter(|u| u.lun == source.lun).cloned();
+        let user = self.held(owner, &source.targets()).await?;
         let found = user.and_then(|user| user.attachment.clone().map(|found| (user, found)));
         found.ok_or_else(|| not_attached(owner))
     }

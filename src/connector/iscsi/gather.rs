@@ -1,9 +1,10 @@
-//! Gathers the paths of a LUN: every portal on its own, the first one sets the pace.
+//! Gathers the paths of a LUN: every portal of every target on its own, the first one sets the pace.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
@@ -24,16 +25,27 @@ use crate::types::{Chap, Portal};
 pub(super) struct Gathered {
     /// The verified paths, at least one; they agree.
     pub(super) paths: Vec<ScsiPath>,
-    /// The portals that they go through.
-    pub(super) used: Vec<Portal>,
+    /// The targets ([`IscsiTarget::key`]) and portals that they go through.
+    pub(super) used: Vec<(String, Portal)>,
     /// One of them was there before, with a map above it.
     pub(super) had_map: bool,
     /// Portals that may still come.
-    pub(super) late: Vec<(Portal, Option<Progress>)>,
+    pub(super) late: Vec<Late>,
 }
 
-type Came = (Portal, Result<Session, LoginError>);
-type Walked = (Portal, Session, Result<Proven, Error>);
+/// A portal that may still come.
+pub(super) struct Late {
+    /// At which of the volume's targets.
+    pub(super) job: Job,
+    pub(super) portal: Portal,
+    /// Its login, where one was begun.
+    pub(super) progress: Option<Progress>,
+}
+
+/// A portal of one of the targets, by the number of that.
+type Place = (usize, Portal);
+type Came = (Place, Result<Session, LoginError>);
+type Walked = (Place, Session, Result<Proven, Error>);
 
 /// The state of one gathering.
 struct Gathering {
@@ -44,24 +56,26 @@ struct Gathering {
     walks: usize,
     walked: (mpsc::UnboundedSender<Walked>, mpsc::UnboundedReceiver<Walked>),
     /// Portals not yet tried.
-    queue: VecDeque<Portal>,
-    progress: HashMap<Portal, Progress>,
-    waiting: Vec<Portal>,
-    proven: Vec<(Portal, Proven)>,
-    refused: Vec<LoginError>,
+    queue: VecDeque<Place>,
+    progress: HashMap<Place, Progress>,
+    waiting: Vec<Place>,
+    proven: Vec<(Place, Proven)>,
+    refused: Vec<(usize, LoginError)>,
     missing: Option<Error>,
     /// What makes the whole attach fail, whatever else comes.
     fatal: Option<Error>,
 }
 
 impl Inner {
-    /// The paths to the LUN: all that come within a short time of the first one.
-    pub(super) async fn gather(self: &Arc<Self>, job: &Job) -> Result<Gathered, Error> {
+    /// The paths to the LUN: all that come within a short time of the first one. `parts` are the job at each
+    /// of the volume's targets.
+    pub(super) async fn gather(self: &Arc<Self>, parts: &[Job]) -> Result<Gathered, Error> {
+        let multipath = parts[0].multipath;
         let mut all = Gathering {
             sessions: JoinSet::new(),
             walks: 0,
             walked: mpsc::unbounded_channel(),
-            queue: self.order(job).await?.into(),
+            queue: self.order(parts).await?.into(),
             progress: HashMap::new(),
             waiting: Vec::new(),
             proven: Vec::new(),
@@ -69,19 +83,19 @@ impl Inner {
             missing: None,
             fatal: None,
         };
-        let mut next = self.begin(job, &mut all).await?;
+        let mut next = self.begin(parts, &mut all).await?;
         loop {
             let idle = all.sessions.is_empty() && all.walks == 0;
             if idle && all.queue.is_empty() || all.fatal.is_some() {
                 break;
             }
-            if !job.multipath && !all.proven.is_empty() {
+            if !multipath && !all.proven.is_empty() {
                 break;
             }
             tokio::select! {
-                Some(Ok(came)) = all.sessions.join_next() => self.came(job, &mut all, came),
+                Some(Ok(came)) = all.sessions.join_next() => self.came(parts, &mut all, came),
                 Some(walked) = all.walked.1.recv() => {
-                    if all.take(walked) && job.multipath {
+                    if all.take(walked) && multipath {
                         next = Instant::now() + ms(self.settings.straggler_ms);
                     }
                 }
@@ -89,19 +103,20 @@ impl Inner {
                     if !all.proven.is_empty() {
                         break;
                     }
-                    next = self.begin(job, &mut all).await?;
+                    next = self.begin(parts, &mut all).await?;
                 }
             }
             let stuck = all.sessions.is_empty() && all.walks == 0 && all.proven.is_empty();
             if stuck && !all.queue.is_empty() && all.fatal.is_none() {
-                next = self.begin(job, &mut all).await?;
+                next = self.begin(parts, &mut all).await?;
             }
         }
         all.sessions.abort_all();
-        self.finish_walks(job, &mut all).await;
-        match all.result(job) {
+        self.finish_walks(multipath, &mut all).await;
+        match all.result(parts) {
             Err(Error::NoSession { target, source }) => {
-                let source = self.diagnose(job, source).await;
+                let job = parts.iter().find(|job| job.source.target.as_str() == target);
+                let source = self.diagnose(job.unwrap_or(&parts[0]), source).await;
                 Err(Error::NoSession { target, source })
             }
             other => other,
@@ -135,27 +150,49 @@ impl Inner {
     }
 
     /// The portals in the order of trying: those with a session first.
-    async fn order(&self, job: &Job) -> Result<Vec<Portal>, Error> {
-        let sessions = session::of_target(&*self.doors.sysfs, &job.source.target).await?;
-        let mut portals = job.source.portals.clone();
-        portals.sort_by_key(|p| !sessions.iter().any(|s| s.up && s.is_plain() && s.portal == *p));
-        Ok(portals)
+    async fn order(&self, parts: &[Job]) -> Result<Vec<Place>, Error> {
+        let mut places = Vec::new();
+        for (n, job) in parts.iter().enumerate() {
+            let sessions = session::of_target(&*self.doors.sysfs, &job.source.target).await?;
+            let usable =
+                |p: &Portal| sessions.iter().any(|s| s.up && s.is_plain() && s.portal == *p);
+            places.extend(job.source.portals.iter().map(|p| (!usable(p), (n, *p))));
+        }
+        places.sort_by_key(|(unusable, _)| *unusable);
+        Ok(places.into_iter().map(|(_, place)| place).collect())
     }
 
     /// Begins with the next portal, or with all when there is to be a map; says when to come back.
-    async fn begin(self: &Arc<Self>, job: &Job, all: &mut Gathering) -> Result<Instant, Error> {
-        let how_many = if job.multipath { all.queue.len() } else { all.queue.len().min(1) };
-        let portals: Vec<Portal> = all.queue.drain(..how_many).collect();
-        if !portals.is_empty() {
-            let begun = self.log_in(job, &portals).await?;
-            all.progress.extend(begun);
+    async fn begin(self: &Arc<Self>, parts: &[Job], all: &mut Gathering) -> Result<Instant, Error> {
+        let how_many = if parts[0].multipath { all.queue.len() } else { all.queue.len().min(1) };
+        let places: Vec<Place> = all.queue.drain(..how_many).collect();
+        let at = |n: usize| -> Vec<Portal> {
+            places.iter().filter(|(part, _)| *part == n).map(|(_, portal)| *portal).collect()
+        };
+        let logins = parts.iter().enumerate().map(async |(n, job)| match at(n) {
+            portals if portals.is_empty() => Ok(HashMap::new()),
+            portals => self.log_in(job, &portals).await,
+        });
+        let mut failed = Vec::new();
+        for (n, begun) in join_all(logins).await.into_iter().enumerate() {
+            match begun {
+                Ok(begun) => all.progress.extend(begun.into_iter().map(|(p, how)| ((n, p), how))),
+                Err(error) if parts.len() == 1 => return Err(error),
+                // One target's trouble keeps none of the others.
+                Err(error) => {
+                    let target = &parts[n].source.target;
+                    tracing::warn!(%target, error = &error as &dyn std::error::Error, "no login");
+                    all.missing.get_or_insert(error);
+                    failed.push(n);
+                }
+            }
         }
-        for portal in portals {
-            let (inner, target) = (self.clone(), job.source.target.clone());
-            let progress = all.progress.get(&portal).cloned();
-            all.waiting.push(portal);
+        for place in places.into_iter().filter(|(n, _)| !failed.contains(n)) {
+            let (inner, target) = (self.clone(), parts[place.0].source.target.clone());
+            let progress = all.progress.get(&place).cloned();
+            all.waiting.push(place);
             let wait =
-                async move { (portal, inner.await_session(&target, portal, progress).await) };
+                async move { (place, inner.await_session(&target, place.1, progress).await) };
             all.sessions.spawn(wait.in_current_span());
         }
         let pause = if all.queue.is_empty() {
@@ -166,12 +203,13 @@ impl Inner {
         Ok(Instant::now() + pause)
     }
 
-    fn came(self: &Arc<Self>, job: &Job, all: &mut Gathering, (portal, session): Came) {
-        all.waiting.retain(|p| *p != portal);
+    fn came(self: &Arc<Self>, parts: &[Job], all: &mut Gathering, (place, session): Came) {
+        all.waiting.retain(|p| *p != place);
+        let (part, portal) = place;
         match session {
-            Err(error) => all.refused.push(error),
+            Err(error) => all.refused.push((part, error)),
             Ok(session) => {
-                let (inner, mut job) = (self.clone(), job.clone());
+                let (inner, mut job) = (self.clone(), parts[part].clone());
                 job.called_off = Arc::default();
                 let span = tracing::info_span!("path", %portal, host = session.host);
                 let report = all.walked.0.clone();
@@ -180,7 +218,7 @@ impl Inner {
                 let walk = async move {
                     let walked = inner.path(&job, &session).await;
                     drop(walking);
-                    if let Err(unread) = report.send((portal, session, walked)) {
+                    if let Err(unread) = report.send((place, session, walked)) {
                         inner.take_unawaited(&job, unread.0).await;
                     }
                 };
@@ -191,10 +229,10 @@ impl Inner {
 
     /// A scan that hangs on one host does not hold up the other path: it goes on in the background,
     /// where what it brings is left to the lease that announces it.
-    async fn finish_walks(&self, job: &Job, all: &mut Gathering) {
+    async fn finish_walks(&self, multipath: bool, all: &mut Gathering) {
         // Long enough for one that has found a stale device to see whether somebody holds it: that
         // must fail the attach. A single path needs no second one.
-        let patience = if job.multipath {
+        let patience = if multipath {
             ms(2 * self.settings.holders_ms + self.settings.straggler_ms)
         } else {
             Duration::ZERO
@@ -215,7 +253,7 @@ impl Inner {
     }
 
     /// A path was walked to its end after its gathering had ended, or was called off.
-    async fn take_unawaited(&self, job: &Job, (portal, session, walked): Walked) {
+    async fn take_unawaited(&self, job: &Job, ((_, portal), session, walked): Walked) {
         let taken = match walked {
             Ok(proven) => self.take_late(job, portal, &session, proven).await,
             Err(cause) => self.reclaim(job, &session).await.and(Err(cause)),
@@ -228,15 +266,15 @@ impl Inner {
 
 impl Gathering {
     /// Files what came of a path; `true` for the first that was proven.
-    fn take(&mut self, (portal, _, walked): Walked) -> bool {
+    fn take(&mut self, (place, _, walked): Walked) -> bool {
         self.walks -= 1;
         match walked {
             Ok(proven) => {
-                self.proven.push((portal, proven));
+                self.proven.push((place, proven));
                 return self.proven.len() == 1;
             }
             Err(e) if is_local(&e) => {
-                tracing::warn!(%portal, error = &e as &dyn std::error::Error, "no path");
+                tracing::warn!(portal = %place.1, error = &e as &dyn std::error::Error, "no path");
                 self.missing.get_or_insert(e);
             }
             Err(e) => {
@@ -246,7 +284,7 @@ impl Gathering {
         false
     }
 
-    fn result(self, job: &Job) -> Result<Gathered, Error> {
+    fn result(self, parts: &[Job]) -> Result<Gathered, Error> {
         if let Some(fatal) = self.fatal {
             return Err(fatal);
         }
@@ -254,19 +292,24 @@ impl Gathering {
             if let Some(missing) = self.missing {
                 return Err(missing);
             }
-            let portal = job.source.portals[0];
-            let all = self.refused.into_iter();
-            let source =
-                all.max_by_key(LoginError::weight).unwrap_or(LoginError::TimedOut { portal });
-            return Err(Error::NoSession { target: job.source.target.to_string(), source });
+            let portal = parts[0].source.portals[0];
+            let worst = self.refused.into_iter().max_by_key(|(_, error)| error.weight());
+            let (part, source) = worst.unwrap_or((0, LoginError::TimedOut { portal }));
+            return Err(Error::NoSession { target: parts[part].source.target.to_string(), source });
         }
         let had_map = self.proven.iter().any(|(_, p)| p.had_map);
-        let used = self.proven.iter().map(|(portal, _)| *portal).collect();
+        let used = |((part, portal), _): &(Place, Proven)| (parts[*part].source.key(), *portal);
+        let used = self.proven.iter().map(used).collect();
         let mut paths: Vec<ScsiPath> = self.proven.into_iter().map(|(_, p)| p.path).collect();
         paths.sort_by_key(|p| p.hctl);
         agree(&paths)?;
         let mut progress = self.progress;
-        let late = self.waiting.into_iter().map(|p| (p, progress.remove(&p))).collect();
+        let late = |place: Place| Late {
+            job: parts[place.0].clone(),
+            portal: place.1,
+            progress: progress.remove(&place),
+        };
+        let late = self.waiting.into_iter().map(late).collect();
         Ok(Gathered { paths, used, had_map, late })
     }
 }

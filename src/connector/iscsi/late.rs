@@ -4,14 +4,18 @@ use std::sync::Arc;
 
 use tracing::Instrument;
 
-use super::login::{Made, Progress};
+use super::attach::ways;
+use super::base::agree;
+use super::gather::Late;
+use super::login::Made;
 use super::scan::Proven;
 use super::session::Session;
 use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::lease::{Lease, PathLease, User};
+use crate::connector::scsi::ScsiPath;
 use crate::connector::{AttachRequest, Attachment, DetachOptions, Expect, multipath, scsi};
-use crate::spec::IscsiSource;
+use crate::spec::IscsiTarget;
 use crate::types::Portal;
 
 impl Inner {
@@ -20,24 +24,37 @@ impl Inner {
     pub(super) async fn heal(
         self: &Arc<Self>,
         request: &AttachRequest,
-        source: &IscsiSource,
+        targets: Vec<IscsiTarget>,
         found: &Attachment,
     ) {
-        if found.device.map.is_none() || found.paths.len() >= source.portals.len() {
+        if found.device.map.is_none() || found.paths.len() >= ways(&targets) {
             return;
         }
         let begun = async {
-            let job = self.job(request, source).await?;
-            let missing = self.missing(&job, found).await?;
-            let mut progress = self.log_in(&job, &missing).await?;
-            let late = missing.into_iter().map(|p| (p, progress.remove(&p))).collect();
-            self.claim_late(&job, late, found);
+            for job in self.job(request, targets).await?.parts() {
+                // One target's trouble keeps none of the others.
+                if let Err(error) = self.heal_at(&job, found).await {
+                    let (target, error) = (&job.source.target, &error as &dyn std::error::Error);
+                    tracing::warn!(%target, error, "missing paths could not be tried again");
+                }
+            }
             Ok::<(), Error>(())
         };
         if let Err(error) = begun.await {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, "missing paths could not be tried again");
         }
+    }
+
+    async fn heal_at(self: &Arc<Self>, job: &Job, found: &Attachment) -> Result<(), Error> {
+        let missing = self.missing(job, found).await?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let mut progress = self.log_in(job, &missing).await?;
+        let late = |portal| Late { job: job.clone(), portal, progress: progress.remove(&portal) };
+        self.claim_late(missing.into_iter().map(late).collect(), found);
+        Ok(())
     }
 
     /// The portals by which there is no path.
@@ -54,17 +71,9 @@ impl Inner {
     }
 
     /// Goes on waiting for portals that did not come in time; what they bring joins the map.
-    pub(super) fn claim_late(
-        self: &Arc<Self>,
-        job: &Job,
-        late: Vec<(Portal, Option<Progress>)>,
-        found: &Attachment,
-    ) {
-        if !job.multipath {
-            return;
-        }
-        for (portal, progress) in late {
-            let (inner, mut job) = (self.clone(), job.clone());
+    pub(super) fn claim_late(self: &Arc<Self>, late: Vec<Late>, found: &Attachment) {
+        for Late { mut job, portal, progress } in late.into_iter().filter(|l| l.job.multipath) {
+            let inner = self.clone();
             let wwid = found.device.wwid.clone();
             job.expect = Expect {
                 wwid: Some(wwid.clone()),
@@ -91,12 +100,15 @@ impl Inner {
         portal: Portal,
         session: &Session,
     ) -> Result<(), Error> {
-        let _lun = self.lun_lock(&job.source).await?;
+        let _lun = self.lun_lock(&job.whole).await?;
         if self.attached(job).await?.is_none() {
             return Ok(());
         }
         let added = match self.path(job, session).await {
-            Ok(proven) => self.add_path(job, portal, proven).await,
+            Ok(proven) => match self.refuse_unlike(job, &proven).await {
+                Ok(()) => self.add_path(job, portal, proven).await,
+                Err(e) => Err(e),
+            },
             Err(e) => Err(e),
         };
         let Err(cause) = added else { return Ok(()) };
@@ -114,9 +126,13 @@ impl Inner {
         session: &Session,
         proven: Proven,
     ) -> Result<(), Error> {
-        let lun = self.lun_lock(&job.source).await?;
+        let lun = self.lun_lock(&job.whole).await?;
         match self.attached(job).await? {
-            Some(found) if job.multipath && found.device.wwid == proven.path.identity.wwid => {
+            Some(found)
+                if job.multipath
+                    && found.device.wwid == proven.path.identity.wwid
+                    && self.refuse_unlike(job, &proven).await.is_ok() =>
+            {
                 self.add_path(job, portal, proven).await
             }
             Some(_) => {
@@ -133,8 +149,31 @@ impl Inner {
 
     /// What the owner has now, by the lease.
     async fn attached(&self, job: &Job) -> Result<Option<Attachment>, Error> {
-        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
-        Ok(lease.user(&job.owner).and_then(|u| u.attachment.clone()))
+        let held = self.held(&job.owner, &job.whole).await?;
+        Ok(held.and_then(|u| u.attachment))
+    }
+
+    /// A late path must say the same of itself as those that the volume has.
+    async fn refuse_unlike(&self, job: &Job, late: &Proven) -> Result<(), Error> {
+        let sysfs = &*self.doors.sysfs;
+        let Some(held) = self.held(&job.owner, &job.whole).await? else { return Ok(()) };
+        let mut paths = vec![late.path.clone()];
+        for known in held.paths.iter().filter(|p| p.hctl != late.path.hctl) {
+            let (Some(seen), Some(disk)) = (&known.seen, scsi::disk(sysfs, &known.dir).await?)
+            else {
+                continue;
+            };
+            let (raw_wwid, identity) = scsi::identity(sysfs, known.hctl, &known.dir).await?;
+            // What has become of a path that is there is not the late one's fault.
+            if let Ok(identity) = identity
+                && disk.diskseq == seen.diskseq
+                && raw_wwid == seen.wwid
+            {
+                let (hctl, dir) = (known.hctl, known.dir.clone());
+                paths.push(ScsiPath { hctl, dir, disk, raw_wwid, identity });
+            }
+        }
+        Ok(agree(&paths)?)
     }
 
     /// Removes what a scan brought after nobody waited for it any more, unless it is somebody's by
@@ -142,15 +181,14 @@ impl Inner {
     pub(super) async fn reclaim(&self, job: &Job, session: &Session) -> Result<(), Error> {
         let hctl = session.hctl(job.source.lun.scsi());
         {
-            let _lun = self.lun_lock(&job.source).await?;
+            let _lun = self.lun_lock(&job.whole).await?;
             let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
-            let has = |u: &User| {
-                let used = u.paths.iter().any(|p| p.hctl == hctl && p.seen.is_some());
+            for user in lease.users.iter().filter(|u| u.lun == job.source.lun) {
+                let used = user.paths.iter().any(|p| p.hctl == hctl && p.seen.is_some());
                 // A later attach of the same LUN sees to it itself.
-                u.lun == job.source.lun && (used || u.attachment.is_none())
-            };
-            if lease.users.iter().any(has) {
-                return Ok(());
+                if used || !self.has_volume(user).await? {
+                    return Ok(());
+                }
             }
             let dir = session.device_dir(hctl);
             self.remove_path(job, &PathLease { hctl, dir, made: true, seen: None }).await?;
@@ -160,19 +198,14 @@ impl Inner {
 
     /// Removes one path from the host and from the owner's lease.
     async fn drop_path(&self, job: &Job, hctl: scsi::Hctl) -> Result<(), Error> {
-        let target = job.source.target.as_str();
-        let lease: Lease<Made> = self.leases.load(target).await?;
-        let path = lease.user(&job.owner).and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
+        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+        let user = lease.user(&job.owner, job.source.lun);
+        let path = user.and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
         if let Some(path) = path.filter(|p| p.made) {
             self.remove_path(job, path).await?;
         }
-        self.leases
-            .update::<Made, _>(target, |lease| {
-                if let Some(user) = lease.user_mut(&job.owner) {
-                    user.paths.retain(|p| p.hctl != hctl);
-                }
-            })
-            .await
+        let forget = |user: &mut User| user.paths.retain(|p| p.hctl != hctl);
+        self.change(&job.owner, &job.source, forget).await.map(drop)
     }
 
     /// Removes one path, with a map that multipathd made above it alone.
@@ -185,16 +218,14 @@ impl Inner {
     /// Makes a late path part of the volume.
     async fn add_path(&self, job: &Job, portal: Portal, late: Proven) -> Result<(), Error> {
         let status = late.path.status();
-        self.leases
-            .update::<Made, _>(job.source.target.as_str(), |lease| {
-                let found = lease.user_mut(&job.owner).and_then(|u| u.attachment.as_mut());
-                if let Some(found) = found {
-                    found.paths.retain(|p| p.hctl != status.hctl);
-                    found.paths.push(status);
-                    found.device.paths = u32::try_from(found.paths.len()).unwrap_or(u32::MAX);
-                }
-            })
-            .await?;
+        let note = |user: &mut User| {
+            if let Some(found) = &mut user.attachment {
+                found.paths.retain(|p| p.hctl != status.hctl);
+                found.paths.push(status);
+                found.device.paths = u32::try_from(found.paths.len()).unwrap_or(u32::MAX);
+            }
+        };
+        self.change(&job.owner, job.first(), note).await?;
         multipath::nudge(&*self.doors.multipathd, &[late.path]).await?;
         tracing::info!(%portal, "a late path joined");
         Ok(())

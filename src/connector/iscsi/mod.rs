@@ -11,6 +11,11 @@
 //!
 //! A LUN has a lock of its own, held for the whole of an attach or detach. The target's lock is
 //! held only while records are written or a logout is made, never while something is waited for.
+//!
+//! A LUN may be had at several targets. Each has its lease, records and sessions; the paths of all of them
+//! are one volume's: they are gathered side by side, proven to be the same, and one map is above them.
+//! The LUN's locks are taken at all targets, in the order of their names; a detach takes the device
+//! away first, then leaves one target after the other, the first of them last.
 
 mod attach;
 mod base;
@@ -30,8 +35,9 @@ mod settle;
 #[cfg(test)]
 mod tests;
 mod verdict;
+mod whole;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
@@ -52,7 +58,7 @@ use super::{
     Health, Measured, health,
 };
 use crate::host::storage::StorageDoors;
-use crate::spec::{IscsiSource, MultipathPolicy, Source};
+use crate::spec::{IscsiTarget, MultipathPolicy, Source};
 use crate::step::Step;
 use crate::types::{Chap, Iqn, Outcome, Portal, VolumeKey, Wwid};
 use login::Logins;
@@ -77,11 +83,13 @@ struct Inner {
     walking: watch::Sender<Vec<(VolumeKey, Arc<AtomicBool>)>>,
 }
 
-/// What one attach is about.
+/// What one attach is about, at one of the targets.
 #[derive(Debug, Clone)]
 struct Job {
     owner: VolumeKey,
-    source: IscsiSource,
+    source: IscsiTarget,
+    /// All targets, this one among them.
+    whole: Arc<[IscsiTarget]>,
     expect: Expect,
     policy: MultipathPolicy,
     shareable: bool,
@@ -105,6 +113,8 @@ impl Job {
             paths: Vec::new(),
             map: None,
             attachment: None,
+            first: (self.source.key() != self.first().key())
+                .then(|| self.first().target.to_string()),
             step: Some(Step::Lease),
         }
     }
@@ -173,9 +183,10 @@ impl Connector for IscsiConnector {
         let span =
             tracing::info_span!("detach", %owner, target = %source.target, lun = %source.lun);
         async {
-            let _lun = self.inner.lun_lock(source).await?;
+            let targets = source.targets();
+            let _lun = self.inner.lun_lock(&targets).await?;
             self.inner.await_walks(owner).await;
-            self.inner.release(owner, source, options).await
+            self.inner.release(owner, &targets, options).await
         }
         .instrument(span)
         .await
@@ -192,29 +203,25 @@ impl Connector for IscsiConnector {
         source: &Source,
     ) -> Result<Option<Attachment>, Error> {
         let Source::Iscsi(source) = source;
-        let lease: Lease<Made> = self.inner.leases.load(source.target.as_str()).await?;
-        match lease.user(owner) {
-            Some(user) if user.lun == source.lun => self.inner.observe(user).await,
-            _ => Ok(None),
+        match self.inner.held(owner, &source.targets()).await? {
+            Some(user) => self.inner.observe(&user).await,
+            None => Ok(None),
         }
     }
 
     async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>> {
-        let mut leases: HashMap<&Iqn, Lease<Made>> = HashMap::new();
+        let mut leases: HashMap<Iqn, Lease<Made>> = HashMap::new();
         let mut checked = None;
         let mut found = Vec::with_capacity(volumes.len());
         for (owner, source) in volumes {
             let Source::Iscsi(source) = source;
-            if !leases.contains_key(&source.target) {
-                match self.inner.leases.load(source.target.as_str()).await {
-                    Ok(lease) => drop(leases.insert(&source.target, lease)),
-                    Err(error) => {
-                        found.push(Err(error));
-                        continue;
-                    }
+            let user = match self.inner.held_now(owner, &source.targets(), &mut leases).await {
+                Ok(user) => user,
+                Err(error) => {
+                    found.push(Err(error));
+                    continue;
                 }
-            }
-            let user = leases[&source.target].user(owner).filter(|u| u.lun == source.lun);
+            };
             let Some(user) = user else {
                 found.push(Ok(Health::Differs("nothing is attached in its name".into())));
                 continue;
@@ -222,7 +229,7 @@ impl Connector for IscsiConnector {
             if user.map.is_some() && checked.is_none() {
                 checked = Some(health::checked(&*self.inner.doors.multipathd).await);
             }
-            found.push(self.inner.inspect(user, checked.as_ref()).await);
+            found.push(self.inner.inspect(&user, checked.as_ref()).await);
         }
         found
     }
@@ -268,6 +275,8 @@ impl Connector for IscsiConnector {
 
     async fn owners(&self) -> Result<Vec<VolumeKey>, Error> {
         let leases = self.inner.leases.all::<Made>().await?;
-        Ok(leases.into_iter().flat_map(|l| l.users).map(|u| u.owner).collect())
+        let owners: BTreeSet<_> =
+            leases.into_iter().flat_map(|l| l.users).map(|u| u.owner).collect();
+        Ok(owners.into_iter().collect())
     }
 }

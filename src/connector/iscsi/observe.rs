@@ -3,7 +3,7 @@
 use super::Inner;
 use crate::connector::error::Error;
 use crate::connector::health::Checked;
-use crate::connector::identity::{Identity, judge};
+use crate::connector::identity::{Identity, Unit, judge};
 use crate::connector::lease::User;
 use crate::connector::{Attachment, Expect, Health, Paths, multipath, scsi};
 use crate::host::sysfs::is_gone;
@@ -17,7 +17,7 @@ impl Inner {
     ) -> Result<Option<Attachment>, Error> {
         let Some(found) = self.observe(user).await? else { return Ok(None) };
         let wwid = found.device.wwid.clone();
-        let identity = Identity { all: vec![wwid.clone()], wwid };
+        let identity = Identity { all: vec![wwid.clone()], wwid, unit: Unit::default() };
         // Its size was judged when it was attached. Since then the LUN may have grown, and an expand
         // that was cut off may have noted so in one place and not yet in another.
         let expect = Expect { size: None, ..expect.clone() };

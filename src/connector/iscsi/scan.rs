@@ -10,7 +10,7 @@ use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::guestlun;
 use crate::connector::identity::judge;
-use crate::connector::lease::{Lease, PathLease, Seen};
+use crate::connector::lease::{Lease, PathLease, Seen, User};
 use crate::connector::multipath;
 use crate::connector::scsi::{self, Deleted, Disk, Hctl, ScsiPath};
 use crate::connector::settings::ms;
@@ -89,7 +89,8 @@ impl Inner {
         let sysfs = &*self.doors.sysfs;
         let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
         let others = lease.other(&job.owner, job.source.lun).is_some();
-        let known = lease.user(&job.owner).and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
+        let mine = lease.user(&job.owner, job.source.lun);
+        let known = mine.and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
         // A session of ours scans nothing by itself, so what is under it is ours or left by us.
         let ours = !others && (known.is_some_and(|p| p.made) || lease.made.has(session));
         let mut leftover = false;
@@ -145,10 +146,11 @@ impl Inner {
             found: if before.is_empty() { "no identity".into() } else { before.to_owned() },
             holder,
         };
-        if let Some(other) = lease.users.iter().find(|u| {
-            u.owner != job.owner && u.attachment.is_some() && u.paths.iter().any(|p| p.hctl == hctl)
-        }) {
-            return Err(held(format!("{}, for which it is attached", other.owner)));
+        let has = |u: &&User| u.owner != job.owner && u.paths.iter().any(|p| p.hctl == hctl);
+        for other in lease.users.iter().filter(has) {
+            if self.has_volume(other).await? {
+                return Err(held(format!("{}, for which it is attached", other.owner)));
+            }
         }
         let Some(disk) = scsi::disk(sysfs, dir).await? else {
             return Err(held("an unknown driver: it is no disk".into()));
@@ -271,14 +273,11 @@ impl Inner {
     ) -> Result<(), Error> {
         let step = if seen.is_some() { Step::Identity } else { Step::Scan };
         let path = PathLease { hctl, dir: dir.into(), made, seen };
-        let target = job.source.target.as_str();
-        let written = self.leases.update::<Made, _>(target, |lease| {
-            lease.user_mut(&job.owner).map(|user| {
-                user.step = Some(step);
-                user.set_path(path);
-            })
-        });
-        match written.await? {
+        let note = |user: &mut User| {
+            user.step = Some(step);
+            user.set_path(path);
+        };
+        match self.change(&job.owner, &job.source, note).await? {
             Some(()) => Ok(()),
             // A detach came in between; without a lease nothing may be made.
             None => Err(Error::Path {

@@ -4,6 +4,7 @@ mod cost;
 mod failing;
 mod luns;
 mod maps;
+mod targets;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use crate::connector::{Authentication, PathStatus, scsi};
 use crate::host::cmd::Tool;
 use crate::host::sim::{Fault, FaultAction, Faults, PortalState, SimLun, SimStorage};
 use crate::reason::Reason;
+use crate::spec::IscsiSource;
 use crate::types::{Lun, Wwid};
 
 const GIB: u64 = 1 << 30;
@@ -44,7 +46,8 @@ fn owner(volume: &str) -> VolumeKey {
 
 fn source(n: u64, portals: &[u8]) -> Source {
     let portals = portals.iter().map(|p| portal(*p)).collect();
-    Source::Iscsi(IscsiSource { target: target(), portals, lun: lun(n), chap: None })
+    let (target, lun) = (target(), lun(n));
+    Source::Iscsi(IscsiSource { target, portals, lun, chap: None, more_targets: Vec::new() })
 }
 
 fn request(volume: &str, n: u64, portals: &[u8]) -> AttachRequest {
@@ -296,11 +299,11 @@ async fn a_single_path_takes_the_next_portal_when_one_does_not_answer() {
 async fn a_lun_that_is_not_there_is_not_found() {
     let san = San::new();
     assert_eq!(san.refused(&request("a", 77, &[2, 3])).await.reason(), Reason::LunNotFound);
-    let nothing = SimLun { wwid: Some(wwid(77)), size: 0, read_only: false };
+    let nothing = SimLun::new(wwid(77), 0);
     san.sim.add_lun(&target(), lun(77), nothing);
     let error = san.refused(&request("a", 77, &[2, 3])).await;
     assert!(matches!(error, Error::NoMedium { .. }), "{error}");
-    let nobody = SimLun { wwid: None, size: GIB, read_only: false };
+    let nobody = SimLun::new(wwid(78), GIB).nameless();
     san.sim.add_lun(&target(), lun(78), nobody);
     assert_eq!(san.refused(&request("a", 78, &[2, 3])).await.reason(), Reason::NoUniqueIdentity);
 }

@@ -26,12 +26,22 @@ pub struct SimLun {
     pub size: u64,
     /// Writes are refused.
     pub read_only: bool,
+    /// Its serial number; made of the designator where `None`.
+    pub serial: Option<String>,
+    /// Its product name.
+    pub model: String,
 }
 
 impl SimLun {
     /// A writable LUN.
     pub fn new(wwid: Wwid, size: u64) -> Self {
-        Self { wwid: Some(wwid), size, read_only: false }
+        let model = "simulated".into();
+        Self { wwid: Some(wwid), size, read_only: false, serial: None, model }
+    }
+
+    /// The same without a unique designator.
+    pub fn nameless(self) -> Self {
+        Self { wwid: None, ..self }
     }
 }
 
@@ -78,8 +88,9 @@ pub(super) fn vpd_pg83(wwid: Option<&Wwid>, port: u8) -> Vec<u8> {
 }
 
 /// VPD page 0x80: the unit's serial number.
-pub(super) fn vpd_pg80(wwid: Option<&Wwid>) -> Vec<u8> {
-    let serial = wwid.map_or("", |w| w.as_str().split_once('.').map_or("", |(_, s)| s));
+pub(super) fn vpd_pg80(lun: &SimLun) -> Vec<u8> {
+    let named = lun.wwid.as_ref().and_then(|w| w.as_str().split_once('.')).map(|(_, s)| s);
+    let serial = lun.serial.as_deref().or(named).unwrap_or_default();
     let mut page = vec![0, 0x80];
     page.extend(u16::try_from(serial.len()).unwrap_or(u16::MAX).to_be_bytes());
     page.extend(serial.as_bytes());

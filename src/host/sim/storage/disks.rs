@@ -98,7 +98,7 @@ impl World {
         let tree = &mut self.tree;
         tree.put(&format!("{dir}/state"), "running");
         tree.put(&format!("{dir}/vendor"), "LIO-ORG ");
-        tree.put(&format!("{dir}/model"), "simulated       ");
+        tree.put(&format!("{dir}/model"), format!("{:<16}", disk.known.model));
         tree.put(&format!("{dir}/rev"), "4.0 ");
         tree.put(&format!("{dir}/type"), 0);
         tree.put(&format!("{dir}/timeout"), 30);
@@ -140,7 +140,7 @@ impl World {
             None => self.tree.put_unreadable(&format!("{dir}/wwid"), libc::ENXIO),
         }
         self.tree.put_bytes(&format!("{dir}/vpd_pg83"), vpd_pg83(wwid, port));
-        self.tree.put_bytes(&format!("{dir}/vpd_pg80"), vpd_pg80(wwid));
+        self.tree.put_bytes(&format!("{dir}/vpd_pg80"), vpd_pg80(&disk.known));
         let block = format!("{dir}/block/{}", disk.name);
         self.tree.put(&format!("{block}/size"), disk.known.size / 512);
         self.tree.put(&format!("{block}/ro"), u8::from(disk.known.read_only));

@@ -196,6 +196,16 @@ impl SimStorage {
         self.world().targets.entry(target.clone()).or_default().luns.insert(lun, what);
     }
 
+    /// Exports a LUN of `target` by `by` too, under another number perhaps: what is changed of it later is
+    /// changed for one of them alone.
+    pub fn export_lun(&self, target: &Iqn, lun: Lun, by: &Iqn, number: Lun) {
+        let mut world = self.world();
+        let what = world.targets.get(target).and_then(|t| t.luns.get(&lun)).cloned();
+        if let Some(what) = what {
+            world.targets.entry(by.clone()).or_default().luns.insert(number, what);
+        }
+    }
+
     /// Another LUN at the same number: see [`SimStorage::add_lun`].
     pub fn replace_lun(&self, target: &Iqn, lun: Lun, what: SimLun) {
         let mut world = self.world();

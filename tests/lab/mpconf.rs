@@ -1,6 +1,7 @@
 //! Volumes with multipath.conf as others have it.
 
-use crate::node::{Lab, Lun, Story, add, guest_disk, iqn, remove, sh, volume};
+use crate::node::{Lab, Lun, Story, add, guest_disk, iqn, remove, sh, until, volume};
+use crate::san::SOON;
 
 /// Settings of multipathd's, until they are dropped.
 struct Conf;
@@ -18,7 +19,17 @@ impl Conf {
             multipathd reconfigure"
         ))
         .ok();
+        Self::is_read(find_multipaths);
         conf
+    }
+
+    /// multipathd answers `reconfigure` before it has read the files. It writes `yes` as `on`.
+    #[track_caller]
+    fn is_read(find_multipaths: &str) {
+        let setting = format!("find_multipaths \"{find_multipaths}\"");
+        until("multipathd has read it", SOON, || {
+            sh("multipathd show config local").stdout.contains(&setting)
+        });
     }
 }
 
@@ -41,10 +52,10 @@ fn a_map_comes_about_however_multipathd_finds_its_paths_and_names_its_maps() {
     let lun = Lun::new("mpc", 1, "16M");
     let story = Story::begin();
     let multipath_wwid = lun.wwid.replace("naa.", "3");
-    let alias = format!("multipaths {{ multipath {{ wwid {multipath_wwid} alias blue }} }}");
+    let alias =
+        format!("multipaths {{\n multipath {{\n  wwid {multipath_wwid}\n  alias blue\n }}\n}}");
     for (find_multipaths, friendly_names, more, name) in [
-        ("yes", "no", "", multipath_wwid.as_str()),
-        ("smart", "yes", "", "mpatha"),
+        ("on", "no", "", multipath_wwid.as_str()),
         ("greedy", "yes", alias.as_str(), "blue"),
         ("strict", "yes", "", "mpatha"),
     ] {
@@ -56,7 +67,7 @@ fn a_map_comes_about_however_multipathd_finds_its_paths_and_names_its_maps() {
         remove("mpc", &[]).ok();
         story.nothing_left();
         // Of a LUN that was never seen before, by one path.
-        if matches!(find_multipaths, "yes" | "strict") {
+        if matches!(find_multipaths, "on" | "strict") {
             let one_portal = format!("iscsi://127.0.0.2/{}/1", iqn());
             add("mpc", &one_portal, &["--multipath", "required"]).ok();
             assert_eq!(map_of("mpc"), name, "{find_multipaths}");
@@ -64,5 +75,6 @@ fn a_map_comes_about_however_multipathd_finds_its_paths_and_names_its_maps() {
             story.nothing_left();
         }
         drop(conf);
+        Conf::is_read("off");
     }
 }

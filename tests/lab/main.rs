@@ -34,3 +34,4 @@ mod power;
 mod san;
 mod soak;
 mod state;
+mod targets;

@@ -65,7 +65,7 @@ reasons! {
     /// A serial has other characters or is too long for its bus.
     InvalidSerial = "INVALID_SERIAL", Invalid, "Give a shorter or plainer serial with --serial.";
     /// A source as a whole cannot be read.
-    InvalidSource = "INVALID_SOURCE", Invalid, "Write it as iscsi://PORTAL[,PORTAL]/IQN/LUN.";
+    InvalidSource = "INVALID_SOURCE", Invalid, "Write it as iscsi://PORTAL[,PORTAL]/IQN/LUN, further targets of the same LUN after a +.";
     /// An iSCSI name is malformed.
     InvalidIqn = "INVALID_IQN", Invalid, "Use the target's name as the array shows it.";
     /// A portal is malformed.
@@ -147,7 +147,7 @@ reasons! {
     /// The LUN has no unique designator.
     NoUniqueIdentity = "NO_UNIQUE_IDENTITY", Precondition, "Give the LUN a serial number at the array.";
     /// Two paths claim the same LUN but are different devices.
-    PathsDisagree = "PATHS_DISAGREE", Precondition, "The portals export different LUNs at this number; correct the array.";
+    PathsDisagree = "PATHS_DISAGREE", Precondition, "The portals, or the targets, have different LUNs there; correct the source or the array.";
     /// An old device at that address is still held by someone.
     StaleDeviceHeld = "STALE_DEVICE_HELD", Precondition, "Release the holder that is named, then try again.";
     /// Something else on the host holds the device.

@@ -35,3 +35,4 @@ mod power;
 mod san;
 mod soak;
 mod state;
+mod targets;

@@ -165,7 +165,8 @@ impl Inner {
         let note = async |map: &Map| {
             let made = !gathered.had_map;
             let note = |user: &mut User| {
-                let made = made || user.map.as_ref().is_some_and(|m| m.made);
+                let known = user.map.as_ref().filter(|m| m.uuid == map.uuid);
+                let made = made || known.is_some_and(|m| m.made);
                 user.map = Some(MapLease { uuid: map.uuid.clone(), made });
                 user.step = Some(Step::Map);
             };

@@ -29,6 +29,7 @@ mod late;
 mod login;
 mod observe;
 mod records;
+mod release;
 mod scan;
 mod session;
 mod settle;

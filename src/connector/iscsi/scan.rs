@@ -10,7 +10,7 @@ use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::guestlun;
 use crate::connector::identity::judge;
-use crate::connector::lease::{Lease, PathLease, Seen, User};
+use crate::connector::lease::{Lease, MapLease, PathLease, Seen, User};
 use crate::connector::multipath;
 use crate::connector::scsi::{self, Deleted, Disk, Hctl, ScsiPath};
 use crate::connector::settings::ms;
@@ -156,7 +156,7 @@ impl Inner {
             return Err(held("an unknown driver: it is no disk".into()));
         };
         let block = format!("{dir}/block/{}", disk.name);
-        self.leave_map(&disk.name, &block).await.map_err(|e| match e {
+        self.leave_map(job, &disk.name, &block).await.map_err(|e| match e {
             Error::DeviceHeld { device, holder } => held(format!("{holder} (by way of {device})")),
             other => other,
         })?;
@@ -173,8 +173,9 @@ impl Inner {
         }
     }
 
-    /// Takes a stale path out of a multipath map that nobody uses.
-    async fn leave_map(&self, name: &str, block: &str) -> Result<(), Error> {
+    /// Takes a stale path out of a multipath map that nobody uses. A map that it is the last path of goes
+    /// too, and is in the lease before: without its path nothing else would tell of it.
+    async fn leave_map(&self, job: &Job, name: &str, block: &str) -> Result<(), Error> {
         let sysfs = &*self.doors.sysfs;
         let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.map_ms));
         for holder in scsi::holders(sysfs, block).await? {
@@ -186,6 +187,11 @@ impl Inner {
                 scsi::await_unheld(&self.doors, &self.settings, &map.dir(), map.dev, &[]).await?;
             if let Some(holder) = held {
                 return Err(Error::DeviceHeld { device: map.name, holder });
+            }
+            if map.slaves.iter().all(|slave| slave == name) {
+                let lease = MapLease { uuid: map.uuid.clone(), made: true };
+                let note = |user: &mut User| user.map = user.map.take().or(Some(lease));
+                self.change(&job.owner, job.first(), note).await?;
             }
             let asked = self.doors.multipathd.ask(&format!("del path {name}")).await;
             asked.map_err(Error::Multipathd)?;
@@ -200,6 +206,8 @@ impl Inner {
                 multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
                 multipath::forget(&*self.doors.multipathd, &map.uuid).await?;
             }
+            let forget = |user: &mut User| drop(user.map.take_if(|m| m.uuid == map.uuid));
+            self.change(&job.owner, job.first(), forget).await?;
         }
         Ok(())
     }

@@ -356,6 +356,24 @@ async fn a_stale_device_in_an_idle_map_makes_way_too() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_idle_map_of_a_stale_device_goes_also_when_its_removal_was_cut_off() {
+    for what in ["dmsetup remove", "del map"] {
+        let san = San::new();
+        leave_stale(&san).await;
+        let fault = |point| fault(point, what, FaultAction::Fail("cut off".into()));
+        san.sim.faults().inject(fault("cmd.run"));
+        san.sim.faults().inject(fault("multipathd.ask"));
+        let _ = san.connector.attach(&request("a", 1, &[2])).await;
+        san.sim.faults().clear();
+        san.detach("a", 1, &[2]).await.expect("detached");
+        // The device itself was there before, and is nobody's.
+        san.detach("keeper", 2, &[2]).await.expect("detached");
+        let left = san.sim.snapshot();
+        assert_eq!((san.count("dm"), san.count("wwid"), san.count("binding")), (0, 0, 0), "{left}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stale_device_that_is_held_is_named_and_stays() {
     for multipathd in [false, true] {
         let san = San::new();

@@ -246,3 +246,40 @@ async fn every_path_of_every_target_is_measured() {
     assert_eq!(grown.into_inner().device.size, 2 * GIB);
     assert_eq!(san.attach(&r).await.device.paths, 4);
 }
+
+#[tokio::test(start_paused = true)]
+async fn records_of_all_targets_that_outlive_a_boot_are_known_again() {
+    let san = san();
+    let r = wants("a", both(1, false));
+    san.attach(&r).await;
+    san.sim.reboot();
+    assert_eq!(san.count("record"), 4);
+    let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+    let san = San { sim: san.sim, connector };
+    let options = DetachOptions::default();
+    assert!(san.connector.detach(&r.owner, &r.source, options).await.expect("detached").changed());
+    assert_eq!((san.count("record"), san.count("run")), (0, 0));
+}
+
+/// What was begun of a volume is known by each of its targets, whichever was the last to be noted.
+#[tokio::test(start_paused = true)]
+async fn a_detach_that_was_cut_off_between_two_leases_goes_on() {
+    for skip in 0..3 {
+        let san = san();
+        let before = san.sim.snapshot();
+        let r = wants("a", both(1, false));
+        san.attach(&r).await;
+        // The claim is taken back first; then a lease is left.
+        let cut = Fault {
+            skip,
+            times: Some(1),
+            ..fault("rundir.lock", "lease-iscsi", FaultAction::Fail("cut off".into()))
+        };
+        san.sim.faults().inject(cut);
+        let options = DetachOptions::default();
+        san.connector.detach(&r.owner, &r.source, options).await.expect_err("cut off");
+        san.sim.faults().clear();
+        leave(&san, &r).await;
+        assert_eq!(san.sim.snapshot(), before, "cut off at {skip}");
+    }
+}

@@ -1,0 +1,144 @@
+//! The way back: device, lease, sessions, records. Also the undoing of a failed attach.
+
+use super::Inner;
+use super::login::Made;
+use crate::connector::DetachOptions;
+use crate::connector::error::Error;
+use crate::connector::lease::{Claim, Lease, Made as _, User};
+use crate::spec::IscsiTarget;
+use crate::step::Step;
+use crate::types::{Outcome, Portal, VolumeKey};
+
+impl Inner {
+    /// Lets go of whatever is there in the owner's name. The LUN's lock is held by the caller.
+    pub(super) async fn release(
+        &self,
+        owner: &VolumeKey,
+        targets: &[IscsiTarget],
+        options: DetachOptions<'_>,
+    ) -> Result<Outcome, Error> {
+        let user = self.held(owner, targets).await?;
+        if let Some(user) = &user {
+            self.let_go(user, targets, options).await?;
+            let tracker = &self.doors.tracker;
+            if let Some(wwid) = &user.wwid {
+                tracker.run(Step::Unclaim, self.leases.unclaim(wwid, owner)).await?;
+            }
+            // The first one knows the whole, so it is left last.
+            for at in targets.iter().rev() {
+                let leave = |lease: &mut Lease<Made>| lease.remove_user(owner, at.lun);
+                let leave = self.leases.update::<Made, _>(at.target.as_str(), leave);
+                tracker.run(Step::Unlease, leave).await?;
+            }
+        }
+        let mut changed = user.is_some();
+        let mut failed = None;
+        for at in targets {
+            // One target's trouble must not keep what is left at the others.
+            match self.leave(at).await {
+                Ok(settled) => changed |= settled,
+                Err(error) => drop(failed.get_or_insert(error)),
+            }
+        }
+        match failed {
+            Some(error) => Err(error),
+            None if changed => Ok(Outcome::Done(())),
+            None => Ok(Outcome::Already(())),
+        }
+    }
+
+    /// Takes away the device, or, where others have the LUN too, what of it is this volume's alone.
+    async fn let_go(
+        &self,
+        user: &User,
+        targets: &[IscsiTarget],
+        options: DetachOptions<'_>,
+    ) -> Result<(), Error> {
+        let owner = &user.owner;
+        let (mut alone, mut spare, mut shared) = (Vec::new(), Vec::new(), false);
+        for at in targets {
+            let lease: Lease<Made> = self.leases.load(at.target.as_str()).await?;
+            let mine = lease.user(owner, at.lun).cloned();
+            if lease.other(owner, at.lun).is_none() {
+                alone.extend(mine);
+                continue;
+            }
+            shared = true;
+            // What an attach that failed made beside the others' paths is nobody's; else it is left to them.
+            if user.attachment.is_none() {
+                spare.extend(mine.map(|mine| (at, lease.alone_with(mine))));
+            }
+        }
+        let sharers = self.sharers(owner, user.wwid.as_ref()).await?;
+        if !shared && sharers.is_empty() {
+            let mut whole = user.clone();
+            self.note_map(&targets[0], &mut whole).await?;
+            return self.remove_device(&whole, options).await;
+        }
+        self.pass_map(user, &sharers).await?;
+        alone.extend(spare.iter().map(|(_, mine)| mine.clone()));
+        let Some(mine) = User::joined(&alone) else { return Ok(()) };
+        // Out of a map, which goes on with the others' paths; what was given away without one is flushed.
+        let attachment = user.attachment.clone().filter(|a| a.device.map.is_none());
+        self.remove_device(&User { map: None, attachment, ..mine }, options).await?;
+        for (at, gone) in spare {
+            let forget = |user: &mut User| user.paths.retain(|p| !gone.paths.contains(p));
+            self.change(owner, at, forget).await?;
+        }
+        Ok(())
+    }
+
+    /// Leaves the map to one of those who have the LUN too; the last of them removes it.
+    async fn pass_map(&self, user: &User, sharers: &[Claim]) -> Result<(), Error> {
+        let Some(heir) = sharers.iter().find(|c| c.transport == Made::TRANSPORT) else {
+            return Ok(());
+        };
+        let take = |lease: &mut Lease<Made>| {
+            if let Some(heir) = lease.users.iter_mut().find(|u| u.owner == heir.owner) {
+                heir.take_map(user.map.as_ref());
+            }
+        };
+        self.leases.update::<Made, _>(&heir.target, take).await
+    }
+
+    /// Undoes what was made at a target and that nobody wants there any more.
+    async fn leave(&self, at: &IscsiTarget) -> Result<bool, Error> {
+        let lease: Lease<Made> = self.leases.load(at.target.as_str()).await?;
+        self.adopt(at, &lease).await?;
+        let lease: Lease<Made> = self.leases.load(at.target.as_str()).await?;
+        let mut portals = at.portals.clone();
+        portals.extend(lease.made.portals());
+        portals.sort();
+        portals.dedup();
+        self.settle(&at.target, &portals).await
+    }
+
+    /// Records of ours that a boot outlived its lease are known by their mark.
+    async fn adopt(&self, source: &IscsiTarget, lease: &Lease<Made>) -> Result<(), Error> {
+        let records = self.doors.iscsidb.records(&source.target).await;
+        let records =
+            records.map_err(Error::io(format!("reading the records of {}", source.target)))?;
+        for record in records {
+            let portal: Portal = record.portal;
+            let unknown = record.iface == "default"
+                && !record.corrupt
+                && source.portals.contains(&portal)
+                && !lease.made.records.contains(&portal);
+            if unknown && self.iscsiadm(&source.target).is_marked(portal).await? {
+                let target = source.target.as_str();
+                self.leases.update::<Made, _>(target, |l| l.made.records.insert(portal)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Enters a map that multipathd made above our paths into the lease: once it and they are gone, it
+    /// alone tells a successor what multipath has yet to forget.
+    async fn note_map(&self, first: &IscsiTarget, user: &mut User) -> Result<(), Error> {
+        if user.map.is_none() {
+            user.map = self.map_above(user).await?;
+        }
+        let (owner, map) = (user.owner.clone(), user.map.clone());
+        self.change(&owner, first, |user| user.map = map).await.map(drop)
+    }
+}

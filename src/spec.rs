@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::reason::Reason;
 use crate::types::{
     Bus, CacheMode, Chap, DevNum, ErrorPolicy, Iqn, Lun, Malformed, Portal, SecretName, Serial,
-    VmId, VolumeKey, VolumeName, Wwid,
+    UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
 };
 use crate::vm::resolve::Names;
 
@@ -185,6 +185,9 @@ pub struct VolumeSpec {
     pub error_policy: Option<ErrorPolicy>,
     /// The size in bytes that the LUN must have.
     pub expect_size: Option<u64>,
+    /// The serial number that the LUN must have (VPD page 0x80).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expect_unit_serial: Option<UnitSerial>,
     /// What the portals that were given by name were resolved to; the source has the addresses.
     #[serde(default, skip_serializing_if = "Names::is_empty")]
     pub names: Names,
@@ -346,6 +349,7 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
         multipath: MultipathPolicy::Preferred,
         expect_wwid: None,
         expect_size: None,
+        expect_unit_serial: None,
         names: Names::new(),
     }
 }

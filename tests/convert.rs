@@ -21,7 +21,7 @@ prop_compose! {
         wwid in proptest::option::of("naa\\.[0-9a-f]{16}"),
         blocks in proptest::option::of(1..u64::MAX / 512),
         lun in 0..16384u32,
-        by_name: bool,
+        (by_name, serial_expected) in any::<(bool, bool)>(),
     ) -> VolumeSpec {
         let resolved = ("san-1:99".parse().unwrap(), "[fd00::1]:99".parse().unwrap());
         let names: Names = if by_name { [resolved].into() } else { Names::new() };
@@ -49,6 +49,7 @@ prop_compose! {
             multipath: policies[multipath],
             expect_wwid: wwid.map(|w| w.parse().unwrap()),
             expect_size: blocks.map(|b| b * 512),
+            expect_unit_serial: serial_expected.then(|| "6000 A".parse().unwrap()),
             names,
         }
     }

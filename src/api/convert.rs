@@ -146,6 +146,7 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>, names: Names) -> Result<VolumeS
         multipath: multipath(spec.multipath)?,
         expect_wwid: optional("volume.wwid", &spec.wwid)?,
         expect_size: size("volume.size_bytes", spec.size_bytes)?,
+        expect_unit_serial: optional("volume.unit_serial", &spec.unit_serial)?,
         names,
         name,
     };
@@ -479,6 +480,7 @@ pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
         .into(),
         wwid: spec.expect_wwid.as_ref().map(ToString::to_string).unwrap_or_default(),
         size_bytes: spec.expect_size.unwrap_or_default(),
+        unit_serial: spec.expect_unit_serial.as_ref().map(ToString::to_string).unwrap_or_default(),
         resolved_portals: spec.names.iter().map(|(n, p)| (n.to_string(), p.to_string())).collect(),
     };
     names::to_names(&mut wire, &spec.names);

@@ -109,6 +109,9 @@ pub(super) struct Args {
     /// The identity that the LUN must have: naa.HEX, eui.HEX, t10.TEXT.
     #[arg(long)]
     wwid: Option<String>,
+    /// The serial number that the LUN must have, as VPD page 0x80 has it.
+    #[arg(long, value_name = "TEXT")]
+    unit_serial: Option<String>,
     /// The size that the LUN must have: bytes, or with a unit as 10Gi.
     #[arg(long)]
     size: Option<String>,
@@ -152,6 +155,7 @@ impl Args {
         set(&mut volume.bus, &self.bus);
         set(&mut volume.disk_type, &self.disk_type);
         set(&mut volume.wwid, &self.wwid);
+        set(&mut volume.unit_serial, &self.unit_serial);
         set(&mut volume.multipath, &self.multipath);
         if let Some(url) = &self.source {
             volume.source = Some(SourceFile::Url(url.clone()));

@@ -43,6 +43,8 @@ pub(super) struct VolumeFile {
     pub(super) multipath: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) wwid: String,
+    #[serde(alias = "unitSerial", skip_serializing_if = "String::is_empty")]
+    pub(super) unit_serial: String,
     #[serde(alias = "sizeBytes", skip_serializing_if = "is_zero")]
     pub(super) size_bytes: u64,
     /// CHAP credentials: read, and never shown.
@@ -250,6 +252,7 @@ impl VolumeFile {
             multipath: multipath(&self.multipath)?.into(),
             wwid: self.wwid.clone(),
             size_bytes: self.size_bytes,
+            unit_serial: self.unit_serial.clone(),
             ..v1::VolumeSpec::default()
         })
     }
@@ -276,6 +279,7 @@ impl VolumeFile {
             multipath: plain(spec.multipath().as_str_name(), "MULTIPATH_POLICY_"),
             wwid: spec.wwid.clone(),
             size_bytes: spec.size_bytes,
+            unit_serial: spec.unit_serial.clone(),
             chap: None,
         }
     }
@@ -420,6 +424,7 @@ error_policy: stop
 read_only: true
 multipath: required
 size_bytes: 1024
+unit_serial: 6000-A
 ";
 
     #[test]

@@ -260,6 +260,7 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Shareable", flag(v.spec.shareable)),
         ("Persistent", flag(v.spec.persist)),
         ("Expected WWID", v.spec.wwid.clone()),
+        ("Expected serial", v.spec.unit_serial.clone()),
         ("Expected size", Some(v.spec.size_bytes).filter(|&b| b > 0).map(size).unwrap_or_default()),
     ];
     facts(&list, to)

@@ -8,7 +8,7 @@
 use std::fmt;
 
 use crate::reason::Reason;
-use crate::types::Wwid;
+use crate::types::{UnitSerial, Wwid};
 
 use super::Expect;
 
@@ -90,6 +90,16 @@ pub enum IdentityError {
         /// What was asked for.
         expected: Wwid,
     },
+    /// Not the serial number that the request asked for.
+    #[error("the LUN at {at} has serial number {found}, but {expected} was asked for")]
+    Serial {
+        /// SCSI address.
+        at: String,
+        /// The serial number that it has.
+        found: String,
+        /// What was asked for.
+        expected: UnitSerial,
+    },
     /// Not the size that the request asked for.
     #[error("the LUN at {at} has {found} bytes, but {expected} were asked for")]
     Size {
@@ -129,9 +139,10 @@ impl IdentityError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::NotUnique { .. } => Reason::NoUniqueIdentity,
-            Self::Contradiction { .. } | Self::Mismatch { .. } | Self::Size { .. } => {
-                Reason::IdentityMismatch
-            }
+            Self::Contradiction { .. }
+            | Self::Mismatch { .. }
+            | Self::Serial { .. }
+            | Self::Size { .. } => Reason::IdentityMismatch,
             Self::Changed { .. } => Reason::IdentityChanged,
             Self::Disagree { .. } => Reason::PathsDisagree,
         }
@@ -273,6 +284,13 @@ pub(crate) fn judge(
         let recorded = recorded.clone();
         return Err(IdentityError::Changed { at: at.into(), found: wwid(), recorded });
     }
+    let serial = found.unit.serial.as_deref();
+    if let Some(expected) = &expect.unit_serial
+        && serial != Some(expected.as_str())
+    {
+        let (found, expected) = (serial.unwrap_or("unknown").to_owned(), expected.clone());
+        return Err(IdentityError::Serial { at: at.into(), found, expected });
+    }
     match expect.size {
         Some(expected) if size < expected || size > expected && !expect.may_have_grown => {
             Err(IdentityError::Size { at: at.into(), found: size, expected })
@@ -395,9 +413,11 @@ mod tests {
         let b = w("naa.6001405000000000000000000000000b");
         let eui = w("eui.0025010203040506");
         let all = vec![a.clone(), eui.clone()];
-        let found = Identity { wwid: a.clone(), all, unit: Unit::default() };
+        let unit = Unit { serial: Some("6000-A".into()), product: None };
+        let found = Identity { wwid: a.clone(), all, unit };
         let e = |wwid: Option<&Wwid>, size, recorded: Option<&Wwid>, accept| Expect {
             wwid: wwid.cloned(),
+            unit_serial: None,
             size,
             may_have_grown: false,
             recorded: recorded.cloned(),
@@ -426,7 +446,16 @@ mod tests {
             (returns(Some(101)), Some(Reason::IdentityMismatch)),
             (returns(None), None),
         ];
-        for (expect, reason) in cases.into_iter().chain(returning) {
+        let serial = |text: &str, wwid| Expect {
+            unit_serial: Some(text.parse().expect("serial")),
+            ..e(wwid, None, Some(&a), true)
+        };
+        let serials = [
+            (serial("6000-A", None), None),
+            (serial("6000-B", None), Some(Reason::IdentityMismatch)),
+            (serial("6000", Some(&a)), Some(Reason::IdentityMismatch)),
+        ];
+        for (expect, reason) in cases.into_iter().chain(returning).chain(serials) {
             let got = judge("1:0:0:0", &expect, &found, 100).err().map(|e| e.reason());
             assert_eq!(got, reason, "{expect:?}");
         }

@@ -29,13 +29,15 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 use crate::spec::{DeviceStatus, MultipathPolicy, Source};
-use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, VolumeKey, Wwid};
+use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, UnitSerial, VolumeKey, Wwid};
 
 /// What the LUN must prove to be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Expect {
     /// The identity asked for in the request: strict, whatever was recorded.
     pub wwid: Option<Wwid>,
+    /// The unit's serial number asked for: strict, too.
+    pub unit_serial: Option<UnitSerial>,
     /// The size asked for, in bytes.
     pub size: Option<u64>,
     /// It had that size once; by now it may have more.

@@ -83,4 +83,4 @@ mod san;
 pub use chap::{Chap, Login, SecretName, SecretText};
 pub use endpoint::{Endpoint, HostPort};
 pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};
-pub use san::{Addressing, DevNum, Iqn, Lun, Portal, Wwid};
+pub use san::{Addressing, DevNum, Iqn, Lun, Portal, UnitSerial, Wwid};

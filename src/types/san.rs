@@ -358,6 +358,25 @@ impl FromStr for Wwid {
     }
 }
 
+/// A logical unit's serial number as VPD page 0x80 has it, without the padding on both sides: 1 to 252
+/// printable characters (SPC-5 7.7.24).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct UnitSerial(String);
+text_type!(UnitSerial);
+
+impl FromStr for UnitSerial {
+    type Err = Malformed;
+    fn from_str(s: &str) -> Result<Self, Malformed> {
+        let text = s.trim_matches(' ');
+        if (1..=252).contains(&text.len()) && text.bytes().all(|c| (0x20..0x7f).contains(&c)) {
+            Ok(Self(text.into()))
+        } else {
+            Err(Malformed::new("unit serial number", s, "1 to 252 printable ASCII characters"))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -457,6 +476,14 @@ mod tests {
         );
         for bad in ["", "naa.", "naa.123", "3600", "naa.600140500000000000000000000000zz", "x.y"] {
             assert!(bad.parse::<Wwid>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_unit_serial_is_compared_without_its_padding() {
+        assert_eq!("  6000-A b ".parse::<UnitSerial>().unwrap().as_str(), "6000-A b");
+        for bad in ["", "   ", "a\tb", "ä", &"x".repeat(253)] {
+            assert!(bad.parse::<UnitSerial>().is_err(), "{bad:?}");
         }
     }
 

@@ -169,6 +169,7 @@ impl Way<'_> {
             source: spec.source.clone(),
             expect: Expect {
                 wwid: spec.expect_wwid.clone(),
+                unit_serial: spec.expect_unit_serial.clone(),
                 size: spec.expect_size,
                 // The array may have grown it while it was away. For a first attach the size is strict.
                 may_have_grown: self.lasting && recorded.is_some(),

@@ -174,6 +174,7 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         multipath,
         expect_wwid,
         expect_size,
+        expect_unit_serial,
         names,
     } = a;
     let differs = [
@@ -187,8 +188,9 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         ("shareable", *shareable != b.shareable),
         ("persist", *persist != b.persist),
         ("multipath", *multipath != b.multipath),
-        ("expect_wwid", *expect_wwid != b.expect_wwid),
-        ("expect_size", *expect_size != b.expect_size),
+        ("wwid", *expect_wwid != b.expect_wwid),
+        ("size_bytes", *expect_size != b.expect_size),
+        ("unit_serial", *expect_unit_serial != b.expect_unit_serial),
     ];
     differs.iter().find(|(_, differs)| *differs).map_or("name", |(field, _)| field)
 }
@@ -274,7 +276,7 @@ mod tests {
             let same = admit_add(&grown, &sized(Some(size)), RULES);
             assert_eq!(same.unwrap(), Admission::Ignore, "{size}");
         }
-        let other = (Reason::VolumeExists, Some("volume.expect_size".into()));
+        let other = (Reason::VolumeExists, Some("volume.size_bytes".into()));
         assert_eq!(denied(&grown, &sized(Some(2048))), other);
         assert_eq!(denied(&grown, &sized(None)), other);
         let elsewhere = VolumeSpec { read_only: true, ..sized(Some(512)) };

@@ -61,9 +61,14 @@ fn an_expectation_that_is_not_met() {
         fails(&world, &daemon, &wrong_wwid, Reason::IdentityMismatch).await;
         let wrong_size = VolumeSpec { expect_size: Some(1 << 31), ..volume("data", 1) };
         fails(&world, &daemon, &wrong_size, Reason::IdentityMismatch).await;
+        let other = Some("another".parse().unwrap());
+        let wrong_serial = VolumeSpec { expect_unit_serial: other, ..volume("data", 1) };
+        fails(&world, &daemon, &wrong_serial, Reason::IdentityMismatch).await;
         swap(&world);
+        let serial = wwid(1).as_str().replace("naa.", "");
         let right = VolumeSpec {
             expect_wwid: Some(wwid(1)),
+            expect_unit_serial: Some(serial.parse().unwrap()),
             expect_size: Some(1 << 30),
             ..volume("data", 1)
         };

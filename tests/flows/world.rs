@@ -94,6 +94,7 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         multipath: MultipathPolicy::Preferred,
         expect_wwid: None,
         expect_size: None,
+        expect_unit_serial: None,
         names: Names::new(),
     }
 }

@@ -77,6 +77,7 @@ impl Inner {
             let wwid = found.device.wwid.clone();
             job.expect = Expect {
                 wwid: Some(wwid.clone()),
+                unit_serial: job.expect.unit_serial.clone(),
                 size: Some(found.device.size),
                 ..Expect::default()
             };

@@ -429,6 +429,9 @@ fn outcome(portal: Portal, out: &Result<Output, CmdError>) -> Result<LoggedIn, L
         Err(CmdError::TimedOut { deadline, .. }) => {
             Err(LoginError::Silent { portal, deadline: *deadline })
         }
+        Err(CmdError::Place(e)) => {
+            Err(LoginError::NoIscsid { portal, detail: crate::connector::error::chain(e) })
+        }
         Err(e) => Err(LoginError::Tool {
             portal,
             detail: crate::connector::error::chain(e),

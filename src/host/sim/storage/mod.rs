@@ -212,6 +212,11 @@ impl SimStorage {
         world.follow_portals();
     }
 
+    /// Another iscsid serves from now on, with a database of its own that has no record.
+    pub fn replace_iscsid(&self) {
+        self.world().records.clear();
+    }
+
     /// Somebody else's node record.
     pub fn add_record(&self, target: &Iqn, portal: Portal, iface: &str) {
         let key = (target.clone(), portal, iface.to_owned());

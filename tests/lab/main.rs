@@ -28,6 +28,7 @@ mod lifecycle;
 mod mpathd;
 mod node;
 mod paths;
+mod placement;
 mod places;
 mod policy;
 mod power;

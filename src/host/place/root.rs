@@ -254,4 +254,54 @@ mod tests {
         assert!(own.is_ours() && own.entry().unwrap().namespaces.is_empty());
         assert!(own.is_same(&own) && !own.is_same(&root));
     }
+
+    /// A process in mount and IPC namespaces of its own, below whose root something else is in /mnt.
+    const CONTAINER: &str = r#"
+        mount --rbind / "$1" && mount -t tmpfs none "$1/mnt" || exit 1
+        printf '#!/bin/sh\ncat /mnt/mark\nreadlink /proc/self/ns/mnt /proc/self/ns/ipc\npwd\n' >"$1/mnt/program"
+        chmod 755 "$1/mnt/program"
+        echo there >"$1/mnt/mark"
+        echo ready
+        exec chroot "$1" sleep 60
+    "#;
+
+    #[tokio::test]
+    async fn root_a_program_runs_beneath_anothers_root_and_in_its_namespaces() {
+        use tokio::io::AsyncReadExt;
+        let test = "root_a_program_runs_beneath_anothers_root_and_in_its_namespaces";
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("{test}: skipped, needs root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut container = tokio::process::Command::new("unshare")
+            .args(["--mount", "--ipc", "sh", "-c", CONTAINER, "sh"])
+            .arg(dir.path())
+            .stdout(std::process::Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 6];
+        if container.stdout.as_mut().unwrap().read_exact(&mut ready).await.is_err() {
+            eprintln!("{test}: skipped, no mount namespace can be had");
+            return;
+        }
+        let pid = i32::try_from(container.id().unwrap()).unwrap();
+        // The shell is about to change its root.
+        let root = loop {
+            let root = Root::of(pid).unwrap();
+            if root.text("/mnt/mark").is_ok() {
+                break root;
+            }
+            tokio::task::yield_now().await;
+        };
+        let mut command = tokio::process::Command::new("/mnt/program");
+        root.entry().unwrap().prepare(&mut command);
+        let output = command.output().await.unwrap();
+        let ns = |name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
+        let expected = format!("there\n{}\n{}\n/\n", ns("mnt").display(), ns("ipc").display());
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+        container.kill().await.unwrap();
+        assert!(Root::of(pid).is_err(), "it has ended");
+    }
 }

@@ -21,6 +21,8 @@ pub struct Survey {
     pub listeners: Vec<Listener>,
     /// All processes of iscsid and multipathd.
     pub daemons: Vec<Process>,
+    /// The host's units of iscsid that could be started.
+    pub host_units: Vec<&'static str>,
     /// What `iscsiadm --version` printed.
     pub iscsiadm: Option<String>,
     /// multipathd's own word on its configuration; why there is none.
@@ -100,6 +102,8 @@ pub struct Process {
     pub replaced: bool,
     /// Its root is not that of whoever looked: it is in a container, or lunplug is.
     pub elsewhere: bool,
+    /// Its root is not the host's.
+    pub contained: bool,
     /// Beneath its root is the program that lunplug runs for it.
     pub has_tool: bool,
     /// Beneath its root is the initiator's name.
@@ -191,6 +195,7 @@ mod tests {
             namespaces: own,
             replaced: false,
             elsewhere: false,
+            contained: false,
             has_tool: true,
             has_initiator_name: true,
         };
@@ -210,6 +215,7 @@ mod tests {
                 listener(Service::Multipathd, 200, "multipathd"),
             ],
             daemons: vec![daemon(Service::Iscsid, 100), daemon(Service::Multipathd, 200)],
+            host_units: vec!["iscsid.socket", "iscsid.service"],
             iscsiadm: Some("iscsiadm version 2.1.11".into()),
             multipath: Some(Ok("defaults {\n\tfind_multipaths \"off\"\n\tno_path_retry 12\n\tskip_kpartx \"yes\"\n}\n".into())),
             lvm: Some("global_filter=\"r|^/dev/lunplug/|\"\nfilter=[\"a|.*|\"]\nuse_devicesfile=0\n".into()),

@@ -57,7 +57,7 @@ fn served(survey: &Survey, service: Service) -> Vec<Finding> {
         );
         findings.push(Finding::warning(check, what, todo));
     }
-    findings.extend(daemons.iter().flat_map(|process| complete(process)));
+    findings.extend(daemons.iter().flat_map(|process| complete(survey, process)));
     if findings.is_empty() {
         let by = holders.iter().map(|l| format!("{} ({})", l.comm, l.pid)).collect::<Vec<_>>();
         let place = if daemons.iter().any(|p| p.elsewhere) {
@@ -94,7 +94,7 @@ fn nobody(survey: &Survey, service: Service, daemons: &[&Process]) -> Finding {
 }
 
 /// Whether the daemon has what belongs to it.
-fn complete(process: &Process) -> Vec<Finding> {
+fn complete(survey: &Survey, process: &Process) -> Vec<Finding> {
     let check = check_of(process.service);
     let (name, pid) = (process.service.name(), process.pid);
     let mut findings = Vec::new();
@@ -104,7 +104,18 @@ fn complete(process: &Process) -> Vec<Finding> {
         let todo = format!("Restart {name}: sessions and maps outlive that.");
         findings.push(Finding::warning(check, what, todo));
     }
-    if process.service != Service::Iscsid || !process.elsewhere {
+    if process.service != Service::Iscsid {
+        return findings;
+    }
+    if process.contained && !survey.host_units.is_empty() {
+        let units = survey.host_units.join(" ");
+        let what = format!(
+            "iscsid (pid {pid}) is in a container, and the host's could be started in its place: {units}"
+        );
+        let todo = format!("systemctl mask --now {units}, on the host.");
+        findings.push(Finding::warning(check, what, todo));
+    }
+    if !process.elsewhere {
         return findings;
     }
     if !process.has_tool {
@@ -210,7 +221,7 @@ mod tests {
         let iscsid = &mut survey.daemons[0];
         iscsid.namespaces.mount = 9;
         iscsid.elsewhere = true;
-        assert_eq!(complaints(&survey), []);
+        assert_eq!(complaints(&survey), [], "lunplug is in the container");
         let told = examine(&survey).into_iter().find(|f| f.check == "iscsi.service");
         assert!(told.is_some_and(|f| f.what.contains("uses its programs and files")));
 
@@ -220,6 +231,17 @@ mod tests {
         let severities: Vec<_> = found.iter().map(|f| f.severity).collect();
         assert_eq!(severities, [Severity::Problem, Severity::Problem], "{found:?}");
         assert!(found[0].what.contains("no iscsiadm"), "{found:?}");
+    }
+
+    #[test]
+    fn the_hosts_units_are_masked_where_a_container_serves() {
+        let mut survey = healthy();
+        survey.daemons[0].contained = true;
+        let found = only(&survey);
+        assert_eq!(found.severity, Severity::Warning);
+        assert!(found.what_to_do.contains("mask --now iscsid.socket iscsid.service"), "{found:?}");
+        survey.host_units.clear();
+        assert_eq!(complaints(&survey), []);
     }
 
     #[test]

@@ -9,13 +9,25 @@ use std::time::Duration;
 use super::cmd::{Commands, RealCommands, Tool};
 use super::facts::{self, System};
 use super::multipathd::{Multipathd, MultipathdError, RealMultipathd};
-use super::place::{Places, Root, Who, listening};
+use super::place::{Pinned, Places, Root, Who, listening};
 use crate::config::Config;
 use crate::doctor::{Listener, Module, Namespaces, Process, Service, Survey};
 use crate::preflight::{self, INITIATOR_NAME};
 
 /// For each question to a program or daemon.
 const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The host's first process.
+const INIT: i32 = 1;
+
+/// Where systemd has its units, the first first (systemd.unit(5)).
+const UNIT_DIRS: [&str; 5] = [
+    "etc/systemd/system",
+    "run/systemd/system",
+    "usr/local/lib/systemd/system",
+    "usr/lib/systemd/system",
+    "lib/systemd/system",
+];
 
 /// What an iSCSI volume with more than one path needs of the kernel.
 const MODULES: [&str; 3] = ["iscsi_tcp", "dm_multipath", "sd_mod"];
@@ -51,6 +63,7 @@ fn files(config: &Config) -> Survey {
         own,
         listeners: listeners(&processes),
         daemons: daemons(&processes),
+        host_units: host_units(),
         modules: MODULES.map(|name| (name, module(name))).to_vec(),
         udev_rules: udev_rules(),
         ..Survey::default()
@@ -92,6 +105,7 @@ fn listeners(processes: &[(i32, PathBuf)]) -> Vec<Listener> {
 
 /// The daemons' processes. Any process may call itself so; only root's are meant.
 fn daemons(processes: &[(i32, PathBuf)]) -> Vec<Process> {
+    let host = Root::of(INIT).ok();
     let read = |(pid, dir): &(i32, PathBuf)| {
         let name = comm(dir);
         let service = Service::ALL.into_iter().find(|s| s.name() == name)?;
@@ -107,6 +121,10 @@ fn daemons(processes: &[(i32, PathBuf)]) -> Vec<Process> {
             pid: *pid,
             namespaces: namespaces(dir),
             replaced: exe.to_string_lossy().ends_with(" (deleted)"),
+            contained: match (&root, &host) {
+                (Some(root), Some(host)) => !root.is_same(host),
+                _ => false,
+            },
             elsewhere: root.as_ref().is_some_and(|root| !root.is_ours()),
             has_tool: root.as_ref().is_some_and(|root| root.program(tool).is_some()),
             has_initiator_name: root.is_some_and(|root| root.text(INITIATOR_NAME).is_ok()),
@@ -115,12 +133,26 @@ fn daemons(processes: &[(i32, PathBuf)]) -> Vec<Process> {
     processes.iter().filter_map(read).collect()
 }
 
+/// The host's units of iscsid that are there and not masked.
+fn host_units() -> Vec<&'static str> {
+    let Ok(host) = Root::of(INIT) else { return Vec::new() };
+    let can_be_started = |unit: &&str| {
+        let mut places = UNIT_DIRS.iter().map(|dir| format!("{dir}/{unit}"));
+        // The first place that has it counts; masked it is a link to /dev/null.
+        places.find_map(|place| host.is_file(&place)).unwrap_or(false)
+    };
+    ["iscsid.socket", "iscsid.service"].into_iter().filter(can_be_started).collect()
+}
+
 /// Whether a kernel module is loaded or built in, or could be loaded.
 fn module(name: &str) -> Module {
     if Path::new("/sys/module").join(name).exists() {
         return Module::Loaded;
     }
-    let dir = Path::new("/lib/modules").join(facts::kernel());
+    // The host loads it, whatever is in a container's image.
+    let host = Root::of(INIT).and_then(|host| host.dir("/lib/modules"));
+    let modules = host.unwrap_or_else(|_| Pinned::ours("/lib/modules"));
+    let dir = modules.path.join(facts::kernel());
     let listed = |list: &str| {
         let text = fs::read_to_string(dir.join(list)).unwrap_or_default();
         text.lines().any(|line| is_module(line.split(':').next().unwrap_or_default(), name))

@@ -167,7 +167,7 @@ fn an_iscsid_whose_container_ends_is_waited_for() {
     add_plain("place", &luns[0]).ok();
     let doctor = lunplug(&["doctor", "--all"]);
     println!("{}", doctor.stdout);
-    assert!(doctor.code == 0 && doctor.stdout.contains("uses its programs"), "{}", doctor.stdout);
+    assert!(doctor.code == 0 && doctor.stdout.contains("mask --now iscsid"), "{}", doctor.stdout);
     drop(place);
     // The session is the kernel's.
     add_plain("second", &luns[1]).ok();

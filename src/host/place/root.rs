@@ -127,6 +127,12 @@ impl Root {
         Ok(text)
     }
 
+    /// Whether what is there is a regular file; `None` where nothing is.
+    pub(crate) fn is_file(&self, path: &str) -> Option<bool> {
+        let file = beneath(&self.root, Path::new(path), OFlag::O_PATH).map(File::from).ok()?;
+        Some(file.metadata().ok()?.is_file())
+    }
+
     /// A program, by the path that it has there.
     pub(crate) fn program(&self, name: &str) -> Option<PathBuf> {
         let there = PROGRAMS.iter().map(|dir| Path::new(dir).join(name));
@@ -220,6 +226,8 @@ mod tests {
         assert!(root.text("out").is_err());
         assert!(root.text("fifo").is_err());
         assert!(root.text("../../etc/passwd").is_err());
+        assert_eq!((root.is_file("link"), root.is_file("fifo")), (Some(true), Some(false)));
+        assert_eq!(root.is_file("out"), None);
     }
 
     #[test]

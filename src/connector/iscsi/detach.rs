@@ -14,6 +14,7 @@ use crate::connector::multipath::Map;
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::connector::{DetachOptions, multipath, scsi};
+use crate::host::place::is_place_error;
 use crate::host::sysfs::is_gone;
 use crate::spec::IscsiSource;
 use crate::step::Step;
@@ -54,7 +55,11 @@ impl Inner {
 
     /// Records of ours that a boot outlived its lease are known by their mark.
     async fn adopt(&self, source: &IscsiSource, lease: &Lease<Made>) -> Result<(), Error> {
-        let records = self.doors.iscsidb.records(&source.target).await;
+        let records = match self.doors.iscsidb.records(&source.target).await {
+            // Where there is something to undo, it fails by that.
+            Err(e) if is_place_error(&e) => return Ok(()),
+            records => records,
+        };
         let records =
             records.map_err(Error::io(format!("reading the records of {}", source.target)))?;
         for record in records {

@@ -36,7 +36,7 @@ mod tests;
 mod tree;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -44,8 +44,10 @@ pub use array::{PortalState, SimLun};
 use kernel::World;
 use rundir::{RunState, SimRunDir};
 
+use crate::doctor::Service;
 use crate::host::cmd::Tool;
 use crate::host::lock::RunDir;
+use crate::host::place::PlaceError;
 use crate::host::sim::Faults;
 use crate::types::{Chap, DevNum, Iqn, Lun, Portal, SecretName, SecretText};
 
@@ -64,6 +66,7 @@ struct Inner {
     run: Mutex<Arc<Mutex<RunState>>>,
     started: AtomicU64,
     missing_tools: Mutex<BTreeSet<Tool>>,
+    iscsid_gone: AtomicBool,
     login_time: Mutex<Duration>,
     secrets: Mutex<BTreeMap<SecretName, BTreeMap<String, SecretText>>>,
 }
@@ -96,6 +99,7 @@ impl SimStorage {
                 run: Mutex::default(),
                 started: AtomicU64::new(0),
                 missing_tools: Mutex::default(),
+                iscsid_gone: AtomicBool::default(),
                 login_time: Mutex::new(Duration::from_secs(15)),
                 secrets: Mutex::default(),
             }),
@@ -210,6 +214,19 @@ impl SimStorage {
             }
         }
         world.follow_portals();
+    }
+
+    /// The container that iscsid ran in has ended, its database with it; or is back.
+    pub fn set_iscsid_gone(&self, gone: bool) {
+        self.inner.iscsid_gone.store(gone, Ordering::Relaxed);
+    }
+
+    /// Why open-iscsi cannot be used, if that is so.
+    fn iscsid_place(&self) -> Result<(), PlaceError> {
+        match self.inner.iscsid_gone.load(Ordering::Relaxed) {
+            true => Err(PlaceError::Gone { service: Service::Iscsid, pid: 7 }),
+            false => Ok(()),
+        }
     }
 
     /// Another iscsid serves from now on, with a database of its own that has no record.

@@ -10,8 +10,10 @@ use crate::config::Config;
 pub trait Facts {
     /// The effective uid.
     fn euid(&self) -> u32;
-    /// Whether a program can be found.
-    fn has_program(&self, name: &str) -> bool;
+    /// Whether iscsiadm can be run, where iscsid is or would be.
+    fn has_iscsiadm(&self) -> bool;
+    /// Whether the initiator has a name there.
+    fn has_initiator_name(&self) -> bool;
     /// Whether a file or directory is there.
     fn exists(&self, path: &Path) -> bool;
     /// Makes the directory if it is missing, and says whether it can be written to.
@@ -49,7 +51,9 @@ pub enum Lack {
         why: io::Error,
     },
     /// A program.
-    #[error("{program} is missing: install the package {package}")]
+    #[error(
+        "{program} is missing: install the package {package}, or start the container that has iscsid"
+    )]
     Program {
         /// The program.
         program: &'static str,
@@ -58,9 +62,9 @@ pub enum Lack {
     },
     /// The initiator's name.
     #[error(
-        "{0} is missing: install the package open-iscsi (Fedora, RHEL: iscsi-initiator-utils), or mount the host's /etc/iscsi into the pod"
+        "{INITIATOR_NAME} is missing where iscsid is: install the package open-iscsi (Fedora, RHEL: iscsi-initiator-utils), or mount /etc/iscsi into iscsid's container"
     )]
-    InitiatorName(PathBuf),
+    InitiatorName,
     /// The PID namespace.
     #[error("lunplugd is not in the host's PID namespace: set hostPID: true in its pod")]
     PidNamespace,
@@ -93,6 +97,9 @@ pub enum Lack {
     #[error("/sys is read-only: run the container privileged, or mount the host's /sys read-write")]
     Sysfs,
 }
+
+/// By which name this node logs in.
+pub(crate) const INITIATOR_NAME: &str = "/etc/iscsi/initiatorname.iscsi";
 
 /// The rule that keeps the host from interpreting guests' LUNs, and the name that it has where the
 /// device-mapper rules have low numbers.
@@ -136,14 +143,11 @@ pub fn check(config: &Config, facts: &dyn Facts) -> Vec<Lack> {
         lacks.push(Lack::Openat2);
     }
     lacks.extend(udev_rule(config, facts));
-    if !facts.has_program("iscsiadm") {
+    if !facts.has_iscsiadm() {
         let package = "open-iscsi (Fedora, RHEL: iscsi-initiator-utils)";
         lacks.push(Lack::Program { program: "iscsiadm", package });
-    } else {
-        let initiator = Path::new("/etc/iscsi/initiatorname.iscsi");
-        if !facts.exists(initiator) {
-            lacks.push(Lack::InitiatorName(initiator.into()));
-        }
+    } else if !facts.has_initiator_name() {
+        lacks.push(Lack::InitiatorName);
     }
     lacks
 }
@@ -179,8 +183,11 @@ mod tests {
         fn euid(&self) -> u32 {
             self.euid
         }
-        fn has_program(&self, name: &str) -> bool {
-            self.has(name)
+        fn has_iscsiadm(&self) -> bool {
+            self.has("iscsiadm")
+        }
+        fn has_initiator_name(&self) -> bool {
+            self.has(INITIATOR_NAME)
         }
         fn exists(&self, path: &Path) -> bool {
             self.has(path.file_name().and_then(|n| n.to_str()).unwrap())
@@ -247,8 +254,11 @@ mod tests {
             fn euid(&self) -> u32 {
                 0
             }
-            fn has_program(&self, name: &str) -> bool {
-                self.0.has_program(name)
+            fn has_iscsiadm(&self) -> bool {
+                self.0.has_iscsiadm()
+            }
+            fn has_initiator_name(&self) -> bool {
+                self.0.has_initiator_name()
             }
             fn exists(&self, path: &Path) -> bool {
                 self.0.exists(path)

@@ -176,6 +176,8 @@ reasons! {
     ToolMissing = "TOOL_MISSING", Precondition, "Install the package that is named.";
     /// A program failed in a way that we do not know.
     ToolFailed = "TOOL_FAILED", Unavailable, "See the message; lunplug tries again.";
+    /// Nobody serves as iscsid, so no session can be made or ended.
+    IscsidUnavailable = "ISCSID_UNAVAILABLE", Unavailable, "Start iscsid, on the host or in its container; lunplug doctor tells who serves.";
     /// The kernel refused a read or write of the host's own.
     HostIoFailed = "HOST_IO_FAILED", Unavailable, "See the message and the kernel's log; lunplug tries again.";
     /// A record or lease on the host is damaged.

@@ -5,6 +5,7 @@ use std::io;
 use crate::host::cmd::CmdError;
 use crate::host::lock::LockError;
 use crate::host::multipathd::MultipathdError;
+use crate::host::place::is_place_error;
 use crate::reason::Reason;
 use crate::types::{DevNum, Lun, Portal, Wwid};
 
@@ -148,6 +149,12 @@ pub enum Error {
         /// The last it said.
         stderr: String,
     },
+    /// iscsiadm could not reach iscsid.
+    #[error("{doing}: nobody serves as iscsid")]
+    NoIscsid {
+        /// What was to be done by it.
+        doing: String,
+    },
     /// A record of open-iscsi is damaged and could not be replaced.
     #[error("the record of {target} at {portal} is damaged and could not be replaced")]
     RecordCorrupt {
@@ -250,8 +257,10 @@ impl Error {
                 CmdError::Missing(_) => Reason::ToolMissing,
                 CmdError::TimedOut { .. } => Reason::DeadlineExceeded,
                 CmdError::Io { .. } => Reason::ToolFailed,
+                CmdError::Place(_) => Reason::IscsidUnavailable,
             },
             Self::Tool { .. } => Reason::ToolFailed,
+            Self::NoIscsid { .. } => Reason::IscsidUnavailable,
             Self::RecordCorrupt { .. } | Self::LeaseCorrupt { .. } => Reason::RecordCorrupt,
             Self::Discovery { source, .. } => source.reason(),
             Self::DiscoveryRecord { .. } => Reason::Unsupported,
@@ -264,6 +273,7 @@ impl Error {
                 }
                 LockError::Io { .. } => Reason::StateStoreFailed,
             },
+            Self::Io { source, .. } if is_place_error(source) => Reason::IscsidUnavailable,
             Self::Io { source, .. } => match source.kind() {
                 io::ErrorKind::TimedOut => Reason::DeadlineExceeded,
                 io::ErrorKind::StorageFull

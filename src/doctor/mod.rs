@@ -21,6 +21,8 @@ pub struct Survey {
     pub listeners: Vec<Listener>,
     /// All processes of iscsid and multipathd.
     pub daemons: Vec<Process>,
+    /// The host's units of iscsid that could be started.
+    pub host_units: Vec<&'static str>,
     /// What `iscsiadm --version` printed.
     pub iscsiadm: Option<String>,
     /// multipathd's own word on its configuration; why there is none.
@@ -43,7 +45,7 @@ pub struct Namespaces {
 }
 
 /// A daemon that lunplug relies on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Service {
     /// open-iscsi's.
     Iscsid,
@@ -83,6 +85,8 @@ pub struct Listener {
     pub uid: u32,
     /// Its name.
     pub comm: String,
+    /// It is root and may administer the node; whoever may not is not spoken to.
+    pub trusted: bool,
 }
 
 /// A daemon's process.
@@ -96,10 +100,14 @@ pub struct Process {
     pub namespaces: Namespaces,
     /// Its program's file was replaced since it was started.
     pub replaced: bool,
-    /// Whether it sees the same initiator name's file as whoever looked; `None` if that cannot be told.
-    pub same_initiator: Option<bool>,
-    /// Whether the iscsiadm beside it is the very one that is used here.
-    pub same_iscsiadm: Option<bool>,
+    /// Its root is not that of whoever looked: it is in a container, or lunplug is.
+    pub elsewhere: bool,
+    /// Its root is not the host's.
+    pub contained: bool,
+    /// Beneath its root is the program that lunplug runs for it.
+    pub has_tool: bool,
+    /// Beneath its root is the initiator's name.
+    pub has_initiator_name: bool,
 }
 
 /// Whether a kernel module can be used.
@@ -186,14 +194,17 @@ mod tests {
             pid,
             namespaces: own,
             replaced: false,
-            same_initiator: Some(true),
-            same_iscsiadm: Some(true),
+            elsewhere: false,
+            contained: false,
+            has_tool: true,
+            has_initiator_name: true,
         };
         let listener = |service: Service, pid, comm: &str| Listener {
             service,
             pid,
             uid: 0,
             comm: comm.to_owned(),
+            trusted: true,
         };
         Survey {
             lacks: Vec::new(),
@@ -204,6 +215,7 @@ mod tests {
                 listener(Service::Multipathd, 200, "multipathd"),
             ],
             daemons: vec![daemon(Service::Iscsid, 100), daemon(Service::Multipathd, 200)],
+            host_units: vec!["iscsid.socket", "iscsid.service"],
             iscsiadm: Some("iscsiadm version 2.1.11".into()),
             multipath: Some(Ok("defaults {\n\tfind_multipaths \"off\"\n\tno_path_retry 12\n\tskip_kpartx \"yes\"\n}\n".into())),
             lvm: Some("global_filter=\"r|^/dev/lunplug/|\"\nfilter=[\"a|.*|\"]\nuse_devicesfile=0\n".into()),

@@ -18,12 +18,12 @@ fn check_of(service: Service) -> &'static str {
     }
 }
 
-/// One process of each: a daemon may have several (iscsid has one beside it that writes its log), and only
-/// one can listen in a network namespace.
+/// One process of each: a daemon may have several (iscsid has one beside it that writes its log), all in one
+/// place.
 fn daemons(survey: &Survey, service: Service) -> Vec<&Process> {
     let mut found: Vec<&Process> = Vec::new();
     for process in survey.daemons.iter().filter(|p| p.service == service) {
-        if !found.iter().any(|other| other.namespaces.net == process.namespaces.net) {
+        if !found.iter().any(|other| other.namespaces == process.namespaces) {
             found.push(process);
         }
     }
@@ -36,9 +36,9 @@ fn served(survey: &Survey, service: Service) -> Vec<Finding> {
     let daemons = daemons(survey, service);
     let mut findings = Vec::new();
     let holders: Vec<_> = survey.listeners.iter().filter(|l| l.service == service).collect();
-    if let Some(stranger) = holders.iter().find(|l| l.uid != 0) {
+    if let Some(stranger) = holders.iter().find(|l| !l.trusted) {
         let what = format!(
-            "{name}'s socket @{} is held by {} (pid {}) of uid {}: lunplug would speak to it",
+            "{name}'s socket @{} is held by {} (pid {}) of uid {}, which may not administer this node",
             service.socket(),
             stranger.comm,
             stranger.pid,
@@ -52,14 +52,21 @@ fn served(survey: &Survey, service: Service) -> Vec<Finding> {
     if daemons.len() > 1 {
         let pids: Vec<String> = daemons.iter().map(|p| p.pid.to_string()).collect();
         let what = format!("{} of {name} run: pids {}", daemons.len(), pids.join(", "));
-        let todo =
-            format!("Let one {name} serve the node: stop the one on the host or the container's.");
+        let todo = format!(
+            "Let one {name} serve the node: mask the host's units, or stop the container's."
+        );
         findings.push(Finding::warning(check, what, todo));
     }
-    findings.extend(daemons.iter().flat_map(|process| same_world(survey, process)));
+    findings.extend(daemons.iter().flat_map(|process| complete(survey, process)));
     if findings.is_empty() {
         let by = holders.iter().map(|l| format!("{} ({})", l.comm, l.pid)).collect::<Vec<_>>();
-        findings.push(Finding::fine(check, format!("{name} is served by {}", by.join(", "))));
+        let place = if daemons.iter().any(|p| p.elsewhere) {
+            "; its root is not the one here: lunplug uses its programs and files"
+        } else {
+            ""
+        };
+        let what = format!("{name} is served by {}{place}", by.join(", "));
+        findings.push(Finding::fine(check, what));
     }
     findings
 }
@@ -86,8 +93,8 @@ fn nobody(survey: &Survey, service: Service, daemons: &[&Process]) -> Finding {
     }
 }
 
-/// Whether the daemon is the one that its files on this side are of.
-fn same_world(survey: &Survey, process: &Process) -> Vec<Finding> {
+/// Whether the daemon has what belongs to it.
+fn complete(survey: &Survey, process: &Process) -> Vec<Finding> {
     let check = check_of(process.service);
     let (name, pid) = (process.service.name(), process.pid);
     let mut findings = Vec::new();
@@ -97,19 +104,29 @@ fn same_world(survey: &Survey, process: &Process) -> Vec<Finding> {
         let todo = format!("Restart {name}: sessions and maps outlive that.");
         findings.push(Finding::warning(check, what, todo));
     }
-    if process.service != Service::Iscsid || process.namespaces.mount == survey.own.mount {
+    if process.service != Service::Iscsid {
         return findings;
     }
-    if process.same_initiator == Some(false) {
-        let what = format!("iscsid (pid {pid}) has another /etc/iscsi than lunplugd");
-        let todo = "Mount the same /etc/iscsi and /var/lib/iscsi into both containers.";
+    if process.contained && !survey.host_units.is_empty() {
+        let units = survey.host_units.join(" ");
+        let what = format!(
+            "iscsid (pid {pid}) is in a container, and the host's could be started in its place: {units}"
+        );
+        let todo = format!("systemctl mask --now {units}, on the host.");
+        findings.push(Finding::warning(check, what, todo));
+    }
+    if !process.elsewhere {
+        return findings;
+    }
+    if !process.has_tool {
+        let what = format!("iscsid (pid {pid}) is in a container that has no iscsiadm");
+        let todo = "Put iscsid and iscsiadm of one version into its image.";
         findings.push(Finding::problem(check, what, todo));
     }
-    if process.same_iscsiadm == Some(false) {
-        let what = format!("the iscsiadm here is not of the same build as iscsid (pid {pid})");
-        let todo =
-            "Use the same version of open-iscsi in both: a wrong pair can hang on every call.";
-        findings.push(Finding::warning(check, what, todo));
+    if !process.has_initiator_name {
+        let what = format!("iscsid (pid {pid}) has no /etc/iscsi/initiatorname.iscsi");
+        let todo = "Mount /etc/iscsi with the initiator's name into its container.";
+        findings.push(Finding::problem(check, what, todo));
     }
     findings
 }
@@ -169,7 +186,13 @@ mod tests {
     fn a_squatter_is_named() {
         let mut survey = healthy();
         survey.listeners = vec![
-            Listener { service: Service::Multipathd, pid: 7, uid: 1000, comm: "nc".into() },
+            Listener {
+                service: Service::Multipathd,
+                pid: 7,
+                uid: 1000,
+                comm: "nc".into(),
+                trusted: false,
+            },
             survey.listeners[0].clone(),
         ];
         let found = only(&survey);
@@ -193,19 +216,51 @@ mod tests {
     }
 
     #[test]
+    fn an_iscsid_in_a_container_needs_what_belongs_to_it() {
+        let mut survey = healthy();
+        let iscsid = &mut survey.daemons[0];
+        iscsid.namespaces.mount = 9;
+        iscsid.elsewhere = true;
+        assert_eq!(complaints(&survey), [], "lunplug is in the container");
+        let told = examine(&survey).into_iter().find(|f| f.check == "iscsi.service");
+        assert!(told.is_some_and(|f| f.what.contains("uses its programs and files")));
+
+        survey.daemons[0].has_tool = false;
+        survey.daemons[0].has_initiator_name = false;
+        let found = complaints(&survey);
+        let severities: Vec<_> = found.iter().map(|f| f.severity).collect();
+        assert_eq!(severities, [Severity::Problem, Severity::Problem], "{found:?}");
+        assert!(found[0].what.contains("no iscsiadm"), "{found:?}");
+    }
+
+    #[test]
+    fn the_hosts_units_are_masked_where_a_container_serves() {
+        let mut survey = healthy();
+        survey.daemons[0].contained = true;
+        let found = only(&survey);
+        assert_eq!(found.severity, Severity::Warning);
+        assert!(found.what_to_do.contains("mask --now iscsid.socket iscsid.service"), "{found:?}");
+        survey.host_units.clear();
+        assert_eq!(complaints(&survey), []);
+    }
+
+    #[test]
+    fn one_on_the_host_and_one_in_a_container_are_two() {
+        let mut survey = healthy();
+        let there = Namespaces { mount: 9, ..survey.own };
+        let second =
+            Process { pid: 300, namespaces: there, elsewhere: true, ..survey.daemons[0].clone() };
+        survey.daemons.push(second);
+        let found = only(&survey);
+        assert!(found.what.contains("pids 100, 300"), "{found:?}");
+        assert!(found.what_to_do.contains("mask the host's units"), "{found:?}");
+    }
+
+    #[test]
     fn skew_is_told() {
         let mut survey = healthy();
         survey.daemons[0].replaced = true;
         assert!(only(&survey).what_to_do.contains("Restart iscsid"));
-
-        let mut survey = healthy();
-        survey.daemons[0].same_initiator = Some(false);
-        survey.daemons[0].same_iscsiadm = Some(false);
-        assert_eq!(complaints(&survey), [], "in the same mount namespace there is one of each");
-        survey.daemons[0].namespaces.mount = 9;
-        let found = complaints(&survey);
-        let severities: Vec<_> = found.iter().map(|f| f.severity).collect();
-        assert_eq!(severities, [Severity::Problem, Severity::Warning], "{found:?}");
 
         let survey = Survey { iscsiadm: Some("iscsiadm version 2.1.10\n".into()), ..healthy() };
         assert!(only(&survey).what.contains("hangs until its deadline"));

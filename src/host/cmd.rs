@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use super::place::PlaceError;
+
 pub use real::RealCommands;
 
 /// A program that may be run.
@@ -78,6 +80,9 @@ pub enum CmdError {
         #[source]
         source: io::Error,
     },
+    /// The daemon that it belongs to cannot be used: nobody serves, or not one to be trusted.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
 }
 
 /// The door to other programs. No shell, ever; a non-zero exit is an `Output`, not an error.

@@ -9,7 +9,9 @@ use nix::fcntl::{OFlag, OpenHow, openat2};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{AccessFlags, access, geteuid};
 
-use crate::preflight::Facts;
+use super::place::{Place, Places};
+use crate::doctor::Service;
+use crate::preflight::{Facts, INITIATOR_NAME};
 
 /// The inode of the host's PID namespace: the same on every Linux since 3.8 (`PROC_PID_INIT_INO`,
 /// include/linux/proc_ns.h). `/proc/1` cannot tell: in a namespace of its own it is the
@@ -25,12 +27,36 @@ pub fn kernel() -> String {
 
 /// The name by which this node logs in to iSCSI targets.
 pub fn initiator_name() -> Option<String> {
-    let text = fs::read_to_string("/etc/iscsi/initiatorname.iscsi").ok()?;
+    let text = initiator_file(&iscsi_place())?;
     text.lines().find_map(|l| l.trim().strip_prefix("InitiatorName=")).map(|n| n.trim().to_owned())
+}
+
+/// Where open-iscsi is: with whoever serves as iscsid. Whatever keeps that from being known is told when
+/// it is needed.
+fn iscsi_place() -> Place {
+    let places = Places::default();
+    places.of(Service::Iscsid).unwrap_or_else(|_| places.host())
+}
+
+fn initiator_file(place: &Place) -> Option<String> {
+    match place {
+        Place::Ours => fs::read_to_string(INITIATOR_NAME).ok(),
+        Place::Other(root) => root.text(INITIATOR_NAME).ok(),
+    }
 }
 
 /// Where programs are looked for when PATH does not have them: services often run without sbin.
 const SBIN: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin";
+
+/// Whether a program can be found beneath our own root.
+fn has_program(name: &str) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut directories = path.split(':').chain(SBIN.split(':')).filter(|d| !d.is_empty());
+    directories.any(|directory| {
+        let program: PathBuf = [directory, name].iter().collect();
+        program.is_file() && access(&program, AccessFlags::X_OK).is_ok()
+    })
+}
 
 /// The system this process runs on.
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,13 +67,15 @@ impl Facts for System {
         geteuid().as_raw()
     }
 
-    fn has_program(&self, name: &str) -> bool {
-        let path = std::env::var("PATH").unwrap_or_default();
-        let mut directories = path.split(':').chain(SBIN.split(':')).filter(|d| !d.is_empty());
-        directories.any(|directory| {
-            let program: PathBuf = [directory, name].iter().collect();
-            program.is_file() && access(&program, AccessFlags::X_OK).is_ok()
-        })
+    fn has_iscsiadm(&self) -> bool {
+        match iscsi_place() {
+            Place::Ours => has_program("iscsiadm"),
+            Place::Other(root) => root.program("iscsiadm").is_some(),
+        }
+    }
+
+    fn has_initiator_name(&self) -> bool {
+        initiator_file(&iscsi_place()).is_some()
     }
 
     fn exists(&self, path: &Path) -> bool {
@@ -100,8 +128,8 @@ mod tests {
 
     #[test]
     fn what_is_there_is_found() {
-        assert!(System.has_program("sh"));
-        assert!(!System.has_program("no-such-program"));
+        assert!(has_program("sh"));
+        assert!(!has_program("no-such-program"));
         assert!(!hostname().is_empty());
         let dir = tempfile::tempdir().unwrap();
         let deep = dir.path().join("a/b");

@@ -18,6 +18,7 @@ pub mod lock;
 pub mod mounts;
 pub mod multipathd;
 pub mod nodes;
+pub mod place;
 pub mod poddir;
 pub mod pods;
 pub mod procs;

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::block::{Blocks, RealBlocks};
-use super::cmd::{Commands, RealCommands, Tool};
+use super::cmd::{Commands, RealCommands};
 use super::iscsidb::{IscsiDb, RealIscsiDb};
 use super::killpoint::RealKillPoints;
 use super::lock::{RealRunDir, RunDir};
 use super::multipathd::{Multipathd, RealMultipathd};
+use super::place::Places;
 use super::resolver::{RealResolver, Resolver};
 use super::secrets::{RealSecrets, Secrets};
 use super::sim::SimStorage;
@@ -110,13 +111,6 @@ pub struct StorageDoors {
     pub stuck: Arc<dyn Fn() -> u64 + Send + Sync>,
 }
 
-/// The programs that are not installed, of those that lunplug may run on the real host.
-pub fn missing_tools() -> Vec<Tool> {
-    let commands = RealCommands::new(std::env::var_os("PATH"));
-    let all = [Tool::Iscsiadm, Tool::Multipath, Tool::Dmsetup];
-    all.into_iter().filter(|tool| commands.locate(*tool).is_none()).collect()
-}
-
 impl StorageDoors {
     /// The doors of the real host; to be called within the runtime. Programs that are missing, or
     /// a multipathd that does not run, show when they are needed.
@@ -124,9 +118,10 @@ impl StorageDoors {
         let run_dir = |source| OpenError::RunDir { path: options.run_dir.clone(), source };
         let rundir = RealRunDir::open(&options.run_dir).map_err(run_dir)?;
         let deadline = options.kernel_deadline;
+        let places = Places::default();
         let iscsidb = match &options.iscsi_nodes {
             Some(nodes) => RealIscsiDb::new(nodes),
-            None => RealIscsiDb::find(),
+            None => RealIscsiDb::placed(places.clone()),
         };
         let sysfs = Arc::new(RealSysfs::new(&options.sysfs, deadline));
         let blocks = Arc::new(RealBlocks::new(&options.nodes, deadline));
@@ -137,11 +132,10 @@ impl StorageDoors {
             }),
             sysfs,
             uevents: Arc::new(RealUevents::open().map_err(OpenError::Uevents)?),
-            commands: Arc::new(RealCommands::new(std::env::var_os("PATH"))),
-            multipathd: Arc::new(RealMultipathd::new(
-                &options.multipath,
-                options.multipathd_deadline,
-            )),
+            commands: Arc::new(RealCommands::new(std::env::var_os("PATH")).placed(places.clone())),
+            multipathd: Arc::new(
+                RealMultipathd::new(&options.multipath, options.multipathd_deadline).placed(places),
+            ),
             blocks,
             rundir: Arc::new(rundir),
             iscsidb: Arc::new(iscsidb),

@@ -1,38 +1,41 @@
 //! Looks at the node for `lunplug doctor`. Changes nothing, and speaks to nobody but multipathd: a
 //! connection to iscsid's socket would start it.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
-use nix::sys::stat::Mode;
-
 use super::cmd::{Commands, RealCommands, Tool};
 use super::facts::{self, System};
 use super::multipathd::{Multipathd, MultipathdError, RealMultipathd};
+use super::place::{Pinned, Places, Root, Who, listening};
 use crate::config::Config;
 use crate::doctor::{Listener, Module, Namespaces, Process, Service, Survey};
-use crate::preflight;
+use crate::preflight::{self, INITIATOR_NAME};
 
 /// For each question to a program or daemon.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// `__SO_ACCEPTCON` in the flags of /proc/net/unix: it listens.
-const LISTENS: u32 = 0x1_0000;
+/// The host's first process.
+const INIT: i32 = 1;
 
-/// More than any version of iscsiadm has.
-const MAX_PROGRAM: u64 = 16 << 20;
+/// Where systemd has its units, the first first (systemd.unit(5)).
+const UNIT_DIRS: [&str; 5] = [
+    "etc/systemd/system",
+    "run/systemd/system",
+    "usr/local/lib/systemd/system",
+    "usr/lib/systemd/system",
+    "lib/systemd/system",
+];
 
 /// What an iSCSI volume with more than one path needs of the kernel.
 const MODULES: [&str; 3] = ["iscsi_tcp", "dm_multipath", "sd_mod"];
 
 /// Looks at everything.
 pub async fn look(config: Config) -> Survey {
-    let commands = RealCommands::new(std::env::var_os("PATH"));
+    let places = Places::default();
+    let commands = RealCommands::new(std::env::var_os("PATH")).placed(places);
     let said = async |tool, args: &[&str]| {
         let output = commands.run(tool, args, DEADLINE).await.ok()?;
         (output.code == Some(0) || !output.stdout.is_empty()).then_some(output.stdout)
@@ -60,6 +63,7 @@ fn files(config: &Config) -> Survey {
         own,
         listeners: listeners(&processes),
         daemons: daemons(&processes),
+        host_units: host_units(),
         modules: MODULES.map(|name| (name, module(name))).to_vec(),
         udev_rules: udev_rules(),
         ..Survey::default()
@@ -81,20 +85,6 @@ fn comm(process: &Path) -> String {
     fs::read_to_string(process.join("comm")).unwrap_or_default().trim_end().to_owned()
 }
 
-/// The daemons' listening sockets in /proc/net/unix, by inode. Fields: number, reference count,
-/// protocol, flags, type, state, inode, path; an abstract name begins with `@` (proc_pid_net(5)).
-fn listening(text: &str) -> Vec<(Service, u64)> {
-    let read = |line: &str| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let [_, _, _, flags, _, _, inode, name] = fields[..] else { return None };
-        let name = name.strip_prefix('@')?;
-        let service = Service::ALL.into_iter().find(|s| s.socket() == name)?;
-        let listens = u32::from_str_radix(flags, 16).ok()? & LISTENS != 0;
-        Some((service, inode.parse().ok()?)).filter(|_| listens)
-    };
-    text.lines().filter_map(read).collect()
-}
-
 fn listeners(processes: &[(i32, PathBuf)]) -> Vec<Listener> {
     let sockets = listening(&fs::read_to_string("/proc/net/unix").unwrap_or_default());
     let mut found = Vec::new();
@@ -104,9 +94,9 @@ fn listeners(processes: &[(i32, PathBuf)]) -> Vec<Listener> {
         for (service, inode) in &sockets {
             let link = PathBuf::from(format!("socket:[{inode}]"));
             if open.contains(&link) {
-                // Nobody's, if it has ended meanwhile: then it is not the one to speak to.
-                let uid = fs::metadata(dir).map_or(u32::MAX, |m| m.uid());
-                found.push(Listener { service: *service, pid: *pid, uid, comm: comm(dir) });
+                // One that has ended meanwhile is not the one to speak to.
+                let Ok(Who { uid, comm, trusted }) = Who::read(dir) else { continue };
+                found.push(Listener { service: *service, pid: *pid, uid, comm, trusted });
             }
         }
     }
@@ -115,43 +105,43 @@ fn listeners(processes: &[(i32, PathBuf)]) -> Vec<Listener> {
 
 /// The daemons' processes. Any process may call itself so; only root's are meant.
 fn daemons(processes: &[(i32, PathBuf)]) -> Vec<Process> {
+    let host = Root::of(INIT).ok();
     let read = |(pid, dir): &(i32, PathBuf)| {
         let name = comm(dir);
         let service = Service::ALL.into_iter().find(|s| s.name() == name)?;
         fs::metadata(dir).ok().filter(|m| m.uid() == 0)?;
         let exe = fs::read_link(dir.join("exe")).ok()?;
+        let root = Root::of(*pid).ok();
+        let tool = match service {
+            Service::Iscsid => Tool::Iscsiadm.name(),
+            Service::Multipathd => Tool::Multipath.name(),
+        };
         Some(Process {
             service,
             pid: *pid,
             namespaces: namespaces(dir),
             replaced: exe.to_string_lossy().ends_with(" (deleted)"),
-            same_initiator: same(dir, "etc/iscsi/initiatorname.iscsi"),
-            same_iscsiadm: same(dir, "usr/sbin/iscsiadm"),
+            contained: match (&root, &host) {
+                (Some(root), Some(host)) => !root.is_same(host),
+                _ => false,
+            },
+            elsewhere: root.as_ref().is_some_and(|root| !root.is_ours()),
+            has_tool: root.as_ref().is_some_and(|root| root.program(tool).is_some()),
+            has_initiator_name: root.is_some_and(|root| root.text(INITIATOR_NAME).is_ok()),
         })
     };
     processes.iter().filter_map(read).collect()
 }
 
-/// Whether a process sees the same bytes in a file as we do.
-fn same(process: &Path, file: &str) -> Option<bool> {
-    let theirs = content(&process.join("root"), file).ok()?;
-    let ours = content(Path::new("/"), file).ok()?;
-    Some(theirs == ours)
-}
-
-/// A regular file beneath a root that may be another's: nothing leads out of it, and nothing blocks.
-fn content(root: &Path, file: &str) -> io::Result<Vec<u8>> {
-    let root = open(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    let how = OpenHow::new()
-        .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let file = File::from(openat2(root.as_fd(), file, how)?);
-    if !file.metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX_PROGRAM).read_to_end(&mut bytes)?;
-    Ok(bytes)
+/// The host's units of iscsid that are there and not masked.
+fn host_units() -> Vec<&'static str> {
+    let Ok(host) = Root::of(INIT) else { return Vec::new() };
+    let can_be_started = |unit: &&str| {
+        let mut places = UNIT_DIRS.iter().map(|dir| format!("{dir}/{unit}"));
+        // The first place that has it counts; masked it is a link to /dev/null.
+        places.find_map(|place| host.is_file(&place)).unwrap_or(false)
+    };
+    ["iscsid.socket", "iscsid.service"].into_iter().filter(can_be_started).collect()
 }
 
 /// Whether a kernel module is loaded or built in, or could be loaded.
@@ -159,7 +149,10 @@ fn module(name: &str) -> Module {
     if Path::new("/sys/module").join(name).exists() {
         return Module::Loaded;
     }
-    let dir = Path::new("/lib/modules").join(facts::kernel());
+    // The host loads it, whatever is in a container's image.
+    let host = Root::of(INIT).and_then(|host| host.dir("/lib/modules"));
+    let modules = host.unwrap_or_else(|_| Pinned::ours("/lib/modules"));
+    let dir = modules.path.join(facts::kernel());
     let listed = |list: &str| {
         let text = fs::read_to_string(dir.join(list)).unwrap_or_default();
         text.lines().any(|line| is_module(line.split(':').next().unwrap_or_default(), name))
@@ -189,35 +182,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn listening_sockets_are_found_by_name() {
-        let text = "Num       RefCount Protocol Flags    Type St Inode Path\n\
-            0000000000000000: 00000002 00000000 00010000 0001 01  1666 @ISCSIADM_ABSTRACT_NAMESPACE\n\
-            0000000000000000: 00000003 00000000 00000000 0001 03  1700 @ISCSIADM_ABSTRACT_NAMESPACE\n\
-            0000000000000000: 00000002 00000000 00010000 0001 01   779 @/org/kernel/linux/storage/multipathd\n\
-            0000000000000000: 00000002 00000000 00010000 0001 01   800 /org/kernel/linux/storage/multipathd\n\
-            0000000000000000: 00000002 00000000 00010000 0001 01   801 @/org/kernel/linux/storage/multipathd2\n\
-            0000000000000000: 00000003 00000000 00000000 0001 03  1701\n";
-        assert_eq!(listening(text), [(Service::Iscsid, 1666), (Service::Multipathd, 779)]);
-        assert_eq!(listening(""), []);
-    }
-
-    #[test]
     fn modules_are_known_by_their_file() {
         assert!(is_module("kernel/drivers/scsi/iscsi_tcp.ko.xz", "iscsi_tcp"));
         assert!(is_module("kernel/drivers/md/dm-multipath.ko", "dm_multipath"));
         assert!(!is_module("kernel/drivers/scsi/libiscsi_tcp.ko.xz", "iscsi_tcp"));
-    }
-
-    #[test]
-    fn nothing_leads_out_of_anothers_root() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("here"), "mine").unwrap();
-        std::os::unix::fs::symlink("/here", dir.path().join("link")).unwrap();
-        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("out")).unwrap();
-        nix::unistd::mkfifo(&dir.path().join("fifo"), Mode::S_IRUSR).unwrap();
-        assert_eq!(content(dir.path(), "link").unwrap(), b"mine");
-        assert!(content(dir.path(), "out").is_err());
-        assert!(content(dir.path(), "fifo").is_err());
     }
 
     #[tokio::test]

@@ -122,9 +122,12 @@ fn what_was_given_up_is_known_after_a_restart() {
         world.host.faults.meeting().await;
     });
     world.host.faults.clear();
+    // It goes on by itself, and could be gone before anybody has looked.
+    world.inject("libvirt.detach", 0, lunplug::host::sim::FaultAction::Stall);
     world.life(async |daemon| {
         let mut watch = daemon.registry.watch();
         told(&daemon.get(1, "data").await.unwrap(), &["/srv"]);
+        world.host.faults.clear();
         let gone = loop {
             let status = watch.recv().await.unwrap();
             if status.phase == Phase::Gone {

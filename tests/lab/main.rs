@@ -29,6 +29,7 @@ mod mpathd;
 mod mpconf;
 mod node;
 mod paths;
+mod placement;
 mod places;
 mod policy;
 mod power;

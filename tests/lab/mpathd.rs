@@ -7,7 +7,8 @@ use crate::node::{
 };
 use crate::san::{Brisk, Fault, SOON, Writer, is_whole};
 
-fn stop() -> Fault {
+/// multipathd is away.
+pub fn stop() -> Fault {
     // Its socket goes too, or the next question would start it.
     Fault::new(
         "systemctl stop multipathd.socket multipathd.service 2>/dev/null || systemctl stop multipathd",

@@ -14,6 +14,7 @@ use crate::connector::multipath::{self, Above, Map};
 use crate::connector::scsi::{self, ScsiPath};
 use crate::connector::{AttachRequest, Attachment, Authentication, DetachOptions};
 use crate::host::multipathd::MultipathdError;
+use crate::reason::Reason;
 use crate::spec::{IscsiSource, IscsiTarget, MultipathPolicy};
 use crate::step::Step;
 use crate::types::Outcome;
@@ -288,7 +289,13 @@ impl Inner {
         }
         if !job.multipath {
             for at in job.whole.iter() {
-                self.settle(&at.target, &at.portals).await?;
+                match self.settle(&at.target, &at.portals).await {
+                    // What was tried and is not needed stays until the volume goes.
+                    Err(error) if error.reason() == Reason::IscsidUnavailable => {
+                        tracing::warn!(error = &error as &dyn std::error::Error, "not tidied up");
+                    }
+                    settled => drop(settled?),
+                }
             }
         }
         Ok(())

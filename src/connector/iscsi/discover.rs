@@ -122,6 +122,7 @@ fn read(
             Ok(_) => Ok(targets(&out.stdout)),
         },
         Err(CmdError::TimedOut { .. }) => failed(LoginError::TimedOut { portal }),
+        Err(CmdError::Place(e)) => failed(LoginError::NoIscsid { portal, detail: chain(e) }),
         Err(source @ (CmdError::Missing(_) | CmdError::Io { .. })) => failed(LoginError::Tool {
             portal,
             detail: chain(source),

@@ -338,6 +338,7 @@ fn is_local(error: &Error) -> bool {
         | Error::Swapped { .. }
         | Error::Command { .. }
         | Error::Tool { .. }
+        | Error::NoIscsid { .. }
         | Error::RecordCorrupt { .. }
         | Error::SecretUnavailable(_)
         | Error::ChapDiffers { .. }

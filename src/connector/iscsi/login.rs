@@ -22,6 +22,7 @@ use crate::connector::lease::{self, Lease, file_name};
 use crate::connector::wait::Wait;
 use crate::host::cmd::{CmdError, Output};
 use crate::host::iscsidb::Record;
+use crate::host::place::is_place_error;
 use crate::step::Step;
 use crate::types::{Iqn, Portal};
 
@@ -211,6 +212,7 @@ impl Inner {
         removed.map_err(|source| match source.kind() {
             // Locked again, in this very moment.
             io::ErrorKind::WouldBlock => Error::Io { doing: doing(), source },
+            _ if is_place_error(&source) => Error::Io { doing: doing(), source },
             _ => Error::RecordCorrupt {
                 target: target.to_string(),
                 portal: record.portal.to_string(),
@@ -428,6 +430,9 @@ fn outcome(portal: Portal, out: &Result<Output, CmdError>) -> Result<LoggedIn, L
         Ok(out) => login_result(portal, out),
         Err(CmdError::TimedOut { deadline, .. }) => {
             Err(LoginError::Silent { portal, deadline: *deadline })
+        }
+        Err(CmdError::Place(e)) => {
+            Err(LoginError::NoIscsid { portal, detail: crate::connector::error::chain(e) })
         }
         Err(e) => Err(LoginError::Tool {
             portal,

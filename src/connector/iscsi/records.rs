@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::verdict::last_line;
+use super::verdict::{NOT_CONNECTED, last_line};
 use crate::connector::error::Error;
 use crate::connector::settings::{Settings, ms};
 use crate::host::cmd::{CmdError, Output, Tool};
 use crate::host::iscsidb::DbLockState;
+use crate::host::place::is_place_error;
 use crate::host::storage::StorageDoors;
 use crate::types::{Iqn, Portal};
 
@@ -162,6 +163,7 @@ impl Iscsiadm<'_> {
     ) -> Result<(), Error> {
         match out.code {
             Some(code) if code == 0 || fine.contains(&code) => Ok(()),
+            Some(NOT_CONNECTED) => Err(Error::NoIscsid { doing: doing() }),
             code => {
                 let stderr = last_line(&out.stderr).to_owned();
                 Err(Error::Tool { doing: doing(), code, stderr })
@@ -184,6 +186,8 @@ pub(super) async fn unlocked(doors: &StorageDoors, settings: &Settings) -> Resul
                 return Ok(());
             }
             Ok(DbLockState::Held(by)) => by,
+            // The program that is to be run says so itself.
+            Err(error) if is_place_error(&error) => return Ok(()),
             Err(error) => {
                 tracing::warn!(%error, "open-iscsi's lock could not be looked at");
                 return Ok(());

@@ -5,6 +5,7 @@ use super::login::Made;
 use crate::connector::DetachOptions;
 use crate::connector::error::Error;
 use crate::connector::lease::{Claim, Lease, Made as _, User};
+use crate::host::place::is_place_error;
 use crate::spec::IscsiTarget;
 use crate::step::Step;
 use crate::types::{Outcome, Portal, VolumeKey};
@@ -115,7 +116,11 @@ impl Inner {
 
     /// Records of ours that a boot outlived its lease are known by their mark.
     async fn adopt(&self, source: &IscsiTarget, lease: &Lease<Made>) -> Result<(), Error> {
-        let records = self.doors.iscsidb.records(&source.target).await;
+        let records = match self.doors.iscsidb.records(&source.target).await {
+            // Where there is something to undo, it fails by that.
+            Err(e) if is_place_error(&e) => return Ok(()),
+            records => records,
+        };
         let records =
             records.map_err(Error::io(format!("reading the records of {}", source.target)))?;
         for record in records {

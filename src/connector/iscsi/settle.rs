@@ -25,8 +25,16 @@ impl Inner {
     pub(super) async fn settle(&self, target: &Iqn, portals: &[Portal]) -> Result<bool, Error> {
         let _lock = self.target_lock(target).await?;
         let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
-        let unwanted: Vec<Portal> =
-            portals.iter().copied().filter(|p| !lease.wants(&p.to_string())).collect();
+        let sessions = session::of_target(&*self.doors.sysfs, target).await?;
+        let made = lease.made.portals();
+        let is_unwanted = |p: &Portal| {
+            let something = made.contains(p) || sessions.iter().any(|s| s.portal == *p);
+            something && !lease.wants(&p.to_string())
+        };
+        let unwanted: Vec<Portal> = portals.iter().copied().filter(is_unwanted).collect();
+        if unwanted.is_empty() {
+            return Ok(false); // Also where nobody serves as iscsid, who has the records.
+        }
         if self.settle_target(target, &unwanted, &lease.made).await? {
             return Ok(true);
         }

@@ -7,6 +7,9 @@ use crate::host::cmd::Output;
 use crate::reason::Reason;
 use crate::types::Portal;
 
+/// iscsiadm found nobody who serves as iscsid (`ISCSI_ERR_ISCSID_NOTCONN`), and could not have it started.
+pub(super) const NOT_CONNECTED: i32 = 20;
+
 /// A login did not lead to a session.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LoginError {
@@ -78,6 +81,14 @@ pub enum LoginError {
         /// The portal.
         portal: Portal,
     },
+    /// Nobody serves as iscsid.
+    #[error("portal {portal} was not logged in to, for want of iscsid: {detail}")]
+    NoIscsid {
+        /// The portal.
+        portal: Portal,
+        /// What is known of it.
+        detail: String,
+    },
     /// iscsiadm or iscsid is missing or does not work.
     #[error("iscsiadm could not log in at portal {portal}: {detail}")]
     Tool {
@@ -101,6 +112,7 @@ impl LoginError {
             Self::Unasked { .. } => Reason::ChapNotWanted,
             Self::Unproven { .. } => Reason::ChapTargetUnproven,
             Self::NotFound { .. } => Reason::TargetNotFound,
+            Self::NoIscsid { .. } => Reason::IscsidUnavailable,
             Self::Tool { missing: true, .. } => Reason::ToolMissing,
             Self::Tool { missing: false, .. } => Reason::ToolFailed,
         }
@@ -109,7 +121,11 @@ impl LoginError {
     /// Whether iscsid may still be about to log in: nobody has heard how it ended.
     pub(crate) fn is_open(&self) -> bool {
         match self {
-            Self::Silent { .. } | Self::TimedOut { .. } | Self::Tool { .. } => true,
+            // One that ends in the middle of several logins leaves that code, too.
+            Self::Silent { .. }
+            | Self::TimedOut { .. }
+            | Self::NoIscsid { .. }
+            | Self::Tool { .. } => true,
             Self::Unreachable { .. }
             | Self::Refused { .. }
             | Self::ChapRejected { .. }
@@ -135,7 +151,7 @@ impl LoginError {
             Self::TimedOut { .. } => 0,
             Self::Unreachable { .. } => 1,
             Self::Silent { .. } => 2,
-            Self::Tool { .. } => 3,
+            Self::NoIscsid { .. } | Self::Tool { .. } => 3,
             Self::NotFound { .. } => 4,
             Self::Refused { .. }
             | Self::ChapRejected { .. }
@@ -207,6 +223,7 @@ fn classify(portal: Portal, code: i32, stderr: &str) -> Result<LoggedIn, LoginEr
             Err(LoginError::Refused { portal, detail })
         }
         19 => Err(LoginError::NotFound { portal, detail }),
+        NOT_CONNECTED => Err(LoginError::NoIscsid { portal, detail }),
         _ => Err(LoginError::Tool { portal, detail, missing: false }),
     }
 }
@@ -246,7 +263,7 @@ mod tests {
             (5, "encountered iSCSI login failure", Reason::LoginRefused),
             (24, "iSCSI login failed due to authorization failure", Reason::LoginRefused),
             (19, "encountered non-retryable iSCSI login failure", Reason::TargetNotFound),
-            (20, "could not connect to iscsid", Reason::ToolFailed),
+            (20, "could not connect to iscsid", Reason::IscsidUnavailable),
             (6, "encountered iSCSI database failure", Reason::ToolFailed),
             (21, "no objects found", Reason::ToolFailed),
         ];

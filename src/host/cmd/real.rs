@@ -6,9 +6,8 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,6 +17,9 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
 
 use super::{CmdError, Commands, Output, Tool};
+use crate::doctor::Service;
+use crate::host::place::{Entry, Place, PlaceError, Places};
+use crate::host::workers::Workers;
 
 /// What a child sees of `PATH`, and where programs are looked for after our own `PATH`.
 const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
@@ -25,12 +27,28 @@ const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 const GRACE: Duration = Duration::from_secs(3);
 /// More than any of the tools has reason to print.
 const OUTPUT_LIMIT: u64 = 1 << 20;
+/// For finding where a program is: /proc and a few directories.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// Runs real programs.
 pub struct RealCommands {
+    own: Arc<Own>,
+    /// Where daemons are whose programs are run beneath their roots; `None`: all are run beneath ours.
+    places: Option<Places>,
+    workers: Workers,
+    started: AtomicU64,
+}
+
+/// The programs beneath our own root.
+struct Own {
     search: Vec<PathBuf>,
     found: Mutex<HashMap<Tool, PathBuf>>,
-    started: AtomicU64,
+}
+
+/// A program, and the way to it where that is another's root.
+struct Program {
+    path: PathBuf,
+    entry: Option<Entry>,
 }
 
 impl RealCommands {
@@ -40,17 +58,32 @@ impl RealCommands {
         let own = path.map(|p| std::env::split_paths(&p).collect()).unwrap_or_default();
         let system = std::env::split_paths(SYSTEM_PATH);
         // A relative entry would mean another program in another working directory.
-        let search = Vec::into_iter(own).chain(system).filter(|d| d.is_absolute()).collect();
-        Self { search, found: Mutex::default(), started: AtomicU64::new(0) }
+        Self::in_dirs(Vec::into_iter(own).chain(system).filter(|d| d.is_absolute()).collect())
     }
 
     /// Looks in `dirs` alone.
     pub fn in_dirs(dirs: Vec<PathBuf>) -> Self {
-        Self { search: dirs, found: Mutex::default(), started: AtomicU64::new(0) }
+        let own = Arc::new(Own { search: dirs, found: Mutex::default() });
+        let workers = Workers::new("lunplug-place", 4, 4);
+        Self { own, places: None, workers, started: AtomicU64::new(0) }
     }
 
+    /// The same with the programs of daemons that live beneath other roots.
+    pub(crate) fn placed(self, places: Places) -> Self {
+        Self { places: Some(places), ..self }
+    }
+
+    async fn program(&self, tool: Tool) -> Result<Program, CmdError> {
+        let (own, places) = (self.own.clone(), self.places.clone());
+        let look = move || Ok(own.program(tool, places.as_ref()));
+        let found = self.workers.run("place", LOOK, look).await;
+        found.unwrap_or_else(|source| Err(CmdError::Io { tool, source }))
+    }
+}
+
+impl Own {
     /// Where a program is; looked up once, and again only while it is missing.
-    pub fn locate(&self, tool: Tool) -> Option<PathBuf> {
+    fn locate(&self, tool: Tool) -> Option<PathBuf> {
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(path) = found.get(&tool) {
             return Some(path.clone());
@@ -59,6 +92,41 @@ impl RealCommands {
         found.insert(tool, path.clone());
         Some(path)
     }
+
+    fn program(&self, tool: Tool, places: Option<&Places>) -> Result<Program, CmdError> {
+        let own = || {
+            let path = self.locate(tool).ok_or(CmdError::Missing(tool))?;
+            Ok(Program { path, entry: None })
+        };
+        let Some(places) = places else { return own() };
+        for place in homes(tool, places)? {
+            let Place::Other(root) = place else { return own() };
+            if let Some(path) = root.program(tool.name()) {
+                let entry = root.entry().map_err(|source| CmdError::Io { tool, source })?;
+                return Ok(Program { path, entry: Some(entry) });
+            }
+            if tool == Tool::Iscsiadm {
+                // Another one's would speak another version's protocol, and write other records.
+                let (service, pid) = (Service::Iscsid, root.pid());
+                return Err(PlaceError::Lacks { service, pid, what: tool.name() }.into());
+            }
+        }
+        own()
+    }
+}
+
+/// Beneath whose root a program is to be run: the first of these that has it.
+fn homes(tool: Tool, places: &Places) -> Result<Vec<Place>, CmdError> {
+    Ok(match tool {
+        Tool::Iscsiadm => vec![places.of(Service::Iscsid)?],
+        // They wait for udev, which answers on the host.
+        Tool::Multipath | Tool::Dmsetup => match places.of(Service::Multipathd) {
+            Ok(Place::Ours) => vec![Place::Ours],
+            Ok(other) => vec![other, places.host()],
+            Err(_) => vec![places.host()],
+        },
+        Tool::Lvmconfig => vec![places.host()],
+    })
 }
 
 fn executable(path: &Path) -> bool {
@@ -68,9 +136,9 @@ fn executable(path: &Path) -> bool {
 #[async_trait]
 impl Commands for RealCommands {
     async fn run(&self, tool: Tool, args: &[&str], deadline: Duration) -> Result<Output, CmdError> {
-        let program = self.locate(tool).ok_or(CmdError::Missing(tool))?;
+        let program = self.program(tool).await?;
         let failed = move |source| CmdError::Io { tool, source };
-        let mut command = Command::new(program);
+        let mut command = Command::new(program.path);
         command
             .args(args)
             .env_clear()
@@ -82,6 +150,9 @@ impl Commands for RealCommands {
             // Not in our group: what a terminal or a service manager sends us is not for it.
             .process_group(0)
             .kill_on_drop(true);
+        if let Some(entry) = program.entry {
+            entry.prepare(&mut command);
+        }
         let child = command.spawn().map_err(failed)?;
         self.started.fetch_add(1, Ordering::Relaxed);
         // A task of its own: a caller that is dropped must not kill the program half way.

@@ -22,13 +22,9 @@ struct Found {
     ours: bool,
 }
 
-fn base(nodes: &Path) -> PathBuf {
-    nodes.parent().unwrap_or(nodes).join("send_targets")
-}
-
-fn find(nodes: &Path) -> io::Result<Vec<Found>> {
+fn find(base: &Path) -> io::Result<Vec<Found>> {
     let mut found = Vec::new();
-    for (name, dir) in entries(&base(nodes))? {
+    for (name, dir) in entries(base)? {
         let Some(portal) = portal(&name) else { continue };
         let ours = match fs::read(dir.join(FILE)).map(Zeroizing::new) {
             Ok(text) => is_ours(&text),
@@ -47,20 +43,20 @@ fn is_ours(text: &[u8]) -> bool {
 }
 
 /// The portals of those that are ours.
-pub(super) fn ours(nodes: &Path) -> io::Result<Vec<Portal>> {
-    Ok(find(nodes)?.into_iter().filter(|f| f.ours).map(|f| f.portal).collect())
+pub(super) fn ours(base: &Path) -> io::Result<Vec<Portal>> {
+    Ok(find(base)?.into_iter().filter(|f| f.ours).map(|f| f.portal).collect())
 }
 
 /// Writes one; another's is `AlreadyExists`.
-pub(super) fn put(nodes: &Path, locks: &Path, portal: Portal, chap: &Chap) -> io::Result<()> {
+pub(super) fn put(base: &Path, locks: &Path, portal: Portal, chap: &Chap) -> io::Result<()> {
     let _lock = lock::Held::take(locks)?;
-    for Found { dir, ours, .. } in find(nodes)?.into_iter().filter(|f| f.portal == portal) {
+    for Found { dir, ours, .. } in find(base)?.into_iter().filter(|f| f.portal == portal) {
         if !ours {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         drop_record(&dir)?;
     }
-    let dir = base(nodes).join(format!("{},{}", portal.ip(), portal.port()));
+    let dir = base.join(format!("{},{}", portal.ip(), portal.port()));
     fs::create_dir_all(&dir)?;
     let mut options = fs::OpenOptions::new();
     let mut file = options.write(true).create_new(true).mode(0o600).open(dir.join(FILE))?;
@@ -72,12 +68,12 @@ pub(super) fn put(nodes: &Path, locks: &Path, portal: Portal, chap: &Chap) -> io
 }
 
 /// Removes that of a portal, if it is ours.
-pub(super) fn remove(nodes: &Path, locks: &Path, portal: Portal) -> io::Result<()> {
-    if !ours(nodes)?.contains(&portal) {
+pub(super) fn remove(base: &Path, locks: &Path, portal: Portal) -> io::Result<()> {
+    if !ours(base)?.contains(&portal) {
         return Ok(());
     }
     let _lock = lock::Held::take(locks)?;
-    for found in find(nodes)?.into_iter().filter(|f| f.ours && f.portal == portal) {
+    for found in find(base)?.into_iter().filter(|f| f.ours && f.portal == portal) {
         drop_record(&found.dir)?;
     }
     Ok(())
@@ -114,13 +110,13 @@ mod tests {
         fn put(&self, portal: Portal, secret: &str) -> io::Result<()> {
             let none = SecretText::default;
             let chap = Chap::new("u".into(), secret.to_owned().into(), String::new(), none());
-            super::put(&self.0.path().join("nodes"), self.0.path(), portal, &chap.unwrap())
+            super::put(&self.0.path().join("send_targets"), self.0.path(), portal, &chap.unwrap())
         }
         fn remove(&self, portal: Portal) {
-            super::remove(&self.0.path().join("nodes"), self.0.path(), portal).unwrap();
+            super::remove(&self.0.path().join("send_targets"), self.0.path(), portal).unwrap();
         }
         fn ours(&self) -> Vec<Portal> {
-            super::ours(&self.0.path().join("nodes")).unwrap()
+            super::ours(&self.0.path().join("send_targets")).unwrap()
         }
     }
 

@@ -20,6 +20,8 @@ use super::discovery;
 use super::lock::{self, Watcher};
 use super::text::with_chap;
 use super::{DbLockState, IscsiDb, Record};
+use crate::doctor::Service;
+use crate::host::place::{Pinned, Place, Places};
 use crate::host::workers::Workers;
 use crate::types::{Chap, Iqn, Portal};
 
@@ -28,42 +30,104 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// A record is a few kilobytes; nothing behind this is looked at.
 const MAX_RECORD: u64 = 1 << 20;
 
+/// The database's lock; the same in all distributions (`LOCK_DIR` in usr/idbm.h).
+const LOCKS: &str = "/run/lock/iscsi";
+
 /// The real database.
 pub struct RealIscsiDb {
-    nodes: PathBuf,
-    locks: PathBuf,
+    whose: Whose,
     watcher: Arc<Mutex<Watcher>>,
     workers: Workers,
 }
 
+/// Which database it is.
+#[derive(Clone)]
+enum Whose {
+    /// The one here.
+    At { nodes: PathBuf, locks: PathBuf },
+    /// That of whoever serves as iscsid, each time anew.
+    Iscsids(Places),
+}
+
+/// The database's directories, as they can be used from here.
+struct Dirs {
+    nodes: Pinned,
+    discovery: Pinned,
+    locks: Pinned,
+}
+
 impl RealIscsiDb {
-    /// Where distributions have the records: Debian below /etc, the others below /var/lib.
-    pub const PLACES: [&'static str; 2] = ["/etc/iscsi/nodes", "/var/lib/iscsi/nodes"];
+    /// Where distributions have the records: Debian below /etc or /var/lib, the others below /var/lib.
+    pub const PLACES: [&'static str; 2] = ["/etc/iscsi", "/var/lib/iscsi"];
 
     /// The records in `nodes`; it need not be there yet.
     pub fn new(nodes: impl Into<PathBuf>) -> Self {
-        Self {
-            nodes: nodes.into(),
-            locks: PathBuf::from("/run/lock/iscsi"),
-            watcher: Arc::default(),
-            workers: Workers::new("lunplug-iscsidb", 4, 4),
-        }
+        Self::of(Whose::At { nodes: nodes.into(), locks: LOCKS.into() })
     }
 
     /// The same with the database's lock in another directory.
     pub fn with_locks(self, locks: impl Into<PathBuf>) -> Self {
-        Self { locks: locks.into(), ..self }
+        let whose = match self.whose {
+            Whose::At { nodes, .. } => Whose::At { nodes, locks: locks.into() },
+            other @ Whose::Iscsids(_) => other,
+        };
+        Self { whose, ..self }
     }
 
-    /// The records where this distribution has them. Before the first record there may be no
-    /// directory: then Debian's place, unless only the other's parent is there.
-    pub fn find() -> Self {
-        let places = Self::PLACES.map(PathBuf::from);
-        let found = places
-            .iter()
-            .find(|p| p.is_dir())
-            .or_else(|| places.iter().rev().find(|p| p.parent().is_some_and(Path::is_dir)));
-        Self::new(found.unwrap_or(&places[0]))
+    /// The records of whoever serves as iscsid, where its distribution has them.
+    pub(crate) fn placed(places: Places) -> Self {
+        Self::of(Whose::Iscsids(places))
+    }
+
+    fn of(whose: Whose) -> Self {
+        let workers = Workers::new("lunplug-iscsidb", 4, 4);
+        Self { whose, watcher: Arc::default(), workers }
+    }
+
+    /// Runs `call` on the database's directories.
+    async fn run<T, F>(&self, key: &str, call: F) -> io::Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Dirs) -> io::Result<T> + Send + 'static,
+    {
+        let whose = self.whose.clone();
+        self.workers.run(key, DEADLINE, move || call(&whose.dirs()?)).await
+    }
+}
+
+impl Whose {
+    fn dirs(&self) -> io::Result<Dirs> {
+        let places = match self {
+            Self::At { nodes, locks } => {
+                let base = nodes.parent().unwrap_or(nodes);
+                return Ok(Dirs {
+                    nodes: Pinned::ours(nodes),
+                    discovery: Pinned::ours(base.join("send_targets")),
+                    locks: Pinned::ours(locks),
+                });
+            }
+            Self::Iscsids(places) => places,
+        };
+        let root = match places.of(Service::Iscsid)? {
+            Place::Ours => None,
+            Place::Other(root) => Some(root),
+        };
+        let pin = |path: &str| match &root {
+            None => Ok(Pinned::ours(path)),
+            Some(root) => root.dir(path),
+        };
+        let is_dir = |path: &str| pin(path).is_ok_and(|dir| dir.path.is_dir());
+        // Before the first record there may be no directory: then the later place, if it is there.
+        let [first, second] = RealIscsiDb::PLACES;
+        let mut with_records =
+            RealIscsiDb::PLACES.into_iter().filter(|b| is_dir(&format!("{b}/nodes")));
+        let otherwise = if is_dir(second) { second } else { first };
+        let base = with_records.next().unwrap_or(otherwise);
+        Ok(Dirs {
+            nodes: pin(&format!("{base}/nodes"))?,
+            discovery: pin(&format!("{base}/send_targets"))?,
+            locks: pin(LOCKS)?,
+        })
     }
 }
 
@@ -178,49 +242,49 @@ fn remove_corrupt(nodes: &Path, locks: &Path, target: &Iqn, record: &Record) -> 
 #[async_trait]
 impl IscsiDb for RealIscsiDb {
     async fn records(&self, target: &Iqn) -> io::Result<Vec<Record>> {
-        let (nodes, target) = (self.nodes.clone(), target.clone());
-        let call = move || Ok(find(&nodes, &target)?.into_iter().map(|f| f.record).collect());
-        self.workers.run("nodes", DEADLINE, call).await
+        let target = target.clone();
+        let records = |found: Vec<Found>| found.into_iter().map(|f| f.record).collect();
+        self.run("nodes", move |at| Ok(records(find(&at.nodes.path, &target)?))).await
     }
 
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
-        let (nodes, target, record) = (self.nodes.clone(), target.clone(), record.clone());
-        let locks = self.locks.clone();
-        let call = move || remove_corrupt(&nodes, &locks, &target, &record);
-        self.workers.run("nodes", DEADLINE, call).await
+        let (target, record) = (target.clone(), record.clone());
+        let call =
+            move |at: &Dirs| remove_corrupt(&at.nodes.path, &at.locks.path, &target, &record);
+        self.run("nodes", call).await
     }
 
     async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()> {
-        let (nodes, locks) = (self.nodes.clone(), self.locks.clone());
         let (target, chap) = (target.clone(), chap.clone());
-        let call = move || set_chap(&nodes, &locks, &target, portal, &chap);
-        self.workers.run("nodes", DEADLINE, call).await
+        let call =
+            move |at: &Dirs| set_chap(&at.nodes.path, &at.locks.path, &target, portal, &chap);
+        self.run("nodes", call).await
     }
 
     async fn discoveries(&self) -> io::Result<Vec<Portal>> {
-        let nodes = self.nodes.clone();
-        self.workers.run("discovery", DEADLINE, move || discovery::ours(&nodes)).await
+        self.run("discovery", |at| discovery::ours(&at.discovery.path)).await
     }
 
     async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
-        let (nodes, locks, chap) = (self.nodes.clone(), self.locks.clone(), chap.clone());
-        let call = move || discovery::put(&nodes, &locks, portal, &chap);
-        self.workers.run("discovery", DEADLINE, call).await
+        let chap = chap.clone();
+        let call =
+            move |at: &Dirs| discovery::put(&at.discovery.path, &at.locks.path, portal, &chap);
+        self.run("discovery", call).await
     }
 
     async fn remove_discovery(&self, portal: Portal) -> io::Result<()> {
-        let (nodes, locks) = (self.nodes.clone(), self.locks.clone());
-        let call = move || discovery::remove(&nodes, &locks, portal);
-        self.workers.run("discovery", DEADLINE, call).await
+        let call = move |at: &Dirs| discovery::remove(&at.discovery.path, &at.locks.path, portal);
+        self.run("discovery", call).await
     }
 
     async fn look_at_lock(&self) -> io::Result<DbLockState> {
-        let (locks, watcher) = (self.locks.clone(), self.watcher.clone());
-        let call = move || {
+        let watcher = self.watcher.clone();
+        let call = move |at: &Dirs| {
             let mut watcher = watcher.lock().unwrap_or_else(PoisonError::into_inner);
-            watcher.look(&locks, Path::new("/proc"))
+            // Processes are those of the host, wherever they run.
+            watcher.look(&at.locks.path, Path::new("/proc"))
         };
-        self.workers.run("lock", DEADLINE, call).await
+        self.run("lock", call).await
     }
 }
 
@@ -327,5 +391,38 @@ mod tests {
     async fn no_directory_means_no_records() {
         let db = RealIscsiDb::new("/nonexistent/nodes");
         assert!(db.records(&IQN.parse().unwrap()).await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_records_are_those_of_whoever_serves() {
+        use crate::host::place::fake::{IN_FULL, Proc};
+        let proc = Proc::new();
+        let root = proc.root("image", &["iscsiadm"]);
+        proc.runs(1, "systemd", Path::new("/"), IN_FULL, &[]);
+        proc.runs(50, "iscsid", &root, IN_FULL, &[80]);
+        proc.listens(&[80]);
+        let db = RealIscsiDb::placed(proc.places());
+        let target: Iqn = IQN.parse().unwrap();
+        assert!(db.records(&target).await.unwrap().is_empty());
+        put(&root.join("var/lib/iscsi/nodes"), "127.0.0.2,3260,1/default", "");
+        let records = db.records(&target).await.unwrap();
+        assert_eq!(records.len(), 1);
+        assert_eq!(db.look_at_lock().await.unwrap(), DbLockState::Free);
+        let lock = root.join("run/lock/iscsi/lock.write");
+        fs::create_dir_all(lock.parent().unwrap()).unwrap();
+        fs::write(&lock, "").unwrap();
+        assert_eq!(db.look_at_lock().await.unwrap(), DbLockState::Held(Vec::new()));
+        fs::remove_file(&lock).unwrap();
+        db.remove_corrupt(&target, &records[0]).await.unwrap();
+        assert!(db.records(&target).await.unwrap().is_empty());
+        let secret = crate::types::SecretText::from("secret".to_owned());
+        let chap = Chap::new("u".into(), secret, String::new(), Default::default()).unwrap();
+        db.put_discovery("127.0.0.2:3260".parse().unwrap(), &chap).await.unwrap();
+        assert!(root.join("var/lib/iscsi/send_targets/127.0.0.2,3260/st_config").exists());
+        assert_eq!(db.discoveries().await.unwrap().len(), 1);
+        proc.ends(50);
+        proc.listens(&[]);
+        let gone = db.records(&target).await.unwrap_err();
+        assert!(crate::host::place::is_place_error(&gone), "{gone}");
     }
 }

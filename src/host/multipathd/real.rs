@@ -11,6 +11,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::{Multipathd, MultipathdError, files, judge};
+use crate::doctor::Service;
+use crate::host::place::{Pinned, Place, Places};
 use crate::host::workers::Workers;
 use crate::types::{Outcome, Wwid};
 
@@ -29,6 +31,7 @@ pub struct RealMultipathd {
     trusted_uid: u32,
     deadline: Duration,
     files: PathBuf,
+    places: Option<Places>,
     workers: Workers,
 }
 
@@ -48,7 +51,12 @@ impl RealMultipathd {
         deadline: Duration,
     ) -> Self {
         let workers = Workers::new("lunplug-mpath", 2, 2);
-        Self { sockets, trusted_uid, deadline, files: files.into(), workers }
+        Self { sockets, trusted_uid, deadline, files: files.into(), places: None, workers }
+    }
+
+    /// The same with the files beneath the root of whoever serves as multipathd.
+    pub(crate) fn placed(self, places: Places) -> Self {
+        Self { places: Some(places), ..self }
     }
 
     /// Connects to the first socket that is served by whom we trust.
@@ -70,6 +78,15 @@ impl RealMultipathd {
             }
         }
         Err(refusal)
+    }
+}
+
+/// The directory of its files, as it can be used from here. They are edited as its own are, so they are
+/// those of the one that serves, or would.
+fn beneath(places: Option<&Places>, dir: PathBuf) -> io::Result<Pinned> {
+    match places.map(|places| places.of(Service::Multipathd)).transpose()? {
+        Some(Place::Other(root)) => root.dir(&dir.to_string_lossy()),
+        Some(Place::Ours) | None => Ok(Pinned::ours(dir)),
     }
 }
 
@@ -128,7 +145,10 @@ impl Multipathd for RealMultipathd {
 
     async fn forget(&self, wwid: &Wwid) -> Result<Outcome, MultipathdError> {
         let (dir, wwid) = (self.files.clone(), wwid.multipath());
+        let places = self.places.clone();
         let call = move || {
+            let pinned = beneath(places.as_ref(), dir)?;
+            let dir = &pinned.path;
             let listed = files::forget_wwid(&dir.join("wwids"), &wwid)?;
             let bound = files::forget_binding(&dir.join("bindings"), &wwid)?;
             Ok(listed || bound)

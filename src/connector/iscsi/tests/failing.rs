@@ -217,6 +217,95 @@ async fn a_lun_that_the_array_took_away_or_swapped_needs_force_to_go() {
     }
 }
 
+/// Neither on the host nor in a container: what needs no session to come or go does not notice.
+#[tokio::test(start_paused = true)]
+async fn without_anybody_who_serves_as_iscsid_only_sessions_cannot_come_and_go() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    san.sim.faults().inject(fault("iscsid", "", FaultAction::Fail("nobody".into())));
+    let error = san.connector.attach(&request("a", 1, &[2, 3])).await.expect_err("nobody");
+    assert_eq!(error.reason(), Reason::IscsidUnavailable, "{error}");
+    san.connector.settled().await;
+    assert_eq!(san.sim.snapshot(), before, "its records are gone again");
+    san.sim.faults().clear();
+
+    san.attach(&request("a", 1, &[2, 3])).await;
+    let attached = san.sim.snapshot();
+    san.sim.faults().inject(fault("iscsid", "", FaultAction::Fail("nobody".into())));
+    san.attach(&request("b", 4, &[2, 3])).await;
+    san.detach("b", 4, &[2, 3]).await.expect("the sessions stay");
+    assert_eq!(san.sim.snapshot(), attached);
+    let error = san.detach("a", 1, &[2, 3]).await.expect_err("they cannot go");
+    assert_eq!(error.reason(), Reason::IscsidUnavailable, "{error}");
+    assert!(san.sim.snapshot().contains("session"), "not forgotten");
+    san.sim.faults().clear();
+    san.detach("a", 1, &[2, 3]).await.expect("somebody serves");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+/// The container that iscsid ran in has ended: its programs and records cannot be reached either.
+#[tokio::test(start_paused = true)]
+async fn an_iscsid_whose_container_has_ended_is_missed_by_logins_and_logouts_alone() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    let single = |name, lun| AttachRequest {
+        multipath: MultipathPolicy::Off,
+        ..request(name, lun, &[2, 3])
+    };
+    san.attach(&request("a", 1, &[2, 3])).await;
+    let attached = san.sim.snapshot();
+    san.sim.set_iscsid_gone(true);
+    san.attach(&request("b", 4, &[2, 3])).await;
+    san.attach(&request("b", 4, &[2, 3])).await;
+    san.attach(&single("c", 5)).await;
+    san.detach("b", 4, &[2, 3]).await.expect("the sessions stay");
+    san.detach("c", 5, &[2, 3]).await.expect("the sessions stay");
+    assert_eq!(san.sim.snapshot(), attached);
+    let error = san.detach("a", 1, &[2, 3]).await.expect_err("they cannot go");
+    assert_eq!(error.reason(), Reason::IscsidUnavailable, "{error}");
+    let error = san.connector.attach(&request("d", 1, &[9])).await.expect_err("none can come");
+    assert_eq!(error.reason(), Reason::IscsidUnavailable, "{error}");
+    san.sim.set_iscsid_gone(false);
+    san.detach("d", 1, &[9]).await.expect("nothing of it");
+    san.detach("a", 1, &[2, 3]).await.expect("it is back");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+/// With one path, what was made at a portal that is not needed is given back at the attach, if that can be.
+#[tokio::test(start_paused = true)]
+async fn a_single_path_comes_and_goes_on_a_session_also_where_iscsid_is_gone() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    let single = |name, lun| AttachRequest {
+        multipath: MultipathPolicy::Off,
+        ..request(name, lun, &[2, 3])
+    };
+    san.attach(&single("a", 1)).await;
+    let attached = san.sim.snapshot();
+    san.sim.set_iscsid_gone(true);
+    san.attach(&single("b", 4)).await;
+    san.detach("b", 4, &[2, 3]).await.expect("nothing was made at the other portal");
+    assert_eq!(san.sim.snapshot(), attached);
+    san.sim.set_iscsid_gone(false);
+    san.detach("a", 1, &[2, 3]).await.expect("detached");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+/// The host's iscsid ended, and a container's serves with records of its own, or the other way round.
+#[tokio::test(start_paused = true)]
+async fn sessions_outlive_a_move_of_iscsid_to_another_database() {
+    let san = San::new();
+    let before = san.sim.snapshot();
+    let r = request("a", 1, &[2, 3]);
+    san.attach(&r).await;
+    san.sim.replace_iscsid();
+    assert_eq!(san.attach(&r).await.device.paths, 2);
+    san.attach(&request("b", 4, &[2, 3])).await;
+    san.detach("b", 4, &[2, 3]).await.expect("detached");
+    san.detach("a", 1, &[2, 3]).await.expect("the session tells enough for a logout");
+    assert_eq!(san.sim.snapshot(), before);
+}
+
 /// iscsid is stopped while it is asked for a login, and goes on when all of it was given up.
 #[tokio::test(start_paused = true)]
 async fn a_session_that_iscsid_makes_long_after_it_was_given_up_is_ended() {

@@ -109,6 +109,9 @@ impl Commands for SimStorage {
         if self.inner.missing_tools.lock().is_ok_and(|m| m.contains(&tool)) {
             return Err(CmdError::Missing(tool));
         }
+        if tool == Tool::Iscsiadm {
+            self.iscsid_place()?;
+        }
         self.inner.started.fetch_add(1, Ordering::Relaxed);
         let sim = self.clone();
         let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
@@ -274,6 +277,7 @@ impl Blocks for SimStorage {
 impl IscsiDb for SimStorage {
     async fn records(&self, target: &Iqn) -> io::Result<Vec<Record>> {
         self.pass("iscsidb.records", target.as_str()).await?;
+        self.iscsid_place()?;
         let world = self.world();
         let of_target = world.records.iter().filter(|((t, _, _), _)| t == target);
         Ok(of_target
@@ -287,6 +291,7 @@ impl IscsiDb for SimStorage {
 
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
         self.pass("iscsidb.remove", target.as_str()).await?;
+        self.iscsid_place()?;
         let key = (target.clone(), record.portal, record.iface.clone());
         let mut world = self.world();
         if world.db_lock.is_some() {
@@ -303,6 +308,7 @@ impl IscsiDb for SimStorage {
 
     async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()> {
         self.pass("iscsidb.chap", target.as_str()).await?;
+        self.iscsid_place()?;
         let mut world = self.world();
         if world.db_lock.is_some() {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -318,6 +324,7 @@ impl IscsiDb for SimStorage {
 
     async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
         self.pass("iscsidb.discovery", &portal.to_string()).await?;
+        self.iscsid_place()?;
         let mut world = self.world();
         if world.db_lock.is_some() {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -331,12 +338,14 @@ impl IscsiDb for SimStorage {
 
     async fn discoveries(&self) -> io::Result<Vec<Portal>> {
         self.pass("iscsidb.discovery", "").await?;
+        self.iscsid_place()?;
         let world = self.world();
         Ok(world.discoveries.iter().filter(|(_, ours)| ours.is_some()).map(|(at, _)| *at).collect())
     }
 
     async fn remove_discovery(&self, portal: Portal) -> io::Result<()> {
         self.pass("iscsidb.discovery", &portal.to_string()).await?;
+        self.iscsid_place()?;
         let mut world = self.world();
         if !matches!(world.discoveries.get(&portal), Some(Some(_))) {
             return Ok(());
@@ -350,6 +359,7 @@ impl IscsiDb for SimStorage {
 
     async fn look_at_lock(&self) -> io::Result<DbLockState> {
         self.pass("iscsidb.lock", "").await?;
+        self.iscsid_place()?;
         let mut world = self.world();
         Ok(match &world.db_lock {
             None => DbLockState::Free,

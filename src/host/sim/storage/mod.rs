@@ -38,7 +38,7 @@ mod tree;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -47,8 +47,10 @@ use kernel::World;
 pub use multipathd::FindMultipaths;
 use rundir::{RunState, SimRunDir};
 
+use crate::doctor::Service;
 use crate::host::cmd::Tool;
 use crate::host::lock::RunDir;
+use crate::host::place::PlaceError;
 use crate::host::sim::Faults;
 use crate::types::{Chap, DevNum, Iqn, Lun, Portal, SecretName, SecretText};
 
@@ -67,6 +69,7 @@ struct Inner {
     run: Mutex<Arc<Mutex<RunState>>>,
     started: AtomicU64,
     missing_tools: Mutex<BTreeSet<Tool>>,
+    iscsid_gone: AtomicBool,
     login_time: Mutex<Duration>,
     secrets: Mutex<BTreeMap<SecretName, BTreeMap<String, SecretText>>>,
     hosts: Mutex<BTreeMap<String, IpAddr>>,
@@ -100,6 +103,7 @@ impl SimStorage {
                 run: Mutex::default(),
                 started: AtomicU64::new(0),
                 missing_tools: Mutex::default(),
+                iscsid_gone: AtomicBool::default(),
                 login_time: Mutex::new(Duration::from_secs(15)),
                 secrets: Mutex::default(),
                 hosts: Mutex::default(),
@@ -230,6 +234,24 @@ impl SimStorage {
             }
         }
         world.follow_portals();
+    }
+
+    /// The container that iscsid ran in has ended, its database with it; or is back.
+    pub fn set_iscsid_gone(&self, gone: bool) {
+        self.inner.iscsid_gone.store(gone, Ordering::Relaxed);
+    }
+
+    /// Why open-iscsi cannot be used, if that is so.
+    fn iscsid_place(&self) -> Result<(), PlaceError> {
+        match self.inner.iscsid_gone.load(Ordering::Relaxed) {
+            true => Err(PlaceError::Gone { service: Service::Iscsid, pid: 7 }),
+            false => Ok(()),
+        }
+    }
+
+    /// Another iscsid serves from now on, with a database of its own that has no record.
+    pub fn replace_iscsid(&self) {
+        self.world().records.clear();
     }
 
     /// Somebody else's node record.

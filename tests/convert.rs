@@ -20,6 +20,7 @@ prop_compose! {
         wwid in proptest::option::of("naa\\.[0-9a-f]{16}"),
         blocks in proptest::option::of(1..u64::MAX / 512),
         lun in 0..16384u32,
+        more in 0..3u32,
     ) -> VolumeSpec {
         let cache = [CacheMode::None, CacheMode::Writethrough, CacheMode::Writeback][cache];
         let policies =
@@ -30,7 +31,9 @@ prop_compose! {
             ErrorPolicy::Ignore,
             ErrorPolicy::Enospace,
         ];
-        let url = format!("iscsi://10.0.0.1,[fd00::1]:99/iqn.2001-04.com.example:{name}/{lun}");
+        let first = format!("iscsi://10.0.0.1,[fd00::1]:99/iqn.2001-04.com.example:{name}/{lun}");
+        let more = (0..more).map(|n| format!("+10.0.0.2/iqn.2001-04.com.example:{name}/{}", lun ^ (n + 1)));
+        let url = more.fold(first, |url, more| url + &more);
         VolumeSpec {
             name: name.parse().unwrap(),
             source: url.parse::<Source>().unwrap(),

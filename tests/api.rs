@@ -58,6 +58,12 @@ fn blame(status: &Status) -> (Reason, String) {
     (Reason::from_code(&info.reason).unwrap(), field)
 }
 
+fn more(portals: &[&str], lun: u32) -> v1::IscsiTarget {
+    let portals = portals.iter().map(|p| (*p).to_owned()).collect();
+    let target = "iqn.2001-04.com.example:more".into();
+    v1::IscsiTarget { target, portals, lun, ..Default::default() }
+}
+
 #[tokio::test]
 async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
     let server = Server::start();
@@ -93,6 +99,20 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
             addition("a", |v| v.source = iscsi(|s| s.lun = 16384)),
             Reason::InvalidLun,
             "volume.source.iscsi.lun",
+        ),
+        (
+            addition("a", |v| {
+                v.source = iscsi(|s| s.more_targets = vec![more(&["10.0.0.9:0"], 1)])
+            }),
+            Reason::InvalidPortal,
+            "volume.source.iscsi.more_targets[0].portals",
+        ),
+        (
+            addition("a", |v| {
+                v.source = iscsi(|s| s.more_targets = vec![more(&["10.0.0.9"], 1); 2]);
+            }),
+            Reason::InvalidSource,
+            "volume.source.iscsi.more_targets",
         ),
         (addition("a", |v| v.serial = "a b".into()), Reason::InvalidSerial, "volume.serial"),
         (addition("a", |v| v.serial = long.clone()), Reason::InvalidSerial, "volume.serial"),

@@ -22,6 +22,7 @@ prop_compose! {
         blocks in proptest::option::of(1..u64::MAX / 512),
         lun in 0..16384u32,
         (by_name, serial_expected) in any::<(bool, bool)>(),
+        more in 0..3u32,
     ) -> VolumeSpec {
         let resolved = ("san-1:99".parse().unwrap(), "[fd00::1]:99".parse().unwrap());
         let names: Names = if by_name { [resolved].into() } else { Names::new() };
@@ -34,7 +35,9 @@ prop_compose! {
             ErrorPolicy::Ignore,
             ErrorPolicy::Enospace,
         ];
-        let url = format!("iscsi://10.0.0.1,[fd00::1]:99/iqn.2001-04.com.example:{name}/{lun}");
+        let first = format!("iscsi://10.0.0.1,[fd00::1]:99/iqn.2001-04.com.example:{name}/{lun}");
+        let more = (0..more).map(|n| format!("+10.0.0.2/iqn.2001-04.com.example:{name}/{}", lun ^ (n + 1)));
+        let url = more.fold(first, |url, more| url + &more);
         VolumeSpec {
             name: name.parse().unwrap(),
             source: url.parse::<Source>().unwrap(),

@@ -161,11 +161,8 @@ impl Places {
             Some(found) => {
                 let place = self.place(&found).map_err(io)?;
                 if !found.ours {
-                    tracing::debug!(
-                        service = service.name(),
-                        pid = found.pid,
-                        "served by another root"
-                    );
+                    let (daemon, pid) = (service.name(), found.pid);
+                    tracing::info!(daemon, pid, "used where it is, beneath another root");
                 }
                 known.insert(service, found);
                 Ok(place)

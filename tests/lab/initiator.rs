@@ -140,7 +140,7 @@ fn an_iscsiadm_that_was_killed_leaves_a_lock_and_an_empty_record_in_vain() {
     assert!(log.contains("locked by a process that is dead"), "{log}");
 
     // A living one is not robbed: it is named, and waited for.
-    let stopped = "iscsiadm -m discovery -t st -p 192.0.2.1 >/dev/null 2>&1 </dev/null & pid=$!
+    let stopped = "iscsiadm -m discovery -t st -p 192.0.2.1 -o nonpersistent >/dev/null 2>&1 </dev/null & pid=$!
         until [ $(cat /proc/$pid/comm) = iscsiadm ]; do :; done; kill -STOP $pid; echo $pid";
     let pid = sh(stopped).ok().trim().to_owned();
     sh(lock).ok();

@@ -1,4 +1,4 @@
-//! Discovery, and a portal of IPv6.
+//! Discovery, and portals by IPv6 and by name.
 
 use std::collections::BTreeMap;
 
@@ -47,7 +47,10 @@ fn targets_are_discovered_and_nothing_is_left() {
     assert_eq!(found[&iqn], ["127.0.0.2:3260", "127.0.0.3:3260"]);
     story.nothing_left();
     refused(discover("127.0.0.9", &[]), "PORTAL_UNREACHABLE");
-    refused(discover("san", &[]), "INVALID_PORTAL");
+    refused(discover("10.0.0", &[]), "INVALID_PORTAL");
+    refused(discover("lab-san.invalid", &[]), "PORTAL_NOT_RESOLVED");
+    let named = Fault::new("echo 127.0.0.2 lab-san >>/etc/hosts", "sed -i /lab-san/d /etc/hosts");
+    assert_eq!(targets(discover("lab-san", &[])), found);
 
     // Portals that tell their targets to who knows the secret.
     let closed = Fault::new(
@@ -82,11 +85,16 @@ fn targets_are_discovered_and_nothing_is_left() {
     closed.end();
     story.nothing_left();
 
-    // A portal of IPv6: discovered, and one of the two paths of a volume.
+    // A portal of IPv6: discovered, and one of the two paths of a volume, whose other one is by name.
     let np = format!("/sys/kernel/config/target/iscsi/{iqn}/tpgt_1/np/[::1]:3260");
     let sixth = Fault::new(&format!("mkdir '{np}'"), &format!("rmdir '{np}'"));
     assert!(targets(discover("[::1]", &[]))[&iqn].contains(&"[::1]:3260".to_owned()));
-    let source = source_of(lun.number).replace("127.0.0.3:3260", "[0:0:0:0:0:0:0:1]");
+    let source = source_of(lun.number)
+        .replace("127.0.0.2:3260", "lab-san")
+        .replace("127.0.0.3:3260", "[0:0:0:0:0:0:0:1]");
+    add("disc", &source, &[]).ok();
+    named.end();
+    assert_eq!(volume("disc")["resolved_portals"]["lab-san:3260"], "127.0.0.2:3260");
     add("disc", &source, &[]).ok();
     assert_eq!(volume("disc")["device"]["paths"], 2);
     assert!(sh("iscsiadm -m session").ok().contains("[::1]:3260"));

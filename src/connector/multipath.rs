@@ -439,6 +439,26 @@ pub(crate) async fn forget(multipathd: &dyn Multipathd, uuid: &str) -> Result<()
     }
 }
 
+/// The same once its paths are deleted. A map that multipathd made of them in their last moment goes, too;
+/// one that has other paths is that of others, who have the LUN as well.
+pub(crate) async fn forget_deleted(
+    doors: &StorageDoors,
+    settings: &Settings,
+    uuid: &str,
+) -> Result<(), Error> {
+    if let Some(map) = by_uuid(&*doors.sysfs, uuid).await? {
+        for slave in &map.slaves {
+            // A deleted disk stays listed for as long as the map is there.
+            let there = doors.sysfs.text(&format!("block/{slave}/dev")).await;
+            if there.map_err(Error::io(format!("reading block/{slave}")))?.is_some() {
+                return Ok(());
+            }
+        }
+        remove(doors, settings, uuid).await?;
+    }
+    forget(&*doors.multipathd, uuid).await
+}
+
 /// The same, for a LUN that has no map now.
 pub(crate) async fn forget_unused(doors: &StorageDoors, wwid: &Wwid) -> Result<(), Error> {
     let uuid = format!("mpath-{}", wwid.multipath());

@@ -15,7 +15,7 @@ use crate::connector::wait::Wait;
 use crate::connector::{DetachOptions, multipath, scsi};
 use crate::host::sysfs::is_gone;
 use crate::step::Step;
-use crate::types::DevNum;
+use crate::types::{DevNum, Wwid};
 
 impl Inner {
     /// Flushes and removes the map and the paths that are ours.
@@ -58,7 +58,7 @@ impl Inner {
             multipath::drain(&*self.doors.multipathd).await;
         }
         for uuid in maps {
-            let forget = multipath::forget(&*self.doors.multipathd, &uuid);
+            let forget = multipath::forget_deleted(&self.doors, &self.settings, &uuid);
             tracker.run(Step::ForgetMap, forget).await?;
         }
         Ok(())
@@ -260,6 +260,10 @@ impl Inner {
         let block = format!("{}/block/{}", path.dir, seen.name);
         self.free_path(user, path.hctl, &block, &seen, maps).await?;
         scsi::delete(&self.doors, &self.settings, path.hctl, &path.dir, &seen).await?;
+        // multipathd may have made a map in between, and taken it off with the path, unseen.
+        if let Ok(wwid) = seen.wwid.parse::<Wwid>() {
+            maps.insert(format!("mpath-{}", wwid.multipath()));
+        }
         Ok(())
     }
 

@@ -53,3 +53,15 @@ async fn one_living_portal_of_two_has_a_map_however_multipathd_finds_its_paths()
         assert_eq!(san.sim.snapshot(), before, "{mode:?}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_map_that_comes_and_goes_unseen_leaves_nothing_behind() {
+    for takes_off in [true, false] {
+        let san = San::new();
+        san.sim.set_multipathd_auto(false);
+        san.sim.set_multipathd_late(takes_off);
+        let mut r = request("a", 1, &[2, 3]);
+        r.expect.wwid = Some(wwid(9));
+        assert_eq!(san.refused(&r).await.reason(), Reason::IdentityMismatch);
+    }
+}

@@ -173,9 +173,15 @@ impl World {
     /// Removes a SCSI device, whoever uses it: the kernel asks nobody.
     pub(super) fn delete_disk(&mut self, hctl: &str) {
         let Some(dir) = self.disk_dir(hctl) else { return };
+        if self.multipath.late.is_some() {
+            self.add_path(hctl);
+        }
         let Some(disk) = self.disks.remove(hctl) else { return };
         let block = format!("{dir}/block/{}", disk.name);
         self.drop_path(disk.dev, &disk.name);
+        if self.multipath.late == Some(true) {
+            self.flush_empty_maps();
+        }
         for link in [
             format!("class/block/{}", disk.name),
             format!("block/{}", disk.name),

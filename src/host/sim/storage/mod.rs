@@ -331,6 +331,12 @@ impl SimStorage {
         world.multipathd_react();
     }
 
+    /// Has multipathd come to a disk only in the moment in which that is deleted: it makes a map, and
+    /// `takes_off` what it has made, or leaves it.
+    pub fn set_multipathd_late(&self, takes_off: bool) {
+        self.world().multipath.late = Some(takes_off);
+    }
+
     /// So many times multipathd refuses a path that it is told of, for udev has not read its identity
     /// yet.
     pub fn set_udev_behind(&self, refusals: u32) {

@@ -25,6 +25,9 @@ pub(super) struct MultipathModel {
     pub(super) friendly_names: bool,
     /// Whether it handles new devices by itself, at once; otherwise when it is told to.
     pub(super) auto: bool,
+    /// Whether it comes to a disk in the very moment in which that is deleted, and whether it then takes off
+    /// the map that it has made.
+    pub(super) late: Option<bool>,
     /// How many times it is told of a path before udev has read its identity: it refuses it then.
     pub(super) unread: u32,
     /// Disks it has not looked at yet.
@@ -46,6 +49,7 @@ impl Default for MultipathModel {
             find_multipaths: FindMultipaths::No,
             friendly_names: true,
             auto: true,
+            late: None,
             unread: 0,
             pending: Vec::new(),
             delays: false,
@@ -79,7 +83,7 @@ impl World {
     }
 
     /// Puts a disk into its map, making that where it is to; `false` when it cannot.
-    fn add_path(&mut self, hctl: &str) -> bool {
+    pub(super) fn add_path(&mut self, hctl: &str) -> bool {
         let Some(disk) = self.disks.get(hctl).cloned() else { return false };
         let Some(wwid) = disk.known.wwid.as_ref().map(Wwid::multipath) else { return false };
         // multipathd has no use for a disk without size, or one that somebody has mounted.
@@ -231,6 +235,15 @@ impl World {
         let map = map.filter(|_| self.multipath.running && self.multipath.auto);
         if let Some((minor, slaves)) = map.map(|d| (d.minor, d.slaves.clone())) {
             self.set_slaves(minor, slaves);
+        }
+    }
+
+    /// As when it hears that the last path has gone.
+    pub(super) fn flush_empty_maps(&mut self) {
+        let maps = self.dm.values().filter(|d| d.uuid.starts_with("mpath-"));
+        let empty: Vec<u32> = maps.filter(|d| d.slaves.is_empty()).map(|d| d.minor).collect();
+        for minor in empty {
+            self.remove_dm(minor);
         }
     }
 

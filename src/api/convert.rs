@@ -1,24 +1,27 @@
-//! From the wire to types and back. Every error names the field, the value and what is right.
+//! From the wire to types, and in [`wire`] back. Every error names the field, the value and what is right.
+
+mod wire;
 
 use std::path::{Component, Path, PathBuf};
 
-use jiff::Timestamp;
+pub use wire::{
+    wire_addressing, wire_discovered, wire_error_policy, wire_node, wire_phase, wire_source,
+    wire_spec, wire_vm, wire_vm_id, wire_volume,
+};
 
 use super::names;
 use super::status::malformed;
 use super::v1;
-use crate::connector::Discovered;
 use crate::reason::Reason;
 use crate::source::{portals_of, source_of};
 use crate::spec::{
-    ChapFrom, DeviceStatus, IscsiSource, IscsiTarget, MultipathPolicy, Phase, Source, VmPlace,
-    VmSpec, VolumeSpec, VolumeStatus,
+    ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec, VolumeSpec,
 };
 use crate::types::{
     Addressing, Bus, CacheMode, Chap, ErrorPolicy, Lun, Malformed, Portal, Serial, VmId, VolumeKey,
     VolumeName,
 };
-use crate::vm::facade::{DiscoverWith, NodeInfo, Refusal, VmInfo, VmState};
+use crate::vm::facade::{DiscoverWith, Refusal};
 use crate::vm::resolve::Names;
 
 fn missing(field: &str, reason: Reason, what: &str) -> Refusal {
@@ -261,14 +264,6 @@ pub fn discovery(
     }
 }
 
-/// A target that was discovered on the wire.
-pub fn wire_discovered(found: &Discovered) -> v1::DiscoveredTarget {
-    v1::DiscoveredTarget {
-        target: found.target.to_string(),
-        portals: found.portals.iter().map(ToString::to_string).collect(),
-    }
-}
-
 fn bus(value: i32) -> Result<Bus, Refusal> {
     match v1::Bus::try_from(value) {
         Ok(v1::Bus::Unspecified | v1::Bus::Scsi) => Ok(Bus::Scsi),
@@ -328,15 +323,6 @@ fn addressing(field: &dyn Fn(&str) -> String, value: i32) -> Result<Addressing, 
     }
 }
 
-/// The addressing of a LUN on the wire; unspecified is what it mostly is.
-pub fn wire_addressing(addressing: Addressing) -> v1::LunAddressing {
-    match addressing {
-        Addressing::Sam2 => v1::LunAddressing::Unspecified,
-        Addressing::Flat => v1::LunAddressing::Sam3Flat,
-        Addressing::Plain => v1::LunAddressing::Transparent,
-    }
-}
-
 fn multipath(value: i32) -> Result<MultipathPolicy, Refusal> {
     use v1::MultipathPolicy as Wire;
     match Wire::try_from(value) {
@@ -358,210 +344,4 @@ pub fn size(field: &str, bytes: u64) -> Result<Option<u64>, Refusal> {
         return Err(malformed(field, &error));
     }
     Ok((bytes > 0).then_some(bytes))
-}
-
-// From types to the wire.
-
-fn time(at: Timestamp) -> prost_types::Timestamp {
-    // jiff's nanosecond has the sign of the whole; the wire's is never negative.
-    let nanos = at.as_nanosecond();
-    let second = 1_000_000_000;
-    prost_types::Timestamp {
-        seconds: i64::try_from(nanos.div_euclid(second)).expect("jiff ends in the year 9999"),
-        nanos: i32::try_from(nanos.rem_euclid(second)).expect("less than a second"),
-    }
-}
-
-fn path(path: &Option<PathBuf>) -> String {
-    path.as_deref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
-/// A VM's name on the wire.
-pub fn wire_vm_id(id: &VmId) -> v1::VmId {
-    v1::VmId { namespace: id.namespace().into(), name: id.name().into() }
-}
-
-/// A VM on the wire.
-pub fn wire_vm(vm: &VmInfo) -> v1::Vm {
-    let place = match &vm.spec.place {
-        VmPlace::Pod { uid, cgroup, hotplug_dir, hotplug_dir_in_pod, libvirt_socket } => {
-            v1::vm_spec::Place::Pod(v1::PodPlace {
-                uid: uid.clone(),
-                cgroup: path(cgroup),
-                hotplug_dir: path(hotplug_dir),
-                hotplug_dir_in_pod: path(hotplug_dir_in_pod),
-                libvirt_socket: path(libvirt_socket),
-            })
-        }
-        VmPlace::Host { libvirt_socket } => {
-            v1::vm_spec::Place::Host(v1::HostPlace { libvirt_socket: path(libvirt_socket) })
-        }
-    };
-    v1::Vm {
-        spec: Some(v1::VmSpec {
-            id: Some(wire_vm_id(&vm.spec.id)),
-            domain: vm.spec.domain.clone(),
-            place: Some(place),
-        }),
-        state: match vm.state {
-            VmState::Unknown => v1::VmState::Unspecified,
-            VmState::Running => v1::VmState::Running,
-            VmState::Stopped => v1::VmState::Stopped,
-            VmState::Unreachable => v1::VmState::Unreachable,
-        }
-        .into(),
-        since: Some(time(vm.since)),
-        volumes: vm.volumes,
-        pod_dir: path(&vm.pod_dir),
-        cgroup: path(&vm.cgroup),
-        hotplug_dir: path(&vm.hotplug_dir),
-        hotplug_dir_in_pod: path(&vm.hotplug_dir_in_pod),
-        reason: vm.reason.map(|r| r.code().into()).unwrap_or_default(),
-        message: vm.message.clone(),
-    }
-}
-
-/// A source on the wire.
-pub fn wire_source(source: &Source) -> v1::Source {
-    let kind = match source {
-        Source::Iscsi(s) => v1::source::Kind::Iscsi(v1::IscsiSource {
-            target: s.target.to_string(),
-            portals: s.portals.iter().map(ToString::to_string).collect(),
-            lun: u32::from(s.lun.get()),
-            chap_secret: match &s.chap {
-                Some(ChapFrom::Secret(name)) => name.to_string(),
-                Some(ChapFrom::Request) | None => String::new(),
-            },
-            chap_in_request: s.chap == Some(ChapFrom::Request),
-            lun_addressing: wire_addressing(s.lun.addressing()).into(),
-            more_targets: s.more_targets.iter().map(wire_target).collect(),
-        }),
-    };
-    v1::Source { kind: Some(kind) }
-}
-
-fn wire_target(target: &IscsiTarget) -> v1::IscsiTarget {
-    v1::IscsiTarget {
-        target: target.target.to_string(),
-        portals: target.portals.iter().map(ToString::to_string).collect(),
-        lun: u32::from(target.lun.get()),
-        lun_addressing: wire_addressing(target.lun.addressing()).into(),
-    }
-}
-
-/// A volume as asked for on the wire, with every default filled in.
-pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
-    let mut wire = v1::VolumeSpec {
-        name: spec.name.to_string(),
-        disk_name: spec.disk.to_string(),
-        source: Some(wire_source(&spec.source)),
-        serial: spec.serial.to_string(),
-        bus: match spec.bus {
-            Bus::Scsi => v1::Bus::Scsi,
-            Bus::Virtio => v1::Bus::Virtio,
-        }
-        .into(),
-        disk_type: v1::DiskType::Disk.into(),
-        cache: match spec.cache {
-            CacheMode::None => v1::CacheMode::None,
-            CacheMode::Writethrough => v1::CacheMode::Writethrough,
-            CacheMode::Writeback => v1::CacheMode::Writeback,
-        }
-        .into(),
-        error_policy: wire_error_policy(spec.error_policy).into(),
-        read_only: spec.read_only,
-        shareable: spec.shareable,
-        persist: spec.persist,
-        multipath: match spec.multipath {
-            MultipathPolicy::Preferred => v1::MultipathPolicy::Preferred,
-            MultipathPolicy::Required => v1::MultipathPolicy::Required,
-            MultipathPolicy::Off => v1::MultipathPolicy::Off,
-        }
-        .into(),
-        wwid: spec.expect_wwid.as_ref().map(ToString::to_string).unwrap_or_default(),
-        size_bytes: spec.expect_size.unwrap_or_default(),
-        unit_serial: spec.expect_unit_serial.as_ref().map(ToString::to_string).unwrap_or_default(),
-        resolved_portals: spec.names.iter().map(|(n, p)| (n.to_string(), p.to_string())).collect(),
-    };
-    names::to_names(&mut wire, &spec.names);
-    wire
-}
-
-/// An error policy on the wire.
-pub fn wire_error_policy(policy: Option<ErrorPolicy>) -> v1::ErrorPolicy {
-    match policy {
-        None => v1::ErrorPolicy::Unspecified,
-        Some(ErrorPolicy::Stop) => v1::ErrorPolicy::Stop,
-        Some(ErrorPolicy::Report) => v1::ErrorPolicy::Report,
-        Some(ErrorPolicy::Ignore) => v1::ErrorPolicy::Ignore,
-        Some(ErrorPolicy::Enospace) => v1::ErrorPolicy::Enospace,
-    }
-}
-
-/// A phase on the wire.
-pub fn wire_phase(phase: Phase) -> v1::Phase {
-    match phase {
-        Phase::Pending => v1::Phase::Pending,
-        Phase::Bound => v1::Phase::Bound,
-        Phase::AttachedToNode => v1::Phase::AttachedToNode,
-        Phase::MountedToPod => v1::Phase::MountedToPod,
-        Phase::Ready => v1::Phase::Ready,
-        Phase::Detaching => v1::Phase::Detaching,
-        Phase::UnmountedFromPod => v1::Phase::UnmountedFromPod,
-        Phase::Gone => v1::Phase::Gone,
-        Phase::Failed => v1::Phase::Failed,
-    }
-}
-
-/// A volume on the wire.
-pub fn wire_volume(volume: &VolumeStatus) -> v1::Volume {
-    v1::Volume {
-        vm: Some(wire_vm_id(&volume.key.vm)),
-        spec: Some(wire_spec(&volume.spec)),
-        phase: wire_phase(volume.phase).into(),
-        since: Some(time(volume.since)),
-        trouble: volume.reason.map(|reason| v1::Trouble {
-            reason: reason.code().into(),
-            message: volume.message.clone(),
-            remedy: reason.remedy().into(),
-            transient: reason.is_transient(),
-            retry_at: volume.retry_at.map(time),
-        }),
-        device: volume.device.as_ref().map(wire_device),
-        target: volume.target.clone().unwrap_or_default(),
-        generation: volume.generation,
-        gave_up: volume.gave_up.clone(),
-    }
-}
-
-fn wire_device(device: &DeviceStatus) -> v1::Device {
-    v1::Device {
-        dev: device.dev.to_string(),
-        wwid: device.wwid.to_string(),
-        size_bytes: device.size,
-        map: device.map.clone().unwrap_or_default(),
-        paths: device.paths,
-    }
-}
-
-/// A node on the wire.
-pub fn wire_node(node: &NodeInfo) -> v1::Node {
-    v1::Node {
-        name: node.name.clone(),
-        version: node.version.clone(),
-        kernel: node.kernel.clone(),
-        boot_id: node.boot_id.clone(),
-        initiator_name: node.initiator_name.clone().unwrap_or_default(),
-        multipathd: node.multipathd,
-        grants: node.grants.clone(),
-        simulated: node.simulated,
-        only_vm: node.only_vm.as_ref().map(wire_vm_id),
-        limits: Some(v1::Limits {
-            max_vms: node.max_vms,
-            max_volumes_per_vm: node.max_volumes_per_vm,
-        }),
-        stuck_calls: node.stuck_calls,
-        state_trouble: node.state_trouble.clone().unwrap_or_default(),
-        require_wwid: node.require_wwid,
-    }
 }

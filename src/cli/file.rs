@@ -1,19 +1,18 @@
 //! A volume as people write it in a file and as results show it: the contract's fields, in YAML or
 //! JSON. A source may also be its URL.
 
-use std::fmt;
+mod source;
+
 use std::str::FromStr;
 
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
+
+pub(super) use source::{SourceFile, TargetFile};
 
 use super::chap::{self, ChapFile};
 use super::failure::Failure;
 use crate::api::{convert, v1};
-use crate::source::IscsiUrl;
-use crate::spec::IscsiTarget;
-use crate::types::{Addressing, Bus, CacheMode, Endpoint, ErrorPolicy, Lun, Malformed};
+use crate::types::{Bus, CacheMode, ErrorPolicy, Malformed};
 
 /// A volume's fields; what is not given has the contract's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,171 +56,6 @@ fn is_zero(n: &u64) -> bool {
     *n == 0
 }
 
-/// A source: its URL, or the fields of its kind.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
-pub(super) enum SourceFile {
-    Url(String),
-    Kind(SourceKind),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum SourceKind {
-    Iscsi(IscsiFile),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct IscsiFile {
-    target: String,
-    portals: Vec<String>,
-    lun: u32,
-    #[serde(default, alias = "lunAddressing", skip_serializing_if = "String::is_empty")]
-    lun_addressing: String,
-    #[serde(default, alias = "chapSecret", skip_serializing_if = "String::is_empty")]
-    chap_secret: String,
-    #[serde(default, alias = "chapInRequest", skip_serializing_if = "std::ops::Not::not")]
-    chap_in_request: bool,
-    #[serde(default, alias = "moreTargets", skip_serializing_if = "Vec::is_empty")]
-    more_targets: Vec<TargetFile>,
-}
-
-/// A target at which the LUN is to be had.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct TargetFile {
-    pub(super) target: String,
-    pub(super) portals: Vec<String>,
-    pub(super) lun: u32,
-    #[serde(default, alias = "lunAddressing", skip_serializing_if = "String::is_empty")]
-    lun_addressing: String,
-}
-
-const LUN_ADDRESSING: &str = "LUN_ADDRESSING_";
-
-impl TargetFile {
-    pub(super) fn new(target: String, portals: Vec<String>, lun: u32) -> Self {
-        Self { target, portals, lun, lun_addressing: String::new() }
-    }
-
-    /// Has its LUN be addressed so.
-    pub(super) fn address(&mut self, addressing: Addressing) {
-        let word = convert::wire_addressing(addressing).as_str_name();
-        self.lun_addressing = plain(word, LUN_ADDRESSING);
-    }
-
-    fn to_wire(&self) -> Result<v1::IscsiTarget, Failure> {
-        let Self { target, portals, lun, lun_addressing } = self.clone();
-        let lun_addressing = match lun_addressing.as_str() {
-            "" => v1::LunAddressing::Unspecified,
-            text => convert::wire_addressing(word("source.iscsi.lun_addressing", text)?),
-        };
-        Ok(v1::IscsiTarget { target, portals, lun, lun_addressing: lun_addressing.into() })
-    }
-
-    fn from_wire(wire: v1::IscsiTarget) -> Self {
-        let lun_addressing = plain(wire.lun_addressing().as_str_name(), LUN_ADDRESSING);
-        let v1::IscsiTarget { target, portals, lun, .. } = wire;
-        Self { target, portals, lun, lun_addressing }
-    }
-
-    /// Its part of a URL.
-    fn url(&self) -> String {
-        let addressing = self.lun_addressing.parse().unwrap_or_default();
-        let lun = Lun::new(self.lun.into(), addressing);
-        let lun = lun.map_or_else(|_| self.lun.to_string(), |lun| lun.to_string());
-        format!("{}/{}/{lun}", self.portals.join(","), self.target)
-    }
-}
-
-impl From<IscsiTarget<Endpoint>> for TargetFile {
-    fn from(of: IscsiTarget<Endpoint>) -> Self {
-        let portals = of.portals.iter().map(ToString::to_string).collect();
-        let mut target = Self::new(of.target.to_string(), portals, of.lun.get().into());
-        target.address(of.lun.addressing());
-        target
-    }
-}
-
-impl SourceFile {
-    /// The fields, those of a URL read.
-    fn fields(&self) -> Result<IscsiFile, Failure> {
-        let IscsiUrl { first, more } = match self {
-            Self::Kind(SourceKind::Iscsi(fields)) => return Ok(fields.clone()),
-            Self::Url(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
-        };
-        Ok(IscsiFile::of(first.into(), more.into_iter().map(TargetFile::from).collect()))
-    }
-}
-
-impl IscsiFile {
-    fn of(first: TargetFile, more_targets: Vec<TargetFile>) -> Self {
-        let TargetFile { target, portals, lun, lun_addressing } = first;
-        let (chap_secret, chap_in_request) = (String::new(), false);
-        Self { target, portals, lun, lun_addressing, chap_secret, chap_in_request, more_targets }
-    }
-
-    fn first(&self) -> TargetFile {
-        let Self { target, portals, lun, lun_addressing, .. } = self.clone();
-        TargetFile { target, portals, lun, lun_addressing }
-    }
-
-    fn to_wire(&self) -> Result<v1::IscsiSource, Failure> {
-        let v1::IscsiTarget { target, portals, lun, lun_addressing } = self.first().to_wire()?;
-        let more_targets = self.more_targets.iter().map(TargetFile::to_wire);
-        Ok(v1::IscsiSource {
-            target,
-            portals,
-            lun,
-            lun_addressing,
-            chap_secret: self.chap_secret.clone(),
-            chap_in_request: self.chap_in_request,
-            more_targets: more_targets.collect::<Result<_, _>>()?,
-        })
-    }
-
-    fn from_wire(wire: v1::IscsiSource) -> Self {
-        let v1::IscsiSource { target, portals, lun, lun_addressing, .. } = wire;
-        let first = v1::IscsiTarget { target, portals, lun, lun_addressing };
-        let more = wire.more_targets.into_iter().map(TargetFile::from_wire).collect();
-        Self {
-            chap_secret: wire.chap_secret,
-            chap_in_request: wire.chap_in_request,
-            ..Self::of(TargetFile::from_wire(first), more)
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for SourceFile {
-    // By hand: serde's untagged enums cannot say what is wrong.
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct Either;
-        impl<'de> Visitor<'de> for Either {
-            type Value = SourceFile;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(
-                    "a URL (iscsi://PORTAL[,PORTAL]/IQN/LUN) or iscsi: {target, portals, lun}",
-                )
-            }
-            fn visit_str<E>(self, url: &str) -> Result<SourceFile, E> {
-                Ok(SourceFile::Url(url.into()))
-            }
-            fn visit_map<M: MapAccess<'de>>(self, map: M) -> Result<SourceFile, M::Error> {
-                /// As a struct, for YAML has a tag, not a map, for an enum.
-                #[derive(Deserialize)]
-                #[serde(deny_unknown_fields)]
-                struct Kinds {
-                    iscsi: IscsiFile,
-                }
-                let kinds = Kinds::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(SourceFile::Kind(SourceKind::Iscsi(kinds.iscsi)))
-            }
-        }
-        from.deserialize_any(Either)
-    }
-}
-
 impl VolumeFile {
     /// Reads YAML, of which JSON is a part.
     pub(super) fn parse(text: &str) -> Result<Self, serde_yaml_ng::Error> {
@@ -230,17 +64,10 @@ impl VolumeFile {
 
     /// The contract's form. Words are read here, values are left for the daemon to judge.
     pub(super) fn to_wire(&self) -> Result<v1::VolumeSpec, Failure> {
-        let source = match &self.source {
-            None => None,
-            Some(source) => {
-                let wire = source.fields()?.to_wire()?;
-                Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(wire)) })
-            }
-        };
         Ok(v1::VolumeSpec {
             name: self.name.clone(),
             disk_name: self.disk_name.clone(),
-            source,
+            source: self.source.as_ref().map(SourceFile::to_wire).transpose()?,
             serial: self.serial.clone(),
             bus: bus(&self.bus)?.into(),
             disk_type: disk_type(&self.disk_type)?.into(),
@@ -259,15 +86,11 @@ impl VolumeFile {
 
     /// From the contract's form; what a newer daemon says and we do not know is left out.
     pub(super) fn from_wire(spec: &v1::VolumeSpec) -> Self {
-        let source = spec.source.clone().and_then(|source| source.kind).map(|kind| match kind {
-            v1::source::Kind::Iscsi(iscsi) => {
-                SourceFile::Kind(SourceKind::Iscsi(IscsiFile::from_wire(iscsi)))
-            }
-        });
+        let kind = spec.source.clone().and_then(|source| source.kind);
         Self {
             name: spec.name.clone(),
             disk_name: spec.disk_name.clone(),
-            source,
+            source: kind.map(SourceFile::from_wire),
             serial: spec.serial.clone(),
             bus: plain(spec.bus().as_str_name(), "BUS_"),
             disk_type: plain(spec.disk_type().as_str_name(), "DISK_TYPE_"),
@@ -292,30 +115,20 @@ impl VolumeFile {
         more_targets: Vec<TargetFile>,
         chap_secret: String,
     ) {
-        let iscsi = IscsiFile { chap_secret, ..IscsiFile::of(first, more_targets) };
-        self.source = Some(SourceFile::Kind(SourceKind::Iscsi(iscsi)));
+        self.source = Some(SourceFile::iscsi(first, more_targets, chap_secret));
     }
 
     /// Has the source refer to a secret.
     pub(super) fn set_chap_secret(&mut self, name: &str) -> Result<(), Failure> {
-        if let Some(source) = self.source.take() {
-            let iscsi = IscsiFile { chap_secret: name.into(), ..source.fields()? };
-            self.source = Some(SourceFile::Kind(SourceKind::Iscsi(iscsi)));
+        if let Some(source) = &self.source {
+            self.source = Some(source.with_chap_secret(name)?);
         }
         Ok(())
     }
 
     /// The source as a URL; empty when it is not known.
     pub(super) fn source_url(&self) -> String {
-        match &self.source {
-            None => String::new(),
-            Some(SourceFile::Url(url)) => url.clone(),
-            Some(SourceFile::Kind(SourceKind::Iscsi(s))) => {
-                let first = s.first().url();
-                let more = |t: &TargetFile| format!("+{}", t.url());
-                format!("iscsi://{first}") + &s.more_targets.iter().map(more).collect::<String>()
-            }
-        }
+        self.source.as_ref().map(SourceFile::url).unwrap_or_default()
     }
 }
 

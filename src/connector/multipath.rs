@@ -427,6 +427,7 @@ pub(crate) async fn drain(multipathd: &dyn Multipathd) {
     for command in ["show paths", "show maps"] {
         if let Err(e) = multipathd.ask(command).await {
             tracing::debug!(error = %e, "multipathd was not waited for");
+            return;
         }
     }
 }

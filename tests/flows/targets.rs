@@ -45,6 +45,23 @@ fn one_disk_by_all_paths_of_both_and_nothing_left() {
     });
 }
 
+/// The portals of the second target.
+fn mirror_is(world: &World, state: PortalState) {
+    for number in [3, 4] {
+        world.host.storage.set_portal(portal(number), state);
+    }
+}
+
+/// The volume goes on by the first target alone, and has all its paths when the second is back.
+async fn comes_back_whole(world: &World, daemon: &Daemon) {
+    paths(daemon, "data", 2).await;
+    mirror_is(world, PortalState::Alive);
+    paths(daemon, "data", 4).await;
+    daemon.remove(1, "data").await;
+    daemon.quiet().await;
+    world.assert_clean("the second target was away");
+}
+
 #[test]
 fn a_dead_target_is_told_of_and_costs_the_other_nothing() {
     let mut world = World::new();
@@ -52,17 +69,8 @@ fn a_dead_target_is_told_of_and_costs_the_other_nothing() {
     world.life(async |daemon| {
         let status = daemon.add(1, &mirrored("data", 1)).await;
         assert_eq!(status.reason, None);
-        for number in [3, 4] {
-            world.host.storage.set_portal(portal(number), PortalState::Dead);
-        }
-        paths(&daemon, "data", 2).await;
-        for number in [3, 4] {
-            world.host.storage.set_portal(portal(number), PortalState::Alive);
-        }
-        paths(&daemon, "data", 4).await;
-        daemon.remove(1, "data").await;
-        daemon.quiet().await;
-        world.assert_clean("one target was dead");
+        mirror_is(&world, PortalState::Dead);
+        comes_back_whole(&world, &daemon).await;
     });
 }
 
@@ -70,19 +78,10 @@ fn a_dead_target_is_told_of_and_costs_the_other_nothing() {
 fn a_target_that_does_not_let_us_in_is_tried_again_and_joins() {
     let mut world = World::new();
     world.config.reconcile.interval = Duration::from_secs(60);
-    for number in [3, 4] {
-        world.host.storage.set_portal(portal(number), PortalState::Denied);
-    }
+    mirror_is(&world, PortalState::Denied);
     world.life(async |daemon| {
         daemon.want(1, &mirrored("data", 1)).await.unwrap();
-        paths(&daemon, "data", 2).await;
-        for number in [3, 4] {
-            world.host.storage.set_portal(portal(number), PortalState::Alive);
-        }
-        paths(&daemon, "data", 4).await;
-        daemon.remove(1, "data").await;
-        daemon.quiet().await;
-        world.assert_clean("one target refused");
+        comes_back_whole(&world, &daemon).await;
     });
 }
 

@@ -65,3 +65,19 @@ async fn a_map_that_comes_and_goes_unseen_leaves_nothing_behind() {
         assert_eq!(san.refused(&r).await.reason(), Reason::IdentityMismatch);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_hung_multipathd_is_asked_once_when_a_path_without_a_map_goes() {
+    let san = San::new();
+    san.sim.set_multipathd_auto(false);
+    let r = AttachRequest { multipath: MultipathPolicy::Off, ..request("a", 1, &[2]) };
+    let before = san.sim.snapshot();
+    san.attach(&r).await;
+    let hang = fault("multipathd.ask", "", FaultAction::Hang);
+    san.sim.faults().inject(Fault { times: None, ..hang });
+    let begin = tokio::time::Instant::now();
+    san.detach("a", 1, &[2]).await.expect("it has no map");
+    let once = ms(Settings::default().multipathd_ms);
+    assert!(begin.elapsed() < 2 * once, "{:?}", begin.elapsed());
+    assert_eq!(san.sim.snapshot(), before);
+}

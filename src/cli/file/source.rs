@@ -1,0 +1,219 @@
+//! A source in a volume's file: its URL, or the fields of its kind.
+
+use std::fmt;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use super::{plain, word};
+use crate::api::{convert, v1};
+use crate::cli::failure::Failure;
+use crate::source::IscsiUrl;
+use crate::spec::IscsiTarget;
+use crate::types::{Addressing, Endpoint, Lun};
+
+/// A source: its URL, or the fields of its kind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub(in crate::cli) enum SourceFile {
+    Url(String),
+    Kind(SourceKind),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::cli) enum SourceKind {
+    Iscsi(IscsiFile),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::cli) struct IscsiFile {
+    target: String,
+    portals: Vec<String>,
+    lun: u32,
+    #[serde(default, alias = "lunAddressing", skip_serializing_if = "String::is_empty")]
+    lun_addressing: String,
+    #[serde(default, alias = "chapSecret", skip_serializing_if = "String::is_empty")]
+    chap_secret: String,
+    #[serde(default, alias = "chapInRequest", skip_serializing_if = "std::ops::Not::not")]
+    chap_in_request: bool,
+    #[serde(default, alias = "moreTargets", skip_serializing_if = "Vec::is_empty")]
+    more_targets: Vec<TargetFile>,
+}
+
+/// A target at which the LUN is to be had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::cli) struct TargetFile {
+    pub(in crate::cli) target: String,
+    pub(in crate::cli) portals: Vec<String>,
+    pub(in crate::cli) lun: u32,
+    #[serde(default, alias = "lunAddressing", skip_serializing_if = "String::is_empty")]
+    lun_addressing: String,
+}
+
+const LUN_ADDRESSING: &str = "LUN_ADDRESSING_";
+
+impl TargetFile {
+    pub(in crate::cli) fn new(target: String, portals: Vec<String>, lun: u32) -> Self {
+        Self { target, portals, lun, lun_addressing: String::new() }
+    }
+
+    /// Has its LUN be addressed so.
+    pub(in crate::cli) fn address(&mut self, addressing: Addressing) {
+        let word = convert::wire_addressing(addressing).as_str_name();
+        self.lun_addressing = plain(word, LUN_ADDRESSING);
+    }
+
+    fn to_wire(&self) -> Result<v1::IscsiTarget, Failure> {
+        let Self { target, portals, lun, lun_addressing } = self.clone();
+        let lun_addressing = match lun_addressing.as_str() {
+            "" => v1::LunAddressing::Unspecified,
+            text => convert::wire_addressing(word("source.iscsi.lun_addressing", text)?),
+        };
+        Ok(v1::IscsiTarget { target, portals, lun, lun_addressing: lun_addressing.into() })
+    }
+
+    fn from_wire(wire: v1::IscsiTarget) -> Self {
+        let lun_addressing = plain(wire.lun_addressing().as_str_name(), LUN_ADDRESSING);
+        let v1::IscsiTarget { target, portals, lun, .. } = wire;
+        Self { target, portals, lun, lun_addressing }
+    }
+
+    /// Its part of a URL.
+    fn url(&self) -> String {
+        let addressing = self.lun_addressing.parse().unwrap_or_default();
+        let lun = Lun::new(self.lun.into(), addressing);
+        let lun = lun.map_or_else(|_| self.lun.to_string(), |lun| lun.to_string());
+        format!("{}/{}/{lun}", self.portals.join(","), self.target)
+    }
+}
+
+impl From<IscsiTarget<Endpoint>> for TargetFile {
+    fn from(of: IscsiTarget<Endpoint>) -> Self {
+        let portals = of.portals.iter().map(ToString::to_string).collect();
+        let mut target = Self::new(of.target.to_string(), portals, of.lun.get().into());
+        target.address(of.lun.addressing());
+        target
+    }
+}
+
+impl SourceFile {
+    /// The LUN that is to be had at `first` and at `more_targets`; without credentials where
+    /// `chap_secret` is empty.
+    pub(super) fn iscsi(
+        first: TargetFile,
+        more_targets: Vec<TargetFile>,
+        chap_secret: String,
+    ) -> Self {
+        Self::of(IscsiFile { chap_secret, ..IscsiFile::of(first, more_targets) })
+    }
+
+    /// The same with a reference to a secret.
+    pub(super) fn with_chap_secret(&self, name: &str) -> Result<Self, Failure> {
+        Ok(Self::of(IscsiFile { chap_secret: name.into(), ..self.fields()? }))
+    }
+
+    pub(super) fn to_wire(&self) -> Result<v1::Source, Failure> {
+        let iscsi = self.fields()?.to_wire()?;
+        Ok(v1::Source { kind: Some(v1::source::Kind::Iscsi(iscsi)) })
+    }
+
+    pub(super) fn from_wire(kind: v1::source::Kind) -> Self {
+        let v1::source::Kind::Iscsi(iscsi) = kind;
+        Self::of(IscsiFile::from_wire(iscsi))
+    }
+
+    pub(super) fn url(&self) -> String {
+        match self {
+            Self::Url(url) => url.clone(),
+            Self::Kind(SourceKind::Iscsi(s)) => {
+                let first = s.first().url();
+                let more = |t: &TargetFile| format!("+{}", t.url());
+                format!("iscsi://{first}") + &s.more_targets.iter().map(more).collect::<String>()
+            }
+        }
+    }
+
+    fn of(fields: IscsiFile) -> Self {
+        Self::Kind(SourceKind::Iscsi(fields))
+    }
+
+    /// The fields, those of a URL read.
+    fn fields(&self) -> Result<IscsiFile, Failure> {
+        let IscsiUrl { first, more } = match self {
+            Self::Kind(SourceKind::Iscsi(fields)) => return Ok(fields.clone()),
+            Self::Url(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
+        };
+        Ok(IscsiFile::of(first.into(), more.into_iter().map(TargetFile::from).collect()))
+    }
+}
+
+impl IscsiFile {
+    fn of(first: TargetFile, more_targets: Vec<TargetFile>) -> Self {
+        let TargetFile { target, portals, lun, lun_addressing } = first;
+        let (chap_secret, chap_in_request) = (String::new(), false);
+        Self { target, portals, lun, lun_addressing, chap_secret, chap_in_request, more_targets }
+    }
+
+    fn first(&self) -> TargetFile {
+        let Self { target, portals, lun, lun_addressing, .. } = self.clone();
+        TargetFile { target, portals, lun, lun_addressing }
+    }
+
+    fn to_wire(&self) -> Result<v1::IscsiSource, Failure> {
+        let v1::IscsiTarget { target, portals, lun, lun_addressing } = self.first().to_wire()?;
+        let more_targets = self.more_targets.iter().map(TargetFile::to_wire);
+        Ok(v1::IscsiSource {
+            target,
+            portals,
+            lun,
+            lun_addressing,
+            chap_secret: self.chap_secret.clone(),
+            chap_in_request: self.chap_in_request,
+            more_targets: more_targets.collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn from_wire(wire: v1::IscsiSource) -> Self {
+        let v1::IscsiSource { target, portals, lun, lun_addressing, .. } = wire;
+        let first = v1::IscsiTarget { target, portals, lun, lun_addressing };
+        let more = wire.more_targets.into_iter().map(TargetFile::from_wire).collect();
+        Self {
+            chap_secret: wire.chap_secret,
+            chap_in_request: wire.chap_in_request,
+            ..Self::of(TargetFile::from_wire(first), more)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for SourceFile {
+    // By hand: serde's untagged enums cannot say what is wrong.
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = SourceFile;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(
+                    "a URL (iscsi://PORTAL[,PORTAL]/IQN/LUN) or iscsi: {target, portals, lun}",
+                )
+            }
+            fn visit_str<E>(self, url: &str) -> Result<SourceFile, E> {
+                Ok(SourceFile::Url(url.into()))
+            }
+            fn visit_map<M: MapAccess<'de>>(self, map: M) -> Result<SourceFile, M::Error> {
+                /// As a struct, for YAML has a tag, not a map, for an enum.
+                #[derive(Deserialize)]
+                #[serde(deny_unknown_fields)]
+                struct Kinds {
+                    iscsi: IscsiFile,
+                }
+                let kinds = Kinds::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(SourceFile::Kind(SourceKind::Iscsi(kinds.iscsi)))
+            }
+        }
+        from.deserialize_any(Either)
+    }
+}

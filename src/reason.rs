@@ -138,6 +138,8 @@ reasons! {
     SecretUnavailable = "SECRET_UNAVAILABLE", Precondition, "Put the secret into secrets_dir, or add the volume again with its credentials.";
     /// The portal knows no such target.
     TargetNotFound = "TARGET_NOT_FOUND", Precondition, "Check the IQN and that the target is exported at this portal.";
+    /// The node has no iface record of that name.
+    IfaceNotFound = "IFACE_NOT_FOUND", Precondition, "Name one that iscsiadm -m iface lists on the node, or make it there.";
     /// The target does not export that LUN to us.
     LunNotFound = "LUN_NOT_FOUND", Precondition, "Map the LUN to this initiator at the array.";
     /// The LUN is not the one that this volume was.

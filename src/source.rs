@@ -1,5 +1,6 @@
 //! Sources as people write them: `iscsi://PORTAL[,PORTAL]/IQN/LUN`, and after a `+` each further target at
-//! which the same LUN is to be had: `iscsi://PORTAL/IQN/LUN+PORTAL/IQN/LUN`.
+//! which the same LUN is to be had: `iscsi://PORTAL/IQN/LUN+PORTAL/IQN/LUN`. The iface record and the
+//! initiator name, where they are not the node's own, come last: `?iface=NAME&initiator=IQN`.
 //!
 //! A further transport is a further scheme here.
 
@@ -7,9 +8,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::spec::{IscsiSource, IscsiTarget, Source};
-use crate::types::Malformed;
+use crate::types::{Iface, Malformed};
 
-const RULE: &str = "iscsi://PORTAL[,PORTAL]/IQN/LUN, e.g. iscsi://10.0.0.1,san-b:3260/iqn.2001-04.com.example:disk/1 (IPv6 in brackets, port 3260 unless given; +PORTAL[,PORTAL]/IQN/LUN for each further target of the same LUN)";
+const RULE: &str = "iscsi://PORTAL[,PORTAL]/IQN/LUN, e.g. iscsi://10.0.0.1,san-b:3260/iqn.2001-04.com.example:disk/1 (IPv6 in brackets, port 3260 unless given; +PORTAL[,PORTAL]/IQN/LUN for each further target of the same LUN; ?iface=NAME&initiator=IQN where they are not the node's own)";
 
 /// At most so many portals of one target: more are a mistake, and each costs a login.
 pub const MAX_PORTALS: usize = 16;
@@ -22,8 +23,9 @@ impl FromStr for Source {
 
     /// Errors of a part name that part (`portal`, `IQN`, `LUN`); anything else is a `source`.
     fn from_str(s: &str) -> Result<Self, Malformed> {
-        let IscsiUrl { first, more } = s.parse()?;
-        source_of(first, more, s).map(Self::Iscsi)
+        let IscsiUrl { first, more, iface } = s.parse()?;
+        let source = source_of(first, more, s)?;
+        Ok(Self::Iscsi(IscsiSource { iface, ..source }))
     }
 }
 
@@ -35,6 +37,8 @@ pub struct IscsiUrl<P> {
     pub first: IscsiTarget<P>,
     /// Further ones.
     pub more: Vec<IscsiTarget<P>>,
+    /// By what they are come to.
+    pub iface: Iface,
 }
 
 impl<P: FromStr<Err = Malformed> + PartialEq> FromStr for IscsiUrl<P> {
@@ -45,7 +49,11 @@ impl<P: FromStr<Err = Malformed> + PartialEq> FromStr for IscsiUrl<P> {
         if !scheme.eq_ignore_ascii_case("iscsi") {
             return Err(malformed());
         }
-        // None of portals, IQN and LUN has a slash or a plus.
+        // No part has a slash, a plus, a question mark or an ampersand.
+        let (rest, query) = match rest.split_once('?') {
+            Some((rest, query)) => (rest, iface_of(query, s)?),
+            None => (rest, Iface::default()),
+        };
         let target = |text: &str| {
             let parts: Vec<&str> = text.split('/').collect();
             let [portals, target, lun] = parts[..] else { return Err(malformed()) };
@@ -54,8 +62,33 @@ impl<P: FromStr<Err = Malformed> + PartialEq> FromStr for IscsiUrl<P> {
         };
         let mut targets = rest.split('+').map(target);
         let first = targets.next().ok_or_else(malformed)??;
-        Ok(Self { first, more: targets.collect::<Result<_, _>>()? })
+        Ok(Self { first, more: targets.collect::<Result<_, _>>()?, iface: query })
     }
+}
+
+/// Reads `iface=NAME&initiator=IQN`, either of them once.
+fn iface_of(query: &str, whole: &str) -> Result<Iface, Malformed> {
+    let mut iface = Iface::default();
+    let mut seen = Vec::new();
+    for part in query.split('&') {
+        let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        match key {
+            "iface" if !seen.contains(&key) => iface.name = value.parse()?,
+            "initiator" if !seen.contains(&key) => iface.initiator = Some(value.parse()?),
+            _ => return Err(Malformed::new("source", whole, RULE)),
+        }
+        seen.push(key);
+    }
+    Ok(iface)
+}
+
+/// What [`iface_of`] reads, with the question mark; nothing for the node's own.
+pub fn query_of(iface: &Iface) -> String {
+    let name = iface.name.unless_default();
+    let name = (!name.is_empty()).then(|| format!("iface={name}"));
+    let initiator = iface.initiator.iter().map(|initiator| format!("initiator={initiator}"));
+    let parts: Vec<String> = name.into_iter().chain(initiator).collect();
+    if parts.is_empty() { String::new() } else { format!("?{}", parts.join("&")) }
 }
 
 /// The source of a LUN that is to be had at `first` and at `more` targets: at most [`MAX_TARGETS`], none
@@ -66,7 +99,14 @@ pub fn source_of(
     whole: &str,
 ) -> Result<IscsiSource, Malformed> {
     let IscsiTarget { target, portals, lun } = first;
-    let source = IscsiSource { target, portals, lun, chap: None, more_targets: more };
+    let source = IscsiSource {
+        target,
+        portals,
+        lun,
+        chap: None,
+        more_targets: more,
+        iface: Iface::default(),
+    };
     let targets = source.targets();
     let keys: std::collections::BTreeSet<String> = targets.iter().map(IscsiTarget::key).collect();
     if keys.len() < targets.len() {
@@ -109,7 +149,7 @@ impl fmt::Display for Source {
                     format!("{}/{}", portals.join(","), t.key())
                 };
                 let parts: Vec<String> = s.targets().iter().map(part).collect();
-                write!(f, "iscsi://{}", parts.join("+"))
+                write!(f, "iscsi://{}{}", parts.join("+"), query_of(&s.iface))
             }
         }
     }
@@ -205,6 +245,29 @@ mod tests {
         assert_eq!(whole.shared_with(&other), None);
     }
 
+    #[test]
+    fn another_initiator_is_asked_for_behind_a_question_mark() {
+        let plain = "iscsi://10.0.0.1:3260/iqn.2001-04.com.example:a/7";
+        let url = format!("{plain}?iface=eth1&initiator=iqn.2001-04.com.example:vm-1");
+        let source = iscsi(&url);
+        assert_eq!(source.iface.name.as_str(), "eth1");
+        assert_eq!(source.iface.initiator.unwrap().as_str(), "iqn.2001-04.com.example:vm-1");
+        let of = |url: &str| url.parse::<Source>().unwrap();
+        // What a target shows to one initiator by a number may be another LUN for the next.
+        assert_eq!(of(&url).shared_with(&of(plain)), None);
+        assert!(of(&format!("{plain}?iface=eth1")).shared_with(&of(plain)).is_some());
+        for (query, what) in [
+            ("", "source"),
+            ("iface=a&iface=b", "source"),
+            ("mtu=9000", "source"),
+            ("iface=../x", "iface"),
+            ("initiator=vm-1", "IQN"),
+        ] {
+            let error = format!("{plain}?{query}").parse::<Source>().unwrap_err();
+            assert_eq!(error.what, what, "{query}");
+        }
+    }
+
     prop_compose! {
         fn sources()(
             v4 in proptest::collection::btree_set((1u32..0xdfff_ffff, 1u16..), 1..8),
@@ -212,6 +275,8 @@ mod tests {
             name in "[a-z0-9][a-z0-9.:-]{0,60}",
             lun in 0u64..=16383,
             more in proptest::collection::btree_set((0u64..=16383, 1u32..0xdfff_ffff), 0..4),
+            iface in proptest::option::of("[a-z0-9][A-Za-z0-9._:-]{0,63}"),
+            initiator in proptest::option::of("[a-z0-9][a-z0-9.:-]{0,60}"),
         ) -> Source {
             let portals = v4.iter().map(|&(ip, port)| {
                 format!("{}:{port}", std::net::Ipv4Addr::from(ip))
@@ -223,6 +288,10 @@ mod tests {
                 target: format!("iqn.2001-04.{name}").parse().unwrap(),
                 lun: lun.try_into().unwrap(),
                 chap: None,
+                iface: Iface {
+                    name: iface.map(|name| name.parse().unwrap()).unwrap_or_default(),
+                    initiator: initiator.map(|i| format!("iqn.2001-04.{i}").parse().unwrap()),
+                },
                 more_targets: more.into_iter().enumerate().map(|(n, (lun, ip))| IscsiTarget {
                     target: format!("iqn.2001-05.com.example:{n}").parse().unwrap(),
                     portals: vec![std::net::Ipv4Addr::from(ip).to_string().parse().unwrap()],

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::reason::Reason;
 use crate::types::{
-    Bus, CacheMode, Chap, DevNum, ErrorPolicy, Iqn, Lun, Malformed, Portal, SecretName, Serial,
-    UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
+    Bus, CacheMode, Chap, DevNum, ErrorPolicy, Iface, Iqn, Lun, Malformed, Portal, SecretName,
+    Serial, UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
 };
 use crate::vm::resolve::Names;
 
@@ -87,6 +87,9 @@ pub struct IscsiSource {
     /// is the same is proven on every path.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub more_targets: Vec<IscsiTarget>,
+    /// By what the node comes to all of them.
+    #[serde(default, skip_serializing_if = "Iface::is_default")]
+    pub iface: Iface,
 }
 
 impl IscsiSource {
@@ -120,8 +123,8 @@ pub enum Source {
 }
 
 impl Source {
-    /// What makes two sources the same volume: for iSCSI the targets, each with its LUN, whatever their
-    /// order and portals.
+    /// What makes two sources the same volume: for iSCSI the targets, each with its LUN, and the initiator's
+    /// name where that is not the node's; whatever their order and portals.
     pub fn key(&self) -> String {
         format!("iscsi://{}", self.keys().join("+"))
     }
@@ -135,7 +138,11 @@ impl Source {
     /// Each way to it, in a fixed order.
     fn keys(&self) -> Vec<String> {
         let Self::Iscsi(source) = self;
-        let mut keys: Vec<String> = source.targets().iter().map(IscsiTarget::key).collect();
+        // A target may show each initiator other LUNs by the same numbers.
+        let whose =
+            source.iface.initiator.as_ref().map_or(String::new(), |i| format!("?initiator={i}"));
+        let key = |target: &IscsiTarget| format!("{}{whose}", target.key());
+        let mut keys: Vec<String> = source.targets().iter().map(key).collect();
         keys.sort();
         keys
     }
@@ -338,6 +345,7 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
             lun: Lun::try_from(name.len() as u64).expect("a LUN"),
             chap: None,
             more_targets: Vec::new(),
+            iface: Iface::default(),
         }),
         serial: name.parse().expect("a serial"),
         bus: Bus::Scsi,

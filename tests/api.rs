@@ -114,6 +114,21 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
             Reason::InvalidSource,
             "volume.source.iscsi.more_targets",
         ),
+        (
+            addition("a", |v| v.source = iscsi(|s| s.iface = "../x".into())),
+            Reason::InvalidOption,
+            "volume.source.iscsi.iface",
+        ),
+        (
+            addition("a", |v| v.source = iscsi(|s| s.iface = "lunplug-1".into())),
+            Reason::InvalidOption,
+            "volume.source.iscsi.iface",
+        ),
+        (
+            addition("a", |v| v.source = iscsi(|s| s.initiator_name = "vm".into())),
+            Reason::InvalidIqn,
+            "volume.source.iscsi.initiator_name",
+        ),
         (addition("a", |v| v.serial = "a b".into()), Reason::InvalidSerial, "volume.serial"),
         (addition("a", |v| v.serial = long.clone()), Reason::InvalidSerial, "volume.serial"),
         // The default, taken from the name, must fit as well.

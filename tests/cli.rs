@@ -230,15 +230,19 @@ async fn volumes_of_others_and_their_credentials_are_read_from_files() {
     let pv = put(
         "pv.yaml",
         "iscsi: {targetPortal: 10.0.0.1, iqn: 'iqn.2001-04.com.example:a', lun: 3, fsType: ext4,
+                 iscsiInterface: eth1, initiatorName: 'iqn.2001-04.com.example:pv',
                  chapAuthSession: true, secretRef: {name: san-1}}",
     );
     server.memory.script(ATTACH);
     let (exit, out, err) =
-        server.run(&format!("addvolume a --volume-name pv -f {pv} -o json")).await;
+        server.run(&format!("addvolume a --volume-name pv -f {pv} --iface iser -o json")).await;
     assert_eq!(exit, 0, "{err}");
     assert!(err.contains("note: iscsi.fsType is passed over"), "{err}");
     let volume: serde_json::Value = serde_json::from_str(&out).unwrap();
-    assert_eq!(volume["spec"]["source"]["iscsi"]["chap_secret"], "san-1");
+    let iscsi = &volume["spec"]["source"]["iscsi"];
+    assert_eq!(iscsi["chap_secret"], "san-1");
+    assert_eq!(iscsi["iface"], "iser", "flags win");
+    assert_eq!(iscsi["initiator_name"], "iqn.2001-04.com.example:pv");
 
     let info = put(
         "info.json",

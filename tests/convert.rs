@@ -21,7 +21,7 @@ prop_compose! {
         wwid in proptest::option::of("naa\\.[0-9a-f]{16}"),
         blocks in proptest::option::of(1..u64::MAX / 512),
         lun in 0..16384u32,
-        (by_name, serial_expected) in any::<(bool, bool)>(),
+        (by_name, serial_expected, iface, initiator) in any::<(bool, bool, bool, bool)>(),
         more in 0..3u32,
     ) -> VolumeSpec {
         let resolved = ("san-1:99".parse().unwrap(), "[fd00::1]:99".parse().unwrap());
@@ -38,6 +38,13 @@ prop_compose! {
         let first = format!("iscsi://10.0.0.1,[fd00::1]:99/iqn.2001-04.com.example:{name}/{lun}");
         let more = (0..more).map(|n| format!("+10.0.0.2/iqn.2001-04.com.example:{name}/{}", lun ^ (n + 1)));
         let url = more.fold(first, |url, more| url + &more);
+        let query = match (iface, initiator) {
+            (false, false) => "",
+            (true, false) => "?iface=iser",
+            (false, true) => "?initiator=iqn.2001-04.com.example:vm",
+            (true, true) => "?iface=iser&initiator=iqn.2001-04.com.example:vm",
+        };
+        let url = url + query;
         VolumeSpec {
             name: name.parse().unwrap(),
             source: url.parse::<Source>().unwrap(),

@@ -18,8 +18,8 @@ use crate::spec::{
     ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec, VolumeSpec,
 };
 use crate::types::{
-    Addressing, Bus, CacheMode, Chap, ErrorPolicy, Lun, Malformed, Portal, Serial, VmId, VolumeKey,
-    VolumeName,
+    Addressing, Bus, CacheMode, Chap, ErrorPolicy, Iface, IfaceName, Lun, Malformed, Portal,
+    Serial, VmId, VolumeKey, VolumeName,
 };
 use crate::vm::facade::{DiscoverWith, Refusal};
 use crate::vm::resolve::Names;
@@ -199,8 +199,22 @@ fn iscsi_source(iscsi: v1::IscsiSource) -> Result<IscsiSource, Refusal> {
     let written = more.iter().map(IscsiTarget::key).collect::<Vec<_>>().join(", ");
     let source = source_of(first, more, &written)
         .map_err(|error| malformed(field("more_targets"), &error))?;
+    let iface = Iface {
+        name: optional(&field("iface"), &iscsi.iface)?.unwrap_or_default(),
+        initiator: optional(&field("initiator_name"), &iscsi.initiator_name)?,
+    };
+    own_name_is_not_taken(&field("iface"), &iface.name)?;
     let chap = secret.or(iscsi.chap_in_request.then_some(ChapFrom::Request));
-    Ok(IscsiSource { chap, ..source })
+    Ok(IscsiSource { chap, iface, ..source })
+}
+
+/// The records that lunplug makes go with their last volume.
+fn own_name_is_not_taken(field: &str, name: &IfaceName) -> Result<(), Refusal> {
+    if !name.is_own() {
+        return Ok(());
+    }
+    let rule = "a record of the node's own: those that begin with lunplug- come and go with volumes; give initiator_name instead";
+    Err(malformed(field, &Malformed::new("iface", name.as_str(), rule)))
 }
 
 fn iscsi_target(

@@ -121,6 +121,13 @@ pub(super) struct Args {
     /// preferred, required or off [default: preferred].
     #[arg(long, value_name = "POLICY")]
     multipath: Option<String>,
+    /// The iface record of the node by which the target is logged in to (iscsiadm -m iface) [default:
+    /// default].
+    #[arg(long, value_name = "NAME")]
+    iface: Option<String>,
+    /// The initiator name that the target is to see [default: that of the iface, or the node's].
+    #[arg(long, value_name = "IQN")]
+    initiator_name: Option<String>,
     /// The secret of lunplugd's secrets_dir that has the session's CHAP credentials.
     #[arg(long, value_name = "NAME", conflicts_with = "chap_file")]
     chap_secret: Option<String>,
@@ -159,6 +166,10 @@ impl Args {
         set(&mut volume.multipath, &self.multipath);
         if let Some(url) = &self.source {
             volume.source = Some(SourceFile::Url(url.clone()));
+        }
+        if self.iface.is_some() || self.initiator_name.is_some() {
+            let given = |flag: &Option<String>| flag.clone().unwrap_or_default();
+            volume.set_iface(&given(&self.iface), &given(&self.initiator_name))?;
         }
         if let Some(size) = &self.size {
             volume.size_bytes = file::size(size).map_err(|e| Failure::malformed("size", &e))?;

@@ -126,6 +126,15 @@ impl VolumeFile {
         Ok(())
     }
 
+    /// Has the source be come to by another iface record, or with another initiator name; what is empty
+    /// stays as it is.
+    pub(super) fn set_iface(&mut self, iface: &str, initiator: &str) -> Result<(), Failure> {
+        if let Some(source) = &self.source {
+            self.source = Some(source.with_iface(iface, initiator)?);
+        }
+        Ok(())
+    }
+
     /// The source as a URL; empty when it is not known.
     pub(super) fn source_url(&self) -> String {
         self.source.as_ref().map(SourceFile::url).unwrap_or_default()

@@ -118,11 +118,6 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Refuses a field that is there.
-    fn refuse(&mut self, name: &str, rule: &str) -> Result<(), String> {
-        self.take(name).map_or(Ok(()), |value| Err(self.wrong(name, value, rule)))
-    }
-
     /// Nothing may be left.
     fn end(self) -> Result<Vec<String>, String> {
         match self.left.iter().find(|(_, value)| !value.is_null()) {
@@ -144,11 +139,7 @@ fn stanza(mut fields: Fields<'_>) -> Result<Foreign, String> {
         Some(value) => fields.number("lun", value)?,
         None => return Err(format!("{}lun is missing", fields.path)),
     };
-    let iface = fields.take("iscsiInterface");
-    if let Some(other) = iface.filter(|v| !matches!(v.as_str(), Some("" | "default"))) {
-        return Err(fields.wrong("iscsiInterface", other, "only the iface default is offered"));
-    }
-    fields.refuse("initiatorName", "the node's own initiator name is used; take it out")?;
+    let (iface, initiator) = (fields.text("iscsiInterface")?, fields.text("initiatorName")?);
     let secret = match fields.take("secretRef") {
         None => String::new(),
         Some(Value::Mapping(map)) => {
@@ -172,6 +163,7 @@ fn stanza(mut fields: Fields<'_>) -> Result<Foreign, String> {
     let secret = if chap { secret } else { String::new() };
     let first = TargetFile::new(target, distinct(portals), lun);
     volume.set_iscsi(first, Vec::new(), secret);
+    volume.set_iface(&iface, &initiator).map_err(|failure| failure.message)?;
     Ok(Foreign { volume, notes: fields.end()? })
 }
 

@@ -15,7 +15,7 @@ use crate::host::lock::{LockError, LockGuard, RunDir};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
 use crate::host::sysfs::{Guard, Guarded, Sysfs};
-use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, Wwid};
+use crate::types::{Chap, DevNum, Iface, IfaceName, Iqn, Nexus, Outcome, Portal, Wwid};
 
 use super::settings::{Settings, ms};
 
@@ -178,9 +178,19 @@ impl IscsiDb for BoundedIscsiDb {
         let call = self.0.remove_corrupt(target, record);
         within(self.1, || format!("removing a record of {target}"), call).await
     }
-    async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()> {
-        let call = self.0.set_chap(target, portal, chap);
-        within(self.1, || format!("writing a record of {target}"), call).await
+    async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()> {
+        let call = self.0.set_chap(nexus, portal, chap);
+        within(self.1, || format!("writing a record of {nexus}"), call).await
+    }
+    async fn put_iface(&self, iface: &Iface) -> io::Result<Outcome> {
+        let doing = || format!("writing iface {}", iface.record());
+        within(self.1, doing, self.0.put_iface(iface)).await
+    }
+    async fn ifaces(&self) -> io::Result<Vec<IfaceName>> {
+        within(self.1, || "listing the ifaces".into(), self.0.ifaces()).await
+    }
+    async fn remove_iface(&self, name: &IfaceName) -> io::Result<bool> {
+        within(self.1, || format!("removing iface {name}"), self.0.remove_iface(name)).await
     }
     async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
         let call = self.0.put_discovery(portal, chap);

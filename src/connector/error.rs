@@ -7,7 +7,7 @@ use crate::host::lock::LockError;
 use crate::host::multipathd::MultipathdError;
 use crate::host::place::is_place_error;
 use crate::reason::Reason;
-use crate::types::{DevNum, Lun, Portal, Wwid};
+use crate::types::{DevNum, IfaceName, Lun, Portal, Wwid};
 
 pub use super::identity::IdentityError;
 pub use super::iscsi::LoginError;
@@ -56,6 +56,14 @@ pub enum Error {
         device: String,
         /// More of it.
         hint: &'static str,
+    },
+    /// The node has no such iface record.
+    #[error("the node has no iface record {name}; it has {known}")]
+    NoIface {
+        /// Its name.
+        name: IfaceName,
+        /// Those that there are, the built-in ones among them.
+        known: String,
     },
     /// There is nothing that could be expanded.
     #[error("nothing is attached for {owner}")]
@@ -245,6 +253,7 @@ impl Error {
             Self::Identity(e) => e.reason(),
             Self::Size(e) => e.reason(),
             Self::ReadOnly { .. } => Reason::LunReadOnly,
+            Self::NoIface { .. } => Reason::IfaceNotFound,
             Self::NotAttached { .. } => Reason::VolumeNotReady,
             Self::SourceInUse { .. } => Reason::SourceInUse,
             Self::StaleDeviceHeld { .. } => Reason::StaleDeviceHeld,

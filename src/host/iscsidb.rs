@@ -1,15 +1,18 @@
-//! open-iscsi's database of node records, read without its tool.
+//! open-iscsi's database of node and iface records, read without its tool.
 
 mod discovery;
+mod iface;
 mod lock;
 mod real;
+#[cfg(test)]
+mod tests;
 mod text;
 
 use std::io;
 
 use async_trait::async_trait;
 
-use crate::types::{Chap, Iqn, Portal};
+use crate::types::{Chap, Iface, IfaceName, Iqn, Nexus, Outcome, Portal};
 
 pub use real::RealIscsiDb;
 
@@ -36,8 +39,10 @@ pub enum DbLockState {
 }
 
 /// The door to the database's directory (`/etc/iscsi/nodes` on Debian, `/var/lib/iscsi/nodes`
-/// elsewhere). Records are made and removed by iscsiadm; of what is in them only credentials are
-/// written here, for iscsiadm takes them by its arguments alone, where everybody sees them.
+/// elsewhere). Node records are made and removed by iscsiadm; of what is in them only credentials are
+/// written here, for iscsiadm takes them by its arguments alone, where everybody sees them. Iface records,
+/// which people write by hand, are written whole: by iscsiadm they would take two programs, and be the
+/// node's own initiator in between.
 #[async_trait]
 pub trait IscsiDb: Send + Sync {
     /// The records of a target, in the order of their portals.
@@ -47,10 +52,21 @@ pub trait IscsiDb: Send + Sync {
     /// is not corrupt is left: `InvalidInput`.
     async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()>;
 
-    /// Writes credentials into the record of a target at a portal through the iface `default`, whose
-    /// file is its owner's alone from then on. No such record is `NotFound`, a corrupt one
-    /// `InvalidData`, and a database that is locked `WouldBlock`. No error shows a credential.
-    async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()>;
+    /// Writes credentials into the record of a target by an iface at a portal, whose file is its owner's
+    /// alone from then on. No such record is `NotFound`, a corrupt one `InvalidData`, and a database
+    /// that is locked `WouldBlock`. No error shows a credential.
+    async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()>;
+
+    /// Sees to it that there is the record that an iface needs: where it has an initiator name of its own,
+    /// one of ours, made of the node's. `NotFound` when the node has none of that name, `WouldBlock` when the
+    /// database is locked.
+    async fn put_iface(&self, iface: &Iface) -> io::Result<Outcome>;
+
+    /// The iface records of the node, ours among them.
+    async fn ifaces(&self) -> io::Result<Vec<IfaceName>>;
+
+    /// Removes an iface record of ours; `false` when it is none, is gone, or a node record goes by it.
+    async fn remove_iface(&self, name: &IfaceName) -> io::Result<bool>;
 
     /// Writes a discovery record of ours for a portal, with credentials for its list of targets; one of
     /// ours that is there is replaced, another's is `AlreadyExists`. For one discovery that makes no

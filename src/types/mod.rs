@@ -77,10 +77,12 @@ macro_rules! text_type {
 
 mod chap;
 mod endpoint;
+mod iface;
 mod names;
 mod san;
 
 pub use chap::{Chap, Login, SecretName, SecretText};
 pub use endpoint::{Endpoint, HostPort};
+pub use iface::{Iface, IfaceName, Nexus};
 pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};
 pub use san::{Addressing, DevNum, Iqn, Lun, Portal, UnitSerial, Wwid};

@@ -14,6 +14,7 @@ mod faults;
 mod force;
 mod guest;
 mod identity;
+mod ifaces;
 mod journal;
 mod late;
 mod main_job;

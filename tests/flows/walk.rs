@@ -13,7 +13,7 @@ use lunplug::vm::facade::Volumes;
 use proptest::prelude::*;
 use proptest::test_runner::{FileFailurePersistence, RngSeed, TestError, TestRunner};
 
-use crate::world::{Daemon, World, domain, portal, single, target, vm, volume};
+use crate::world::{Daemon, World, domain, initiator, portal, single, target, vm, volume};
 
 /// How many walks, of 40 steps on average each; `LUNPLUG_WALKS` sets it.
 const WALKS: u32 = 64;
@@ -44,14 +44,14 @@ enum Step {
     Guest { vm: u8, clings: bool },
 }
 
-/// The volumes, and whose they are. All are of one target.
+/// The volumes, and whose they are. All are of one target; one has an initiator name of its own.
 fn specs() -> [(u8, VolumeSpec); 6] {
     [
         (1, volume("a", 1)),
         (1, single("b", 2)),
         (1, VolumeSpec { bus: Bus::Virtio, ..volume("c", 3) }),
         (1, VolumeSpec { persist: true, ..volume("d", 4) }),
-        (2, volume("e", 5)),
+        (2, initiator("e", 5, 1)),
         (2, single("f", 6)),
     ]
 }

@@ -113,6 +113,18 @@ pub(crate) fn split(name: &str, lun: u64) -> VolumeSpec {
     VolumeSpec { source: source.parse().unwrap(), ..volume(name, lun) }
 }
 
+/// The same with an initiator name of its own.
+pub(crate) fn initiator(name: &str, lun: u64, number: u8) -> VolumeSpec {
+    let mut spec = volume(name, lun);
+    let Source::Iscsi(source) = &mut spec.source;
+    source.iface.initiator = Some(initiator_name(number));
+    spec
+}
+
+pub(crate) fn initiator_name(number: u8) -> Iqn {
+    format!("iqn.2026-01.org.lunplug:vm-{number}").parse().unwrap()
+}
+
 /// The same by the first portal alone.
 pub(crate) fn single(name: &str, lun: u64) -> VolumeSpec {
     let mut spec = volume(name, lun);

@@ -22,6 +22,7 @@ mod guest;
 mod heal;
 mod hypervisor;
 mod identity;
+mod ifaces;
 mod initiator;
 mod kill;
 mod lifecycle;

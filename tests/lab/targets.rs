@@ -6,13 +6,13 @@ use crate::node::{Lab, Lun, Story, add, guest_disk, guest_has, refused, sh, unti
 use crate::san::{Brisk, Fault, SOON, Writer, living_paths};
 
 /// A second target of the node's, with two portals of its own, until this is dropped.
-struct Second;
+pub struct Second;
 
-const SECOND: &str = "iqn.2026-01.org.lunplug:second";
+pub const SECOND: &str = "iqn.2026-01.org.lunplug:second";
 
 impl Second {
     #[track_caller]
-    fn up() -> Self {
+    pub fn up() -> Self {
         let second = Self;
         sh(&format!("target up --iqn {SECOND} --portals 127.0.0.4,127.0.0.5")).ok();
         second
@@ -20,7 +20,7 @@ impl Second {
 
     /// Exports a LUN of the lab's target too, under another number; the source that has both.
     #[track_caller]
-    fn export(&self, lun: &Lun, number: u16) -> String {
+    pub fn export(&self, lun: &Lun, number: u16) -> String {
         sh(&format!("target lun export {} {number} --iqn {SECOND}", lun.name)).ok();
         both(lun, number)
     }

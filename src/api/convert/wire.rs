@@ -103,6 +103,8 @@ pub fn wire_source(source: &Source) -> v1::Source {
             chap_in_request: s.chap == Some(ChapFrom::Request),
             lun_addressing: wire_addressing(s.lun.addressing()).into(),
             more_targets: s.more_targets.iter().map(wire_target).collect(),
+            iface: s.iface.name.unless_default().into(),
+            initiator_name: s.iface.initiator.as_ref().map(ToString::to_string).unwrap_or_default(),
         }),
     };
     v1::Source { kind: Some(kind) }

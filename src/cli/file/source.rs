@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use super::{plain, word};
 use crate::api::{convert, v1};
 use crate::cli::failure::Failure;
-use crate::source::IscsiUrl;
+use crate::source::{IscsiUrl, query_of};
 use crate::spec::IscsiTarget;
-use crate::types::{Addressing, Endpoint, Lun};
+use crate::types::{Addressing, Endpoint, Iface, Lun};
 
 /// A source: its URL, or the fields of its kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -41,6 +41,10 @@ pub(in crate::cli) struct IscsiFile {
     chap_in_request: bool,
     #[serde(default, alias = "moreTargets", skip_serializing_if = "Vec::is_empty")]
     more_targets: Vec<TargetFile>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    iface: String,
+    #[serde(default, alias = "initiatorName", skip_serializing_if = "String::is_empty")]
+    initiator_name: String,
 }
 
 /// A target at which the LUN is to be had.
@@ -116,6 +120,17 @@ impl SourceFile {
         Ok(Self::of(IscsiFile { chap_secret: name.into(), ..self.fields()? }))
     }
 
+    /// The same by another iface record, or another initiator name; what is empty stays as it is.
+    pub(super) fn with_iface(&self, iface: &str, initiator: &str) -> Result<Self, Failure> {
+        let mut fields = self.fields()?;
+        for (to, from) in [(&mut fields.iface, iface), (&mut fields.initiator_name, initiator)] {
+            if !from.is_empty() {
+                *to = from.into();
+            }
+        }
+        Ok(Self::of(fields))
+    }
+
     pub(super) fn to_wire(&self) -> Result<v1::Source, Failure> {
         let iscsi = self.fields()?.to_wire()?;
         Ok(v1::Source { kind: Some(v1::source::Kind::Iscsi(iscsi)) })
@@ -132,7 +147,8 @@ impl SourceFile {
             Self::Kind(SourceKind::Iscsi(s)) => {
                 let first = s.first().url();
                 let more = |t: &TargetFile| format!("+{}", t.url());
-                format!("iscsi://{first}") + &s.more_targets.iter().map(more).collect::<String>()
+                let more = s.more_targets.iter().map(more).collect::<String>();
+                format!("iscsi://{first}{more}{}", query_of(&s.iface()))
             }
         }
     }
@@ -143,11 +159,14 @@ impl SourceFile {
 
     /// The fields, those of a URL read.
     fn fields(&self) -> Result<IscsiFile, Failure> {
-        let IscsiUrl { first, more } = match self {
+        let IscsiUrl { first, more, iface } = match self {
             Self::Kind(SourceKind::Iscsi(fields)) => return Ok(fields.clone()),
             Self::Url(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
         };
-        Ok(IscsiFile::of(first.into(), more.into_iter().map(TargetFile::from).collect()))
+        let more = more.into_iter().map(TargetFile::from).collect();
+        let initiator_name = iface.initiator.as_ref().map(ToString::to_string).unwrap_or_default();
+        let iface = iface.name.unless_default().to_owned();
+        Ok(IscsiFile { iface, initiator_name, ..IscsiFile::of(first.into(), more) })
     }
 }
 
@@ -155,7 +174,23 @@ impl IscsiFile {
     fn of(first: TargetFile, more_targets: Vec<TargetFile>) -> Self {
         let TargetFile { target, portals, lun, lun_addressing } = first;
         let (chap_secret, chap_in_request) = (String::new(), false);
-        Self { target, portals, lun, lun_addressing, chap_secret, chap_in_request, more_targets }
+        Self {
+            target,
+            portals,
+            lun,
+            lun_addressing,
+            chap_secret,
+            chap_in_request,
+            more_targets,
+            iface: String::new(),
+            initiator_name: String::new(),
+        }
+    }
+
+    /// As far as it can be read; of what came from a daemon that is all.
+    fn iface(&self) -> Iface {
+        let name = self.iface.parse().unwrap_or_default();
+        Iface { name, initiator: self.initiator_name.parse().ok() }
     }
 
     fn first(&self) -> TargetFile {
@@ -174,6 +209,8 @@ impl IscsiFile {
             chap_secret: self.chap_secret.clone(),
             chap_in_request: self.chap_in_request,
             more_targets: more_targets.collect::<Result<_, _>>()?,
+            iface: self.iface.clone(),
+            initiator_name: self.initiator_name.clone(),
         })
     }
 
@@ -184,6 +221,8 @@ impl IscsiFile {
         Self {
             chap_secret: wire.chap_secret,
             chap_in_request: wire.chap_in_request,
+            iface: wire.iface,
+            initiator_name: wire.initiator_name,
             ..Self::of(TargetFile::from_wire(first), more)
         }
     }

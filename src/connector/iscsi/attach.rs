@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::access::Access;
 use super::base::describe;
 use super::gather::Gathered;
 use super::login::Made;
@@ -15,7 +16,7 @@ use crate::connector::scsi::{self, ScsiPath};
 use crate::connector::{AttachRequest, Attachment, Authentication, DetachOptions};
 use crate::host::multipathd::MultipathdError;
 use crate::reason::Reason;
-use crate::spec::{IscsiSource, IscsiTarget, MultipathPolicy};
+use crate::spec::{IscsiSource, MultipathPolicy};
 use crate::step::Step;
 use crate::types::Outcome;
 
@@ -26,14 +27,14 @@ impl Inner {
         request: &AttachRequest,
         source: &IscsiSource,
     ) -> Result<Outcome<Attachment>, Error> {
-        let targets = source.targets();
+        let targets = Access::of(source);
         let _lun = self.lun_lock(&targets).await?;
         self.await_walks(&request.owner).await;
         let before = self.held(&request.owner, &targets).await?;
         if let Some(user) = &before
             && let Some(found) = self.still_right(user, &request.expect).await?
         {
-            self.heal(request, targets, &found).await;
+            self.heal(request, source, &found).await;
             return Ok(Outcome::Already(found));
         }
         if let Some((target, lun)) = self.other_lun(&request.owner, &targets).await? {
@@ -43,7 +44,7 @@ impl Inner {
         }
         // What a guest may have in use is not undone because looking at it again failed.
         let in_use = before.as_ref().is_some_and(|u| u.attachment.is_some());
-        let job = self.job(request, targets).await?;
+        let job = self.job(request, source, targets).await?;
         match self.build(&job).await {
             Ok(attachment) => Ok(Outcome::Done(attachment)),
             Err(cause) if in_use => Err(cause),
@@ -78,7 +79,8 @@ impl Inner {
     pub(super) async fn job(
         &self,
         request: &AttachRequest,
-        targets: Vec<IscsiTarget>,
+        source: &IscsiSource,
+        targets: Vec<Access>,
     ) -> Result<Job, Error> {
         let chap = match &request.authentication {
             Authentication::None => None,
@@ -113,6 +115,7 @@ impl Inner {
             shareable: request.shareable,
             read_only: request.read_only,
             chap,
+            iface: source.iface.clone(),
             multipath,
             called_off: Arc::default(),
         })
@@ -132,7 +135,7 @@ impl Inner {
                     None => lease.users.push(intent),
                 }
             };
-            self.leases.update::<Made, _>(part.source.target.as_str(), enter).await?;
+            self.leases.update::<Made, _>(part.source.nexus.as_str(), enter).await?;
         }
         Ok(())
     }
@@ -143,7 +146,7 @@ impl Inner {
         let claim = Claim {
             owner: job.owner.clone(),
             transport: Made::TRANSPORT.into(),
-            target: job.first().target.to_string(),
+            target: job.first().nexus.to_string(),
             shareable: job.shareable,
         };
         // In the lease first, so that a detach finds the claim whatever happens in between.
@@ -289,7 +292,7 @@ impl Inner {
         }
         if !job.multipath {
             for at in job.whole.iter() {
-                match self.settle(&at.target, &at.portals).await {
+                match self.settle(&at.nexus, &at.portals).await {
                     // What was tried and is not needed stays until the volume goes.
                     Err(error) if error.reason() == Reason::IscsidUnavailable => {
                         tracing::warn!(error = &error as &dyn std::error::Error, "not tidied up");
@@ -303,6 +306,6 @@ impl Inner {
 }
 
 /// How many portals there are to a LUN.
-pub(super) fn ways(targets: &[IscsiTarget]) -> usize {
+pub(super) fn ways(targets: &[Access]) -> usize {
     targets.iter().map(|t| t.portals.len()).sum()
 }

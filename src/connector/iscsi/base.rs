@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{oneshot, watch};
 use tracing::Instrument;
 
+use super::access::Access;
 use super::{Inner, Job};
 use crate::connector::Attachment;
 use crate::connector::error::Error;
@@ -17,17 +18,17 @@ use crate::connector::multipath::Map;
 use crate::connector::scsi::ScsiPath;
 use crate::connector::settings::ms;
 use crate::host::lock::LockGuard;
-use crate::spec::{DeviceStatus, IscsiTarget};
-use crate::types::{Iqn, VolumeKey};
+use crate::spec::DeviceStatus;
+use crate::types::{Nexus, VolumeKey};
 
 impl Inner {
     /// One attach or detach at a time for a LUN, at all targets where it is to be had: in the order of
     /// their names, so that two volumes with some of them in common do not wait for each other.
     pub(super) async fn lun_lock(
         &self,
-        targets: &[IscsiTarget],
+        targets: &[Access],
     ) -> Result<Vec<Box<dyn LockGuard>>, Error> {
-        let name = |t: &IscsiTarget| file_name(&format!("{} {}", t.target, t.lun));
+        let name = |t: &Access| file_name(&format!("{} {}", t.nexus.target(), t.lun));
         let names: BTreeSet<String> = targets.iter().map(name).collect();
         let mut locks = Vec::new();
         for name in names {
@@ -37,9 +38,9 @@ impl Inner {
         Ok(locks)
     }
 
-    /// For records and logouts of a target; held shortly.
-    pub(super) async fn target_lock(&self, target: &Iqn) -> Result<Box<dyn LockGuard>, Error> {
-        let name = format!("targets/{}", file_name(target.as_str()));
+    /// For records and logouts of a target, by whatever iface; held shortly.
+    pub(super) async fn target_lock(&self, target: &Nexus) -> Result<Box<dyn LockGuard>, Error> {
+        let name = format!("targets/{}", file_name(target.target().as_str()));
         Ok(self.doors.rundir.lock(&name, ms(self.settings.lock_ms)).await?)
     }
 

@@ -26,7 +26,7 @@ const NOTHING: [&str; 3] = ["", "(null)", "<NULL>"];
 impl Inner {
     /// Writes the job's credentials into records of ours.
     pub(super) async fn set_chap(&self, job: &Job, portals: &[Portal]) -> Result<(), Error> {
-        let (Some(chap), target) = (&job.chap, &job.source.target) else { return Ok(()) };
+        let (Some(chap), target) = (&job.chap, &job.source.nexus) else { return Ok(()) };
         for &portal in portals {
             let doing = || format!("writing the credentials for {target} at {portal}");
             let unlocked = self.iscsiadm(target).unlocked().await;
@@ -54,7 +54,7 @@ impl Inner {
         mut missing: Vec<Portal>,
         need: &[Portal],
     ) -> Result<Vec<Portal>, Error> {
-        let target = &job.source.target;
+        let target = &job.source.nexus;
         let stale = |p: &&Portal| ours.contains(p) && made.chap.contains(p);
         for &portal in need.iter().filter(stale).filter(|_| job.chap.is_none()) {
             if !missing.contains(&portal) {
@@ -72,9 +72,9 @@ impl Inner {
         job: &Job,
         session: &Session,
     ) -> Result<(), Error> {
-        let target = &job.source.target;
+        let target = &job.source.nexus;
         let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
-        if !session.marked || !session.is_plain() {
+        if !session.marked || !session.is_by(target) {
             return Ok(());
         }
         let same = match &job.chap {

@@ -1,6 +1,7 @@
 //! An attached volume whose LUN has grown: its paths measured, its map grown.
 
 use super::Inner;
+use super::access::Access;
 use crate::connector::error::Error;
 use crate::connector::lease::User;
 use crate::connector::mapchange;
@@ -19,7 +20,7 @@ impl Inner {
         source: &IscsiSource,
         expected: Option<u64>,
     ) -> Result<Measured, Error> {
-        let _lun = self.lun_lock(&source.targets()).await?;
+        let _lun = self.lun_lock(&Access::of(source)).await?;
         let (user, attachment) = self.attached_to(owner, source).await?;
         let (map, members) = self.members(&user, &attachment).await?;
         let measure = async {
@@ -45,7 +46,7 @@ impl Inner {
         source: &IscsiSource,
         size: u64,
     ) -> Result<Outcome<Attachment>, Error> {
-        let _lun = self.lun_lock(&source.targets()).await?;
+        let _lun = self.lun_lock(&Access::of(source)).await?;
         let (user, attachment) = self.attached_to(owner, source).await?;
         let (map, members) = self.members(&user, &attachment).await?;
         self.doors
@@ -82,7 +83,7 @@ impl Inner {
             let before = std::mem::replace(&mut attachment.device.size, size);
             Some((attachment.clone(), before != size))
         };
-        let noted = self.change(owner, &source.targets()[0], note).await?.flatten();
+        let noted = self.change(owner, &Access::of(source)[0], note).await?.flatten();
         let Some((attachment, noted)) = noted else { return Err(not_attached(owner)) };
         Ok(if changed || noted { Outcome::Done(attachment) } else { Outcome::Already(attachment) })
     }
@@ -92,7 +93,7 @@ impl Inner {
         owner: &VolumeKey,
         source: &IscsiSource,
     ) -> Result<(User, Attachment), Error> {
-        let user = self.held(owner, &source.targets()).await?;
+        let user = self.held(owner, &Access::of(source)).await?;
         let found = user.and_then(|user| user.attachment.clone().map(|found| (user, found)));
         found.ok_or_else(|| not_attached(owner))
     }

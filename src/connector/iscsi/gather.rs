@@ -25,7 +25,7 @@ use crate::types::{Chap, Portal};
 pub(super) struct Gathered {
     /// The verified paths, at least one; they agree.
     pub(super) paths: Vec<ScsiPath>,
-    /// The targets ([`key`](crate::spec::IscsiTarget::key)) and portals that they go through.
+    /// The targets ([`key`](crate::spec::Access::key)) and portals that they go through.
     pub(super) used: Vec<(String, Portal)>,
     /// One of them was there before, with a map above it.
     pub(super) had_map: bool,
@@ -115,7 +115,7 @@ impl Inner {
         self.finish_walks(multipath, &mut all).await;
         match all.result(parts) {
             Err(Error::NoSession { target, source }) => {
-                let job = parts.iter().find(|job| job.source.target.as_str() == target);
+                let job = parts.iter().find(|job| job.source.nexus.as_str() == target);
                 let source = self.diagnose(job.unwrap_or(&parts[0]), source).await;
                 Err(Error::NoSession { target, source })
             }
@@ -134,7 +134,7 @@ impl Inner {
             other => return other,
         };
         let mutual = job.chap.as_ref().is_some_and(Chap::is_mutual);
-        match (self.iscsiadm(&job.source.target).is_exported(portal).await, error) {
+        match (self.iscsiadm(&job.source.nexus).is_exported(portal).await, error) {
             (Some(false), _) => {
                 let detail = "it answers, but does not list it among its targets".into();
                 LoginError::NotFound { portal, detail }
@@ -153,9 +153,11 @@ impl Inner {
     async fn order(&self, parts: &[Job]) -> Result<Vec<Place>, Error> {
         let mut places = Vec::new();
         for (n, job) in parts.iter().enumerate() {
-            let sessions = session::of_target(&*self.doors.sysfs, &job.source.target).await?;
-            let usable =
-                |p: &Portal| sessions.iter().any(|s| s.up && s.is_plain() && s.portal == *p);
+            let sessions =
+                session::of_target(&*self.doors.sysfs, job.source.nexus.target()).await?;
+            let usable = |p: &Portal| {
+                sessions.iter().any(|s| s.up && s.is_by(&job.source.nexus) && s.portal == *p)
+            };
             places.extend(job.source.portals.iter().map(|p| (!usable(p), (n, *p))));
         }
         places.sort_by_key(|(unusable, _)| *unusable);
@@ -180,7 +182,7 @@ impl Inner {
                 Err(error) if parts.len() == 1 => return Err(error),
                 // One target's trouble keeps none of the others.
                 Err(error) => {
-                    let target = &parts[n].source.target;
+                    let target = &parts[n].source.nexus;
                     tracing::warn!(%target, error = &error as &dyn std::error::Error, "no login");
                     all.missing.get_or_insert(error);
                     failed.push(n);
@@ -188,7 +190,7 @@ impl Inner {
             }
         }
         for place in places.into_iter().filter(|(n, _)| !failed.contains(n)) {
-            let (inner, target) = (self.clone(), parts[place.0].source.target.clone());
+            let (inner, target) = (self.clone(), parts[place.0].source.nexus.clone());
             let progress = all.progress.get(&place).cloned();
             all.waiting.push(place);
             let wait =
@@ -295,7 +297,7 @@ impl Gathering {
             let portal = parts[0].source.portals[0];
             let worst = self.refused.into_iter().max_by_key(|(_, error)| error.weight());
             let (part, source) = worst.unwrap_or((0, LoginError::TimedOut { portal }));
-            return Err(Error::NoSession { target: parts[part].source.target.to_string(), source });
+            return Err(Error::NoSession { target: parts[part].source.nexus.to_string(), source });
         }
         let had_map = self.proven.iter().any(|(_, p)| p.had_map);
         let used = |((part, portal), _): &(Place, Proven)| (parts[*part].source.key(), *portal);
@@ -326,6 +328,7 @@ fn is_local(error: &Error) -> bool {
         | Error::Identity(_)
         | Error::Size(_)
         | Error::ReadOnly { .. }
+        | Error::NoIface { .. }
         | Error::NotAttached { .. }
         | Error::SourceInUse { .. }
         | Error::StaleDeviceHeld { .. }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tracing::Instrument;
 
+use super::access::Access;
 use super::attach::ways;
 use super::base::agree;
 use super::gather::Late;
@@ -15,7 +16,7 @@ use crate::connector::error::Error;
 use crate::connector::lease::{Lease, PathLease, User};
 use crate::connector::scsi::ScsiPath;
 use crate::connector::{AttachRequest, Attachment, DetachOptions, Expect, multipath, scsi};
-use crate::spec::IscsiTarget;
+use crate::spec::IscsiSource;
 use crate::types::Portal;
 
 impl Inner {
@@ -24,17 +25,18 @@ impl Inner {
     pub(super) async fn heal(
         self: &Arc<Self>,
         request: &AttachRequest,
-        targets: Vec<IscsiTarget>,
+        source: &IscsiSource,
         found: &Attachment,
     ) {
+        let targets = Access::of(source);
         if found.device.map.is_none() || found.paths.len() >= ways(&targets) {
             return;
         }
         let begun = async {
-            for job in self.job(request, targets).await?.parts() {
+            for job in self.job(request, source, targets).await?.parts() {
                 // One target's trouble keeps none of the others.
                 if let Err(error) = self.heal_at(&job, found).await {
-                    let (target, error) = (&job.source.target, &error as &dyn std::error::Error);
+                    let (target, error) = (&job.source.nexus, &error as &dyn std::error::Error);
                     tracing::warn!(%target, error, "missing paths could not be tried again");
                 }
             }
@@ -59,7 +61,8 @@ impl Inner {
 
     /// The portals by which there is no path.
     async fn missing(&self, job: &Job, found: &Attachment) -> Result<Vec<Portal>, Error> {
-        let sessions = super::session::of_target(&*self.doors.sysfs, &job.source.target).await?;
+        let sessions =
+            super::session::of_target(&*self.doors.sysfs, job.source.nexus.target()).await?;
         let lun = job.source.lun.scsi();
         let has = |p: &Portal| {
             sessions.iter().filter(|s| s.portal == *p).any(|s| {
@@ -83,7 +86,7 @@ impl Inner {
             };
             let span = tracing::info_span!("late", %portal, owner = %job.owner);
             let late = async move {
-                let waited = inner.await_session(&job.source.target, portal, progress).await;
+                let waited = inner.await_session(&job.source.nexus, portal, progress).await;
                 let Ok(session) = waited else { return };
                 if let Err(error) = inner.late_path(&job, portal, &session).await {
                     let error = &error as &dyn std::error::Error;
@@ -139,7 +142,7 @@ impl Inner {
             Some(_) => {
                 self.drop_path(job, proven.path.hctl).await?;
                 drop(lun);
-                self.settle(&job.source.target, &[portal]).await.map(drop)
+                self.settle(&job.source.nexus, &[portal]).await.map(drop)
             }
             None => {
                 drop(lun);
@@ -183,7 +186,7 @@ impl Inner {
         let hctl = session.hctl(job.source.lun.scsi());
         {
             let _lun = self.lun_lock(&job.whole).await?;
-            let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+            let lease: Lease<Made> = self.leases.load(job.source.nexus.as_str()).await?;
             for user in lease.users.iter().filter(|u| u.lun == job.source.lun) {
                 let used = user.paths.iter().any(|p| p.hctl == hctl && p.seen.is_some());
                 // A later attach of the same LUN sees to it itself.
@@ -194,12 +197,12 @@ impl Inner {
             let dir = session.device_dir(hctl);
             self.remove_path(job, &PathLease { hctl, dir, made: true, seen: None }).await?;
         }
-        self.settle(&job.source.target, &[session.portal]).await.map(drop)
+        self.settle(&job.source.nexus, &[session.portal]).await.map(drop)
     }
 
     /// Removes one path from the host and from the owner's lease.
     async fn drop_path(&self, job: &Job, hctl: scsi::Hctl) -> Result<(), Error> {
-        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+        let lease: Lease<Made> = self.leases.load(job.source.nexus.as_str()).await?;
         let user = lease.user(&job.owner, job.source.lun);
         let path = user.and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
         if let Some(path) = path.filter(|p| p.made) {

@@ -24,7 +24,7 @@ use crate::host::cmd::{CmdError, Output};
 use crate::host::iscsidb::Record;
 use crate::host::place::is_place_error;
 use crate::step::Step;
-use crate::types::{Iqn, Portal};
+use crate::types::{Nexus, Portal};
 
 /// What we made of a target: intent first, so a session may be here that is not in sysfs yet.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,9 +49,9 @@ impl Made {
     }
 
     /// Whether that session is ours.
-    pub(crate) fn has(&self, session: &Session) -> bool {
+    pub(crate) fn has(&self, nexus: &Nexus, session: &Session) -> bool {
         let known = self.sessions.get(&session.portal);
-        session.is_plain() && known.is_some_and(|sid| sid.is_none_or(|sid| sid == session.sid))
+        session.is_by(nexus) && known.is_some_and(|sid| sid.is_none_or(|sid| sid == session.sid))
     }
 }
 
@@ -76,21 +76,21 @@ const LATE_LOGIN: Duration = Duration::from_secs(600);
 /// The logins that go on in this process.
 #[derive(Default)]
 pub(crate) struct Logins {
-    under_way: Mutex<HashMap<(Iqn, Portal), Progress>>,
+    under_way: Mutex<HashMap<(Nexus, Portal), Progress>>,
     /// Where a late session is watched for.
-    watched: Mutex<HashSet<(Iqn, Portal)>>,
+    watched: Mutex<HashSet<(Nexus, Portal)>>,
 }
 
 impl Logins {
-    fn lock(&self) -> MutexGuard<'_, HashMap<(Iqn, Portal), Progress>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(Nexus, Portal), Progress>> {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn watched(&self) -> MutexGuard<'_, HashSet<(Iqn, Portal)>> {
+    fn watched(&self) -> MutexGuard<'_, HashSet<(Nexus, Portal)>> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn get(&self, target: &Iqn, portal: Portal) -> Option<Progress> {
+    pub(super) fn get(&self, target: &Nexus, portal: Portal) -> Option<Progress> {
         self.lock().get(&(target.clone(), portal)).cloned()
     }
 }
@@ -114,13 +114,13 @@ impl Inner {
         job: &Job,
         portals: &[Portal],
     ) -> Result<HashMap<Portal, Progress>, Error> {
-        let target = &job.source.target;
+        let target = &job.source.nexus;
         let _lock = self.target_lock(target).await?;
-        let sessions = session::of_target(&*self.doors.sysfs, target).await?;
+        let sessions = session::of_target(&*self.doors.sysfs, target.target()).await?;
         let mut progress = HashMap::new();
         let mut need = Vec::new();
         for &portal in portals {
-            if sessions.iter().any(|s| s.portal == portal && s.is_plain()) {
+            if sessions.iter().any(|s| s.portal == portal && s.is_by(target)) {
                 continue;
             }
             match self.logins.get(target, portal) {
@@ -151,14 +151,16 @@ impl Inner {
 
     /// Has a record of the right kind at each of `need`.
     async fn records(&self, job: &Job, need: &[Portal]) -> Result<Records, Error> {
-        let (target, multipath) = (&job.source.target, job.multipath);
-        let found = self.doors.iscsidb.records(target).await;
+        let (target, multipath) = (&job.source.nexus, job.multipath);
+        let iface = target.iface().as_str();
+        self.put_iface(job).await?;
+        let found = self.doors.iscsidb.records(target.target()).await;
         let found = found.map_err(Error::io(format!("reading the records of {target}")))?;
         let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
         let mut ours = lease.made.records.clone();
         let mut missing = Vec::new();
         for &portal in need {
-            match found.iter().find(|r| r.portal == portal && r.iface == "default") {
+            match found.iter().find(|r| r.portal == portal && r.iface == iface) {
                 Some(record) if record.corrupt => {
                     self.remove_corrupt(target, record).await?;
                     missing.push(portal);
@@ -186,7 +188,7 @@ impl Inner {
         for portal in &missing {
             self.iscsiadm(target).new_record(*portal).await?;
         }
-        let is_ours = |r: &Record| r.iface == "default" && ours.contains(&r.portal);
+        let is_ours = |r: &Record| r.iface == iface && ours.contains(&r.portal);
         let all_ours = found.iter().all(is_ours) && need.iter().all(|p| ours.contains(p));
         let alone = all_ours && found.iter().all(|r| need.contains(&r.portal));
         if alone {
@@ -203,12 +205,16 @@ impl Inner {
         Ok(Records { alone, given })
     }
 
-    pub(super) async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> Result<(), Error> {
+    pub(super) async fn remove_corrupt(
+        &self,
+        target: &Nexus,
+        record: &Record,
+    ) -> Result<(), Error> {
         tracing::warn!(%target, portal = %record.portal, "removing a damaged node record");
         let doing = || format!("removing a damaged record of {target}");
         let unlocked = self.iscsiadm(target).unlocked().await;
         unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
-        let removed = self.doors.iscsidb.remove_corrupt(target, record).await;
+        let removed = self.doors.iscsidb.remove_corrupt(target.target(), record).await;
         removed.map_err(|source| match source.kind() {
             // Locked again, in this very moment.
             io::ErrorKind::WouldBlock => Error::Io { doing: doing(), source },
@@ -221,14 +227,14 @@ impl Inner {
         })
     }
 
-    pub(super) fn iscsiadm<'a>(&'a self, target: &'a Iqn) -> Iscsiadm<'a> {
+    pub(super) fn iscsiadm<'a>(&'a self, target: &'a Nexus) -> Iscsiadm<'a> {
         Iscsiadm { doors: &self.doors, settings: &self.settings, target }
     }
 
     /// Starts the login of a group of portals, by one call.
     fn start(
         self: &Arc<Self>,
-        target: &Iqn,
+        target: &Nexus,
         group: Vec<Portal>,
         alone: bool,
         given: HashMap<Portal, String>,
@@ -261,7 +267,7 @@ impl Inner {
 
     /// iscsid carries out what it was asked for also when iscsiadm has been ended meanwhile (it was
     /// stopped, or is started anew with the request in its socket): a session that nobody waits for.
-    fn watch_login(self: &Arc<Self>, target: &Iqn, portal: Portal) {
+    fn watch_login(self: &Arc<Self>, target: &Nexus, portal: Portal) {
         let place = (target.clone(), portal);
         if !self.logins.watched().insert(place.clone()) {
             return;
@@ -282,7 +288,7 @@ impl Inner {
     /// Logs in; returns the portals at which nobody has heard how it ended.
     async fn login_group(
         &self,
-        target: &Iqn,
+        target: &Nexus,
         reports: HashMap<Portal, Report>,
         alone: bool,
         given: &HashMap<Portal, String>,
@@ -328,21 +334,22 @@ impl Inner {
         unheard
     }
 
-    async fn login(&self, target: &Iqn, portal: Option<Portal>) -> Result<Output, CmdError> {
+    async fn login(&self, target: &Nexus, portal: Option<Portal>) -> Result<Output, CmdError> {
         let iscsiadm = self.iscsiadm(target);
         self.doors.tracker.run(Step::Login, iscsiadm.login(portal)).await
     }
 
     /// The number of the session at `portal`.
-    async fn sid(&self, target: &Iqn, portal: Portal) -> Option<u32> {
-        let sessions = session::of_target(&*self.doors.sysfs, target).await.unwrap_or_default();
-        sessions.iter().find(|s| s.portal == portal && s.is_plain()).map(|s| s.sid)
+    async fn sid(&self, target: &Nexus, portal: Portal) -> Option<u32> {
+        let sessions =
+            session::of_target(&*self.doors.sysfs, target.target()).await.unwrap_or_default();
+        sessions.iter().find(|s| s.portal == portal && s.is_by(target)).map(|s| s.sid)
     }
 
     /// Writes down whose the session is, then tells whoever waits.
     async fn finish(
         &self,
-        target: &Iqn,
+        target: &Nexus,
         portal: Portal,
         report: Report,
         result: Result<LoggedIn, LoginError>,
@@ -384,7 +391,7 @@ impl Inner {
     /// Waits for a usable session at `portal`.
     pub(super) async fn await_session(
         &self,
-        target: &Iqn,
+        target: &Nexus,
         portal: Portal,
         mut progress: Option<Progress>,
     ) -> Result<Session, LoginError> {
@@ -394,13 +401,13 @@ impl Inner {
         loop {
             // Read before the look: a login that ended well has its session by then.
             let ended = progress.as_ref().and_then(|p| p.borrow().clone());
-            let sessions = session::of_target(&*self.doors.sysfs, target).await;
+            let sessions = session::of_target(&*self.doors.sysfs, target.target()).await;
             let sessions = sessions.map_err(|e| LoginError::Tool {
                 portal,
                 detail: crate::connector::error::chain(&e),
                 missing: false,
             })?;
-            let mut here = sessions.into_iter().filter(|s| s.portal == portal && s.is_plain());
+            let mut here = sessions.into_iter().filter(|s| s.portal == portal && s.is_by(target));
             if let Some(session) = here.find(|s| s.up) {
                 return Ok(session);
             }
@@ -421,7 +428,7 @@ impl Inner {
     }
 }
 
-pub(super) fn login_lock(target: &Iqn, portal: Portal) -> String {
+pub(super) fn login_lock(target: &Nexus, portal: Portal) -> String {
     format!("logins/{}", file_name(&format!("{target} {portal}")))
 }
 

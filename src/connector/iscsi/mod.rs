@@ -17,6 +17,7 @@
 //! The LUN's locks are taken at all targets, in the order of their names; a detach takes the device
 //! away first, then leaves one target after the other, the first of them last.
 
+mod access;
 mod attach;
 mod base;
 mod chap;
@@ -25,6 +26,7 @@ mod discover;
 mod expand;
 mod gather;
 mod held;
+mod ifaces;
 mod late;
 mod login;
 mod observe;
@@ -46,6 +48,7 @@ use async_trait::async_trait;
 use tokio::sync::{broadcast, watch};
 use tracing::Instrument;
 
+use access::Access;
 pub use verdict::LoginError;
 
 use super::bounded::bounded;
@@ -59,9 +62,9 @@ use super::{
     Health, Measured, health,
 };
 use crate::host::storage::StorageDoors;
-use crate::spec::{IscsiTarget, MultipathPolicy, Source};
+use crate::spec::{MultipathPolicy, Source};
 use crate::step::Step;
-use crate::types::{Chap, Iqn, Outcome, Portal, VolumeKey, Wwid};
+use crate::types::{Chap, Iface, Nexus, Outcome, Portal, VolumeKey, Wwid};
 use login::Logins;
 pub(super) use login::Made;
 
@@ -88,14 +91,16 @@ struct Inner {
 #[derive(Debug, Clone)]
 struct Job {
     owner: VolumeKey,
-    source: IscsiTarget,
+    source: Access,
     /// All targets, this one among them.
-    whole: Arc<[IscsiTarget]>,
+    whole: Arc<[Access]>,
     expect: Expect,
     policy: MultipathPolicy,
     shareable: bool,
     read_only: bool,
     chap: Option<Chap>,
+    /// What makes the sessions' iface record.
+    iface: Iface,
     /// All portals, for a map; otherwise the first that answers.
     multipath: bool,
     /// It is wanted no more: no scan is to begin.
@@ -115,7 +120,7 @@ impl Job {
             map: None,
             attachment: None,
             first: (self.source.key() != self.first().key())
-                .then(|| self.first().target.to_string()),
+                .then(|| self.first().nexus.to_string()),
             step: Some(Step::Lease),
         }
     }
@@ -136,7 +141,7 @@ impl IscsiConnector {
     /// start, and harmless at any time.
     pub async fn sweep(&self) -> Result<(), Error> {
         self.inner.sweep_discoveries().await;
-        let mut left: Vec<(Iqn, Vec<Portal>)> = Vec::new();
+        let mut left: Vec<(Nexus, Vec<Portal>)> = Vec::new();
         for lease in self.inner.leases.all::<Made>().await? {
             let Ok(target) = lease.target.parse() else { continue };
             left.push((target, lease.made.portals().into_iter().collect()));
@@ -150,6 +155,7 @@ impl IscsiConnector {
                 tracing::error!(%target, why, "what was left behind could not be swept");
             }
         }
+        self.inner.sweep_ifaces().await;
         Ok(())
     }
 
@@ -184,7 +190,7 @@ impl Connector for IscsiConnector {
         let span =
             tracing::info_span!("detach", %owner, target = %source.target, lun = %source.lun);
         async {
-            let targets = source.targets();
+            let targets = Access::of(source);
             let _lun = self.inner.lun_lock(&targets).await?;
             self.inner.await_walks(owner).await;
             self.inner.release(owner, &targets, options).await
@@ -204,19 +210,19 @@ impl Connector for IscsiConnector {
         source: &Source,
     ) -> Result<Option<Attachment>, Error> {
         let Source::Iscsi(source) = source;
-        match self.inner.held(owner, &source.targets()).await? {
+        match self.inner.held(owner, &Access::of(source)).await? {
             Some(user) => self.inner.observe(&user).await,
             None => Ok(None),
         }
     }
 
     async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>> {
-        let mut leases: HashMap<Iqn, Lease<Made>> = HashMap::new();
+        let mut leases: HashMap<Nexus, Lease<Made>> = HashMap::new();
         let mut checked = None;
         let mut found = Vec::with_capacity(volumes.len());
         for (owner, source) in volumes {
             let Source::Iscsi(source) = source;
-            let user = match self.inner.held_now(owner, &source.targets(), &mut leases).await {
+            let user = match self.inner.held_now(owner, &Access::of(source), &mut leases).await {
                 Ok(user) => user,
                 Err(error) => {
                     found.push(Err(error));

@@ -15,7 +15,7 @@ use crate::host::cmd::{CmdError, Output, Tool};
 use crate::host::iscsidb::DbLockState;
 use crate::host::place::is_place_error;
 use crate::host::storage::StorageDoors;
-use crate::types::{Iqn, Portal};
+use crate::types::{IfaceName, Nexus, Portal};
 
 /// Two timeouts that mean nothing to anybody else tell our records from foreign ones across boots,
 /// where no lease knows of them any more: seconds of `tgt_reset_timeout`, `host_reset_timeout`.
@@ -58,7 +58,7 @@ pub(crate) struct Iscsiadm<'a> {
     /// Its deadlines.
     pub(crate) settings: &'a Settings,
     /// The target.
-    pub(crate) target: &'a Iqn,
+    pub(crate) target: &'a Nexus,
 }
 
 impl Iscsiadm<'_> {
@@ -117,11 +117,16 @@ impl Iscsiadm<'_> {
     /// Whether the portal lists the target; `None` where it cannot be asked. Nothing is recorded.
     pub(crate) async fn is_exported(&self, portal: Portal) -> Option<bool> {
         let at = portal.to_string();
-        let args = ["-m", "discovery", "-t", "st", "-p", at.as_str(), "-o", "nonpersistent"];
+        let mut args =
+            vec!["-m", "discovery", "-t", "st", "-p", at.as_str(), "-o", "nonpersistent"];
+        if *self.target.iface() != IfaceName::default() {
+            // Another initiator may be shown other targets.
+            args.extend(["-I", self.target.iface().as_str()]);
+        }
         let out = self.doors.commands.run(Tool::Iscsiadm, &args, DISCOVERY).await.ok()?;
         // `10.0.0.1:3260,1 iqn.2026-01.example:a`, a line for each target and portal.
         let name = |line: &str| line.rsplit(' ').next().map(str::to_ascii_lowercase);
-        let listed = |line: &str| name(line).as_deref() == Some(self.target.as_str());
+        let listed = |line: &str| name(line).as_deref() == Some(self.target.target().as_str());
         (out.code == Some(0)).then(|| out.stdout.lines().any(listed))
     }
 
@@ -141,10 +146,10 @@ impl Iscsiadm<'_> {
             self.unlocked().await?;
         }
         let at = portal.map(|p| p.to_string());
-        let mut all = vec!["-m", "node", "-T", self.target.as_str()];
+        let mut all = vec!["-m", "node", "-T", self.target.target().as_str()];
         if let Some(at) = &at {
             // The iface is named, so that a foreign record through another one stays untouched.
-            all.extend(["-p", at.as_str(), "-I", "default"]);
+            all.extend(["-p", at.as_str(), "-I", self.target.iface().as_str()]);
         }
         all.extend(args);
         self.doors.commands.run(Tool::Iscsiadm, &all, deadline).await

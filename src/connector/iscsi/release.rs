@@ -1,12 +1,12 @@
 //! The way back: device, lease, sessions, records. Also the undoing of a failed attach.
 
 use super::Inner;
+use super::access::Access;
 use super::login::Made;
 use crate::connector::DetachOptions;
 use crate::connector::error::Error;
 use crate::connector::lease::{Claim, Lease, Made as _, User};
 use crate::host::place::is_place_error;
-use crate::spec::IscsiTarget;
 use crate::step::Step;
 use crate::types::{Outcome, Portal, VolumeKey};
 
@@ -15,7 +15,7 @@ impl Inner {
     pub(super) async fn release(
         &self,
         owner: &VolumeKey,
-        targets: &[IscsiTarget],
+        targets: &[Access],
         options: DetachOptions<'_>,
     ) -> Result<Outcome, Error> {
         let user = self.held(owner, targets).await?;
@@ -28,7 +28,7 @@ impl Inner {
             // The first one knows the whole, so it is left last.
             for at in targets.iter().rev() {
                 let leave = |lease: &mut Lease<Made>| lease.remove_user(owner, at.lun);
-                let leave = self.leases.update::<Made, _>(at.target.as_str(), leave);
+                let leave = self.leases.update::<Made, _>(at.nexus.as_str(), leave);
                 tracker.run(Step::Unlease, leave).await?;
             }
         }
@@ -52,13 +52,13 @@ impl Inner {
     async fn let_go(
         &self,
         user: &User,
-        targets: &[IscsiTarget],
+        targets: &[Access],
         options: DetachOptions<'_>,
     ) -> Result<(), Error> {
         let owner = &user.owner;
         let (mut alone, mut spare, mut shared) = (Vec::new(), Vec::new(), false);
         for at in targets {
-            let lease: Lease<Made> = self.leases.load(at.target.as_str()).await?;
+            let lease: Lease<Made> = self.leases.load(at.nexus.as_str()).await?;
             let mine = lease.user(owner, at.lun).cloned();
             if lease.other(owner, at.lun).is_none() {
                 alone.extend(mine);
@@ -103,34 +103,34 @@ impl Inner {
     }
 
     /// Undoes what was made at a target and that nobody wants there any more.
-    async fn leave(&self, at: &IscsiTarget) -> Result<bool, Error> {
-        let lease: Lease<Made> = self.leases.load(at.target.as_str()).await?;
+    async fn leave(&self, at: &Access) -> Result<bool, Error> {
+        let lease: Lease<Made> = self.leases.load(at.nexus.as_str()).await?;
         self.adopt(at, &lease).await?;
-        let lease: Lease<Made> = self.leases.load(at.target.as_str()).await?;
+        let lease: Lease<Made> = self.leases.load(at.nexus.as_str()).await?;
         let mut portals = at.portals.clone();
         portals.extend(lease.made.portals());
         portals.sort();
         portals.dedup();
-        self.settle(&at.target, &portals).await
+        self.settle(&at.nexus, &portals).await
     }
 
     /// Records of ours that a boot outlived its lease are known by their mark.
-    async fn adopt(&self, source: &IscsiTarget, lease: &Lease<Made>) -> Result<(), Error> {
-        let records = match self.doors.iscsidb.records(&source.target).await {
+    async fn adopt(&self, source: &Access, lease: &Lease<Made>) -> Result<(), Error> {
+        let records = match self.doors.iscsidb.records(source.nexus.target()).await {
             // Where there is something to undo, it fails by that.
             Err(e) if is_place_error(&e) => return Ok(()),
             records => records,
         };
         let records =
-            records.map_err(Error::io(format!("reading the records of {}", source.target)))?;
+            records.map_err(Error::io(format!("reading the records of {}", source.nexus)))?;
         for record in records {
             let portal: Portal = record.portal;
-            let unknown = record.iface == "default"
+            let unknown = record.iface == source.nexus.iface().as_str()
                 && !record.corrupt
                 && source.portals.contains(&portal)
                 && !lease.made.records.contains(&portal);
-            if unknown && self.iscsiadm(&source.target).is_marked(portal).await? {
-                let target = source.target.as_str();
+            if unknown && self.iscsiadm(&source.nexus).is_marked(portal).await? {
+                let target = source.nexus.as_str();
                 self.leases.update::<Made, _>(target, |l| l.made.records.insert(portal)).await?;
             }
         }
@@ -139,7 +139,7 @@ impl Inner {
 
     /// Enters a map that multipathd made above our paths into the lease: once it and they are gone, it
     /// alone tells a successor what multipath has yet to forget.
-    async fn note_map(&self, first: &IscsiTarget, user: &mut User) -> Result<(), Error> {
+    async fn note_map(&self, first: &Access, user: &mut User) -> Result<(), Error> {
         if user.map.is_none() {
             user.map = self.map_above(user).await?;
         }

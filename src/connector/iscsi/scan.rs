@@ -87,12 +87,13 @@ impl Inner {
         dir: &str,
     ) -> Result<Option<Proven>, Error> {
         let sysfs = &*self.doors.sysfs;
-        let lease: Lease<Made> = self.leases.load(job.source.target.as_str()).await?;
+        let lease: Lease<Made> = self.leases.load(job.source.nexus.as_str()).await?;
         let others = lease.other(&job.owner, job.source.lun).is_some();
         let mine = lease.user(&job.owner, job.source.lun);
         let known = mine.and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
         // A session of ours scans nothing by itself, so what is under it is ours or left by us.
-        let ours = !others && (known.is_some_and(|p| p.made) || lease.made.has(session));
+        let ours = !others
+            && (known.is_some_and(|p| p.made) || lease.made.has(&job.source.nexus, session));
         let mut leftover = false;
         let before = scsi::raw_wwid(sysfs, dir).await?;
         scsi::rescan(sysfs, dir).await?;
@@ -222,7 +223,7 @@ impl Inner {
     /// Has the kernel look at that address, and waits for the disk there.
     async fn find(&self, job: &Job, hctl: Hctl, dir: &str) -> Result<Disk, Error> {
         let sysfs = &*self.doors.sysfs;
-        let target = job.source.target.to_string();
+        let target = job.source.nexus.to_string();
         let lun = job.source.lun;
         self.announce(job, hctl, dir, true, None).await?;
         guestlun::mark(&*self.doors.rundir, hctl).await?;

@@ -4,7 +4,7 @@ use super::records::MARKED_SESSION;
 use crate::connector::error::Error;
 use crate::connector::scsi::Hctl;
 use crate::host::sysfs::Sysfs;
-use crate::types::{Iqn, Portal};
+use crate::types::{Iqn, Nexus, Portal};
 
 /// One session of open-iscsi's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,9 +39,9 @@ impl Session {
         format!("{}/target{host}:{channel}:{target}/{hctl}", self.dir)
     }
 
-    /// Whether it is one that we could have made: through the iface `default`.
-    pub(crate) fn is_plain(&self) -> bool {
-        self.iface == "default"
+    /// Whether it goes by the iface of that nexus, so that we could have made it.
+    pub(crate) fn is_by(&self, nexus: &Nexus) -> bool {
+        self.iface == nexus.iface().as_str()
     }
 }
 
@@ -60,8 +60,8 @@ pub(crate) async fn of_target(sysfs: &dyn Sysfs, target: &Iqn) -> Result<Vec<Ses
     Ok(found)
 }
 
-/// The targets and portals of all sessions that bear our mark.
-pub(crate) async fn marked(sysfs: &dyn Sysfs) -> Result<Vec<(Iqn, Portal)>, Error> {
+/// The targets, by their ifaces, and portals of all sessions that bear our mark.
+pub(crate) async fn marked(sysfs: &dyn Sysfs) -> Result<Vec<(Nexus, Portal)>, Error> {
     let class = "class/iscsi_session";
     let names = sysfs.entries(class).await.map_err(Error::io("listing iSCSI sessions"))?;
     let mut found = Vec::new();
@@ -73,7 +73,10 @@ pub(crate) async fn marked(sysfs: &dyn Sysfs) -> Result<Vec<(Iqn, Portal)>, Erro
         };
         let sessions = of_target(sysfs, &target).await?;
         let ours = sessions.iter().filter(|s| format!("session{}", s.sid) == name && s.marked);
-        found.extend(ours.map(|s| (target.clone(), s.portal)));
+        found.extend(ours.filter_map(|s| {
+            let iface = s.iface.parse().ok()?;
+            Some((Nexus::new(target.clone(), iface), s.portal))
+        }));
     }
     Ok(found)
 }

@@ -13,7 +13,7 @@ use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::host::iscsidb::Record;
 use crate::step::Step;
-use crate::types::{Iqn, Portal};
+use crate::types::{Nexus, Portal};
 
 /// When to ask for a logout again that iscsid could not make: it connects the sessions anew that it
 /// finds at its start.
@@ -21,14 +21,20 @@ const LOGOUT_AGAIN: Duration = Duration::from_secs(1);
 
 impl Inner {
     /// Undoes what we made at those of `portals` that no user of the target wants: logout when
-    /// nothing is left under the session, then the record. Foreign ones stay.
-    pub(super) async fn settle(&self, target: &Iqn, portals: &[Portal]) -> Result<bool, Error> {
+    /// nothing is left under the session, then the record, then the iface record. Foreign ones stay.
+    pub(super) async fn settle(&self, target: &Nexus, portals: &[Portal]) -> Result<bool, Error> {
         let _lock = self.target_lock(target).await?;
+        let changed = self.settle_portals(target, portals).await?;
+        Ok(changed | self.drop_iface(target.iface()).await?)
+    }
+
+    async fn settle_portals(&self, target: &Nexus, portals: &[Portal]) -> Result<bool, Error> {
         let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
-        let sessions = session::of_target(&*self.doors.sysfs, target).await?;
+        let sessions = session::of_target(&*self.doors.sysfs, target.target()).await?;
         let made = lease.made.portals();
         let is_unwanted = |p: &Portal| {
-            let something = made.contains(p) || sessions.iter().any(|s| s.portal == *p);
+            let something =
+                made.contains(p) || sessions.iter().any(|s| s.portal == *p && s.is_by(target));
             something && !lease.wants(&p.to_string())
         };
         let unwanted: Vec<Portal> = portals.iter().copied().filter(is_unwanted).collect();
@@ -50,21 +56,23 @@ impl Inner {
     /// `false` when that is not so, or not all of it went: then each portal is seen to.
     async fn settle_target(
         &self,
-        target: &Iqn,
+        target: &Nexus,
         unwanted: &[Portal],
         made: &Made,
     ) -> Result<bool, Error> {
         let records = self.known_records(target).await?;
+        let by_it = |r: &Record| r.iface == target.iface().as_str();
         let is_ours = |r: &Record| {
-            r.iface == "default" && unwanted.contains(&r.portal) && made.records.contains(&r.portal)
+            by_it(r) && unwanted.contains(&r.portal) && made.records.contains(&r.portal)
         };
         if records.len() < 2 || !records.iter().all(|r| !r.corrupt && is_ours(r)) {
             return Ok(false);
         }
         let sysfs = &*self.doors.sysfs;
-        let sessions = session::of_target(sysfs, target).await?;
+        let sessions = session::of_target(sysfs, target.target()).await?;
         for session in &sessions {
-            let ours = session.up && made.has(session) && unwanted.contains(&session.portal);
+            let ours =
+                session.up && made.has(target, session) && unwanted.contains(&session.portal);
             if !ours || !session::devices(sysfs, session).await?.is_empty() {
                 return Ok(false);
             }
@@ -78,7 +86,7 @@ impl Inner {
         if sessions.len() > 1 {
             self.doors.tracker.run(Step::Logout, self.log_out(target, None, &sessions)).await?;
         }
-        if !session::of_target(sysfs, target).await?.is_empty() {
+        if !session::of_target(sysfs, target.target()).await?.is_empty() {
             return Ok(false);
         }
         let iscsiadm = self.iscsiadm(target);
@@ -97,26 +105,26 @@ impl Inner {
 
     async fn settle_portal(
         &self,
-        target: &Iqn,
+        target: &Nexus,
         portal: Portal,
         made: &Made,
     ) -> Result<bool, Error> {
         let sysfs = &*self.doors.sysfs;
         let at_portal = async || -> Result<Vec<Session>, Error> {
-            let all = session::of_target(sysfs, target).await?;
+            let all = session::of_target(sysfs, target.target()).await?;
             Ok(all.into_iter().filter(|s| s.portal == portal).collect())
         };
         let sessions = at_portal().await?;
-        let plain = sessions.iter().find(|s| s.is_plain());
-        if plain.is_none_or(|s| !s.up) && self.login_goes_on(target, portal).await {
+        let by_it = sessions.iter().find(|s| s.is_by(target));
+        if by_it.is_none_or(|s| !s.up) && self.login_goes_on(target, portal).await {
             return Ok(false); // The login's own end sees to it.
         }
         let mut changed = false;
-        let ours = match plain {
-            Some(session) => made.has(session) || self.is_orphan(target, session).await?,
+        let ours = match by_it {
+            Some(session) => made.has(target, session) || self.is_orphan(target, session).await?,
             None => false,
         };
-        if let Some(session) = plain.filter(|_| ours) {
+        if let Some(session) = by_it.filter(|_| ours) {
             let left = session::devices(sysfs, session).await?;
             if !left.is_empty() {
                 tracing::info!(%target, %portal, device = %left[0], "the session stays: it has devices");
@@ -131,7 +139,7 @@ impl Inner {
                 .update::<Made, _>(target.as_str(), |l| l.made.sessions.remove(&portal))
                 .await?;
         }
-        if made.records.contains(&portal) && at_portal().await?.iter().all(|s| !s.is_plain()) {
+        if made.records.contains(&portal) && at_portal().await?.iter().all(|s| !s.is_by(target)) {
             if let Some(record) = self.record(target, portal).await? {
                 let delete = self.delete_record(target, &record);
                 self.doors.tracker.run(Step::DeleteRecord, delete).await?;
@@ -149,7 +157,7 @@ impl Inner {
 
     /// Whether it is of a login of ours that iscsid carried out after it was given up and undone: it
     /// bears our mark, and has no record. iscsiadm removes no record of a session that is there.
-    async fn is_orphan(&self, target: &Iqn, session: &Session) -> Result<bool, Error> {
+    async fn is_orphan(&self, target: &Nexus, session: &Session) -> Result<bool, Error> {
         if !session.marked {
             return Ok(false);
         }
@@ -157,19 +165,19 @@ impl Inner {
         Ok(!records.iter().any(|r| r.portal == session.portal && r.iface == session.iface))
     }
 
-    async fn known_records(&self, target: &Iqn) -> Result<Vec<Record>, Error> {
-        let found = self.doors.iscsidb.records(target).await;
+    async fn known_records(&self, target: &Nexus) -> Result<Vec<Record>, Error> {
+        let found = self.doors.iscsidb.records(target.target()).await;
         found.map_err(Error::io(format!("reading the records of {target}")))
     }
 
     /// The record that we could have made at a portal.
-    async fn record(&self, target: &Iqn, portal: Portal) -> Result<Option<Record>, Error> {
+    async fn record(&self, target: &Nexus, portal: Portal) -> Result<Option<Record>, Error> {
         let mut all = self.known_records(target).await?.into_iter();
-        Ok(all.find(|r| r.portal == portal && r.iface == "default"))
+        Ok(all.find(|r| r.portal == portal && r.iface == target.iface().as_str()))
     }
 
     /// Removes a record of ours, whatever state it is in.
-    async fn delete_record(&self, target: &Iqn, record: &Record) -> Result<(), Error> {
+    async fn delete_record(&self, target: &Nexus, record: &Record) -> Result<(), Error> {
         match record.corrupt {
             true => self.remove_corrupt(target, record).await,
             false => self.iscsiadm(target).delete_record(Some(record.portal)).await,
@@ -179,7 +187,7 @@ impl Inner {
     /// Logs out at a portal, or of the whole target, and waits until these sessions are gone.
     async fn log_out(
         &self,
-        target: &Iqn,
+        target: &Nexus,
         portal: Option<Portal>,
         sessions: &[Session],
     ) -> Result<(), Error> {
@@ -209,13 +217,13 @@ impl Inner {
         }
     }
 
-    async fn is_logged_in(&self, target: &Iqn, sessions: &[Session]) -> Result<bool, Error> {
-        let all = session::of_target(&*self.doors.sysfs, target).await?;
+    async fn is_logged_in(&self, target: &Nexus, sessions: &[Session]) -> Result<bool, Error> {
+        let all = session::of_target(&*self.doors.sysfs, target.target()).await?;
         Ok(all.iter().any(|s| sessions.iter().any(|gone| gone.sid == s.sid)))
     }
 
     /// Whether a login at that portal goes on, here or in another process.
-    async fn login_goes_on(&self, target: &Iqn, portal: Portal) -> bool {
+    async fn login_goes_on(&self, target: &Nexus, portal: Portal) -> bool {
         if self.logins.get(target, portal).is_some() {
             return true;
         }

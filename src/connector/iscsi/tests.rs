@@ -2,6 +2,7 @@
 
 mod cost;
 mod failing;
+mod ifaces;
 mod luns;
 mod maps;
 mod targets;
@@ -15,7 +16,7 @@ use crate::host::cmd::Tool;
 use crate::host::sim::{Fault, FaultAction, Faults, PortalState, SimLun, SimStorage};
 use crate::reason::Reason;
 use crate::spec::IscsiSource;
-use crate::types::{Lun, Wwid};
+use crate::types::{Iqn, Lun, Wwid};
 
 const GIB: u64 = 1 << 30;
 
@@ -47,7 +48,8 @@ fn owner(volume: &str) -> VolumeKey {
 fn source(n: u64, portals: &[u8]) -> Source {
     let portals = portals.iter().map(|p| portal(*p)).collect();
     let (target, lun) = (target(), lun(n));
-    Source::Iscsi(IscsiSource { target, portals, lun, chap: None, more_targets: Vec::new() })
+    let (more_targets, iface) = (Vec::new(), Iface::default());
+    Source::Iscsi(IscsiSource { target, portals, lun, chap: None, more_targets, iface })
 }
 
 fn request(volume: &str, n: u64, portals: &[u8]) -> AttachRequest {

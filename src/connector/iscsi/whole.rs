@@ -2,22 +2,22 @@
 
 use std::collections::HashMap;
 
+use super::access::Access;
 use super::login::Made;
 use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::lease::{Claim, Lease, Made as _, User};
-use crate::spec::IscsiTarget;
-use crate::types::{Iqn, Lun, VolumeKey, Wwid};
+use crate::types::{Lun, Nexus, VolumeKey, Wwid};
 
 impl Job {
     /// The target whose lease has what is of the whole.
-    pub(super) fn first(&self) -> &IscsiTarget {
+    pub(super) fn first(&self) -> &Access {
         &self.whole[0]
     }
 
     /// The same for each of the volume's targets.
     pub(super) fn parts(&self) -> Vec<Self> {
-        let part = |target: &IscsiTarget| Self { source: target.clone(), ..self.clone() };
+        let part = |target: &Access| Self { source: target.clone(), ..self.clone() };
         self.whole.iter().map(part).collect()
     }
 }
@@ -27,7 +27,7 @@ impl Inner {
     pub(super) async fn held(
         &self,
         owner: &VolumeKey,
-        targets: &[IscsiTarget],
+        targets: &[Access],
     ) -> Result<Option<User>, Error> {
         self.held_now(owner, targets, &mut HashMap::new()).await
     }
@@ -36,41 +36,40 @@ impl Inner {
     pub(super) async fn held_now(
         &self,
         owner: &VolumeKey,
-        targets: &[IscsiTarget],
-        leases: &mut HashMap<Iqn, Lease<Made>>,
+        targets: &[Access],
+        leases: &mut HashMap<Nexus, Lease<Made>>,
     ) -> Result<Option<User>, Error> {
         for at in targets {
-            if !leases.contains_key(&at.target) {
-                let lease = self.leases.load(at.target.as_str()).await?;
-                leases.insert(at.target.clone(), lease);
+            if !leases.contains_key(&at.nexus) {
+                let lease = self.leases.load(at.nexus.as_str()).await?;
+                leases.insert(at.nexus.clone(), lease);
             }
         }
-        Ok(User::joined(targets.iter().filter_map(|at| leases[&at.target].user(owner, at.lun))))
+        Ok(User::joined(targets.iter().filter_map(|at| leases[&at.nexus].user(owner, at.lun))))
     }
 
     /// Changes what the owner has at the first of its targets; `None` where it has nothing there.
     pub(super) async fn change<R>(
         &self,
         owner: &VolumeKey,
-        at: &IscsiTarget,
+        at: &Access,
         change: impl FnOnce(&mut User) -> R + Send,
     ) -> Result<Option<R>, Error> {
         let update = |lease: &mut Lease<Made>| lease.user_mut(owner, at.lun).map(change);
-        self.leases.update::<Made, _>(at.target.as_str(), update).await
+        self.leases.update::<Made, _>(at.nexus.as_str(), update).await
     }
 
     /// A LUN at one of `targets` that the owner has and that is none of theirs.
     pub(super) async fn other_lun(
         &self,
         owner: &VolumeKey,
-        targets: &[IscsiTarget],
+        targets: &[Access],
     ) -> Result<Option<(String, Lun)>, Error> {
         for at in targets {
-            let lease: Lease<Made> = self.leases.load(at.target.as_str()).await?;
-            let known =
-                |u: &&User| !targets.iter().any(|t| t.target == at.target && t.lun == u.lun);
+            let lease: Lease<Made> = self.leases.load(at.nexus.as_str()).await?;
+            let known = |u: &&User| !targets.iter().any(|t| t.nexus == at.nexus && t.lun == u.lun);
             if let Some(other) = lease.users_of(owner).find(known) {
-                return Ok(Some((at.target.to_string(), other.lun)));
+                return Ok(Some((at.nexus.to_string(), other.lun)));
             }
         }
         Ok(None)

@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 
 use super::lock;
 use super::real::{entries, portal};
-use super::text::{OURS, discovery_text};
+use super::text::{OURS, discovery_text, has_mark};
 use crate::types::{Chap, Portal};
 
 const FILE: &str = "st_config";
@@ -27,19 +27,13 @@ fn find(base: &Path) -> io::Result<Vec<Found>> {
     for (name, dir) in entries(base)? {
         let Some(portal) = portal(&name) else { continue };
         let ours = match fs::read(dir.join(FILE)).map(Zeroizing::new) {
-            Ok(text) => is_ours(&text),
+            Ok(text) => has_mark(&text, OURS),
             Err(e) if e.kind() == io::ErrorKind::NotFound => true,
             Err(_) => false,
         };
         found.push(Found { portal, dir, ours });
     }
     Ok(found)
-}
-
-/// It begins with our line, or is cut off in it: whoever wrote it was killed, and there is nothing in it
-/// that anybody could lose.
-fn is_ours(text: &[u8]) -> bool {
-    text.starts_with(OURS.as_bytes()) || OURS.as_bytes().starts_with(text)
 }
 
 /// The portals of those that are ours.

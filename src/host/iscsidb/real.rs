@@ -17,13 +17,14 @@ use nix::libc;
 use zeroize::Zeroizing;
 
 use super::discovery;
+use super::iface;
 use super::lock::{self, Watcher};
 use super::text::with_chap;
 use super::{DbLockState, IscsiDb, Record};
 use crate::doctor::Service;
 use crate::host::place::{Pinned, Place, Places};
 use crate::host::workers::Workers;
-use crate::types::{Chap, Iqn, Portal};
+use crate::types::{Chap, Iface, IfaceName, Iqn, Nexus, Outcome, Portal};
 
 /// A local file system; only one in trouble takes this long.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -53,6 +54,7 @@ enum Whose {
 struct Dirs {
     nodes: Pinned,
     discovery: Pinned,
+    ifaces: Pinned,
     locks: Pinned,
 }
 
@@ -103,6 +105,7 @@ impl Whose {
                 return Ok(Dirs {
                     nodes: Pinned::ours(nodes),
                     discovery: Pinned::ours(base.join("send_targets")),
+                    ifaces: Pinned::ours(base.join("ifaces")),
                     locks: Pinned::ours(locks),
                 });
             }
@@ -126,6 +129,7 @@ impl Whose {
         Ok(Dirs {
             nodes: pin(&format!("{base}/nodes"))?,
             discovery: pin(&format!("{base}/send_targets"))?,
+            ifaces: pin(&format!("{base}/ifaces"))?,
             locks: pin(LOCKS)?,
         })
     }
@@ -196,13 +200,15 @@ fn find(nodes: &Path, target: &Iqn) -> io::Result<Vec<Found>> {
 fn set_chap(
     nodes: &Path,
     locks: &Path,
-    target: &Iqn,
+    nexus: &Nexus,
     portal: Portal,
     chap: &Chap,
 ) -> io::Result<()> {
     let _lock = lock::Held::take(locks)?;
-    let of_it = |f: &Found| f.record.portal == portal && f.record.iface == "default";
-    let found = find(nodes, target)?.into_iter().find(of_it).ok_or(io::ErrorKind::NotFound)?;
+    let iface = nexus.iface().as_str();
+    let of_it = |f: &Found| f.record.portal == portal && f.record.iface == iface;
+    let found =
+        find(nodes, nexus.target())?.into_iter().find(of_it).ok_or(io::ErrorKind::NotFound)?;
     if found.record.corrupt {
         return Err(io::ErrorKind::InvalidData.into());
     }
@@ -254,11 +260,27 @@ impl IscsiDb for RealIscsiDb {
         self.run("nodes", call).await
     }
 
-    async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()> {
-        let (target, chap) = (target.clone(), chap.clone());
-        let call =
-            move |at: &Dirs| set_chap(&at.nodes.path, &at.locks.path, &target, portal, &chap);
+    async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()> {
+        let (nexus, chap) = (nexus.clone(), chap.clone());
+        let call = move |at: &Dirs| set_chap(&at.nodes.path, &at.locks.path, &nexus, portal, &chap);
         self.run("nodes", call).await
+    }
+
+    async fn put_iface(&self, iface: &Iface) -> io::Result<Outcome> {
+        let iface = iface.clone();
+        let call = move |at: &Dirs| iface::put(&at.ifaces.path, &at.locks.path, &iface);
+        self.run("ifaces", call).await
+    }
+
+    async fn ifaces(&self) -> io::Result<Vec<IfaceName>> {
+        self.run("ifaces", |at| iface::all(&at.ifaces.path)).await
+    }
+
+    async fn remove_iface(&self, name: &IfaceName) -> io::Result<bool> {
+        let name = name.clone();
+        let call =
+            move |at: &Dirs| iface::remove(&at.ifaces.path, &at.nodes.path, &at.locks.path, &name);
+        self.run("ifaces", call).await
     }
 
     async fn discoveries(&self) -> io::Result<Vec<Portal>> {
@@ -285,144 +307,5 @@ impl IscsiDb for RealIscsiDb {
             watcher.look(&at.locks.path, Path::new("/proc"))
         };
         self.run("lock", call).await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const IQN: &str = "iqn.2026-01.example.array:t1";
-
-    fn put(dir: &Path, path: &str, text: &str) {
-        let file = dir.join(IQN).join(path);
-        fs::create_dir_all(file.parent().unwrap()).unwrap();
-        fs::write(file, text).unwrap();
-    }
-
-    #[tokio::test]
-    async fn both_layouts_are_read_and_corrupt_records_known() {
-        let dir = tempfile::tempdir().unwrap();
-        let whole = format!("# BEGIN RECORD 2.1.11\nnode.name = {IQN}\n# END RECORD\n");
-        put(dir.path(), "127.0.0.3,3260,1/default", "");
-        put(dir.path(), "127.0.0.3,3260,1/iface0", &whole);
-        put(dir.path(), "127.0.0.2,3260", &whole);
-        put(dir.path(), "fd00::1,3261,-1/default", "node.name = \nnode.tpgt = 1\n");
-        put(dir.path(), "README", "not a record");
-        let locks = tempfile::tempdir().unwrap();
-        let db = RealIscsiDb::new(dir.path()).with_locks(locks.path());
-        let target: Iqn = IQN.parse().unwrap();
-        let records = db.records(&target).await.unwrap();
-        let seen: Vec<String> =
-            records.iter().map(|r| format!("{} {} {}", r.portal, r.iface, r.corrupt)).collect();
-        assert_eq!(
-            seen,
-            [
-                "127.0.0.2:3260 default false",
-                "127.0.0.3:3260 default true",
-                "127.0.0.3:3260 iface0 false",
-                "[fd00::1]:3261 default true"
-            ]
-        );
-        let whole = db.remove_corrupt(&target, &records[0]).await.unwrap_err();
-        assert_eq!(whole.kind(), io::ErrorKind::InvalidInput);
-        // A record that was repaired since it was read is not touched.
-        let lie = Record { corrupt: true, ..records[2].clone() };
-        assert!(db.remove_corrupt(&target, &lie).await.is_err());
-        db.remove_corrupt(&target, &records[1]).await.unwrap();
-        db.remove_corrupt(&target, &records[1]).await.unwrap();
-        db.remove_corrupt(&target, &records[3]).await.unwrap();
-        assert_eq!(db.records(&target).await.unwrap().len(), 2);
-        assert!(!locks.path().join("lock.write").exists(), "the database is unlocked again");
-        assert_eq!(db.look_at_lock().await.unwrap(), DbLockState::Free);
-        fs::write(locks.path().join("lock.write"), "").unwrap();
-        let locked = db.remove_corrupt(&target, &records[0]).await.unwrap_err();
-        assert_eq!(locked.kind(), io::ErrorKind::WouldBlock);
-        assert!(!dir.path().join(IQN).join("fd00::1,3261,-1").exists());
-        assert!(dir.path().join(IQN).join("127.0.0.3,3260,1").exists());
-    }
-
-    #[tokio::test]
-    async fn credentials_take_the_place_of_others_and_the_rest_stays() {
-        let (dir, locks) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let record = format!(
-            "# BEGIN RECORD 2.1.11\nnode.name = {IQN}\nnode.session.auth.authmethod = None\n\
-             node.session.auth.username = site\nnode.session.auth.password_in=old\n\
-             node.session.auth.chap_algs = MD5\nnode.conn[0].port = 3260\n# END RECORD\n"
-        );
-        put(dir.path(), "127.0.0.2,3260,1/default", &record);
-        put(dir.path(), "127.0.0.2,3260,1/iface0", &record);
-        put(dir.path(), "127.0.0.3,3260,1/default", "");
-        let at = |p: &str| dir.path().join(IQN).join(p);
-        fs::set_permissions(at("127.0.0.2,3260,1/default"), fs::Permissions::from_mode(0o644))
-            .unwrap();
-        let db = RealIscsiDb::new(dir.path()).with_locks(locks.path());
-        let target: Iqn = IQN.parse().unwrap();
-        let portal = |n: u8| format!("127.0.0.{n}:3260").parse::<Portal>().unwrap();
-        let secret = |text: &str| crate::types::SecretText::from(text.to_owned());
-        let chap = |back: &str, secret_in: &str| {
-            let (user, back) = ("u = 1".to_owned(), back.to_owned());
-            Chap::new(user, secret("p # w = x"), back, secret(secret_in)).unwrap()
-        };
-        db.set_chap(&target, portal(2), &chap("t", "other")).await.unwrap();
-        let text = fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap();
-        let head = format!(
-            "# BEGIN RECORD 2.1.11\nnode.name = {IQN}\nnode.session.auth.chap_algs = MD5\n\
-             node.conn[0].port = 3260\nnode.session.auth.authmethod = CHAP\n\
-             node.session.auth.username = u = 1\nnode.session.auth.password = p # w = x\n"
-        );
-        let mutual = "node.session.auth.username_in = t\nnode.session.auth.password_in = other\n";
-        assert_eq!(text, format!("{head}{mutual}# END RECORD\n"));
-        let mode = fs::metadata(at("127.0.0.2,3260,1/default")).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        db.set_chap(&target, portal(2), &chap("", "")).await.unwrap();
-        let text = fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap();
-        assert_eq!(text, format!("{head}# END RECORD\n"));
-        assert_eq!(fs::read_to_string(at("127.0.0.2,3260,1/iface0")).unwrap(), record);
-        let kind =
-            async |n| db.set_chap(&target, portal(n), &chap("", "")).await.unwrap_err().kind();
-        assert_eq!(kind(3).await, io::ErrorKind::InvalidData);
-        assert_eq!(kind(4).await, io::ErrorKind::NotFound);
-        fs::write(locks.path().join("lock.write"), "").unwrap();
-        assert_eq!(kind(2).await, io::ErrorKind::WouldBlock);
-    }
-
-    #[tokio::test]
-    async fn no_directory_means_no_records() {
-        let db = RealIscsiDb::new("/nonexistent/nodes");
-        assert!(db.records(&IQN.parse().unwrap()).await.unwrap().is_empty());
-    }
-
-    #[tokio::test]
-    async fn the_records_are_those_of_whoever_serves() {
-        use crate::host::place::fake::{IN_FULL, Proc};
-        let proc = Proc::new();
-        let root = proc.root("image", &["iscsiadm"]);
-        proc.runs(1, "systemd", Path::new("/"), IN_FULL, &[]);
-        proc.runs(50, "iscsid", &root, IN_FULL, &[80]);
-        proc.listens(&[80]);
-        let db = RealIscsiDb::placed(proc.places());
-        let target: Iqn = IQN.parse().unwrap();
-        assert!(db.records(&target).await.unwrap().is_empty());
-        put(&root.join("var/lib/iscsi/nodes"), "127.0.0.2,3260,1/default", "");
-        let records = db.records(&target).await.unwrap();
-        assert_eq!(records.len(), 1);
-        assert_eq!(db.look_at_lock().await.unwrap(), DbLockState::Free);
-        let lock = root.join("run/lock/iscsi/lock.write");
-        fs::create_dir_all(lock.parent().unwrap()).unwrap();
-        fs::write(&lock, "").unwrap();
-        assert_eq!(db.look_at_lock().await.unwrap(), DbLockState::Held(Vec::new()));
-        fs::remove_file(&lock).unwrap();
-        db.remove_corrupt(&target, &records[0]).await.unwrap();
-        assert!(db.records(&target).await.unwrap().is_empty());
-        let secret = crate::types::SecretText::from("secret".to_owned());
-        let chap = Chap::new("u".into(), secret, String::new(), Default::default()).unwrap();
-        db.put_discovery("127.0.0.2:3260".parse().unwrap(), &chap).await.unwrap();
-        assert!(root.join("var/lib/iscsi/send_targets/127.0.0.2,3260/st_config").exists());
-        assert_eq!(db.discoveries().await.unwrap().len(), 1);
-        proc.ends(50);
-        proc.listens(&[]);
-        let gone = db.records(&target).await.unwrap_err();
-        assert!(crate::host::place::is_place_error(&gone), "{gone}");
     }
 }

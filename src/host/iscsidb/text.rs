@@ -38,6 +38,12 @@ pub(super) fn with_chap(record: &str, chap: &Chap) -> Zeroizing<String> {
     text
 }
 
+/// Whether a file of ours begins with its line, or is cut off in it: whoever wrote it was killed, and there
+/// is nothing in it that anybody could lose.
+pub(super) fn has_mark(text: &[u8], line: &str) -> bool {
+    text.starts_with(line.as_bytes()) || line.as_bytes().starts_with(text)
+}
+
 /// The first line of a discovery record of ours: a comment to open-iscsi.
 pub(super) const OURS: &str = "# lunplug: for one discovery\n";
 

@@ -1,8 +1,8 @@
 //! The arrays: targets, portals and LUNs, as they are beyond the network.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::types::{Chap, Lun, Portal, Wwid};
+use crate::types::{Chap, Iqn, Lun, Portal, Wwid};
 
 /// How a portal answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +55,8 @@ pub(super) struct SimTarget {
     /// What an initiator must prove to know, and what the target can prove in its turn; anybody may log
     /// in where there is none.
     pub(super) chap: Option<Chap>,
+    /// Which initiators alone may log in; any where none is named.
+    pub(super) initiators: BTreeSet<Iqn>,
 }
 
 impl SimTarget {

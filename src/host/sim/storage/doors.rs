@@ -10,20 +10,19 @@ use async_trait::async_trait;
 use super::SimStorage;
 use crate::host::block::{Blocks, Exclusive};
 use crate::host::cmd::{CmdError, Commands, Output, Tool};
-use crate::host::iscsidb::{DbLockState, IscsiDb, Record};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::resolver::Resolver;
 use crate::host::secrets::Secrets;
 use crate::host::sysfs::{Guard, Guarded, Sysfs};
 use crate::host::uevent::{UeventStream, Uevents};
-use crate::types::{Chap, DevNum, HostPort, Iqn, Outcome, Portal, SecretName, SecretText, Wwid};
+use crate::types::{DevNum, HostPort, Outcome, SecretName, SecretText, Wwid};
 
 /// How long a write to /sys, a flush or an answer of multipathd may take, as on the real host.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 impl SimStorage {
     /// Lets a call pass its faults; one that hangs ends as on the real host.
-    async fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
+    pub(super) async fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
         tokio::time::timeout(DEADLINE, self.faults().pass(point, detail))
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
@@ -270,105 +269,6 @@ impl Blocks for SimStorage {
             .flatten()
             .cloned()
             .collect())
-    }
-}
-
-#[async_trait]
-impl IscsiDb for SimStorage {
-    async fn records(&self, target: &Iqn) -> io::Result<Vec<Record>> {
-        self.pass("iscsidb.records", target.as_str()).await?;
-        self.iscsid_place()?;
-        let world = self.world();
-        let of_target = world.records.iter().filter(|((t, _, _), _)| t == target);
-        Ok(of_target
-            .map(|((_, portal, iface), record)| Record {
-                portal: *portal,
-                iface: iface.clone(),
-                corrupt: record.corrupt,
-            })
-            .collect())
-    }
-
-    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
-        self.pass("iscsidb.remove", target.as_str()).await?;
-        self.iscsid_place()?;
-        let key = (target.clone(), record.portal, record.iface.clone());
-        let mut world = self.world();
-        if world.db_lock.is_some() {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        match world.records.get(&key) {
-            Some(found) if !found.corrupt => Err(io::ErrorKind::InvalidInput.into()),
-            _ => {
-                world.records.remove(&key);
-                Ok(())
-            }
-        }
-    }
-
-    async fn set_chap(&self, target: &Iqn, portal: Portal, chap: &Chap) -> io::Result<()> {
-        self.pass("iscsidb.chap", target.as_str()).await?;
-        self.iscsid_place()?;
-        let mut world = self.world();
-        if world.db_lock.is_some() {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        let key = (target.clone(), portal, "default".to_owned());
-        let record = world.records.get_mut(&key).ok_or(io::ErrorKind::NotFound)?;
-        if record.corrupt {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        super::iscsiadm::put_chap(record, chap);
-        Ok(())
-    }
-
-    async fn put_discovery(&self, portal: Portal, chap: &Chap) -> io::Result<()> {
-        self.pass("iscsidb.discovery", &portal.to_string()).await?;
-        self.iscsid_place()?;
-        let mut world = self.world();
-        if world.db_lock.is_some() {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        if matches!(world.discoveries.get(&portal), Some(None)) {
-            return Err(io::ErrorKind::AlreadyExists.into());
-        }
-        world.discoveries.insert(portal, Some(chap.clone()));
-        Ok(())
-    }
-
-    async fn discoveries(&self) -> io::Result<Vec<Portal>> {
-        self.pass("iscsidb.discovery", "").await?;
-        self.iscsid_place()?;
-        let world = self.world();
-        Ok(world.discoveries.iter().filter(|(_, ours)| ours.is_some()).map(|(at, _)| *at).collect())
-    }
-
-    async fn remove_discovery(&self, portal: Portal) -> io::Result<()> {
-        self.pass("iscsidb.discovery", &portal.to_string()).await?;
-        self.iscsid_place()?;
-        let mut world = self.world();
-        if !matches!(world.discoveries.get(&portal), Some(Some(_))) {
-            return Ok(());
-        }
-        if world.db_lock.is_some() {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        world.discoveries.remove(&portal);
-        Ok(())
-    }
-
-    async fn look_at_lock(&self) -> io::Result<DbLockState> {
-        self.pass("iscsidb.lock", "").await?;
-        self.iscsid_place()?;
-        let mut world = self.world();
-        Ok(match &world.db_lock {
-            None => DbLockState::Free,
-            Some(by) if !by.is_empty() => DbLockState::Held(by.clone()),
-            Some(_) => {
-                world.db_lock = None;
-                DbLockState::Cleared
-            }
-        })
     }
 }
 

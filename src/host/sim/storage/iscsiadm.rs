@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::SimStorage;
-use super::array::PortalState;
+use super::array::{PortalState, SimTarget};
 use super::kernel::World;
 use crate::host::cmd::Output;
 use crate::types::{Chap, Iqn, Portal};
@@ -344,6 +344,13 @@ fn try_login(world: &mut World, key: &RecordKey, records: &Records) -> Option<i3
         Some(PortalState::Denied) => return Some(code::LOGIN_AUTH_FAILED),
         None => return Some(code::FATAL_LOGIN),
     }
+    let initiator = world.initiator(iface);
+    let admits = |t: &SimTarget| {
+        t.initiators.is_empty() || t.initiators.iter().any(|i| i.as_str() == initiator)
+    };
+    if !world.targets.get(target).is_some_and(admits) {
+        return Some(code::LOGIN_AUTH_FAILED);
+    }
     let given = records.get(key).and_then(chap_of);
     let demanded = world.targets.get(target).and_then(|t| t.chap.as_ref());
     if let Some(code) = chap_verdict(demanded, given.as_ref()) {
@@ -396,6 +403,9 @@ fn new(world: &mut World, args: &Args) -> Output {
         return output(code::INVAL, String::new(), "iscsiadm: new needs target and portal\n");
     };
     let key = (target.clone(), portal, args.iface.clone().unwrap_or_else(|| "default".into()));
+    if !world.knows_iface(&key.2) {
+        return output(code::INVAL, String::new(), "iscsiadm: Could not read iface info\n");
+    }
     if world.records.get(&key).is_some_and(|r| r.corrupt) {
         return output(code::IDBM, String::new(), "iscsiadm: Could not read node record\n");
     }

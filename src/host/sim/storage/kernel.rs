@@ -13,10 +13,13 @@ use super::iscsiadm::Records;
 use super::multipathd::MultipathModel;
 use super::tree::Tree;
 use crate::host::uevent::{Notice, Uevent};
-use crate::types::{Chap, DevNum, Iqn, Portal};
+use crate::types::{Chap, DevNum, IfaceName, Iqn, Portal};
 
 /// The first host number that iSCSI gets: a node has others.
 const FIRST_HOST: u32 = 2;
+
+/// The node's initiator name.
+const NODE_NAME: &str = "iqn.2026-01.example.sim:node";
 
 /// An iSCSI session, which is also its SCSI host, as with iscsi_tcp.
 #[derive(Debug, Clone)]
@@ -43,6 +46,8 @@ pub(super) struct World {
     pub(super) events: broadcast::Sender<Notice>,
     pub(super) targets: BTreeMap<Iqn, SimTarget>,
     pub(super) records: Records,
+    /// Iface records, with the initiator name of those that have one of their own.
+    pub(super) ifaces: BTreeMap<IfaceName, Option<Iqn>>,
     /// Discovery records, with the credentials of those that are lunplug's.
     pub(super) discoveries: BTreeMap<Portal, Option<Chap>>,
     /// What the portals demand of who asks for their targets.
@@ -69,6 +74,7 @@ impl World {
             events,
             targets: BTreeMap::new(),
             records: Records::default(),
+            ifaces: BTreeMap::new(),
             discoveries: BTreeMap::new(),
             discovery_chap: None,
             db_lock: None,
@@ -158,6 +164,17 @@ impl World {
         }
     }
 
+    /// Whether there is that iface record; two are built in.
+    pub(super) fn knows_iface(&self, name: &str) -> bool {
+        ["default", "iser"].contains(&name) || self.ifaces.keys().any(|i| i.as_str() == name)
+    }
+
+    /// The initiator name that goes with an iface record: its own, or the node's.
+    pub(super) fn initiator(&self, iface: &str) -> String {
+        let own = iface.parse().ok().and_then(|name: IfaceName| self.ifaces.get(&name)?.clone());
+        own.map_or_else(|| NODE_NAME.to_owned(), |own| own.to_string())
+    }
+
     /// Makes a session on a host of its own, logged in.
     pub(super) fn login(&mut self, target: &Iqn, portal: Portal, iface: &str) -> u32 {
         let used = |n: &u32| self.sessions.values().any(|s| s.host == *n);
@@ -178,6 +195,7 @@ impl World {
 
     fn show_session(&mut self, session: &Session) {
         let Session { sid, host, target, portal, iface, .. } = session;
+        let initiator = self.initiator(iface);
         let host_dir = format!("devices/platform/host{host}");
         let scsi_host = format!("{host_dir}/scsi_host/host{host}");
         let tree = &mut self.tree;
@@ -188,7 +206,7 @@ impl World {
         tree.link(&format!("class/scsi_host/host{host}"), &scsi_host);
         tree.link(&format!("bus/scsi/devices/host{host}"), &host_dir);
         let iscsi_host = format!("{host_dir}/iscsi_host/host{host}");
-        tree.put(&format!("{iscsi_host}/initiatorname"), "iqn.2026-01.example.sim:node");
+        tree.put(&format!("{iscsi_host}/initiatorname"), &initiator);
         tree.put(&format!("{iscsi_host}/netdev"), "default");
         tree.link(&format!("{iscsi_host}/device"), &host_dir);
         tree.link(&format!("class/iscsi_host/host{host}"), &iscsi_host);
@@ -197,6 +215,7 @@ impl World {
         let attrs = format!("{session_dir}/iscsi_session/session{sid}");
         tree.put(&format!("{attrs}/targetname"), target);
         tree.put(&format!("{attrs}/ifacename"), iface);
+        tree.put(&format!("{attrs}/initiatorname"), &initiator);
         tree.put(&format!("{attrs}/state"), "LOGGED_IN");
         tree.put(&format!("{attrs}/recovery_tmo"), 120);
         tree.put(&format!("{attrs}/tgt_reset_tmo"), 30);

@@ -29,6 +29,7 @@ mod disks;
 mod dm;
 mod doors;
 mod iscsiadm;
+mod iscsidb;
 mod kernel;
 mod multipathd;
 mod rundir;
@@ -52,7 +53,7 @@ use crate::host::cmd::Tool;
 use crate::host::lock::RunDir;
 use crate::host::place::PlaceError;
 use crate::host::sim::Faults;
-use crate::types::{Chap, DevNum, Iqn, Lun, Portal, SecretName, SecretText};
+use crate::types::{Chap, DevNum, IfaceName, Iqn, Lun, Portal, SecretName, SecretText};
 
 /// Enough for the events of hundreds of disks at once; a slower reader is told that it lost some.
 const EVENT_BUFFER: usize = 16 * 1024;
@@ -158,6 +159,18 @@ impl SimStorage {
     /// Has a target demand CHAP, and prove itself by `back` where there is one; or lets anybody in.
     pub fn set_chap(&self, target: &Iqn, chap: Option<Chap>) {
         self.world().targets.entry(target.clone()).or_default().chap = chap;
+    }
+
+    /// Lets only these initiators log in at a target; any, when there are none.
+    pub fn set_initiators(&self, target: &Iqn, initiators: &[Iqn]) {
+        let mut world = self.world();
+        let entry = world.targets.entry(target.clone()).or_default();
+        entry.initiators = initiators.iter().cloned().collect();
+    }
+
+    /// Somebody's iface record, with the node's initiator name.
+    pub fn add_iface(&self, name: &IfaceName) {
+        self.world().ifaces.insert(name.clone(), None);
     }
 
     /// Has the portals demand CHAP of who asks for their targets.
@@ -478,6 +491,10 @@ impl SimStorage {
         for ((target, portal, iface), record) in &world.records {
             let corrupt = if record.corrupt { " corrupt" } else { "" };
             line("record", format!("{target} {portal} {iface}{corrupt}"));
+        }
+        for (name, initiator) in &world.ifaces {
+            let initiator = initiator.as_ref().map_or("-", |i| i.as_str());
+            line("iface", format!("{name} {initiator}"));
         }
         for (portal, ours) in &world.discoveries {
             let whose = if ours.is_some() { "lunplug" } else { "somebody" };

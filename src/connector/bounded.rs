@@ -182,6 +182,10 @@ impl IscsiDb for BoundedIscsiDb {
         let call = self.0.set_chap(nexus, portal, chap);
         within(self.1, || format!("writing a record of {nexus}"), call).await
     }
+    async fn set_group(&self, target: &Iqn, portal: Portal, group: u16) -> io::Result<()> {
+        let call = self.0.set_group(target, portal, group);
+        within(self.1, || format!("writing a record of {target}"), call).await
+    }
     async fn put_iface(&self, iface: &Iface) -> io::Result<Outcome> {
         let doing = || format!("writing iface {}", iface.record());
         within(self.1, doing, self.0.put_iface(iface)).await

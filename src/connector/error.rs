@@ -65,6 +65,18 @@ pub enum Error {
         /// Those that there are, the built-in ones among them.
         known: String,
     },
+    /// Another record is where open-iscsi has room for one alone.
+    #[error(
+        "{target} has a record at {portal}, by iface {iface}, without a portal group tag, beside which open-iscsi keeps no other: make that anew with its tag (iscsiadm -m node -T {target} -p {portal},TAG -I {iface} -o new), or remove it"
+    )]
+    RecordInTheWay {
+        /// The target.
+        target: String,
+        /// The portal.
+        portal: Portal,
+        /// The iface of the record that is there.
+        iface: String,
+    },
     /// There is nothing that could be expanded.
     #[error("nothing is attached for {owner}")]
     NotAttached {
@@ -272,7 +284,7 @@ impl Error {
             Self::NoIscsid { .. } => Reason::IscsidUnavailable,
             Self::RecordCorrupt { .. } | Self::LeaseCorrupt { .. } => Reason::RecordCorrupt,
             Self::Discovery { source, .. } => source.reason(),
-            Self::DiscoveryRecord { .. } => Reason::Unsupported,
+            Self::DiscoveryRecord { .. } | Self::RecordInTheWay { .. } => Reason::Unsupported,
             Self::SecretUnavailable(_) => Reason::SecretUnavailable,
             Self::ChapDiffers { .. } => Reason::ChapDiffers,
             Self::Lock(e) => match e {

@@ -23,6 +23,9 @@ pub struct Record {
     pub portal: Portal,
     /// The name of its iface record, usually `default`.
     pub iface: String,
+    /// The tag of the target's portal group; `None` for the one record at a portal that open-iscsi keeps
+    /// without: it takes the place of any other there, and is read and removed before those with a tag.
+    pub group: Option<u16>,
     /// An empty or unreadable record, as a crash of iscsiadm leaves it.
     pub corrupt: bool,
 }
@@ -56,6 +59,10 @@ pub trait IscsiDb: Send + Sync {
     /// alone from then on. No such record is `NotFound`, a corrupt one `InvalidData`, and a database
     /// that is locked `WouldBlock`. No error shows a credential.
     async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()>;
+
+    /// Gives the record of a target at a portal that has no portal group tag this one, so that there is room for
+    /// others beside it. `NotFound` when there is no such record, `WouldBlock` when the database is locked.
+    async fn set_group(&self, target: &Iqn, portal: Portal, group: u16) -> io::Result<()>;
 
     /// Sees to it that there is the record that an iface needs: where it has an initiator name of its own,
     /// one of ours, made of the node's. `NotFound` when the node has none of that name, `WouldBlock` when the

@@ -1,8 +1,9 @@
 //! Initiator names and iface records of a volume's own: a target shows each initiator what it maps to it.
 
 use crate::node::{
-    Lab, Lun, Story, add, guest_disk, guest_has, lunplug, refused, remove, sh, volume,
+    Lab, Lun, Story, VM, add, guest_disk, guest_has, lunplug, refused, remove, sh, volume,
 };
+use crate::san::Fault;
 use crate::targets::{SECOND, Second};
 
 const NAME: &str = "iqn.2026-01.org.lunplug:vm-a";
@@ -30,7 +31,10 @@ fn an_initiator_name_of_its_own_gets_what_the_target_maps_to_that() {
     let (one, two) = (Lun::new("anybodys", 1, "16M"), Lun::new("masked", 2, "32M"));
     second.export(&one, 1);
     second.export(&two, 2);
-    sh(&format!("target mask {NAME} 1 2 --iqn {SECOND}")).ok();
+    let _mask = Fault::new(
+        &format!("target mask {NAME} 1 2 --iqn {SECOND}"),
+        &format!("target unmask {NAME} --iqn {SECOND}"),
+    );
     let story = Story::begin();
 
     // LUN 1 of one target is another LUN for each of two initiators.
@@ -43,7 +47,7 @@ fn an_initiator_name_of_its_own_gets_what_the_target_maps_to_that() {
     let all = sessions();
     let own = all.iter().filter(|s| s.starts_with("lunplug-") && s.ends_with(NAME)).count();
     assert_eq!((own, all.len()), (2, 4), "{all:?}");
-    let told = lunplug(&["describe", "vm1", "masked"]).ok();
+    let told = lunplug(&["describe", VM, "masked"]).ok();
     assert!(told.contains(&format!("?initiator={NAME}")), "{told}");
     refused(add("none", &at_second(2), &["--initiator-name", NAME]), "LUN_NOT_FOUND");
 

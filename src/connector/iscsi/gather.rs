@@ -329,6 +329,7 @@ fn is_local(error: &Error) -> bool {
         | Error::Size(_)
         | Error::ReadOnly { .. }
         | Error::NoIface { .. }
+        | Error::RecordInTheWay { .. }
         | Error::NotAttached { .. }
         | Error::SourceInUse { .. }
         | Error::StaleDeviceHeld { .. }

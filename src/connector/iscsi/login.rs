@@ -5,7 +5,6 @@
 //! is undone.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,16 +12,15 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::Instrument;
 
+use super::noderecords::Records;
 use super::records::Iscsiadm;
 use super::session::{self, Session};
 use super::verdict::{LoggedIn, LoginError, login_result};
 use super::{Inner, Job};
 use crate::connector::error::Error;
-use crate::connector::lease::{self, Lease, file_name};
+use crate::connector::lease::{self, file_name};
 use crate::connector::wait::Wait;
 use crate::host::cmd::{CmdError, Output};
-use crate::host::iscsidb::Record;
-use crate::host::place::is_place_error;
 use crate::step::Step;
 use crate::types::{Nexus, Portal};
 
@@ -53,14 +51,6 @@ impl Made {
         let known = self.sessions.get(&session.portal);
         session.is_by(nexus) && known.is_some_and(|sid| sid.is_none_or(|sid| sid == session.sid))
     }
-}
-
-/// What there is of records for a login.
-struct Records {
-    /// The target's records are exactly those that are needed, and all ours.
-    alone: bool,
-    /// The user's name, for those that have a volume's credentials.
-    given: HashMap<Portal, String>,
 }
 
 /// How a login ended; `None` while it goes on.
@@ -132,7 +122,9 @@ impl Inner {
             return Ok(progress);
         }
         let records = self.records(job, &need);
-        let Records { alone, given } = self.doors.tracker.run(Step::Record, records).await?;
+        let Records { alone, given, without } =
+            self.doors.tracker.run(Step::Record, records).await?;
+        need.retain(|portal| !without.contains(portal));
         self.leases
             .update::<Made, _>(target.as_str(), |lease| {
                 for portal in &need {
@@ -147,84 +139,6 @@ impl Inner {
             progress.extend(self.start(target, group, alone, given.clone()));
         }
         Ok(progress)
-    }
-
-    /// Has a record of the right kind at each of `need`.
-    async fn records(&self, job: &Job, need: &[Portal]) -> Result<Records, Error> {
-        let (target, multipath) = (&job.source.nexus, job.multipath);
-        let iface = target.iface().as_str();
-        self.put_iface(job).await?;
-        let found = self.doors.iscsidb.records(target.target()).await;
-        let found = found.map_err(Error::io(format!("reading the records of {target}")))?;
-        let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
-        let mut ours = lease.made.records.clone();
-        let mut missing = Vec::new();
-        for &portal in need {
-            match found.iter().find(|r| r.portal == portal && r.iface == iface) {
-                Some(record) if record.corrupt => {
-                    self.remove_corrupt(target, record).await?;
-                    missing.push(portal);
-                }
-                Some(_) if ours.contains(&portal) => {}
-                Some(_) => {
-                    // Perhaps ours of an earlier boot.
-                    if self.iscsiadm(target).is_marked(portal).await? {
-                        ours.insert(portal);
-                    }
-                }
-                None => missing.push(portal),
-            }
-        }
-        ours.extend(&missing);
-        let missing = self.without_chap(job, &lease.made, &ours, missing, need).await?;
-        let mine: Vec<Portal> = need.iter().copied().filter(|p| ours.contains(p)).collect();
-        let (intent, chap) = (ours.clone(), job.chap.is_some());
-        self.leases
-            .update::<Made, _>(target.as_str(), |l| {
-                l.made.records.extend(intent);
-                l.made.chap.extend(mine.iter().filter(|_| chap));
-            })
-            .await?;
-        for portal in &missing {
-            self.iscsiadm(target).new_record(*portal).await?;
-        }
-        let is_ours = |r: &Record| r.iface == iface && ours.contains(&r.portal);
-        let all_ours = found.iter().all(is_ours) && need.iter().all(|p| ours.contains(p));
-        let alone = all_ours && found.iter().all(|r| need.contains(&r.portal));
-        if alone {
-            self.iscsiadm(target).configure(None, multipath).await?;
-        } else {
-            // A call without a portal would touch foreign ones, and those of other volumes.
-            for portal in &mine {
-                self.iscsiadm(target).configure(Some(*portal), multipath).await?;
-            }
-        }
-        self.set_chap(job, &mine).await?;
-        let given = job.chap.as_ref().map(|chap| chap.out.name.clone());
-        let given = mine.into_iter().filter_map(|p| Some((p, given.clone()?))).collect();
-        Ok(Records { alone, given })
-    }
-
-    pub(super) async fn remove_corrupt(
-        &self,
-        target: &Nexus,
-        record: &Record,
-    ) -> Result<(), Error> {
-        tracing::warn!(%target, portal = %record.portal, "removing a damaged node record");
-        let doing = || format!("removing a damaged record of {target}");
-        let unlocked = self.iscsiadm(target).unlocked().await;
-        unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
-        let removed = self.doors.iscsidb.remove_corrupt(target.target(), record).await;
-        removed.map_err(|source| match source.kind() {
-            // Locked again, in this very moment.
-            io::ErrorKind::WouldBlock => Error::Io { doing: doing(), source },
-            _ if is_place_error(&source) => Error::Io { doing: doing(), source },
-            _ => Error::RecordCorrupt {
-                target: target.to_string(),
-                portal: record.portal.to_string(),
-                source,
-            },
-        })
     }
 
     pub(super) fn iscsiadm<'a>(&'a self, target: &'a Nexus) -> Iscsiadm<'a> {

@@ -29,6 +29,7 @@ mod held;
 mod ifaces;
 mod late;
 mod login;
+mod noderecords;
 mod observe;
 mod records;
 mod release;

@@ -62,10 +62,15 @@ pub(crate) struct Iscsiadm<'a> {
 }
 
 impl Iscsiadm<'_> {
-    /// Makes a record. There must be none at this portal: it would be written anew.
-    pub(crate) async fn new_record(&self, portal: Portal) -> Result<(), Error> {
-        let out = self.node(Some(portal), &["-o", "new"]).await?;
-        self.expect(out, &[], || format!("making the record of {} at {portal}", self.target))
+    /// Makes a record, with the tag of the portal's group where there is to be room for others. There must be
+    /// none at this portal by this iface: it would be written anew.
+    pub(crate) async fn new_record(&self, portal: Portal, tag: Option<u16>) -> Result<(), Error> {
+        let at = tag.map_or_else(|| portal.to_string(), |tag| format!("{portal},{tag}"));
+        let args = ["-p", at.as_str(), "-I", self.target.iface().as_str(), "-o", "new"];
+        let doing = || format!("making the record of {} at {portal}", self.target);
+        let run = self.run(None, &args, ms(self.settings.command_ms)).await;
+        let out = run.map_err(|source| Error::Command { doing: doing(), source })?;
+        self.expect(out, &[], doing)
     }
 
     /// Sets our parameters in the record at `portal`, or in every record of the target.
@@ -114,8 +119,31 @@ impl Iscsiadm<'_> {
         Ok(out.code == Some(0) && is_marked(&out.stdout))
     }
 
-    /// Whether the portal lists the target; `None` where it cannot be asked. Nothing is recorded.
+    /// Whether the portal lists the target; `None` where it cannot be asked.
     pub(crate) async fn is_exported(&self, portal: Portal) -> Option<bool> {
+        let listed = self.listed(portal).await?;
+        Some(listed.lines().any(|line| self.names(line)))
+    }
+
+    /// The portals at which a portal lists the target, each with the tag of its group; none where it cannot be
+    /// asked.
+    pub(crate) async fn groups(&self, portal: Portal) -> Vec<(Portal, u16)> {
+        let listed = self.listed(portal).await.unwrap_or_default();
+        let group = |line: &str| {
+            let (at, tag) = line.split(' ').next()?.rsplit_once(',')?;
+            Some((at.parse().ok()?, tag.parse().ok()?))
+        };
+        listed.lines().filter(|line| self.names(line)).filter_map(group).collect()
+    }
+
+    /// Whether a line `10.0.0.1:3260,1 iqn.2026-01.example:a` is of the target.
+    fn names(&self, line: &str) -> bool {
+        let name = line.trim().rsplit(' ').next().map(str::to_ascii_lowercase);
+        name.as_deref() == Some(self.target.target().as_str())
+    }
+
+    /// What a portal lists, a line for each target and portal. Nothing is recorded.
+    async fn listed(&self, portal: Portal) -> Option<String> {
         let at = portal.to_string();
         let mut args =
             vec!["-m", "discovery", "-t", "st", "-p", at.as_str(), "-o", "nonpersistent"];
@@ -124,10 +152,7 @@ impl Iscsiadm<'_> {
             args.extend(["-I", self.target.iface().as_str()]);
         }
         let out = self.doors.commands.run(Tool::Iscsiadm, &args, DISCOVERY).await.ok()?;
-        // `10.0.0.1:3260,1 iqn.2026-01.example:a`, a line for each target and portal.
-        let name = |line: &str| line.rsplit(' ').next().map(str::to_ascii_lowercase);
-        let listed = |line: &str| name(line).as_deref() == Some(self.target.target().as_str());
-        (out.code == Some(0)).then(|| out.stdout.lines().any(listed))
+        (out.code == Some(0)).then_some(out.stdout)
     }
 
     async fn node(&self, portal: Option<Portal>, args: &[&str]) -> Result<Output, Error> {

@@ -21,6 +21,8 @@ pub(crate) struct Session {
     pub(crate) portal: Portal,
     /// The iface record that it goes through.
     pub(crate) iface: String,
+    /// The tag of the portal group that the target named.
+    pub(crate) group: Option<u16>,
     /// Logged in and usable now.
     pub(crate) up: bool,
     /// It bears the mark of our records.
@@ -98,6 +100,7 @@ async fn read(sysfs: &dyn Sysfs, target: &Iqn, sid: u32) -> std::io::Result<Opti
     let Some(portal) = portal(sysfs, sid).await? else { return Ok(None) };
     let state = sysfs.text(&format!("{class}/state")).await?;
     let iface = sysfs.text(&format!("{class}/ifacename")).await?;
+    let group = sysfs.text(&format!("{class}/tpgt")).await?;
     let target_id = target_id(sysfs, &class, dir).await?;
     let mark = sysfs.text(&format!("{class}/tgt_reset_tmo")).await?;
     Ok(host.map(|host| Session {
@@ -107,6 +110,7 @@ async fn read(sysfs: &dyn Sysfs, target: &Iqn, sid: u32) -> std::io::Result<Opti
         target_id,
         portal,
         iface: iface.unwrap_or_default(),
+        group: group.and_then(|tag| tag.parse().ok()),
         up: state.as_deref() == Some("LOGGED_IN"),
         marked: mark.as_deref() == Some(MARKED_SESSION),
     }))

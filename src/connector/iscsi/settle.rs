@@ -6,6 +6,7 @@ use tokio::time::Instant;
 
 use super::Inner;
 use super::login::{Made, login_lock};
+use super::noderecords::is_by;
 use super::session::{self, Session};
 use crate::connector::error::Error;
 use crate::connector::lease::Lease;
@@ -61,9 +62,8 @@ impl Inner {
         made: &Made,
     ) -> Result<bool, Error> {
         let records = self.known_records(target).await?;
-        let by_it = |r: &Record| r.iface == target.iface().as_str();
         let is_ours = |r: &Record| {
-            by_it(r) && unwanted.contains(&r.portal) && made.records.contains(&r.portal)
+            is_by(r, target) && unwanted.contains(&r.portal) && made.records.contains(&r.portal)
         };
         if records.len() < 2 || !records.iter().all(|r| !r.corrupt && is_ours(r)) {
             return Ok(false);
@@ -165,23 +165,10 @@ impl Inner {
         Ok(!records.iter().any(|r| r.portal == session.portal && r.iface == session.iface))
     }
 
-    async fn known_records(&self, target: &Nexus) -> Result<Vec<Record>, Error> {
-        let found = self.doors.iscsidb.records(target.target()).await;
-        found.map_err(Error::io(format!("reading the records of {target}")))
-    }
-
     /// The record that we could have made at a portal.
     async fn record(&self, target: &Nexus, portal: Portal) -> Result<Option<Record>, Error> {
         let mut all = self.known_records(target).await?.into_iter();
-        Ok(all.find(|r| r.portal == portal && r.iface == target.iface().as_str()))
-    }
-
-    /// Removes a record of ours, whatever state it is in.
-    async fn delete_record(&self, target: &Nexus, record: &Record) -> Result<(), Error> {
-        match record.corrupt {
-            true => self.remove_corrupt(target, record).await,
-            false => self.iscsiadm(target).delete_record(Some(record.portal)).await,
-        }
+        Ok(all.find(|r| r.portal == portal && is_by(r, target)))
     }
 
     /// Logs out at a portal, or of the whole target, and waits until these sessions are gone.

@@ -1,8 +1,8 @@
 //! open-iscsi's node records on disk.
 //!
 //! `nodes/IQN/ADDRESS,PORT,TPGT/IFACE` is a record; older versions, and records whose portal group
-//! is not known, have the file `nodes/IQN/ADDRESS,PORT` (usr/idbm.c, `idbm_rec_write`). IPv6
-//! addresses stand without brackets.
+//! is not known, have the file `nodes/IQN/ADDRESS,PORT`, whatever their iface (usr/idbm.c,
+//! `idbm_rec_write`). IPv6 addresses stand without brackets.
 
 use std::fs;
 use std::io::{self, Write};
@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 use super::discovery;
 use super::iface;
 use super::lock::{self, Watcher};
-use super::text::with_chap;
+use super::text::{with_chap, with_group};
 use super::{DbLockState, IscsiDb, Record};
 use crate::doctor::Service;
 use crate::host::place::{Pinned, Place, Places};
@@ -149,19 +149,32 @@ pub(super) fn portal(name: &str) -> Option<Portal> {
     SocketAddr::new(ip, port).to_string().parse().ok()
 }
 
+/// The tag in `ADDRESS,PORT,TPGT`.
+fn group(name: &str) -> Option<u16> {
+    name.split(',').nth(2)?.parse().ok()
+}
+
 fn is_corrupt(file: &Path) -> bool {
-    let named = |text: &str| {
-        let value = |line: &str| {
-            line.trim().strip_prefix("node.name")?.trim().strip_prefix('=').map(str::len)
-        };
-        text.lines().any(|line| value(line).is_some_and(|len| len > 1))
-    };
-    match fs::metadata(file) {
-        Ok(meta) if meta.is_file() && meta.len() <= MAX_RECORD => {
-            !fs::read(file).is_ok_and(|bytes| named(&String::from_utf8_lossy(&bytes)))
-        }
-        _ => true,
+    setting(file, "node.name").is_none()
+}
+
+/// The iface that a record names; `default` where it names none.
+fn iface_of(file: &Path) -> String {
+    setting(file, "iface.iscsi_ifacename").unwrap_or_else(|| "default".into())
+}
+
+/// A setting of a record that is a whole file, not empty.
+fn setting(file: &Path, name: &str) -> Option<String> {
+    let meta = fs::metadata(file).ok()?;
+    if !meta.is_file() || meta.len() > MAX_RECORD {
+        return None;
     }
+    let bytes = Zeroizing::new(fs::read(file).ok()?);
+    let text = Zeroizing::new(String::from_utf8_lossy(&bytes).into_owned());
+    let value = |line: &str| {
+        Some(line.trim().strip_prefix(name)?.trim().strip_prefix('=')?.trim().to_owned())
+    };
+    text.lines().filter_map(value).find(|value| !value.is_empty())
 }
 
 pub(super) fn entries(dir: &Path) -> io::Result<Vec<(String, PathBuf)>> {
@@ -182,11 +195,13 @@ fn find(nodes: &Path, target: &Iqn) -> io::Result<Vec<Found>> {
     for (name, path) in entries(&nodes.join(target.as_str()))? {
         // Whatever else lies there is not a record.
         let Some(portal) = portal(&name) else { continue };
-        let files =
-            if path.is_dir() { entries(&path)? } else { vec![("default".to_owned(), path)] };
+        let (group, files) = match path.is_dir() {
+            true => (group(&name), entries(&path)?),
+            false => (None, vec![(iface_of(&path), path)]),
+        };
         for (iface, file) in files {
             let corrupt = is_corrupt(&file);
-            found.push(Found { record: Record { portal, iface, corrupt }, file });
+            found.push(Found { record: Record { portal, iface, group, corrupt }, file });
         }
     }
     found.sort_by(|a, b| {
@@ -212,10 +227,36 @@ fn set_chap(
     if found.record.corrupt {
         return Err(io::ErrorKind::InvalidData.into());
     }
+    rewrite(&found.file, |before| with_chap(before, chap))
+}
+
+/// First the tag in its text, which open-iscsi understands wherever the file lies; then its place.
+fn set_group(
+    nodes: &Path,
+    locks: &Path,
+    target: &Iqn,
+    portal: Portal,
+    group: u16,
+) -> io::Result<()> {
+    let _lock = lock::Held::take(locks)?;
+    let of_it = |f: &Found| f.record.portal == portal && f.record.group.is_none();
+    let found = find(nodes, target)?.into_iter().find(of_it).ok_or(io::ErrorKind::NotFound)?;
+    if found.record.corrupt {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    rewrite(&found.file, |text| with_group(text, group))?;
+    let mut dir = found.file.clone().into_os_string();
+    dir.push(format!(",{group}"));
+    fs::create_dir_all(&dir)?;
+    fs::rename(&found.file, Path::new(&dir).join(&found.record.iface))
+}
+
+/// Writes a record anew in its place, readable by its owner alone.
+fn rewrite(path: &Path, change: impl FnOnce(&str) -> Zeroizing<String>) -> io::Result<()> {
     let mut options = fs::OpenOptions::new();
-    let mut file = options.write(true).custom_flags(libc::O_NOFOLLOW).open(&found.file)?;
-    let before = Zeroizing::new(fs::read_to_string(&found.file)?);
-    let text = with_chap(&before, chap);
+    let mut file = options.write(true).custom_flags(libc::O_NOFOLLOW).open(path)?;
+    let before = Zeroizing::new(fs::read_to_string(path)?);
+    let text = change(&before);
     file.set_permissions(fs::Permissions::from_mode(0o600))?;
     file.set_len(0)?;
     file.write_all(text.as_bytes())
@@ -263,6 +304,13 @@ impl IscsiDb for RealIscsiDb {
     async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()> {
         let (nexus, chap) = (nexus.clone(), chap.clone());
         let call = move |at: &Dirs| set_chap(&at.nodes.path, &at.locks.path, &nexus, portal, &chap);
+        self.run("nodes", call).await
+    }
+
+    async fn set_group(&self, target: &Iqn, portal: Portal, group: u16) -> io::Result<()> {
+        let target = target.clone();
+        let call =
+            move |at: &Dirs| set_group(&at.nodes.path, &at.locks.path, &target, portal, group);
         self.run("nodes", call).await
     }
 

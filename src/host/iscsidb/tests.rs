@@ -59,6 +59,34 @@ async fn both_layouts_are_read_and_corrupt_records_known() {
 }
 
 #[tokio::test]
+async fn a_record_without_a_group_makes_room_for_others() {
+    let (dir, locks) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let whole = format!(
+        "# BEGIN RECORD 2.1.11\nnode.name = {IQN}\nnode.tpgt = -1\niface.iscsi_ifacename = eth1\n# END RECORD\n"
+    );
+    put(dir.path(), "127.0.0.2,3260", &whole);
+    put(dir.path(), "127.0.0.3,3260", "");
+    let db = RealIscsiDb::new(dir.path()).with_locks(locks.path());
+    let (target, portal): (Iqn, Portal) = (IQN.parse().unwrap(), "127.0.0.2:3260".parse().unwrap());
+    let seen = async || {
+        let records = db.records(&target).await.unwrap();
+        let one = |r: &Record| format!("{} {} {:?} {}", r.portal, r.iface, r.group, r.corrupt);
+        records.iter().map(one).collect::<Vec<_>>()
+    };
+    let damaged = "127.0.0.3:3260 default None true";
+    assert_eq!(seen().await, ["127.0.0.2:3260 eth1 None false", damaged]);
+    db.set_group(&target, portal, 7).await.unwrap();
+    assert_eq!(seen().await, ["127.0.0.2:3260 eth1 Some(7) false", damaged]);
+    let text = fs::read_to_string(dir.path().join(IQN).join("127.0.0.2,3260,7/eth1")).unwrap();
+    assert!(text.contains("\nnode.tpgt = 7\n") && !text.contains("-1"), "{text}");
+    assert!(text.contains("iface.iscsi_ifacename = eth1") && text.ends_with("# END RECORD\n"));
+    let gone = db.set_group(&target, portal, 7).await.unwrap_err();
+    assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+    let damaged = db.set_group(&target, "127.0.0.3:3260".parse().unwrap(), 7).await.unwrap_err();
+    assert_eq!(damaged.kind(), io::ErrorKind::InvalidData);
+}
+
+#[tokio::test]
 async fn credentials_take_the_place_of_others_and_the_rest_stays() {
     let (dir, locks) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let record = format!(

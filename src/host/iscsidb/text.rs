@@ -38,6 +38,20 @@ pub(super) fn with_chap(record: &str, chap: &Chap) -> Zeroizing<String> {
     text
 }
 
+/// A record's text with this portal group tag.
+pub(super) fn with_group(record: &str, group: u16) -> Zeroizing<String> {
+    const TAG: &str = "node.tpgt";
+    let mut text = Zeroizing::new(String::with_capacity(record.len() + 64));
+    let is_tag = |line: &str| line.split('=').next().is_some_and(|name| name.trim() == TAG);
+    let kept = record.lines().filter(|l| !is_tag(l) && l.trim() != "# END RECORD");
+    for line in kept {
+        text.push_str(line);
+        text.push('\n');
+    }
+    text.push_str(&format!("{TAG} = {group}\n# END RECORD\n"));
+    text
+}
+
 /// Whether a file of ours begins with its line, or is cut off in it: whoever wrote it was killed, and there
 /// is nothing in it that anybody could lose.
 pub(super) fn has_mark(text: &[u8], line: &str) -> bool {

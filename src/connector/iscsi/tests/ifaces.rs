@@ -75,6 +75,52 @@ async fn each_initiator_has_sessions_of_its_own_and_volumes_of_one_share_them() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn two_initiators_have_records_beside_each_other_whoever_comes_first() {
+    for own_first in [true, false] {
+        let san = San::new();
+        let before = san.sim.snapshot();
+        let (own, node) = (by("own", 1, &vm_name(1)), request("node", 2, &[2, 3]));
+        let (first, second) = if own_first { (&own, &node) } else { (&node, &own) };
+        san.attach(first).await;
+        let since = san.connector.inner.doors.commands.started();
+        san.attach(second).await;
+        // As beside another's records: three a portal, and the tag is known.
+        assert!(san.connector.inner.doors.commands.started() - since <= 6);
+        assert_eq!((san.count("session"), san.count("record")), (4, 4));
+        assert!(
+            san.sim.snapshot().lines().all(|l| !l.starts_with("record ") || l.contains("group"))
+        );
+        leave(&san, first).await;
+        assert_eq!((san.count("session"), san.count("record")), (2, 2));
+        leave(&san, second).await;
+        assert_eq!(san.sim.snapshot(), before);
+    }
+}
+
+/// open-iscsi has room for one record without a portal group tag, and loses it to the next.
+#[tokio::test(start_paused = true)]
+async fn anothers_record_without_a_tag_is_left_and_its_portal_not_used() {
+    let san = San::new();
+    san.sim.add_untagged_record(&target(), portal(2), "eth7");
+    let before = san.sim.snapshot();
+    for r in [request("a", 1, &[2, 3]), by("a", 1, &vm_name(1))] {
+        assert_eq!(san.attach(&r).await.device.paths, 1, "by the other portal");
+        leave(&san, &r).await;
+        assert_eq!(san.sim.snapshot(), before);
+    }
+    let error = san.refused(&request("a", 1, &[2])).await;
+    assert_eq!(error.reason(), Reason::Unsupported);
+    assert!(error.to_string().contains("by iface eth7, without a portal group tag"), "{error}");
+    // Where the target tells nobody its tags there is still room for one.
+    let silent = FaultAction::Fail("exit 8".into());
+    san.sim.faults().inject(fault("cmd.run", "discovery", silent));
+    let r = AttachRequest { ..by("a", 1, &vm_name(1)) };
+    assert_eq!(san.attach(&r).await.device.paths, 1);
+    leave(&san, &r).await;
+    assert_eq!(san.sim.snapshot(), before);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_iface_of_the_nodes_is_used_and_left() {
     let san = San::new();
     let eth1 = Iface { name: "eth1".parse().expect("iface"), initiator: None };
@@ -108,13 +154,14 @@ async fn credentials_are_written_into_the_record_of_that_initiator() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_costs_no_program_more() {
+async fn it_costs_one_program_more() {
     let san = San::new();
     let started = || san.connector.inner.doors.commands.started();
     let since = started();
     let r = by("a", 1, &vm_name(1));
     san.attach(&r).await;
-    assert!(started() - since <= 4);
+    // The portal group's tag has to be asked for.
+    assert!(started() - since <= 5);
     let since = started();
     leave(&san, &r).await;
     assert!(started() - since <= 2);

@@ -29,6 +29,8 @@ pub(super) struct NodeRecord {
     pub(super) settings: BTreeMap<String, String>,
     /// As a crash leaves it: an empty file.
     pub(super) corrupt: bool,
+    /// The portal group tag that it was made with.
+    pub(super) group: Option<u16>,
 }
 
 /// Target, portal and iface.
@@ -52,6 +54,7 @@ pub(super) fn default_record(key: &RecordKey) -> NodeRecord {
     NodeRecord {
         settings: settings.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
         corrupt: false,
+        group: None,
     }
 }
 
@@ -62,6 +65,7 @@ struct Args {
     op: String,
     target: Option<Iqn>,
     portal: Option<Portal>,
+    group: Option<u16>,
     iface: Option<String>,
     sid: Option<u32>,
     names: Vec<String>,
@@ -96,8 +100,9 @@ fn parse(args: &[String]) -> Option<Args> {
                     "-T" | "--targetname" => parsed.target = Some(value.parse().ok()?),
                     // A portal group tag may follow: `10.0.0.1:3260,1`.
                     "-p" | "--portal" => {
-                        let portal = value.split_once(',').map_or(value.as_str(), |(p, _)| p);
+                        let (portal, group) = value.split_once(',').unwrap_or((&value, ""));
                         parsed.portal = Some(portal.parse().ok()?);
+                        parsed.group = group.parse().ok();
                     }
                     "-I" | "--interface" => parsed.iface = Some(value),
                     "-r" | "--sid" => parsed.sid = Some(value.parse().ok()?),
@@ -409,7 +414,11 @@ fn new(world: &mut World, args: &Args) -> Output {
     if world.records.get(&key).is_some_and(|r| r.corrupt) {
         return output(code::IDBM, String::new(), "iscsiadm: Could not read node record\n");
     }
-    let record = default_record(&key);
+    // One without a tag is a file in the portal's place, and one with a tag does away with that
+    // (usr/idbm.c, idbm_rec_write).
+    let beside = |k: &RecordKey| (&k.0, k.1) == (target, portal) && k.2 != key.2;
+    world.records.retain(|k, r| !beside(k) || r.group.is_some());
+    let record = NodeRecord { group: args.group, ..default_record(&key) };
     let line = format!("New iSCSI node [{}] added\n", label(&key));
     world.records.insert(key, record);
     done(line)
@@ -454,7 +463,11 @@ fn delete(world: &mut World, args: &Args) -> Output {
                 "iscsiadm: This command will remove the record, but a session is using it.\n",
             );
         }
-        world.records.remove(&key);
+        // What has no tag is met first, whatever its iface (usr/idbm.c, idbm_delete_node).
+        let at_portal = |k: &RecordKey| (&k.0, k.1) == (&key.0, key.1);
+        let untagged = world.records.iter().find(|(k, r)| at_portal(k) && r.group.is_none());
+        let met = untagged.map_or_else(|| key.clone(), |(k, _)| k.clone());
+        world.records.remove(&met);
     }
     done(String::new())
 }

@@ -19,6 +19,7 @@ impl IscsiDb for SimStorage {
             .map(|((_, portal, iface), record)| Record {
                 portal: *portal,
                 iface: iface.clone(),
+                group: record.group,
                 corrupt: record.corrupt,
             })
             .collect())
@@ -54,6 +55,24 @@ impl IscsiDb for SimStorage {
             return Err(io::ErrorKind::InvalidData.into());
         }
         super::iscsiadm::put_chap(record, chap);
+        Ok(())
+    }
+
+    async fn set_group(&self, target: &Iqn, portal: Portal, group: u16) -> io::Result<()> {
+        self.pass("iscsidb.group", target.as_str()).await?;
+        self.iscsid_place()?;
+        let mut world = self.world();
+        if world.db_lock.is_some() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let mut at_portal =
+            world.records.iter_mut().filter(|((t, p, _), _)| t == target && *p == portal);
+        let (_, record) =
+            at_portal.find(|(_, r)| r.group.is_none()).ok_or(io::ErrorKind::NotFound)?;
+        if record.corrupt {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        record.group = Some(group);
         Ok(())
     }
 

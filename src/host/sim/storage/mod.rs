@@ -267,10 +267,19 @@ impl SimStorage {
         self.world().records.clear();
     }
 
-    /// Somebody else's node record.
+    /// Somebody else's node record, as a discovery makes it: with the tag of the portal's group.
     pub fn add_record(&self, target: &Iqn, portal: Portal, iface: &str) {
+        self.put_record(target, portal, iface, Some(1));
+    }
+
+    /// The same as made by hand without one.
+    pub fn add_untagged_record(&self, target: &Iqn, portal: Portal, iface: &str) {
+        self.put_record(target, portal, iface, None);
+    }
+
+    fn put_record(&self, target: &Iqn, portal: Portal, iface: &str, group: Option<u16>) {
         let key = (target.clone(), portal, iface.to_owned());
-        let record = iscsiadm::default_record(&key);
+        let record = iscsiadm::NodeRecord { group, ..iscsiadm::default_record(&key) };
         self.world().records.insert(key, record);
     }
 
@@ -490,7 +499,8 @@ impl SimStorage {
         }
         for ((target, portal, iface), record) in &world.records {
             let corrupt = if record.corrupt { " corrupt" } else { "" };
-            line("record", format!("{target} {portal} {iface}{corrupt}"));
+            let group = record.group.map_or(String::new(), |tag| format!(" group {tag}"));
+            line("record", format!("{target} {portal} {iface}{group}{corrupt}"));
         }
         for (name, initiator) in &world.ifaces {
             let initiator = initiator.as_ref().map_or("-", |i| i.as_str());

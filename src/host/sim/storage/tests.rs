@@ -346,7 +346,7 @@ async fn the_run_directory_is_shared_and_void_after_a_reboot() {
     one.store("lease/a", b"1").await.unwrap();
     assert_eq!(two.list("lease").await.unwrap(), ["a"]);
     assert!(one.store("../x", b"").await.is_err());
-    sim.add_record(&iqn(), portal(A), "default");
+    sim.add_untagged_record(&iqn(), portal(A), "default");
     sim.add_session(&iqn(), portal(A), "default");
     sim.reboot();
     assert_eq!(sim.snapshot(), format!("record {IQN} {A} default\n"));

@@ -1,0 +1,263 @@
+//! The node records that a login needs, beside those of others.
+//!
+//! open-iscsi keeps a record as `ADDRESS,PORT,TAG/IFACE`, TAG being that of the target's portal group, or, where
+//! that is not known, as the one file `ADDRESS,PORT`. The file takes the place of any record there, is met first
+//! whatever iface is asked for, and goes when one with a tag is made (usr/idbm.c). So a portal has room for
+//! several ifaces only where all of its records have their tag. What we make for the iface `default` has none
+//! as long as it is alone at its portal: the tag would have to be asked for.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+
+use super::login::Made;
+use super::session;
+use super::{Inner, Job};
+use crate::connector::error::Error;
+use crate::connector::lease::Lease;
+use crate::host::iscsidb::Record;
+use crate::host::place::is_place_error;
+use crate::types::{IfaceName, Nexus, Portal};
+
+/// So many portals are asked for tags: the first mostly lists all.
+const ASKED: usize = 2;
+
+/// What there is of records for a login.
+pub(super) struct Records {
+    /// The target's records are exactly those that are needed, and all ours.
+    pub(super) alone: bool,
+    /// The user's name, for those that have a volume's credentials.
+    pub(super) given: HashMap<Portal, String>,
+    /// Portals that cannot have a record beside another's.
+    pub(super) without: Vec<Portal>,
+}
+
+impl Inner {
+    /// Has a record of the right kind at each of `need`.
+    pub(super) async fn records(&self, job: &Job, need: &[Portal]) -> Result<Records, Error> {
+        let target = &job.source.nexus;
+        self.put_iface(job).await?;
+        let found = self.known_records(target).await?;
+        let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
+        let (mut ours, mut missing) = self.sort_out(target, &found, &lease.made, need).await?;
+        let tags = self.tags(job, &found, &missing).await?;
+        let without = self.make_room(job, &found, &mut missing, &tags).await?;
+        let need: Vec<Portal> = need.iter().copied().filter(|p| !without.contains(p)).collect();
+        ours.extend(&missing);
+        let missing = self.without_chap(job, &lease.made, &ours, missing, &need).await?;
+        let mine: Vec<Portal> = need.iter().copied().filter(|p| ours.contains(p)).collect();
+        let (intent, chap) = (ours.clone(), job.chap.is_some());
+        self.leases
+            .update::<Made, _>(target.as_str(), |l| {
+                l.made.records.extend(intent);
+                l.made.chap.extend(mine.iter().filter(|_| chap));
+            })
+            .await?;
+        for portal in &missing {
+            self.iscsiadm(target).new_record(*portal, tags.get(portal).copied()).await?;
+        }
+        let alone = self.configure(job, &found, &ours, &need, &mine).await?;
+        self.set_chap(job, &mine).await?;
+        let given = job.chap.as_ref().map(|chap| chap.out.name.clone());
+        let given = mine.into_iter().filter_map(|p| Some((p, given.clone()?))).collect();
+        Ok(Records { alone, given, without })
+    }
+
+    /// Those that are ours, by the lease or their mark, and the portals of `need` that have none. A damaged
+    /// one is removed.
+    async fn sort_out(
+        &self,
+        target: &Nexus,
+        found: &[Record],
+        made: &Made,
+        need: &[Portal],
+    ) -> Result<(BTreeSet<Portal>, Vec<Portal>), Error> {
+        let (mut ours, mut missing) = (made.records.clone(), Vec::new());
+        for &portal in need {
+            match found.iter().find(|r| r.portal == portal && is_by(r, target)) {
+                Some(record) if record.corrupt => {
+                    self.remove_corrupt(target, record).await?;
+                    missing.push(portal);
+                }
+                Some(_) if ours.contains(&portal) => {}
+                Some(_) => {
+                    // Perhaps ours of an earlier boot.
+                    if self.iscsiadm(target).is_marked(portal).await? {
+                        ours.insert(portal);
+                    }
+                }
+                None => missing.push(portal),
+            }
+        }
+        Ok((ours, missing))
+    }
+
+    /// Sets our parameters in the records at `mine`; whether the target has no others.
+    async fn configure(
+        &self,
+        job: &Job,
+        found: &[Record],
+        ours: &BTreeSet<Portal>,
+        need: &[Portal],
+        mine: &[Portal],
+    ) -> Result<bool, Error> {
+        let (target, multipath) = (&job.source.nexus, job.multipath);
+        let is_ours = |r: &Record| is_by(r, target) && ours.contains(&r.portal);
+        let all_ours = found.iter().all(is_ours) && need.iter().all(|p| ours.contains(p));
+        let alone = all_ours && found.iter().all(|r| need.contains(&r.portal));
+        if alone {
+            self.iscsiadm(target).configure(None, multipath).await?;
+        } else {
+            // A call without a portal would touch foreign ones, and those of other volumes.
+            for portal in mine {
+                self.iscsiadm(target).configure(Some(*portal), multipath).await?;
+            }
+        }
+        Ok(alone)
+    }
+
+    /// Gives our records of other ifaces their tag, where they have none, so that there can be one more at
+    /// that portal. A portal with another's record of that kind is taken out of `missing` and told; it is an
+    /// error where no other is left.
+    async fn make_room(
+        &self,
+        job: &Job,
+        found: &[Record],
+        missing: &mut Vec<Portal>,
+        tags: &HashMap<Portal, u16>,
+    ) -> Result<Vec<Portal>, Error> {
+        let target = &job.source.nexus;
+        let in_the_way =
+            |r: &&Record| r.group.is_none() && !is_by(r, target) && missing.contains(&r.portal);
+        let old: Vec<&Record> = found.iter().filter(in_the_way).collect();
+        let (mut without, mut failed) = (Vec::new(), None);
+        for record in old {
+            let portal = record.portal;
+            if record.corrupt {
+                self.remove_corrupt(target, record).await?;
+                continue;
+            }
+            let made = match record.iface.parse().ok() {
+                Some(iface) => self.made_by(target, iface).await?.records.contains(&portal),
+                None => false,
+            };
+            match tags.get(&portal).filter(|_| made) {
+                Some(tag) => self.set_group(target, portal, *tag).await?,
+                None => {
+                    let error = untagged(target, record);
+                    tracing::warn!(%target, %portal, %error, "no login there");
+                    failed.get_or_insert(error);
+                    without.push(portal);
+                }
+            }
+        }
+        missing.retain(|portal| !without.contains(portal));
+        match failed {
+            Some(error) if job.source.portals.iter().all(|p| without.contains(p)) => Err(error),
+            _ => Ok(without),
+        }
+    }
+
+    async fn made_by(&self, target: &Nexus, iface: IfaceName) -> Result<Made, Error> {
+        let other = Nexus::new(target.target().clone(), iface);
+        let lease: Lease<Made> = self.leases.load(other.as_str()).await?;
+        Ok(lease.made)
+    }
+
+    async fn set_group(&self, target: &Nexus, portal: Portal, tag: u16) -> Result<(), Error> {
+        let doing = || format!("giving the record of {target} at {portal} its portal group tag");
+        let unlocked = self.iscsiadm(target).unlocked().await;
+        unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
+        let set = self.doors.iscsidb.set_group(target.target(), portal, tag).await;
+        set.map_err(|source| Error::Io { doing: doing(), source })
+    }
+
+    /// The portal group tags that new records at `missing` are to have: those of the records beside them,
+    /// or what sessions and the target itself say, where others are to have room. A portal whose tag
+    /// nobody tells has none.
+    async fn tags(
+        &self,
+        job: &Job,
+        found: &[Record],
+        missing: &[Portal],
+    ) -> Result<HashMap<Portal, u16>, Error> {
+        let target = &job.source.nexus;
+        let known = found.iter().filter_map(|r| Some((r.portal, r.group?)));
+        let mut tags: HashMap<Portal, u16> = known.collect();
+        let plain = *target.iface() == IfaceName::default();
+        let shared = |p: &Portal| found.iter().any(|r| r.portal == *p && !is_by(r, target));
+        let lacks = |tags: &HashMap<Portal, u16>| {
+            missing.iter().any(|p| !tags.contains_key(p) && (!plain || shared(p)))
+        };
+        if !lacks(&tags) {
+            return Ok(tags);
+        }
+        let sessions = session::of_target(&*self.doors.sysfs, target.target()).await?;
+        for session in &sessions {
+            tags.extend(session.group.map(|tag| (session.portal, tag)));
+        }
+        // One that is logged in to answers.
+        let mut ask = job.source.portals.clone();
+        ask.sort_by_key(|portal| !sessions.iter().any(|s| s.up && s.portal == *portal));
+        for portal in ask.into_iter().take(ASKED) {
+            if !lacks(&tags) {
+                break;
+            }
+            tags.extend(self.iscsiadm(target).groups(portal).await);
+        }
+        Ok(tags)
+    }
+
+    pub(super) async fn known_records(&self, target: &Nexus) -> Result<Vec<Record>, Error> {
+        let found = self.doors.iscsidb.records(target.target()).await;
+        found.map_err(Error::io(format!("reading the records of {target}")))
+    }
+
+    pub(super) async fn remove_corrupt(
+        &self,
+        target: &Nexus,
+        record: &Record,
+    ) -> Result<(), Error> {
+        tracing::warn!(%target, portal = %record.portal, "removing a damaged node record");
+        let doing = || format!("removing a damaged record of {target}");
+        let unlocked = self.iscsiadm(target).unlocked().await;
+        unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
+        let removed = self.doors.iscsidb.remove_corrupt(target.target(), record).await;
+        removed.map_err(|source| match source.kind() {
+            // Locked again, in this very moment.
+            io::ErrorKind::WouldBlock => Error::Io { doing: doing(), source },
+            _ if is_place_error(&source) => Error::Io { doing: doing(), source },
+            _ => Error::RecordCorrupt {
+                target: target.to_string(),
+                portal: record.portal.to_string(),
+                source,
+            },
+        })
+    }
+
+    /// Removes a record of ours, whatever state it is in. Not while iscsiadm would meet another's.
+    pub(super) async fn delete_record(&self, target: &Nexus, record: &Record) -> Result<(), Error> {
+        if record.corrupt {
+            return self.remove_corrupt(target, record).await;
+        }
+        let found = self.known_records(target).await?;
+        let before =
+            |r: &&Record| r.portal == record.portal && r.group.is_none() && r.iface != record.iface;
+        match found.iter().find(before) {
+            Some(other) => Err(untagged(target, other)),
+            None => self.iscsiadm(target).delete_record(Some(record.portal)).await,
+        }
+    }
+}
+
+/// Whether a record is by the iface of that nexus.
+pub(super) fn is_by(record: &Record, nexus: &Nexus) -> bool {
+    record.iface == nexus.iface().as_str()
+}
+
+fn untagged(target: &Nexus, record: &Record) -> Error {
+    Error::RecordInTheWay {
+        target: target.target().to_string(),
+        portal: record.portal,
+        iface: record.iface.clone(),
+    }
+}

@@ -125,6 +125,9 @@ impl Inner {
         let Records { alone, given, without } =
             self.doors.tracker.run(Step::Record, records).await?;
         need.retain(|portal| !without.contains(portal));
+        if need.is_empty() {
+            return Ok(progress);
+        }
         self.leases
             .update::<Made, _>(target.as_str(), |lease| {
                 for portal in &need {

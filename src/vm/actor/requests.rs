@@ -6,8 +6,8 @@
 //!                     └─ removals: checked side by side,       ├─ admitted still? ─ durable: one
 //!                        as they come ─────────────────────────┘  transaction ─ answers ─ work
 //! ```
-//! An addition is checked against the domain alone, so no check waits for another one's; a removal asks the
-//! guest, which may take its time.
+//! Additions ask libvirt alone, which answers all of them or none: they are taken on together, in their order.
+//! A removal asks the guest too, which may take its time: it is taken on when its own check has ended.
 
 use futures_util::future::join_all;
 use tracing::{Instrument, Span, info};

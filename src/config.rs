@@ -249,7 +249,7 @@ impl Default for Iscsi {
 pub struct Limits {
     /// Registered VMs.
     pub max_vms: u32,
-    /// Volumes of one VM.
+    /// Volumes of one VM, and of one request.
     pub max_volumes_per_vm: u32,
 }
 

@@ -104,6 +104,10 @@ reasons! {
     NotHotplugged = "NOT_HOTPLUGGED", Conflict, "Remove it where it was defined.";
     /// As many as a setting allows are there already.
     LimitReached = "LIMIT_REACHED", Precondition, "Remove what is not needed, or raise the limit in the configuration.";
+    /// A newer set of the VM's volumes was accepted before.
+    RevisionOutdated = "REVISION_OUTDATED", Conflict, "Drop the request if its set is the older; send the newest set under a higher revision.";
+    /// Another set of the VM's volumes was accepted under the same revision.
+    RevisionReused = "REVISION_REUSED", Conflict, "Send the set under a higher revision.";
     /// The domain does not run.
     VmNotRunning = "VM_NOT_RUNNING", Precondition, "Start the VM.";
     /// The guest is paused because one of its I/Os failed; only told of a VM that is served.

@@ -249,6 +249,15 @@ pub struct RemoveOptions {
     pub dry_run: bool,
 }
 
+/// A whole set of a VM's volumes as it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Revision {
+    /// Which: a higher one is newer. From 1.
+    pub number: i64,
+    /// The set, to compare with: equal for the same set. Whoever asks decides how it is written.
+    pub asked: Vec<u8>,
+}
+
 /// How far a volume is. The order is that of an attach, then of a detach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,6 +1,8 @@
 //! The API as a client meets it: real socket, real wire, façade in memory.
 #![allow(clippy::unwrap_used)]
 
+#[path = "api/batch.rs"]
+mod batch;
 mod common;
 
 use common::{POD, Server, URL};

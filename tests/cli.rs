@@ -271,3 +271,93 @@ async fn volumes_of_others_and_their_credentials_are_read_from_files() {
     assert_eq!((exit, err.contains("chap.password")), (2, true), "{err}");
     assert!(!err.contains("hush"), "{err}");
 }
+
+const READY: &[(Phase, Option<Reason>)] = &[(Phase::Bound, None), (Phase::Ready, None)];
+const GONE: &[(Phase, Option<Reason>)] = &[(Phase::UnmountedFromPod, None), (Phase::Gone, None)];
+
+fn rows(table: &str) -> Vec<Vec<String>> {
+    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect();
+    table.lines().skip(1).map(words).collect()
+}
+
+#[tokio::test]
+async fn a_set_from_a_file_is_made_so_and_shown() {
+    let server = with_vm().await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().display().to_string();
+    let url = |lun: u8| format!("iscsi://10.0.0.1/iqn.2001-04.com.example:a/{lun}");
+    let put = |names: &[&str]| {
+        let volume = |(n, name): (usize, &&str)| {
+            format!("- {{name: {name}, source: '{}'}}\n", url(u8::try_from(n).unwrap()))
+        };
+        let volumes: String = names.iter().enumerate().map(volume).collect();
+        std::fs::write(file.path(), format!("volumes:\n{volumes}")).unwrap();
+    };
+    put(&["b", "c"]);
+    let (exit, out, err) = server.run(&format!("sync a -f {path} --revision 1 --dry-run")).await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(out.contains("Pending") && err.contains("nothing was changed"), "{out}{err}");
+    server.memory.script_of("b", READY);
+    server.memory.script_of("c", READY);
+    let (exit, out, err) = server.run(&format!("sync a -f {path} --revision 1")).await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(out.starts_with("VOLUME"), "{out}");
+    let [b, c] = &rows(&out)[..] else { panic!("{out}") };
+    assert_eq!(b[..6], ["b", "add", "yes", "Ready", "sda", "1Gi"]);
+    assert_eq!(c[..4], ["c", "add", "yes", "Ready"]);
+    assert!(err.contains("b: Ready") && err.contains("c: Ready"), "{err}");
+
+    put(&["b", "d"]);
+    server.memory.script_of("c", GONE);
+    server.memory.script_of("d", READY);
+    let (exit, out, err) = server.run(&format!("sync a -f {path} --revision 2 -o json")).await;
+    assert_eq!(exit, 0, "{err}");
+    let told: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let short =
+        |n: usize| (told[n]["name"].clone(), told[n]["wish"].clone(), told[n]["changed"].clone());
+    assert_eq!(short(0), ("b".into(), "add".into(), false.into()));
+    assert_eq!(short(2), ("c".into(), "remove".into(), true.into()));
+    assert_eq!(told[2]["volume"]["phase"], "Gone");
+    assert_eq!(told[1]["error"], serde_json::Value::Null);
+
+    let (exit, _, err) = server.run(&format!("sync a -f {path} --revision 1")).await;
+    assert_eq!(exit, 4, "{err}");
+    assert!(err.contains("REVISION_OUTDATED") && err.contains("what to do"), "{err}");
+    std::fs::write(file.path(), "").unwrap();
+    let (exit, _, err) = server.run(&format!("sync a -f {path} --revision 3")).await;
+    assert_eq!((exit, err.contains("volumes: []")), (2, true), "{err}");
+    std::fs::write(file.path(), "volumes: []").unwrap();
+    let (exit, out, err) = server.run(&format!("sync a -f {path} --revision 3 --no-wait")).await;
+    assert_eq!(exit, 0, "{err}");
+    assert_eq!(rows(&out).iter().map(|row| row[3].as_str()).collect::<Vec<_>>(), ["Detaching"; 2]);
+}
+
+#[tokio::test]
+async fn what_of_many_volumes_did_not_come_about_is_told_and_the_rest_is_waited_for() {
+    let server = with_vm().await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().display().to_string();
+    let documents =
+        format!("name: b\nsource: '{URL}'\n---\n{{name: c, wwid: 5, source: '{URL}'}}\n");
+    std::fs::write(file.path(), documents.replace("wwid: 5", "wwid: '5'")).unwrap();
+    server.memory.script_of("b", READY);
+    let (exit, out, err) = server.run(&format!("sync a -f {path} --revision 1")).await;
+    assert_eq!(exit, 2, "{err}");
+    assert_eq!(rows(&out)[0][3], "Ready");
+    assert_eq!(rows(&out)[1], ["c", "add", "no", "INVALID_WWID"]);
+    assert!(err.contains("error: INVALID_WWID: c: volumes[1].spec.wwid: "), "{err}");
+
+    server.memory.script_of("b", &[(Phase::Detaching, Some(Reason::InUseByGuest))]);
+    let (exit, out, err) = server.run("removevolume a --volume-name b --volume-name none").await;
+    assert_eq!(exit, 5, "{err}");
+    assert_eq!(rows(&out)[0][..4], ["b", "remove", "yes", "Detaching"]);
+    for words in ["IN_USE_BY_GUEST: b: ", "VOLUME_NOT_FOUND: none: ", "2 of 2 volumes did not"] {
+        assert!(err.contains(words), "{words}: {err}");
+    }
+    let status = server.memory.get("default/a/b").unwrap();
+    server.memory.publish(status, Phase::Detaching, None);
+    let line = "removevolume a --volume-name b --volume-name none --timeout 0s -o yaml";
+    let (exit, out, err) = server.run(line).await;
+    assert_eq!(exit, 6, "{err}");
+    assert!(out.contains("DEADLINE_EXCEEDED") && out.contains("VOLUME_NOT_FOUND"), "{out}");
+}

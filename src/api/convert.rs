@@ -1,4 +1,4 @@
-//! From the wire to types, and in [`wire`] back. Every error names the field, the value and what is right.
+//! From the wire to types, and in `wire` back. Every error names the field, the value and what is right.
 
 mod wire;
 

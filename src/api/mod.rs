@@ -7,6 +7,7 @@
 //! ```
 
 pub mod auth;
+mod batch;
 pub mod convert;
 mod names;
 pub mod server;

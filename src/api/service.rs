@@ -13,14 +13,14 @@ use super::names;
 use super::status::{self, About};
 use super::v1::{self, lunplug_service_server::LunplugService};
 use crate::reason::Reason;
-use crate::spec::{AddOptions, RemoveOptions};
+use crate::spec::{AddOptions, RemoveOptions, VolumeSpec};
 use crate::types::{Outcome, VmId, VolumeKey};
 use crate::vm::facade::{Refusal, Volumes};
 use crate::vm::resolve::Names;
 
 /// Serves `lunplug.v1.LunplugService`.
 pub struct Service {
-    volumes: Arc<dyn Volumes>,
+    pub(super) volumes: Arc<dyn Volumes>,
     stopping: watch::Receiver<bool>,
 }
 
@@ -42,16 +42,26 @@ impl Service {
 
     async fn add(&self, request: v1::AddVolumeRequest) -> Result<v1::AddVolumeResponse, Refusal> {
         let vm = convert::vm_id("vm", request.vm.as_ref())?;
-        let names = self.resolved(&vm, request.volume.as_ref()).await?;
-        let mut spec = convert::volume_spec(request.volume, names)?;
-        let options = AddOptions {
-            chap: convert::chap(request.chap, &mut spec)?,
-            accept_new_identity: request.accept_new_identity,
-            dry_run: request.dry_run,
-        };
+        let v1::AddVolumeRequest { volume: spec, accept_new_identity, dry_run, chap, .. } = request;
+        let entry = v1::VolumeEntry { spec, accept_new_identity, chap };
+        let (spec, options) = self.wanted(&vm, entry, dry_run).await?;
         let outcome = self.volumes.add_volume(&vm, spec, options).await?;
         let (volume, changed) = split(outcome);
         Ok(v1::AddVolumeResponse { volume: Some(convert::wire_volume(&volume)), changed })
+    }
+
+    /// A volume that is asked for, and how.
+    pub(super) async fn wanted(
+        &self,
+        vm: &VmId,
+        entry: v1::VolumeEntry,
+        dry_run: bool,
+    ) -> Result<(VolumeSpec, AddOptions), Refusal> {
+        let names = self.resolved(vm, entry.spec.as_ref()).await?;
+        let mut spec = convert::volume_spec(entry.spec, names)?;
+        let chap = convert::chap(entry.chap, &mut spec)?;
+        let accept_new_identity = entry.accept_new_identity;
+        Ok((spec, AddOptions { chap, accept_new_identity, dry_run }))
     }
 
     /// What the names of a volume's portals are resolved to.
@@ -93,7 +103,7 @@ impl Service {
     }
 }
 
-fn split<T>(outcome: Outcome<T>) -> (T, bool) {
+pub(super) fn split<T>(outcome: Outcome<T>) -> (T, bool) {
     let changed = outcome.changed();
     (outcome.into_inner(), changed)
 }
@@ -195,6 +205,33 @@ impl LunplugService for Service {
         let request = request.into_inner();
         let about = about(request.vm.as_ref(), &request.volume);
         answer("RemoveVolume", about, self.remove(request)).await
+    }
+
+    async fn add_volumes(
+        &self,
+        request: Request<v1::AddVolumesRequest>,
+    ) -> Result<Response<v1::AddVolumesResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), "");
+        answer("AddVolumes", about, self.add_many(request)).await
+    }
+
+    async fn remove_volumes(
+        &self,
+        request: Request<v1::RemoveVolumesRequest>,
+    ) -> Result<Response<v1::RemoveVolumesResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), "");
+        answer("RemoveVolumes", about, self.remove_many(request)).await
+    }
+
+    async fn sync_volumes(
+        &self,
+        request: Request<v1::SyncVolumesRequest>,
+    ) -> Result<Response<v1::SyncVolumesResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), "");
+        answer("SyncVolumes", about, self.sync(request)).await
     }
 
     async fn expand_volume(

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use super::v1;
 use crate::reason::{Kind, Reason};
 use crate::types::Malformed;
 use crate::vm::facade::Refusal;
@@ -64,30 +65,39 @@ pub fn retry_after(reason: Reason) -> Option<Duration> {
     }
 }
 
+/// What a refusal tells, whichever way: the details of a failed call, or the result of one volume of many.
+pub fn error(refusal: &Refusal) -> v1::VolumeError {
+    let reason = refusal.reason;
+    let retry_after = retry_after(reason);
+    v1::VolumeError {
+        reason: reason.code().into(),
+        message: shortened(&refusal.message).into(),
+        remedy: reason.remedy().into(),
+        field: shortened(refusal.field.as_deref().unwrap_or_default()).into(),
+        transient: retry_after.is_some(),
+        retry_after: retry_after.and_then(|delay| delay.try_into().ok()),
+    }
+}
+
 /// The status of a refusal, with all its details.
 pub fn status(refusal: &Refusal, about: &About) -> Status {
-    let message = shortened(&refusal.message);
-    let reason = refusal.reason;
+    let error = error(refusal);
     let mut metadata = HashMap::new();
-    for (key, value) in [
-        ("vm", about.vm.as_str()),
-        ("volume", about.volume.as_str()),
-        ("field", refusal.field.as_deref().unwrap_or_default()),
-    ] {
+    for (key, value) in [("vm", &about.vm), ("volume", &about.volume), ("field", &error.field)] {
         if !value.is_empty() {
             metadata.insert(key.to_owned(), shortened(value).to_owned());
         }
     }
     let mut details = ErrorDetails::new();
-    details.set_error_info(reason.code(), DOMAIN, metadata);
-    details.set_localized_message("en", reason.remedy());
-    if let (Kind::Invalid, Some(field)) = (reason.kind(), &refusal.field) {
-        details.add_bad_request_violation(field.clone(), message);
+    details.set_error_info(error.reason, DOMAIN, metadata);
+    details.set_localized_message("en", error.remedy);
+    if refusal.reason.kind() == Kind::Invalid && !error.field.is_empty() {
+        details.add_bad_request_violation(error.field, error.message.as_str());
     }
-    if let Some(delay) = retry_after(reason) {
+    if let Some(delay) = retry_after(refusal.reason) {
         details.set_retry_info(Some(delay));
     }
-    Status::with_error_details(code(reason), message, details)
+    Status::with_error_details(code(refusal.reason), error.message, details)
 }
 
 /// The refusal of a malformed value in the named field.
@@ -139,6 +149,19 @@ mod tests {
             assert_eq!(details.localized_message().unwrap().message, reason.remedy());
             assert_eq!(details.bad_request().is_some(), reason.kind() == Kind::Invalid);
             assert_eq!(details.retry_info().is_some(), reason.is_transient());
+            let error = error(&refusal);
+            assert_eq!(
+                (error.reason.as_str(), error.field.as_str()),
+                (reason.code(), "volume.serial")
+            );
+            assert_eq!(
+                (error.message.as_str(), error.remedy.as_str()),
+                ("it went wrong", reason.remedy())
+            );
+            assert_eq!(
+                (error.transient, error.retry_after.is_some()),
+                (reason.is_transient(), reason.is_transient())
+            );
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use zeroize::Zeroizing;
 
 use super::chap::ChapFile;
-use super::client::{connect, timed};
+use super::client::{CALL, connect, timed, timed_for};
 use super::failure::{Exit, Failure};
 use super::file::{self, SourceFile, VolumeFile};
 use super::output::{self, Format};
@@ -40,13 +40,22 @@ impl Waiting {
         volume: v1::Volume,
         screen: &mut Screen<'_>,
     ) -> Result<v1::Volume, Failure> {
+        let Some(patience) = self.patience(screen)? else { return Ok(volume) };
+        wait(socket, client, goal, volume, patience, screen).await
+    }
+
+    /// How long to wait, if that is wanted; says so when nothing was changed.
+    pub(super) fn patience(&self, screen: &mut Screen<'_>) -> Result<Option<Duration>, Failure> {
         if self.dry_run {
             writeln!(screen.err, "dry run: nothing was changed")?;
         }
-        if self.dry_run || self.no_wait {
-            return Ok(volume);
-        }
-        wait(socket, client, goal, volume, self.timeout, screen).await
+        let wanted = !self.dry_run && !self.no_wait;
+        Ok(wanted.then_some(self.timeout))
+    }
+
+    /// A request about many volumes, with the deadline of a call.
+    pub(super) fn timed<T>(&self, message: T) -> tonic::Request<T> {
+        timed_for(self.timeout.max(CALL), message)
     }
 
     pub(super) fn dry_run(&self) -> bool {
@@ -187,7 +196,7 @@ impl Args {
     }
 }
 
-fn wrong(path: &Path, error: impl std::fmt::Display) -> Failure {
+pub(super) fn wrong(path: &Path, error: impl std::fmt::Display) -> Failure {
     Failure::plain(Exit::Usage, format!("{}: {error}", path.display()))
 }
 
@@ -209,7 +218,7 @@ pub(super) fn chap_file(path: &Path) -> Result<ChapFile, Failure> {
 }
 
 /// A file's text, which may hold secrets.
-fn text(path: &Path) -> Result<Zeroizing<String>, Failure> {
+pub(super) fn text(path: &Path) -> Result<Zeroizing<String>, Failure> {
     let text = if path == Path::new("-") {
         let mut text = String::new();
         std::io::stdin().read_to_string(&mut text).map(|_| text)

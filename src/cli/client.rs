@@ -15,8 +15,9 @@ use crate::api::v1::lunplug_service_client::LunplugServiceClient;
 /// A client of the contract.
 pub type Client = LunplugServiceClient<Channel>;
 
-/// A call has so long. None needs it: all return when a wish is durable, but for an expand.
-const CALL: Duration = Duration::from_secs(60);
+/// A call has so long at least. None needs it: all return when wishes are durable, but for an expand; the
+/// guest may be asked about each of many volumes before.
+pub(super) const CALL: Duration = Duration::from_secs(60);
 
 /// A request with the deadline of a call.
 pub(super) fn timed<T>(message: T) -> Request<T> {

@@ -110,6 +110,17 @@ impl Failure {
         }
     }
 
+    /// A volume of many that was refused.
+    pub fn refused(error: &v1::VolumeError) -> Self {
+        Self {
+            exit: Reason::from_code(&error.reason).map_or(Exit::Failed, |r| r.kind().into()),
+            reason: error.reason.clone(),
+            field: error.field.clone(),
+            message: error.message.clone(),
+            remedy: error.remedy.clone(),
+        }
+    }
+
     /// Writes it for a person, or in the form that results have.
     pub fn write(&self, format: Format, to: &mut dyn Write) -> io::Result<()> {
         #[derive(Serialize)]
@@ -167,7 +178,7 @@ fn exit_of(code: Code) -> Exit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::status::{About, status};
+    use crate::api::status::{About, error, status};
     use crate::vm::facade::Refusal;
 
     #[test]
@@ -177,6 +188,7 @@ mod tests {
             let failure = Failure::from(status(&refusal, &About::default()));
             let expected = Failure { field: "volume.name".into(), ..Failure::of(reason, "no") };
             assert_eq!(failure, expected);
+            assert_eq!(Failure::refused(&error(&refusal)), expected);
             assert_ne!(failure.exit, Exit::Ok);
         }
     }

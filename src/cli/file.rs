@@ -1,12 +1,14 @@
 //! A volume as people write it in a file and as results show it: the contract's fields, in YAML or
 //! JSON. A source may also be its URL.
 
+mod many;
 mod source;
 
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub(super) use many::many;
 pub(super) use source::{SourceFile, TargetFile};
 
 use super::chap::{self, ChapFile};

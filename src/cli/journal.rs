@@ -19,7 +19,7 @@ use crate::types::VmId;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Show VMs, wanted volumes, identities, effects, removals, leases and claims as they are stored.
+    /// Show VMs, wanted volumes, identities, revisions, effects, removals, leases and claims as they are stored.
     Dump(Place),
     /// Check that all of it can be read and fits together; changes nothing.
     Verify(Place),
@@ -186,6 +186,9 @@ fn dump(found: &Found, screen: &mut Screen<'_>) -> io::Result<()> {
         };
         let header = ["VM", "VOLUME", "SOURCE", "WWID"];
         section("Identities", &header, store.identities.iter().map(identity).collect())?;
+        let revision = |r: &inspect::RevisionRow| vec![r.vm.clone(), r.revision.to_string()];
+        let rows = store.revisions.iter().map(revision).collect();
+        section("Revisions", &["VM", "REVISION"], rows)?;
     }
     let title = format!("Effects in {} (boot {})", found.run_dir.display(), found.boot_id);
     let header = ["FILE", "BOOT", "STEP", "HOST", "DEVICE", "NODE", "GRANT", "DISK"];

@@ -1,6 +1,7 @@
 //! The commands of `lunplug`, one file each. Results go to stdout, progress and errors to stderr.
 
 mod add;
+mod batch;
 mod chap;
 mod client;
 mod describe;
@@ -15,6 +16,7 @@ mod list;
 mod node;
 mod output;
 mod remove;
+mod sync;
 mod vm;
 mod wait;
 mod watch;
@@ -42,6 +44,7 @@ Exit codes:
   7  not allowed
   8  called off
   9  journal verify or doctor found problems
+Of several volumes, the first that did not come about decides.
 docs/errors.md explains every reason.";
 
 /// Hot-plugs SAN volumes into running KVM virtual machines, by the lunplugd of this node.
@@ -76,9 +79,12 @@ enum Command {
     /// Plug a volume into a VM.
     #[command(after_help = EXIT_CODES)]
     Addvolume(Box<add::Args>),
-    /// Take a volume from a VM.
+    /// Take volumes from a VM.
     #[command(after_help = EXIT_CODES)]
     Removevolume(remove::Args),
+    /// Have a VM's volumes be those of a file: add what is missing, remove what is not in it.
+    #[command(after_help = EXIT_CODES)]
+    Sync(sync::Args),
     /// Have a volume follow its LUN, which has grown at the array, and tell the guest.
     #[command(after_help = EXIT_CODES)]
     Expand(expand::Args),
@@ -167,6 +173,7 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
     match cli.command {
         Command::Addvolume(args) => add::run(*args, &socket, format, screen).await,
         Command::Removevolume(args) => remove::run(args, &socket, format, screen).await,
+        Command::Sync(args) => sync::run(args, &socket, format, screen).await,
         Command::Expand(args) => expand::run(args, &socket, format, screen).await,
         Command::List(args) => list::run(args, &socket, format, screen).await,
         Command::Describe(args) => describe::run(args, &socket, format, screen).await,

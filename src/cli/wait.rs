@@ -60,28 +60,44 @@ fn called_off() -> Verdict {
     Verdict::Failed(Failure::of(Reason::Cancelled, message))
 }
 
+/// What came of a volume that was waited for: its last state, and why it did not get there.
+pub(super) type Ended = (v1::Volume, Result<(), Failure>);
+
 /// Follows `volume` from the state the daemon answered with until the goal is reached, it fails, or
 /// the time is over. Returns its last state.
 pub(super) async fn wait(
     socket: &Path,
-    mut client: Client,
+    client: Client,
     goal: Goal,
     volume: v1::Volume,
     patience: Duration,
     screen: &mut Screen<'_>,
 ) -> Result<v1::Volume, Failure> {
-    let mut shown = Shown::new(screen);
+    let ended = wait_all(socket, client, vec![(goal, volume)], patience, screen).await?;
+    // There is one for each.
+    let mut ended = ended.into_iter().map(|(volume, end)| end.map(|()| volume));
+    ended.next().unwrap_or_else(|| Ok(v1::Volume::default()))
+}
+
+/// The same for volumes of one VM, until each of them has come to its end.
+pub(super) async fn wait_all(
+    socket: &Path,
+    mut client: Client,
+    volumes: Vec<(Goal, v1::Volume)>,
+    patience: Duration,
+    screen: &mut Screen<'_>,
+) -> Result<Vec<Ended>, Failure> {
+    let mut shown = Shown::new(screen, volumes.len() > 1);
     let deadline = Instant::now() + patience;
-    let mut wait = Wait { goal, floor: volume.generation, last: volume };
-    shown.volume(&wait.last)?;
+    let mut wait = Wait { all: volumes.into_iter().map(One::new).collect() };
+    for one in &mut wait.all {
+        shown.volume(one)?;
+    }
     let followed = async {
-        loop {
-            if let Some(end) = wait.follow(&mut client, &mut shown).await? {
-                return end;
-            }
+        while !wait.follow(&mut client, &mut shown).await? {
             // The daemon is being restarted. It goes on with what it had, so the wait does too;
             // whether it counts on from where it was is its own affair.
-            wait.floor = 0;
+            wait.all.iter_mut().for_each(|one| one.floor = 0);
             shown.note("lunplugd went away; waiting for it")?;
             client = loop {
                 tokio::time::sleep(RECONNECT).await;
@@ -90,14 +106,17 @@ pub(super) async fn wait(
                 }
             };
         }
+        Ok::<(), Failure>(())
     };
     let ended = timeout_at(deadline, followed).await;
     shown.done();
-    match ended {
-        Ok(Ok(())) => Ok(wait.last),
-        Ok(Err(failure)) => Err(failure),
-        Err(_) => Err(too_late(&wait.last, patience)),
-    }
+    // What was not in time is told of each.
+    ended.unwrap_or(Ok(()))?;
+    let end = |one: One| {
+        let end = one.end.unwrap_or_else(|| Err(too_late(&one.last, patience)));
+        (one.last, end)
+    };
+    Ok(wait.all.into_iter().map(end).collect())
 }
 
 fn too_late(volume: &v1::Volume, patience: Duration) -> Failure {
@@ -115,89 +134,122 @@ fn too_late(volume: &v1::Volume, patience: Duration) -> Failure {
     }
 }
 
-struct Wait {
+/// One volume that is waited for.
+struct One {
     goal: Goal,
     /// States of lower generations are older than the daemon's answer.
     floor: u64,
     last: v1::Volume,
+    /// What came of it.
+    end: Option<Result<(), Failure>>,
+    /// What was shown of it last.
+    shown: Option<(v1::Phase, String)>,
+    /// How much of what was given up was told.
+    gave_up: usize,
 }
 
-impl Wait {
-    /// Follows one stream: `None` when the daemon went away.
-    async fn follow(
-        &mut self,
-        client: &mut Client,
-        shown: &mut Shown<'_, '_>,
-    ) -> Result<Option<Result<(), Failure>>, Failure> {
-        let request = v1::WatchVolumesRequest { vm: self.last.vm.clone() };
-        let mut stream = match client.watch_volumes(request).await {
-            Ok(stream) => stream.into_inner(),
-            Err(status) => {
-                let failure = Failure::from(status.clone());
-                if self.goal == Goal::Gone && failure.reason == Reason::VmNotFound.code() {
-                    // The whole VM was forgotten meanwhile, which takes that its volumes are gone.
-                    self.look(None, shown)?;
-                    return Ok(Some(Ok(())));
-                }
-                return gone_or_failed(status);
-            }
-        };
-        loop {
-            let event = match stream.message().await {
-                Ok(Some(message)) => message.event,
-                Ok(None) => return Ok(None),
-                Err(status) => return gone_or_failed(status),
-            };
-            let verdict = match event {
-                Some(Event::Snapshot(snapshot)) => {
-                    let found = snapshot.volumes.into_iter().find(|v| self.is_ours(v));
-                    self.look(found, shown)?
-                }
-                Some(Event::Changed(volume)) if self.is_ours(&volume) => {
-                    self.look(Some(volume), shown)?
-                }
-                Some(Event::Changed(_)) | None => Verdict::Wait,
-            };
-            match verdict {
-                Verdict::Wait => {}
-                Verdict::Reached => return Ok(Some(Ok(()))),
-                Verdict::Failed(failure) => return Ok(Some(Err(failure))),
-            }
-        }
+impl One {
+    fn new((goal, last): (Goal, v1::Volume)) -> Self {
+        Self { goal, floor: last.generation, last, end: None, shown: None, gave_up: 0 }
     }
 
-    fn is_ours(&self, volume: &v1::Volume) -> bool {
-        let name = |v: &v1::Volume| v.spec.as_ref().map(|spec| spec.name.clone());
-        volume.vm == self.last.vm && name(volume) == name(&self.last)
+    fn name(&self) -> &str {
+        self.last.spec.as_ref().map(|spec| spec.name.as_str()).unwrap_or_default()
+    }
+
+    fn is(&self, volume: &v1::Volume) -> bool {
+        let name = volume.spec.as_ref().map(|spec| spec.name.as_str());
+        volume.vm == self.last.vm && name == Some(self.name())
     }
 
     fn look(
         &mut self,
         found: Option<v1::Volume>,
         shown: &mut Shown<'_, '_>,
-    ) -> Result<Verdict, Failure> {
-        match found {
-            Some(volume) if volume.generation < self.floor => return Ok(Verdict::Wait),
-            Some(volume) => self.last = volume,
+    ) -> Result<(), Failure> {
+        let verdict = match found {
+            Some(volume) if volume.generation < self.floor => return Ok(()),
+            Some(volume) => {
+                self.last = volume;
+                judge(self.goal, Some(&self.last))
+            }
             None => {
-                let verdict = judge(self.goal, None);
                 self.last.set_phase(v1::Phase::Gone);
                 self.last.trouble = None;
-                shown.volume(&self.last)?;
-                return Ok(verdict);
+                judge(self.goal, None)
             }
-        }
-        shown.volume(&self.last)?;
-        Ok(judge(self.goal, Some(&self.last)))
+        };
+        self.end = match verdict {
+            Verdict::Wait => None,
+            Verdict::Reached => Some(Ok(())),
+            Verdict::Failed(failure) => Some(Err(failure)),
+        };
+        shown.volume(self)
     }
 }
 
-fn gone_or_failed<T>(status: tonic::Status) -> Result<Option<T>, Failure> {
+/// All that is waited for.
+struct Wait {
+    all: Vec<One>,
+}
+
+impl Wait {
+    /// Those that are waited for still.
+    fn left(&mut self) -> impl Iterator<Item = &mut One> {
+        self.all.iter_mut().filter(|one| one.end.is_none())
+    }
+
+    /// Follows one stream until nothing is waited for: false when the daemon went away.
+    async fn follow(
+        &mut self,
+        client: &mut Client,
+        shown: &mut Shown<'_, '_>,
+    ) -> Result<bool, Failure> {
+        let Some(one) = self.left().next() else { return Ok(true) };
+        let request = v1::WatchVolumesRequest { vm: one.last.vm.clone() };
+        let mut stream = match client.watch_volumes(request).await {
+            Ok(stream) => stream.into_inner(),
+            Err(status) => {
+                let unknown = Failure::from(status.clone()).reason == Reason::VmNotFound.code();
+                if unknown && self.left().any(|one| one.goal == Goal::Gone) {
+                    // The whole VM was forgotten meanwhile, which takes that its volumes are gone.
+                    self.left().try_for_each(|one| one.look(None, shown))?;
+                    return Ok(true);
+                }
+                return gone_or_failed(status);
+            }
+        };
+        while self.left().next().is_some() {
+            let event = match stream.message().await {
+                Ok(Some(message)) => message.event,
+                Ok(None) => return Ok(false),
+                Err(status) => return gone_or_failed(status),
+            };
+            match event {
+                Some(Event::Snapshot(snapshot)) => {
+                    for one in self.left() {
+                        let found = snapshot.volumes.iter().find(|volume| one.is(volume));
+                        one.look(found.cloned(), shown)?;
+                    }
+                }
+                Some(Event::Changed(volume)) => {
+                    if let Some(one) = self.left().find(|one| one.is(&volume)) {
+                        one.look(Some(volume), shown)?;
+                    }
+                }
+                None => {}
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn gone_or_failed(status: tonic::Status) -> Result<bool, Failure> {
     // A broken connection shows as Unknown or Cancelled as well, without our details.
     let failure = Failure::from(status);
     let gone = failure.exit == Exit::Unavailable
         || (failure.reason.is_empty() && matches!(failure.exit, Exit::Failed | Exit::Cancelled));
-    if gone { Ok(None) } else { Err(failure) }
+    if gone { Ok(false) } else { Err(failure) }
 }
 
 /// The phases as they come, with their times: lines, and below them, for a person, what goes on.
@@ -205,13 +257,12 @@ struct Shown<'a, 'b> {
     screen: &'a mut Screen<'b>,
     spinner: Option<ProgressBar>,
     start: Instant,
-    last: Option<(v1::Phase, String)>,
-    /// How much of what was given up was told.
-    gave_up: usize,
+    /// There are several volumes: each line has its volume's name.
+    named: bool,
 }
 
 impl<'a, 'b> Shown<'a, 'b> {
-    fn new(screen: &'a mut Screen<'b>) -> Self {
+    fn new(screen: &'a mut Screen<'b>, named: bool) -> Self {
         let spinner = screen.live.then(|| {
             let style = ProgressStyle::with_template("{spinner} {elapsed} {msg}")
                 .expect("the template is a constant");
@@ -219,22 +270,24 @@ impl<'a, 'b> Shown<'a, 'b> {
             spinner.enable_steady_tick(Duration::from_millis(100));
             spinner
         });
-        Self { screen, spinner, start: Instant::now(), last: None, gave_up: 0 }
+        Self { screen, spinner, start: Instant::now(), named }
     }
 
     /// Shows a phase or a reason that is new.
-    fn volume(&mut self, volume: &v1::Volume) -> Result<(), Failure> {
-        for what in volume.gave_up.iter().skip(self.gave_up) {
-            self.note(&format!("gave up: {what}"))?;
+    fn volume(&mut self, one: &mut One) -> Result<(), Failure> {
+        let of = if self.named { format!("{}: ", one.name()) } else { String::new() };
+        let volume = &one.last;
+        for what in volume.gave_up.iter().skip(one.gave_up) {
+            self.note(&format!("{of}gave up: {what}"))?;
         }
-        self.gave_up = self.gave_up.max(volume.gave_up.len());
+        one.gave_up = one.gave_up.max(volume.gave_up.len());
         let reason = volume.trouble.as_ref().map(|t| t.reason.clone()).unwrap_or_default();
         let now = (volume.phase(), reason);
-        if self.last.as_ref() == Some(&now) {
+        if one.shown.as_ref() == Some(&now) {
             return Ok(());
         }
-        self.last = Some(now);
-        let mut line = output::phase(volume.phase()).to_owned();
+        one.shown = Some(now);
+        let mut line = format!("{of}{}", output::phase(volume.phase()));
         if let Some(device) = volume.device.as_ref().filter(|_| volume.trouble.is_none()) {
             let size = output::size(device.size_bytes);
             line =

@@ -10,8 +10,8 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::Error;
 use super::store::Store;
-use crate::spec::{RemoveOptions, VmSpec, VolumeSpec};
-use crate::types::{VmId, VolumeKey, Wwid};
+use crate::spec::{RemoveOptions, Revision, VmSpec, VolumeSpec};
+use crate::types::{VmId, VolumeKey, VolumeName, Wwid};
 
 /// A volume as it is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,12 +104,12 @@ impl Desired {
         .map(drop)
     }
 
-    /// Forgets a VM, its volumes and their identities.
+    /// Forgets a VM, its volumes, their identities and its revision.
     pub async fn delete_vm(&self, vm: &VmId) -> Result<(), Error> {
         let vm = vm.to_string();
         self.write(move |c| {
             let tx = c.transaction()?;
-            for table in ["volumes", "identities", "vms"] {
+            for table in ["volumes", "identities", "revisions", "vms"] {
                 tx.execute(&format!("DELETE FROM {table} WHERE vm = ?1"), [&vm])?;
             }
             tx.commit()
@@ -146,30 +146,81 @@ impl Desired {
 
     /// Stores a volume; a new one goes behind the others.
     pub async fn put_volume(&self, vm: &VmId, volume: &StoredVolume) -> Result<(), Error> {
-        let (vm, name) = (vm.to_string(), volume.spec.name.to_string());
-        let (json, accept) = (render(&volume.spec)?, volume.accept_new_identity);
-        let removing = volume.removing.as_ref().map(render).transpose()?;
-        self.write(move |c| {
-            c.execute(
-                "INSERT INTO volumes (vm, volume, position, spec, accept_new_identity, removing)
-                 VALUES (?1, ?2, (SELECT coalesce(max(position), 0) + 1 FROM volumes WHERE vm = ?1), ?3, ?4, ?5)
-                 ON CONFLICT (vm, volume) DO UPDATE
-                 SET spec = excluded.spec, accept_new_identity = excluded.accept_new_identity,
-                     removing = excluded.removing",
-                params![vm, name, json, accept, removing],
-            )
-        })
-        .await
-        .map(drop)
+        self.put_volumes(vm, std::slice::from_ref(volume)).await
     }
 
-    /// A volume is wanted no more. It stays known until it is gone, whatever boots come in between.
-    pub async fn put_removal(&self, key: &VolumeKey, options: RemoveOptions) -> Result<(), Error> {
-        let (vm, name, json) = (key.vm.to_string(), key.volume.to_string(), render(&options)?);
+    /// Stores volumes of a VM, all of them or none; new ones go behind the others in their order.
+    pub async fn put_volumes(&self, vm: &VmId, volumes: &[StoredVolume]) -> Result<(), Error> {
+        let vm = vm.to_string();
+        let row = |volume: &StoredVolume| {
+            let removing = volume.removing.as_ref().map(render).transpose()?;
+            let (name, json) = (volume.spec.name.to_string(), render(&volume.spec)?);
+            Ok((name, json, volume.accept_new_identity, removing))
+        };
+        let rows = volumes.iter().map(row).collect::<Result<Vec<_>, Error>>()?;
+        self.write(move |c| {
+            let tx = c.transaction()?;
+            for (name, json, accept, removing) in rows {
+                tx.execute(
+                    "INSERT INTO volumes (vm, volume, position, spec, accept_new_identity, removing)
+                     VALUES (?1, ?2, (SELECT coalesce(max(position), 0) + 1 FROM volumes WHERE vm = ?1), ?3, ?4, ?5)
+                     ON CONFLICT (vm, volume) DO UPDATE
+                     SET spec = excluded.spec, accept_new_identity = excluded.accept_new_identity,
+                         removing = excluded.removing",
+                    params![vm, name, json, accept, removing],
+                )?;
+            }
+            tx.commit()
+        })
+        .await
+    }
+
+    /// Volumes of a VM are wanted no more. They stay known until they are gone, whatever boots come in
+    /// between.
+    pub async fn put_removals(
+        &self,
+        vm: &VmId,
+        removals: &[(VolumeName, RemoveOptions)],
+    ) -> Result<(), Error> {
+        let vm = vm.to_string();
+        let row = |(name, options): &(VolumeName, RemoveOptions)| {
+            Ok((name.to_string(), render(options)?))
+        };
+        let rows = removals.iter().map(row).collect::<Result<Vec<_>, Error>>()?;
+        self.write(move |c| {
+            let tx = c.transaction()?;
+            for (name, json) in rows {
+                tx.execute(
+                    "UPDATE volumes SET removing = ?3 WHERE vm = ?1 AND volume = ?2",
+                    params![vm, name, json],
+                )?;
+            }
+            tx.commit()
+        })
+        .await
+    }
+
+    /// The set of a VM's volumes that was accepted last.
+    pub async fn revision(&self, vm: &VmId) -> Result<Option<Revision>, Error> {
+        let vm = vm.to_string();
+        self.read(move |c| {
+            c.query_row("SELECT revision, asked FROM revisions WHERE vm = ?1", [vm], |r| {
+                Ok(Revision { number: r.get(0)?, asked: r.get(1)? })
+            })
+            .optional()
+        })
+        .await
+    }
+
+    /// Records that a set was accepted, in the place of the one before.
+    pub async fn put_revision(&self, vm: &VmId, revision: &Revision) -> Result<(), Error> {
+        let (vm, revision) = (vm.to_string(), revision.clone());
         self.write(move |c| {
             c.execute(
-                "UPDATE volumes SET removing = ?3 WHERE vm = ?1 AND volume = ?2",
-                params![vm, name, json],
+                "INSERT INTO revisions (vm, revision, asked) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (vm) DO UPDATE
+                 SET revision = excluded.revision, asked = excluded.asked",
+                params![vm, revision.number, revision.asked],
             )
         })
         .await
@@ -239,88 +290,4 @@ fn render<T: serde::Serialize>(value: &T) -> Result<String, Error> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::spec::{VmPlace, volume_fixture};
-
-    fn vm(name: &str) -> VmSpec {
-        VmSpec {
-            id: VmId::new("prod", name).unwrap(),
-            domain: format!("prod_{name}"),
-            place: VmPlace::Host { libvirt_socket: None },
-        }
-    }
-
-    fn key(name: &str, volume: &str) -> VolumeKey {
-        VolumeKey { vm: vm(name).id, volume: volume.parse().unwrap() }
-    }
-
-    fn stored(name: &str) -> StoredVolume {
-        StoredVolume { spec: volume_fixture(name), accept_new_identity: true, removing: None }
-    }
-
-    #[tokio::test]
-    async fn what_was_stored_is_there_after_reopening_and_in_order() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("state/lunplug.db");
-        let force = RemoveOptions { force: true, dry_run: false };
-        {
-            let store = Desired::open(&path).unwrap();
-            store.put_vm(&vm("a")).await.unwrap();
-            for name in ["z", "y", "x"] {
-                store.put_volume(&vm("a").id, &stored(name)).await.unwrap();
-            }
-            store.delete_volume(&key("a", "y")).await.unwrap();
-            store.put_volume(&vm("a").id, &stored("z")).await.unwrap();
-            store.put_removal(&key("a", "x"), force).await.unwrap();
-        }
-        let store = Desired::open(&path).unwrap();
-        let vms: Vec<_> = store.vms().await.unwrap().into_iter().map(Result::unwrap).collect();
-        assert_eq!(vms, [vm("a")]);
-        let leaving = StoredVolume { removing: Some(force), ..stored("x") };
-        assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [stored("z"), leaving]);
-    }
-
-    #[tokio::test]
-    async fn an_identity_outlives_its_volume_but_not_its_vm() {
-        let store = Desired::in_memory().unwrap();
-        let wwid: Wwid = "naa.6001405000000000000000000000000a".parse().unwrap();
-        store.put_vm(&vm("a")).await.unwrap();
-        store.put_volume(&vm("a").id, &stored("v")).await.unwrap();
-        store.put_identity(&key("a", "v"), "src", &wwid).await.unwrap();
-        let volumes = store.volumes(&vm("a").id).await.unwrap();
-        assert!(!volumes[0].accept_new_identity, "the permission is used up");
-        store.delete_volume(&key("a", "v")).await.unwrap();
-        assert_eq!(store.identity(&key("a", "v"), "src").await.unwrap(), Some(wwid));
-        assert_eq!(store.identity(&key("a", "v"), "other").await.unwrap(), None);
-        store.delete_vm(&vm("a").id).await.unwrap();
-        assert_eq!(store.identity(&key("a", "v"), "src").await.unwrap(), None);
-    }
-
-    #[tokio::test]
-    async fn a_newer_schema_is_refused_and_left_as_it_is() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("lunplug.db");
-        let raw = Connection::open(&path).unwrap();
-        raw.execute_batch("PRAGMA user_version = 99").unwrap();
-        drop(raw);
-        let before = std::fs::read(&path).unwrap();
-        let error = Desired::open(&path).unwrap_err();
-        assert_eq!(error.reason(), Reason::StateStoreNewer);
-        assert_eq!(std::fs::read(&path).unwrap(), before);
-    }
-
-    #[tokio::test]
-    async fn a_damaged_value_is_named_not_reset_and_is_that_vms_alone() {
-        let store = Desired::in_memory().unwrap();
-        store.put_vm(&vm("b")).await.unwrap();
-        store.write(|c| c.execute("INSERT INTO vms VALUES ('prod/a', '{')", [])).await.unwrap();
-        let vms = store.vms().await.unwrap();
-        let (name, error) = vms[0].as_ref().unwrap_err();
-        assert_eq!((name.as_str(), error.reason()), ("prod/a", Reason::RecordCorrupt));
-        assert!(error.to_string().contains("prod/a"), "{error}");
-        assert_eq!(vms[1].as_ref().unwrap(), &vm("b"));
-    }
-
-    use crate::reason::Reason;
-}
+mod tests;

@@ -54,6 +54,8 @@ pub struct StoreFound {
     pub volumes: Vec<VolumeRow>,
     /// Identities once proven.
     pub identities: Vec<IdentityRow>,
+    /// The sets of volumes that were accepted last.
+    pub revisions: Vec<RevisionRow>,
 }
 
 /// A row of `vms`.
@@ -93,6 +95,15 @@ pub struct IdentityRow {
     pub source: String,
     /// The identity.
     pub wwid: String,
+}
+
+/// A row of `revisions`, without the set.
+#[derive(Debug, Clone, Serialize)]
+pub struct RevisionRow {
+    /// `NAMESPACE/NAME`.
+    pub vm: String,
+    /// The revision.
+    pub revision: i64,
 }
 
 /// A text that should be JSON. Shown as JSON where it is.
@@ -264,6 +275,14 @@ fn rows(c: &Connection, found: &mut StoreFound) -> Result<(), rusqlite::Error> {
     let select = "SELECT vm, volume, source, wwid FROM identities ORDER BY vm, volume, source";
     for row in c.prepare(select)?.query_map([], identity)? {
         found.identities.push(row?);
+    }
+    if schema < 2 {
+        return Ok(());
+    }
+    let revision = |r: &rusqlite::Row<'_>| Ok(RevisionRow { vm: r.get(0)?, revision: r.get(1)? });
+    let select = "SELECT vm, revision FROM revisions ORDER BY vm";
+    for row in c.prepare(select)?.query_map([], revision)? {
+        found.revisions.push(row?);
     }
     Ok(())
 }

@@ -7,6 +7,7 @@
 //!   volumes as asked for             stamped with the boot id: a reboot voids them
 //!   removals until they are done     survives kill -9, needs no fsync
 //!   identities once proven
+//!   sets of volumes: the last revision
 //! ```
 //!
 //! Desired state must survive a power cut; effects must not, for the cut undid them. A volume's

@@ -25,10 +25,11 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use super::Error;
 use crate::host::runtree::{self, with};
 
-/// The schema that this version writes; newer ones are refused.
-pub(super) const SCHEMA: i64 = 1;
+/// The schema that this version writes; older ones are brought to it, newer ones are refused.
+pub(super) const SCHEMA: i64 = 1 + STEPS.len() as i64;
 
-const CREATE: &str = "
+/// Schema 1.
+const FIRST: &str = "
     CREATE TABLE vms (
         vm TEXT PRIMARY KEY,
         spec TEXT NOT NULL
@@ -48,8 +49,30 @@ const CREATE: &str = "
         source TEXT NOT NULL,
         wwid TEXT NOT NULL,
         PRIMARY KEY (vm, volume, source)
-    ) STRICT;
-    PRAGMA user_version = 1;";
+    ) STRICT;";
+
+/// What each later schema has more than the one before it.
+const STEPS: [&str; 1] = ["
+    CREATE TABLE revisions (
+        vm TEXT PRIMARY KEY REFERENCES vms(vm),
+        revision INTEGER NOT NULL,
+        asked BLOB NOT NULL
+    ) STRICT;"];
+
+/// Brings a database from a schema (0: an empty one) to [`SCHEMA`], as a whole or not at all.
+fn upgrade(connection: &Connection, from: i64) -> Result<(), rusqlite::Error> {
+    let steps = std::iter::once(FIRST).chain(STEPS);
+    let missing: String = steps.skip(usize::try_from(from).unwrap_or(usize::MAX)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let change = format!("BEGIN IMMEDIATE; {missing} PRAGMA user_version = {SCHEMA}; COMMIT;");
+    let changed = connection.execute_batch(&change);
+    if changed.is_err() && !connection.is_autocommit() {
+        connection.execute_batch("ROLLBACK;")?;
+    }
+    changed
+}
 
 /// The store's connection. One blocking call uses it at a time.
 #[derive(Debug)]
@@ -95,8 +118,8 @@ impl Store {
         let path = PathBuf::from(":memory:");
         let made = (|| {
             let connection = Connection::open_in_memory()?;
-            connection
-                .execute_batch(&format!("PRAGMA foreign_keys = ON; BEGIN; {CREATE} COMMIT;"))?;
+            connection.execute_batch("PRAGMA foreign_keys = ON;")?;
+            upgrade(&connection, 0)?;
             Ok(connection)
         })();
         let connection = made.map_err(|source| Error::of(&path, source))?;
@@ -175,14 +198,14 @@ fn open_whole(path: &Path) -> Result<Connection, Error> {
         create(path)?;
     }
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = open_known(path, path, flags)?;
+    let (connection, schema) = open_known(path, path, flags)?;
     // The last is a write, to see that it can: where the -wal and -shm of a killed daemon lie about, SQLite
     // opens on a read-only disk too, but such a connection would stay read-only for good.
     let set = connection.execute_batch(&format!(
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
-         PRAGMA busy_timeout = 5000; PRAGMA user_version = {SCHEMA};"
+         PRAGMA busy_timeout = 5000; PRAGMA user_version = {schema};"
     ));
-    set.map_err(|source| Error::of(path, source))?;
+    set.and_then(|()| upgrade(&connection, schema)).map_err(|source| Error::of(path, source))?;
     Ok(connection)
 }
 
@@ -203,7 +226,8 @@ fn create(path: &Path) -> Result<(), Error> {
     }
     let made = (|| {
         let connection = Connection::open(&new)?;
-        connection.execute_batch(&format!("PRAGMA synchronous = FULL; BEGIN; {CREATE} COMMIT;"))?;
+        connection.execute_batch("PRAGMA synchronous = FULL;")?;
+        upgrade(&connection, 0)?;
         connection.close().map_err(|(_, error)| error)
     })();
     if let Err(source) = made {
@@ -214,8 +238,8 @@ fn create(path: &Path) -> Result<(), Error> {
     File::open(path.parent().unwrap_or(Path::new("."))).and_then(|d| d.sync_all()).map_err(io)
 }
 
-/// Opens the file `at` and sees that it is what it should be; errors name `path`.
-fn open_known(at: &Path, path: &Path, flags: OpenFlags) -> Result<Connection, Error> {
+/// Opens the file `at` and sees that it is what it should be; errors name `path`. Returns its schema too.
+fn open_known(at: &Path, path: &Path, flags: OpenFlags) -> Result<(Connection, i64), Error> {
     let corrupt = |what: String| Error::Corrupt { path: path.to_owned(), what };
     if fs::metadata(at).is_ok_and(|file| file.len() == 0) {
         return Err(corrupt("the file is empty: it was cut off".into()));
@@ -234,7 +258,7 @@ fn open_known(at: &Path, path: &Path, flags: OpenFlags) -> Result<Connection, Er
         return Err(corrupt(what));
     }
     connection.set_db_config(ON_CLOSE, false).map_err(of)?;
-    Ok(connection)
+    Ok((connection, version))
 }
 
 /// SQLite's last connection moves what the `-wal` has into the file, a refused one too.
@@ -255,13 +279,14 @@ pub(super) fn integrity(
 pub(super) fn copy_of(path: &Path, scratch: &Path) -> Result<Connection, Error> {
     let of = |source| Error::of(path, source);
     with_copy(path, scratch, |copy| {
-        let file = open_known(copy, path, COPY)?;
+        let (file, schema) = open_known(copy, path, COPY)?;
         // What is in memory cannot have a WAL, and the backup copies the mode too.
         file.query_row("PRAGMA journal_mode = DELETE", [], |_| Ok(())).map_err(of)?;
         let mut memory = Connection::open_in_memory().map_err(of)?;
         let backup = rusqlite::backup::Backup::new(&file, &mut memory).map_err(of)?;
         backup.run_to_completion(1000, Duration::ZERO, None).map_err(of)?;
         drop(backup);
+        upgrade(&memory, schema).map_err(of)?;
         memory.execute_batch("PRAGMA query_only = ON;").map_err(of)?;
         Ok(memory)
     })

@@ -20,13 +20,15 @@ use super::publish::{self, Board};
 use super::steps::Steps;
 use crate::connector::Attachment;
 use crate::journal::{Desired, EffectsStore, StoredVolume};
-use crate::spec::{RemoveOptions, VolumeStatus};
+use crate::spec::{RemoveOptions, Revision, VolumeStatus};
 use crate::step::Tracker;
 use crate::types::{VmId, VolumeKey, VolumeName};
 
 mod expand;
 mod look;
+mod removals;
 mod requests;
+mod sync;
 mod work;
 
 /// What the handler works with.
@@ -103,6 +105,8 @@ pub(super) struct Actor {
     vm: VmId,
     tools: Tools,
     volumes: BTreeMap<VolumeName, Volume>,
+    /// The whole set of volumes that was accepted last, as the durable store has it.
+    revision: Option<Revision>,
     tasks: JoinSet<()>,
     looks: look::Looks,
     /// Tells what may have changed; only while there are volumes to look at then.
@@ -118,20 +122,14 @@ impl Actor {
             // Ended tasks are only collected here; they have reported by message.
             while self.tasks.try_join_next().is_some() {}
             match message {
-                Message::Add { spec, options, asker } => self.add(spec, options, asker).await,
-                Message::AddChecked { spec, options, checked, asker } => {
-                    let answer = self.add_checked(spec, options, checked, &asker.span).await;
-                    asker.answer(answer);
+                Message::Wishes { asked } => self.wishes(asked, None).await,
+                Message::Sync { set, span, reply } => {
+                    // The asker may have gone; what was taken on is durable.
+                    let _ = reply.send(self.sync(set, &span).await);
                 }
-                Message::Remove { name, options, asker } => self.remove(name, options, asker),
-                Message::RemoveChecked { name, options, checked, shown, asker } => {
-                    if checked.is_ok() && !options.force && self.became_ready(&name, shown) {
-                        // The guest was not asked about it yet.
-                        self.remove(name, options, asker);
-                        continue;
-                    }
-                    let answer = self.remove_checked(&name, options, checked, &asker.span).await;
-                    asker.answer(answer);
+                Message::AddsChecked { checked, of } => self.adds_checked(checked, of).await,
+                Message::RemovalsChecked { checked, of } => {
+                    self.removals_checked(checked, of).await;
                 }
                 Message::Expand { name, expected, asker } => self.expand(&name, expected, asker),
                 Message::Expanded { name, result, asker } => self.expanded(&name, result, asker),
@@ -147,6 +145,9 @@ impl Actor {
                 Message::Count { reply } => {
                     let live = self.volumes.values().filter(|v| !v.failed).count();
                     let _ = reply.send(live);
+                }
+                Message::Revision { reply } => {
+                    let _ = reply.send(self.revision.as_ref().map(|known| known.number));
                 }
                 Message::Stop { grace, reply } => {
                     let timers = self.volumes.values_mut().filter_map(|v| v.timer.take());
@@ -203,8 +204,9 @@ impl Actor {
                 tools.effects.delete_chap(&key).await?;
             }
         }
+        let revision = tools.desired.revision(&vm).await?;
         let (tasks, looks) = (JoinSet::new(), look::Looks::default());
-        Ok(Self { vm, tools, volumes, tasks, looks, watcher: None, messages })
+        Ok(Self { vm, tools, volumes, revision, tasks, looks, watcher: None, messages })
     }
 
     /// Sees to it that every volume is as it is wanted.

@@ -11,8 +11,8 @@ use tokio::sync::broadcast;
 use super::resolve::Names;
 use crate::connector::Discovered;
 use crate::reason::Reason;
-use crate::spec::{AddOptions, RemoveOptions, VmSpec, VolumeSpec, VolumeStatus};
-use crate::types::{Chap, HostPort, Outcome, Portal, SecretName, VmId, VolumeKey};
+use crate::spec::{AddOptions, RemoveOptions, Revision, VmSpec, VolumeSpec, VolumeStatus};
+use crate::types::{Chap, HostPort, Outcome, Portal, SecretName, VmId, VolumeKey, VolumeName};
 
 /// All VMs of this node and their volumes. Calls return when the wish is durable; what becomes of
 /// it is told by [`Volumes::watch`].
@@ -46,6 +46,17 @@ pub trait Volumes: Send + Sync {
         key: &VolumeKey,
         options: RemoveOptions,
     ) -> Result<Outcome<VolumeStatus>, Refusal>;
+
+    /// Grants or refuses wishes about volumes of one VM, each for itself: the answers are in their order.
+    /// An error is about the VM as a whole. No volume should be in two of them.
+    async fn change_volumes(&self, vm: &VmId, wishes: Vec<Wish>) -> Result<Vec<Answer>, Refusal>;
+
+    /// Makes a set the whole of a VM's volumes, unless it is older than the last that was accepted
+    /// ([`Reason::RevisionOutdated`]) or another of the same revision ([`Reason::RevisionReused`]).
+    async fn sync_volumes(&self, vm: &VmId, set: Set) -> Result<Synced, Refusal>;
+
+    /// At most so many volumes may be in one request.
+    fn max_batch(&self) -> usize;
 
     /// Has a ready volume follow its LUN, which has grown at the array; `expected` is the size that it
     /// must have by now. Returns when the guest was told, or found told.
@@ -121,6 +132,50 @@ impl Refusal {
     }
 }
 
+/// What became of a wish about one volume.
+pub type Answer = Result<Outcome<VolumeStatus>, Refusal>;
+
+/// A wish about one volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wish {
+    /// It is wanted.
+    Add {
+        /// The volume.
+        spec: Box<VolumeSpec>,
+        /// How.
+        options: AddOptions,
+    },
+    /// It is wanted no more.
+    Remove {
+        /// The volume's name.
+        name: VolumeName,
+        /// How.
+        options: RemoveOptions,
+    },
+}
+
+/// All volumes that a VM is to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Set {
+    /// Which set it is.
+    pub revision: Revision,
+    /// Its volumes, no name twice.
+    pub volumes: Vec<(VolumeSpec, AddOptions)>,
+    /// Volumes that are in it by name, but cannot be added as they were asked for: they are left alone.
+    pub others: BTreeSet<VolumeName>,
+    /// How the rest is removed; `dry_run` is for the whole.
+    pub removals: RemoveOptions,
+}
+
+/// What became of a set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Synced {
+    /// Its volumes, in their order.
+    pub volumes: Vec<Answer>,
+    /// Volumes that were there and are not in it, by name.
+    pub removed: Vec<(VolumeName, Answer)>,
+}
+
 /// A volume that has followed its LUN.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expanded {
@@ -156,6 +211,8 @@ pub struct VmInfo {
     pub since: Timestamp,
     /// How many volumes it has, those being removed included.
     pub volumes: u32,
+    /// The set of its volumes that was accepted last; `None` when there was none.
+    pub revision: Option<i64>,
     /// The pod's directory on the host.
     pub pod_dir: Option<PathBuf>,
     /// The cgroup that grants are made for.

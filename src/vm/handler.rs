@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{Instrument, Span};
 
 use super::actor::{Actor, Tools};
-use super::facade::{Expanded, Refusal};
+use super::facade::{Answer, Expanded, Refusal, Set, Synced, Wish};
 use super::failure::Failure;
 use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
 use crate::reason::Reason;
@@ -27,31 +28,64 @@ impl<T> Asker<T> {
     }
 }
 
+/// A wish, and who has it.
+pub(super) struct Asked {
+    pub(super) wish: Wish,
+    pub(super) asker: Asker,
+}
+
+/// An answer to come.
+pub(super) type Promise = oneshot::Receiver<Answer>;
+
+impl Asked {
+    pub(super) fn new(wish: Wish, span: Span) -> (Self, Promise) {
+        let (reply, answer) = oneshot::channel();
+        (Self { wish, asker: Asker { span, reply } }, answer)
+    }
+}
+
+/// The answers to come about a set of volumes.
+pub(super) struct Promises {
+    /// About its volumes, in their order.
+    pub(super) volumes: Vec<Promise>,
+    /// About what is not in it.
+    pub(super) removed: Vec<(VolumeName, Promise)>,
+}
+
+/// An addition that was sent off to be checked.
+pub(super) struct Add {
+    pub(super) spec: Box<VolumeSpec>,
+    pub(super) options: AddOptions,
+    pub(super) asker: Asker,
+}
+
+/// A removal that was sent off to be checked.
+pub(super) struct Removal {
+    pub(super) name: VolumeName,
+    pub(super) options: RemoveOptions,
+    pub(super) asker: Asker,
+    /// The volume and its phase when the check began.
+    pub(super) known: Option<(VolumeSpec, Phase)>,
+}
+
 /// What the task is told: by requests, and by the work that it has set going.
 pub(super) enum Message {
-    Add {
-        spec: VolumeSpec,
-        options: AddOptions,
-        asker: Asker,
+    Wishes {
+        asked: Vec<Asked>,
     },
-    AddChecked {
-        spec: VolumeSpec,
-        options: AddOptions,
-        checked: Result<(), Refusal>,
-        asker: Asker,
+    Sync {
+        set: Set,
+        span: Span,
+        reply: oneshot::Sender<Result<Promises, Refusal>>,
     },
-    Remove {
-        name: VolumeName,
-        options: RemoveOptions,
-        asker: Asker,
+    AddsChecked {
+        checked: Vec<(Add, Result<(), Refusal>)>,
+        /// The revision that they belong to.
+        of: Option<i64>,
     },
-    RemoveChecked {
-        name: VolumeName,
-        options: RemoveOptions,
-        checked: Result<Vec<String>, Refusal>,
-        /// The volume's phase when the check began.
-        shown: Option<Phase>,
-        asker: Asker,
+    RemovalsChecked {
+        checked: Vec<(Removal, Result<Vec<String>, Refusal>)>,
+        of: Option<i64>,
     },
     Expand {
         name: VolumeName,
@@ -81,6 +115,9 @@ pub(super) enum Message {
     },
     Count {
         reply: oneshot::Sender<usize>,
+    },
+    Revision {
+        reply: oneshot::Sender<Option<i64>>,
     },
     Stop {
         grace: Duration,
@@ -114,8 +151,7 @@ impl Handler {
         spec: VolumeSpec,
         options: AddOptions,
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
-        let span = Span::current();
-        self.ask(|reply| Message::Add { spec, options, asker: Asker { span, reply } }).await?
+        self.wish(Wish::Add { spec: spec.into(), options }).await
     }
 
     /// Wants a volume no more; see [`super::facade::Volumes::remove_volume`].
@@ -124,8 +160,33 @@ impl Handler {
         name: VolumeName,
         options: RemoveOptions,
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        self.wish(Wish::Remove { name, options }).await
+    }
+
+    async fn wish(&self, wish: Wish) -> Answer {
+        let (asked, promise) = Asked::new(wish, Span::current());
+        self.send(Message::Wishes { asked: vec![asked] }).await?;
+        self.kept(promise).await
+    }
+
+    /// Grants or refuses wishes; see [`super::facade::Volumes::change_volumes`].
+    pub async fn change(&self, wishes: Vec<Wish>) -> Result<Vec<Answer>, Refusal> {
         let span = Span::current();
-        self.ask(|reply| Message::Remove { name, options, asker: Asker { span, reply } }).await?
+        let asked = wishes.into_iter().map(|wish| Asked::new(wish, span.clone()));
+        let (asked, promises): (Vec<_>, Vec<_>) = asked.unzip();
+        self.send(Message::Wishes { asked }).await?;
+        Ok(join_all(promises.into_iter().map(|promise| self.kept(promise))).await)
+    }
+
+    /// Makes a set the whole of the VM's volumes; see [`super::facade::Volumes::sync_volumes`].
+    pub async fn sync(&self, set: Set) -> Result<Synced, Refusal> {
+        let span = Span::current();
+        let promises = self.ask(|reply| Message::Sync { set, span, reply }).await??;
+        let (names, removed): (Vec<_>, Vec<_>) = promises.removed.into_iter().unzip();
+        let volumes = join_all(promises.volumes.into_iter().map(|promise| self.kept(promise)));
+        let removed = join_all(removed.into_iter().map(|promise| self.kept(promise)));
+        let (volumes, removed) = tokio::join!(volumes, removed);
+        Ok(Synced { volumes, removed: names.into_iter().zip(removed).collect() })
     }
 
     /// Has a volume follow its LUN; see [`super::facade::Volumes::expand_volume`].
@@ -144,6 +205,11 @@ impl Handler {
         self.ask(|reply| Message::Count { reply }).await
     }
 
+    /// The set of volumes that was accepted last.
+    pub async fn revision(&self) -> Result<Option<i64>, Refusal> {
+        self.ask(|reply| Message::Revision { reply }).await
+    }
+
     /// Ends the handler. What is under way has `grace` to end by itself and is dropped then, as a
     /// crash would: the journal knows it. No volume is detached.
     pub async fn stop(&self, grace: Duration) {
@@ -155,11 +221,20 @@ impl Handler {
         &self,
         message: impl FnOnce(oneshot::Sender<T>) -> Message,
     ) -> Result<T, Refusal> {
-        let gone = || {
-            Refusal::new(Reason::ShuttingDown, format!("the handler of {} is stopping", self.vm))
-        };
         let (reply, answer) = oneshot::channel();
-        self.messages.send(message(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())
+        self.send(message(reply)).await?;
+        answer.await.map_err(|_| self.gone())
+    }
+
+    async fn send(&self, message: Message) -> Result<(), Refusal> {
+        self.messages.send(message).await.map_err(|_| self.gone())
+    }
+
+    async fn kept(&self, promise: Promise) -> Answer {
+        promise.await.unwrap_or_else(|_| Err(self.gone()))
+    }
+
+    fn gone(&self) -> Refusal {
+        Refusal::new(Reason::ShuttingDown, format!("the handler of {} is stopping", self.vm))
     }
 }

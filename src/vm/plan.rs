@@ -8,6 +8,8 @@
 //! Detaching..   deny: being removed            deny: being removed         ignore (force: accept)
 //! ```
 
+pub mod set;
+
 use super::facade::Refusal;
 use crate::reason::Reason;
 use crate::spec::{Phase, RemoveOptions, VolumeSpec};

@@ -12,7 +12,9 @@ use tokio::sync::{Mutex, broadcast};
 use super::actor::Tools;
 use super::backoff::Backoff;
 use super::credentials;
-use super::facade::{DiscoverWith, Expanded, NodeInfo, Refusal, VmInfo, VmState, Volumes};
+use super::facade::{
+    Answer, DiscoverWith, Expanded, NodeInfo, Refusal, Set, Synced, VmInfo, VmState, Volumes, Wish,
+};
 use super::failure::Failure;
 use super::handler::Handler;
 use super::plan::Rules;
@@ -251,6 +253,7 @@ fn unserved_info((spec, failure, since): &(VmSpec, Failure, Timestamp)) -> VmInf
         state: VmState::Unknown,
         since: *since,
         volumes: 0,
+        revision: None,
         pod_dir: None,
         cgroup: None,
         hotplug_dir: None,
@@ -280,11 +283,13 @@ impl Served {
             since.1
         };
         let volumes = self.handler.count().await.unwrap_or(0);
+        let revision = self.handler.revision().await.unwrap_or_default();
         VmInfo {
             spec: self.ways.spec().clone(),
             state,
             since,
             volumes: u32::try_from(volumes).unwrap_or(u32::MAX),
+            revision,
             pod_dir: self.ways.pod_dir(),
             cgroup: looked.as_ref().and_then(|l| l.cgroup.clone()),
             hotplug_dir: looked.as_ref().and_then(|l| l.hotplug_dir.clone()),
@@ -409,6 +414,18 @@ impl Volumes for Registry {
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
         let served = self.served(&key.vm)?;
         served.handler.remove(key.volume.clone(), options).await
+    }
+
+    async fn change_volumes(&self, vm: &VmId, wishes: Vec<Wish>) -> Result<Vec<Answer>, Refusal> {
+        self.served(vm)?.handler.change(wishes).await
+    }
+
+    async fn sync_volumes(&self, vm: &VmId, set: Set) -> Result<Synced, Refusal> {
+        self.served(vm)?.handler.sync(set).await
+    }
+
+    fn max_batch(&self) -> usize {
+        self.settings.node.max_volumes_per_vm as usize
     }
 
     async fn expand_volume(

@@ -22,13 +22,19 @@ use lunplug::vm::resolve::Names;
 use tokio::sync::{broadcast, watch};
 use tonic::transport::{Channel, Endpoint};
 
+/// Phases, with their reasons.
+type Steps = Vec<(Phase, Option<Reason>)>;
+
 /// A façade that remembers, and moves volumes along a script.
 pub struct Memory {
     vms: Mutex<BTreeMap<VmId, VmSpec>>,
     volumes: Mutex<BTreeMap<VolumeKey, VolumeStatus>>,
     changes: broadcast::Sender<Arc<VolumeStatus>>,
-    /// The phases, with their reasons, that follow each add or remove.
-    script: Mutex<Vec<(Phase, Option<Reason>)>>,
+    /// What follows the next add or remove; a volume's own comes first.
+    script: Mutex<Steps>,
+    scripts: Mutex<BTreeMap<String, Steps>>,
+    /// The set of a VM's volumes that was accepted last.
+    revisions: Mutex<BTreeMap<VmId, Revision>>,
 }
 
 impl Memory {
@@ -38,11 +44,18 @@ impl Memory {
             volumes: Mutex::default(),
             changes: broadcast::channel(16).0,
             script: Mutex::default(),
+            scripts: Mutex::default(),
+            revisions: Mutex::default(),
         })
     }
 
     pub fn script(&self, steps: &[(Phase, Option<Reason>)]) {
         *self.script.lock().unwrap() = steps.to_vec();
+    }
+
+    /// What follows the next add or remove of that volume.
+    pub fn script_of(&self, volume: &str, steps: &[(Phase, Option<Reason>)]) {
+        self.scripts.lock().unwrap().insert(volume.into(), steps.to_vec());
     }
 
     /// Changes a volume and tells it.
@@ -68,7 +81,8 @@ impl Memory {
     }
 
     fn play(self: &Arc<Self>, key: VolumeKey) {
-        let steps = std::mem::take(&mut *self.script.lock().unwrap());
+        let own = self.scripts.lock().unwrap().remove(key.volume.as_str());
+        let steps = own.unwrap_or_else(|| std::mem::take(&mut *self.script.lock().unwrap()));
         let memory = self.clone();
         tokio::spawn(async move {
             for (phase, reason) in steps {
@@ -148,6 +162,45 @@ impl Volumes for Facade {
         let status = self.get_volume(key).await?;
         self.0.play(key.clone());
         Ok(Outcome::Done(status))
+    }
+
+    async fn change_volumes(&self, vm: &VmId, wishes: Vec<Wish>) -> Result<Vec<Answer>, Refusal> {
+        if !self.0.vms.lock().unwrap().contains_key(vm) {
+            return Err(Refusal::new(Reason::VmNotFound, format!("no VM {vm}")).field("vm"));
+        }
+        let mut answers = Vec::new();
+        for wish in wishes {
+            answers.push(match wish {
+                Wish::Add { spec, options } => self.add_volume(vm, *spec, options).await,
+                Wish::Remove { name, options } => {
+                    let key = VolumeKey { vm: vm.clone(), volume: name };
+                    self.remove_volume(&key, options).await
+                }
+            });
+        }
+        Ok(answers)
+    }
+
+    async fn sync_volumes(&self, vm: &VmId, set: Set) -> Result<Synced, Refusal> {
+        let known = self.0.revisions.lock().unwrap().get(vm).cloned();
+        lunplug::vm::plan::set::admit_set(known.as_ref(), &set.revision)?;
+        if !set.removals.dry_run {
+            self.0.revisions.lock().unwrap().insert(vm.clone(), set.revision);
+        }
+        let in_set = |name: &VolumeName| {
+            set.others.contains(name) || set.volumes.iter().any(|(spec, _)| spec.name == *name)
+        };
+        let there = self.list_volumes(Some(vm)).await.into_iter().map(|v| v.key.volume);
+        let gone: Vec<_> = there.filter(|name| !in_set(name)).collect();
+        let wish = |(spec, options)| Wish::Add { spec: Box::new(spec), options };
+        let volumes = self.change_volumes(vm, set.volumes.into_iter().map(wish).collect()).await?;
+        let wish = |name: &VolumeName| Wish::Remove { name: name.clone(), options: set.removals };
+        let removed = self.change_volumes(vm, gone.iter().map(wish).collect()).await?;
+        Ok(Synced { volumes, removed: gone.into_iter().zip(removed).collect() })
+    }
+
+    fn max_batch(&self) -> usize {
+        4
     }
 
     async fn expand_volume(
@@ -230,6 +283,7 @@ fn info(spec: &VmSpec) -> VmInfo {
         state: VmState::Running,
         since: Timestamp::now(),
         volumes: 0,
+        revision: Some(7),
         pod_dir: None,
         cgroup: None,
         hotplug_dir: None,

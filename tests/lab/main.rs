@@ -9,6 +9,7 @@
 mod agent;
 mod attach;
 mod bad_input;
+mod batch;
 mod chap;
 mod cost;
 mod daemon;

@@ -86,6 +86,7 @@ pub fn wire_vm(vm: &VmInfo) -> v1::Vm {
         hotplug_dir_in_pod: path(&vm.hotplug_dir_in_pod),
         reason: vm.reason.map(|r| r.code().into()).unwrap_or_default(),
         message: vm.message.clone(),
+        revision: vm.revision.and_then(|known| known.try_into().ok()).unwrap_or_default(),
     }
 }
 

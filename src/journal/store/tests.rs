@@ -123,6 +123,56 @@ fn a_creation_that_was_cut_short_is_begun_anew() {
     assert!(!with(&path, ".new").exists());
 }
 
+/// A database of schema 1, with a VM in it.
+fn of_schema_1(path: &Path) {
+    let raw = Connection::open(path).unwrap();
+    let vm = "INSERT INTO vms VALUES ('ns/old', '{}'); PRAGMA user_version = 1;";
+    raw.execute_batch(&format!("PRAGMA journal_mode = WAL; {FIRST} {vm}")).unwrap();
+}
+
+fn schema(path: &Path) -> i64 {
+    let raw = Connection::open(path).unwrap();
+    raw.query_row("PRAGMA user_version", [], |r| r.get(0)).unwrap()
+}
+
+#[test]
+fn an_older_schema_is_brought_up_and_keeps_what_it_had() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lunplug.db");
+    of_schema_1(&path);
+    for _ in 0..2 {
+        let store = Store::open(&path, dir.path()).unwrap();
+        assert_eq!(count(&store), 1);
+        let put = "INSERT OR REPLACE INTO revisions VALUES ('ns/old', 7, x'00')";
+        store.write(move |c| c.execute_batch(put)).unwrap();
+    }
+    assert_eq!(schema(&path), SCHEMA);
+}
+
+#[test]
+fn a_copy_of_an_older_schema_can_be_read_as_a_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lunplug.db");
+    of_schema_1(&path);
+    let copy = copy_of(&path, dir.path()).unwrap();
+    let count = |table: &str| -> i64 {
+        copy.query_row(&format!("SELECT count(*) FROM {table}"), [], |r| r.get(0)).unwrap()
+    };
+    assert_eq!((count("vms"), count("revisions")), (1, 0));
+    assert_eq!(schema(&path), 1, "the file stays as it is");
+}
+
+#[test]
+fn an_upgrade_that_fails_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lunplug.db");
+    of_schema_1(&path);
+    Connection::open(&path).unwrap().execute_batch("CREATE TABLE revisions (x)").unwrap();
+    let error = Store::open(&path, dir.path()).unwrap_err();
+    assert_eq!(error.reason(), Reason::StateStoreFailed, "{error}");
+    assert_eq!(schema(&path), 1);
+}
+
 #[test]
 fn a_copy_has_what_only_the_wal_has_and_touches_nothing() {
     let dir = tempfile::tempdir().unwrap();

@@ -30,6 +30,8 @@ struct Script {
     log: Mutex<Vec<String>>,
     /// Attaches of these volumes never end.
     hung: Mutex<BTreeSet<String>>,
+    /// The next check of these volumes waits.
+    slow_checks: Mutex<BTreeMap<String, Arc<Notify>>>,
     /// The next expand waits for this.
     expand_hangs: Mutex<Option<Arc<Notify>>>,
     looks: Mutex<VecDeque<Result<BTreeMap<VolumeName, Sight>, Failure>>>,
@@ -50,7 +52,12 @@ impl Script {
 
 #[async_trait]
 impl Steps for Script {
-    async fn check_add(&self, _: &VolumeSpec) -> Result<(), Refusal> {
+    async fn check_add(&self, spec: &VolumeSpec) -> Result<(), Refusal> {
+        let slow = self.slow_checks.lock().unwrap().remove(spec.name.as_str());
+        if let Some(goes_on) = slow {
+            goes_on.notified().await;
+        }
+        assert_ne!(spec.name.as_str(), "check-panics", "told to");
         Ok(())
     }
 
@@ -60,6 +67,10 @@ impl Steps for Script {
         known: Option<&VolumeSpec>,
         options: RemoveOptions,
     ) -> Result<Vec<String>, Refusal> {
+        let slow = self.slow_checks.lock().unwrap().remove(name.as_str());
+        if let Some(goes_on) = slow {
+            goes_on.notified().await;
+        }
         if known.is_none() {
             return Err(Refusal::new(Reason::VolumeNotFound, format!("no volume {name}")));
         }
@@ -500,5 +511,6 @@ async fn a_stop_detaches_nothing() {
     assert_eq!(world.tools.desired.volumes(&vm()).await.unwrap().len(), 2);
 }
 
+mod batches;
 mod expands;
 mod looks;

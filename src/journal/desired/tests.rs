@@ -1,0 +1,118 @@
+//! What is kept, in which order, and what goes with what.
+
+use super::*;
+use crate::spec::{VmPlace, volume_fixture};
+
+fn vm(name: &str) -> VmSpec {
+    VmSpec {
+        id: VmId::new("prod", name).unwrap(),
+        domain: format!("prod_{name}"),
+        place: VmPlace::Host { libvirt_socket: None },
+    }
+}
+
+fn key(name: &str, volume: &str) -> VolumeKey {
+    VolumeKey { vm: vm(name).id, volume: volume.parse().unwrap() }
+}
+
+fn stored(name: &str) -> StoredVolume {
+    StoredVolume { spec: volume_fixture(name), accept_new_identity: true, removing: None }
+}
+
+#[tokio::test]
+async fn what_was_stored_is_there_after_reopening_and_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state/lunplug.db");
+    let force = RemoveOptions { force: true, dry_run: false };
+    {
+        let store = Desired::open(&path).unwrap();
+        store.put_vm(&vm("a")).await.unwrap();
+        for name in ["z", "y", "x"] {
+            store.put_volume(&vm("a").id, &stored(name)).await.unwrap();
+        }
+        store.delete_volume(&key("a", "y")).await.unwrap();
+        store.put_volume(&vm("a").id, &stored("z")).await.unwrap();
+        let leaving = [(key("a", "x").volume, force)];
+        store.put_removals(&vm("a").id, &leaving).await.unwrap();
+    }
+    let store = Desired::open(&path).unwrap();
+    let vms: Vec<_> = store.vms().await.unwrap().into_iter().map(Result::unwrap).collect();
+    assert_eq!(vms, [vm("a")]);
+    let leaving = StoredVolume { removing: Some(force), ..stored("x") };
+    assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [stored("z"), leaving]);
+}
+
+#[tokio::test]
+async fn an_identity_outlives_its_volume_but_not_its_vm() {
+    let store = Desired::in_memory().unwrap();
+    let wwid: Wwid = "naa.6001405000000000000000000000000a".parse().unwrap();
+    store.put_vm(&vm("a")).await.unwrap();
+    store.put_volume(&vm("a").id, &stored("v")).await.unwrap();
+    store.put_identity(&key("a", "v"), "src", &wwid).await.unwrap();
+    let volumes = store.volumes(&vm("a").id).await.unwrap();
+    assert!(!volumes[0].accept_new_identity, "the permission is used up");
+    store.delete_volume(&key("a", "v")).await.unwrap();
+    assert_eq!(store.identity(&key("a", "v"), "src").await.unwrap(), Some(wwid));
+    assert_eq!(store.identity(&key("a", "v"), "other").await.unwrap(), None);
+    store.delete_vm(&vm("a").id).await.unwrap();
+    assert_eq!(store.identity(&key("a", "v"), "src").await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn many_volumes_are_stored_in_their_order_all_or_none() {
+    let store = Desired::in_memory().unwrap();
+    store.put_vm(&vm("a")).await.unwrap();
+    let names = |volumes: Vec<StoredVolume>| {
+        volumes.iter().map(|v| v.spec.name.to_string()).collect::<Vec<_>>()
+    };
+    store.put_volumes(&vm("a").id, &["c", "a", "b"].map(stored)).await.unwrap();
+    assert_eq!(names(store.volumes(&vm("a").id).await.unwrap()), ["c", "a", "b"]);
+    let full = "CREATE TRIGGER full BEFORE INSERT ON volumes WHEN NEW.volume = 'e'
+                BEGIN SELECT RAISE(ABORT, 'no room'); END";
+    store.write(move |c| c.execute_batch(full)).await.unwrap();
+    store.put_volumes(&vm("a").id, &["d", "e"].map(stored)).await.unwrap_err();
+    assert_eq!(names(store.volumes(&vm("a").id).await.unwrap()), ["c", "a", "b"]);
+}
+
+#[tokio::test]
+async fn a_revision_outlives_a_registration_anew_but_not_its_vm() {
+    let store = Desired::in_memory().unwrap();
+    let revision = |number| Revision { number, asked: vec![0, 255] };
+    store.put_vm(&vm("a")).await.unwrap();
+    assert_eq!(store.revision(&vm("a").id).await.unwrap(), None);
+    for number in [1, i64::MAX] {
+        store.put_revision(&vm("a").id, &revision(number)).await.unwrap();
+    }
+    store.put_vm(&VmSpec { domain: "other".into(), ..vm("a") }).await.unwrap();
+    assert_eq!(store.revision(&vm("a").id).await.unwrap(), Some(revision(i64::MAX)));
+    store.delete_vm(&vm("a").id).await.unwrap();
+    assert_eq!(store.revision(&vm("a").id).await.unwrap(), None);
+    assert!(store.put_revision(&vm("a").id, &revision(1)).await.is_err(), "no such VM");
+}
+
+#[tokio::test]
+async fn a_newer_schema_is_refused_and_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lunplug.db");
+    let raw = Connection::open(&path).unwrap();
+    raw.execute_batch("PRAGMA user_version = 99").unwrap();
+    drop(raw);
+    let before = std::fs::read(&path).unwrap();
+    let error = Desired::open(&path).unwrap_err();
+    assert_eq!(error.reason(), Reason::StateStoreNewer);
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+#[tokio::test]
+async fn a_damaged_value_is_named_not_reset_and_is_that_vms_alone() {
+    let store = Desired::in_memory().unwrap();
+    store.put_vm(&vm("b")).await.unwrap();
+    store.write(|c| c.execute("INSERT INTO vms VALUES ('prod/a', '{')", [])).await.unwrap();
+    let vms = store.vms().await.unwrap();
+    let (name, error) = vms[0].as_ref().unwrap_err();
+    assert_eq!((name.as_str(), error.reason()), ("prod/a", Reason::RecordCorrupt));
+    assert!(error.to_string().contains("prod/a"), "{error}");
+    assert_eq!(vms[1].as_ref().unwrap(), &vm("b"));
+}
+
+use crate::reason::Reason;

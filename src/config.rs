@@ -255,7 +255,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_vms: 500, max_volumes_per_vm: 128 }
+        Self { max_vms: 500, max_volumes_per_vm: 256 }
     }
 }
 

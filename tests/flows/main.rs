@@ -24,6 +24,7 @@ mod names;
 mod protected;
 mod reconcile;
 mod restart;
+mod scale;
 mod serving;
 mod stores;
 mod targets;

@@ -12,7 +12,7 @@ use crate::node::{
 use crate::san::{Fault, SOON};
 
 /// Has the VM's volumes be these: each a name, the last number of its portal and its LUN.
-fn sync(revision: u64, volumes: &[(&str, u8, &Lun)], more: &[&str]) -> Ran {
+pub fn sync(revision: u64, volumes: &[(&str, u8, &Lun)], more: &[&str]) -> Ran {
     let line = |(name, portal, lun): &(&str, u8, &Lun)| {
         format!("\n- {{name: {name}, source: 'iscsi://127.0.0.{portal}/{}/{}'}}", iqn(), lun.number)
     };

@@ -36,6 +36,7 @@ mod places;
 mod policy;
 mod power;
 mod san;
+mod scale;
 mod soak;
 mod state;
 mod targets;

@@ -70,6 +70,11 @@ impl SimDomain {
         }
     }
 
+    /// Its XML as it runs; `None` when it does not.
+    pub fn live(&self) -> Option<&str> {
+        self.live.as_deref()
+    }
+
     /// A running q35 domain with a boot disk, a virtio-scsi controller and eight free root ports.
     pub fn q35(name: &str, persistent: bool) -> Self {
         let ports: String = (1..=10)

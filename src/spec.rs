@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::reason::Reason;
 use crate::types::{
     Bus, CacheMode, Chap, DevNum, ErrorPolicy, Iqn, Lun, Malformed, Portal, SecretName, Serial,
-    UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
+    Tuning, UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
 };
 use crate::vm::resolve::Names;
 
@@ -188,6 +188,9 @@ pub struct VolumeSpec {
     /// The serial number that the LUN must have (VPD page 0x80).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expect_unit_serial: Option<UnitSerial>,
+    /// How QEMU runs it, as far as that was asked for.
+    #[serde(default, skip_serializing_if = "Tuning::is_plain")]
+    pub tuning: Tuning,
     /// What the portals that were given by name were resolved to; the source has the addresses.
     #[serde(default, skip_serializing_if = "Names::is_empty")]
     pub names: Names,
@@ -213,6 +216,7 @@ impl VolumeSpec {
                 malformed("cache", self.cache.as_str(), "a shareable volume needs cache none"),
             ));
         }
+        self.tuning.check(self.cache)?;
         let Source::Iscsi(source) = &self.source;
         if source.targets().iter().any(|t| t.portals.is_empty()) {
             return Err(("source.portals", malformed("portals", "", "at least one portal")));
@@ -350,6 +354,7 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
         expect_wwid: None,
         expect_size: None,
         expect_unit_serial: None,
+        tuning: Tuning::default(),
         names: Names::new(),
     }
 }
@@ -363,6 +368,14 @@ mod tests {
         let spec = volume_fixture("data");
         let mut json = serde_json::to_value(&spec).unwrap();
         json.as_object_mut().unwrap().remove("error_policy").unwrap();
+        assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_volume_without_options_is_stored_as_before_there_were_any() {
+        let spec = volume_fixture("data");
+        let json = serde_json::to_value(&spec).unwrap();
+        assert!(json.get("tuning").is_none(), "{json}");
         assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), spec);
     }
 }

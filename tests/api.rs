@@ -134,6 +134,32 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
             Reason::Unsupported,
             "volume.disk_type",
         ),
+        (addition("a", |v| v.io = 99), Reason::InvalidOption, "volume.io"),
+        (
+            addition("a", |v| {
+                v.set_io(v1::IoMode::Native);
+                v.set_cache(v1::CacheMode::Writeback);
+            }),
+            Reason::InvalidOption,
+            "volume.io",
+        ),
+        (addition("a", |v| v.discard = 99), Reason::InvalidOption, "volume.discard"),
+        (addition("a", |v| v.detect_zeroes = 99), Reason::InvalidOption, "volume.detect_zeroes"),
+        (
+            addition("a", |v| v.logical_block_size = 1000),
+            Reason::InvalidOption,
+            "volume.logical_block_size",
+        ),
+        (
+            addition("a", |v| v.physical_block_size = 256),
+            Reason::InvalidOption,
+            "volume.physical_block_size",
+        ),
+        (
+            addition("a", |v| (v.logical_block_size, v.physical_block_size) = (4096, 512)),
+            Reason::InvalidOption,
+            "volume.logical_block_size",
+        ),
         (addition("a", |v| v.multipath = 99), Reason::InvalidOption, "volume.multipath"),
         (
             addition("a", |v| {

@@ -1,9 +1,11 @@
 //! From the wire to types, and in [`wire`] back. Every error names the field, the value and what is right.
 
+mod disk;
 mod wire;
 
 use std::path::{Component, Path, PathBuf};
 
+pub use disk::{wire_detect_zeroes, wire_discard, wire_io_mode};
 pub use wire::{
     wire_addressing, wire_discovered, wire_error_policy, wire_node, wire_phase, wire_source,
     wire_spec, wire_vm, wire_vm_id, wire_volume,
@@ -135,13 +137,15 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>, names: Names) -> Result<VolumeS
     names::to_addresses(&mut spec, &names);
     let name: VolumeName = parse("volume.name", &spec.name)?;
     disk_type(spec.disk_type)?;
+    let tuning = disk::tuning(&spec)?;
+    let cache = cache(spec.cache)?;
     let disk: Option<VolumeName> = optional("volume.disk_name", &spec.disk_name)?;
     let spec = VolumeSpec {
         disk: disk.unwrap_or_else(|| name.clone()),
         bus: bus(spec.bus)?,
         serial: serial(&spec.serial, &name)?,
         source: source(spec.source)?,
-        cache: cache(spec.cache)?,
+        cache,
         error_policy: error_policy(spec.error_policy)?,
         read_only: spec.read_only,
         shareable: spec.shareable,
@@ -150,11 +154,12 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>, names: Names) -> Result<VolumeS
         expect_wwid: optional("volume.wwid", &spec.wwid)?,
         expect_size: size("volume.size_bytes", spec.size_bytes)?,
         expect_unit_serial: optional("volume.unit_serial", &spec.unit_serial)?,
+        tuning,
         names,
         name,
     };
     spec.check().map_err(|(field, error)| malformed(format!("volume.{field}"), &error))?;
-    Ok(spec)
+    Ok(VolumeSpec { tuning: tuning.normal(cache), ..spec })
 }
 
 fn optional<T: std::str::FromStr<Err = Malformed>>(

@@ -8,6 +8,7 @@ use zeroize::Zeroizing;
 
 use super::chap::ChapFile;
 use super::client::{connect, timed};
+use super::disk::DiskFlags;
 use super::failure::{Exit, Failure};
 use super::file::{self, SourceFile, VolumeFile};
 use super::output::{self, Format};
@@ -129,6 +130,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE")]
     chap_file: Option<PathBuf>,
     #[command(flatten)]
+    disk: DiskFlags,
+    #[command(flatten)]
     waiting: Waiting,
 }
 
@@ -169,6 +172,7 @@ impl Args {
         if let Some(path) = &self.chap_file {
             volume.chap = Some(chap_file(path)?);
         }
+        self.disk.set(&mut volume);
         volume.persist |= self.persist;
         volume.shareable |= self.shareable;
         volume.read_only |= self.read_only;

@@ -5,6 +5,7 @@ mod chap;
 mod client;
 mod describe;
 mod discover;
+mod disk;
 mod doctor;
 mod expand;
 mod failure;

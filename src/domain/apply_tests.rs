@@ -9,7 +9,7 @@ use crate::host::libvirt::{Endpoint, Hypervisor, Instance};
 use crate::host::sim::domain::{SimDomain, Unplug};
 use crate::host::sim::hypervisor::SimHypervisor;
 use crate::host::sim::{Fault, FaultAction, Faults};
-use crate::types::{Bus, CacheMode};
+use crate::types::{Bus, CacheMode, Tuning};
 
 const SOCK: &str = "/run/pod/libvirt-sock";
 const SOON: Duration = Duration::from_secs(20);
@@ -39,6 +39,7 @@ fn disk(volume: &str, bus: Bus) -> DesiredDisk {
         read_only: false,
         shareable: false,
         error_policy: None,
+        tuning: Tuning::default(),
         keep_owner: true,
     }
 }

@@ -7,7 +7,7 @@ use super::diff::{
     CONTROLLER_MODEL, DesiredDisk, DiskAddress, Needs, NewController, Plan, PlanError, Views, plan,
 };
 use super::place::{free_slot, free_target, place_scsi};
-use super::xml::{Disk, Domain, ScsiController};
+use super::xml::{Disk, Domain, ScsiController, Written};
 use crate::types::{Bus, VolumeName};
 
 /// Takes the places that disks added earlier will have and do not have yet, in their order: so a disk
@@ -79,6 +79,7 @@ impl Domain {
             readonly: false,
             shareable: false,
             error_policy: None,
+            tuning: Written::default(),
             drive,
             pci,
         });

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use crate::reason::Reason;
-use crate::types::{Bus, CacheMode, ErrorPolicy, Serial, VolumeName};
+use crate::types::{Bus, CacheMode, DetectZeroes, ErrorPolicy, Serial, Tuning, VolumeName};
 
 use super::place::{free_slot, free_target, place_scsi};
 use super::xml::{Disk, Domain, DriveAddress, PciAddress};
@@ -34,6 +34,8 @@ pub struct DesiredDisk {
     pub shareable: bool,
     /// What to do on an I/O error; QEMU's default where `None`.
     pub error_policy: Option<ErrorPolicy>,
+    /// How it is run.
+    pub tuning: Tuning,
     /// The node is ours and its owner right already: libvirt is told to leave it alone. False on a
     /// plain libvirt host, where libvirt has to make the device accessible itself.
     pub keep_owner: bool,
@@ -300,8 +302,17 @@ fn refuse_clashes(view: &Domain, desired: &DesiredDisk, alias: &str) -> Result<(
 }
 
 fn refuse_difference(disk: &Disk, desired: &DesiredDisk, alias: &str) -> Result<(), PlanError> {
+    fn found(written: &Option<String>) -> &str {
+        written.as_deref().unwrap_or_default()
+    }
     let flag = |set: bool| if set { "yes" } else { "no" };
     let policy = desired.error_policy.map_or("", ErrorPolicy::as_str);
+    let (tuning, written) = (&desired.tuning, &disk.tuning);
+    let [logical, physical] = match tuning.blocks {
+        None => [String::new(), String::new()],
+        Some(blocks) => [blocks.logical.to_string(), blocks.physical.to_string()],
+    };
+    let zeroes = tuning.detect_zeroes.unwrap_or(DetectZeroes::Off);
     let pairs = [
         ("source", disk.source.as_deref().unwrap_or(""), desired.source.as_str()),
         ("serial", disk.serial.as_deref().unwrap_or(""), desired.serial.as_str()),
@@ -309,6 +320,11 @@ fn refuse_difference(disk: &Disk, desired: &DesiredDisk, alias: &str) -> Result<
         ("readonly", flag(disk.readonly), flag(desired.read_only)),
         ("shareable", flag(disk.shareable), flag(desired.shareable)),
         ("error_policy", disk.error_policy.as_deref().unwrap_or(""), policy),
+        ("io", found(&written.io), tuning.io_mode(desired.cache).as_str()),
+        ("discard", found(&written.discard), tuning.discard_mode().as_str()),
+        ("detect_zeroes", written.detect_zeroes.as_deref().unwrap_or("off"), zeroes.as_str()),
+        ("logical_block_size", found(&written.logical_block), &logical),
+        ("physical_block_size", found(&written.physical_block), &physical),
     ];
     match pairs.iter().find(|(_, found, wanted)| found != wanted) {
         None => Ok(()),

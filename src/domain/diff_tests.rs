@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::domain::place::letters;
 use crate::domain::{template, xml};
+use crate::types::{BlockSize, Blocks, Discard, IoMode};
 
 const KUBEVIRT: &str = include_str!("fixtures/kubevirt-q35.xml");
 const I440FX: &str = include_str!("fixtures/plain-i440fx.xml");
@@ -22,6 +23,7 @@ fn desired(volume: &str, bus: Bus) -> DesiredDisk {
         read_only: false,
         shareable: false,
         error_policy: None,
+        tuning: Tuning::default(),
         keep_owner: true,
     }
 }
@@ -84,6 +86,32 @@ fn a_disk_that_is_there_has_its_own_error_policy() {
             Ok(Plan::Already { .. }) => assert!(same, "{has:?} {wants:?}"),
             Err(PlanError::Differs { field: "error_policy", .. }) => assert!(!same),
             other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_is_there_is_run_as_it_was_made() {
+    let size = |bytes: u32| BlockSize::try_from(bytes).ok();
+    let plain = Tuning::default();
+    let cases = [
+        ("io", Tuning { io: Some(IoMode::Threads), ..plain }),
+        ("discard", Tuning { discard: Some(Discard::Ignore), ..plain }),
+        ("detect_zeroes", Tuning { detect_zeroes: Some(DetectZeroes::On), ..plain }),
+        (
+            "physical_block_size",
+            Tuning { blocks: Blocks::new(size(512), size(4096)).unwrap(), ..plain },
+        ),
+    ];
+    let with = |tuning| DesiredDisk { tuning, ..desired("new", Bus::Scsi) };
+    for (has, (field, tuning)) in [plain; 4].into_iter().zip(cases) {
+        for (there, wanted) in [(has, tuning), (tuning, has)] {
+            let p = attach(plan(&live(BARE), &with(there), &none()).unwrap());
+            let xml = apply(BARE, &with(there), &p);
+            assert!(matches!(plan(&live(&xml), &with(there), &none()), Ok(Plan::Already { .. })));
+            let error = plan(&live(&xml), &with(wanted), &none()).unwrap_err();
+            let PlanError::Differs { field: differs, .. } = error else { panic!("{error:?}") };
+            assert!(differs == field || differs == "logical_block_size", "{differs}");
         }
     }
 }

@@ -7,7 +7,7 @@ use std::fmt::{self, Write};
 
 use askama::{Template, filters::Escaper};
 
-use crate::types::CacheMode;
+use crate::types::Blocks;
 
 use super::diff::{CONTROLLER_MODEL, DesiredDisk, DiskAddress, NewController, Placement};
 use super::xml::PciAddress;
@@ -47,6 +47,9 @@ impl Escaper for Xml {
 struct DiskXml<'a> {
     cache: &'a str,
     io: &'a str,
+    discard: &'a str,
+    detect_zeroes: Option<&'a str>,
+    blocks: Option<Blocks>,
     error_policy: Option<&'a str>,
     source: &'a str,
     dac_keep: bool,
@@ -71,8 +74,10 @@ struct ControllerXml<'a> {
 pub fn disk(desired: &DesiredDisk, placement: &Placement) -> Result<String, TemplateError> {
     let xml = DiskXml {
         cache: desired.cache.as_str(),
-        // Native AIO needs O_DIRECT: libvirt refuses it with other cache modes.
-        io: if desired.cache == CacheMode::None { "native" } else { "threads" },
+        io: desired.tuning.io_mode(desired.cache).as_str(),
+        discard: desired.tuning.discard_mode().as_str(),
+        detect_zeroes: desired.tuning.detect_zeroes.map(|z| z.as_str()),
+        blocks: desired.tuning.blocks,
         error_policy: desired.error_policy.map(|p| p.as_str()),
         source: &desired.source,
         dac_keep: placement.dac_keep,
@@ -98,7 +103,9 @@ mod tests {
     use super::*;
     use crate::domain::diff::Needs;
     use crate::domain::xml::DriveAddress;
-    use crate::types::{Bus, ErrorPolicy};
+    use crate::types::{
+        BlockSize, Bus, CacheMode, DetectZeroes, Discard, ErrorPolicy, IoMode, Tuning,
+    };
 
     fn sample() -> (DesiredDisk, Placement) {
         let desired = DesiredDisk {
@@ -110,6 +117,7 @@ mod tests {
             read_only: false,
             shareable: false,
             error_policy: None,
+            tuning: Tuning::default(),
             keep_owner: true,
         };
         let address = DriveAddress { controller: 0, bus: 0, target: 3, unit: 0 };
@@ -162,6 +170,25 @@ mod tests {
             assert!(xml.contains(part), "{part} in {xml}");
         }
         assert!(!xml.contains("seclabel"), "{xml}");
+    }
+
+    #[test]
+    fn how_it_is_run_is_written_as_asked() {
+        let (mut desired, placement) = sample();
+        let size = |bytes: u32| BlockSize::try_from(bytes).ok();
+        desired.tuning = Tuning {
+            io: Some(IoMode::IoUring),
+            discard: Some(Discard::Ignore),
+            detect_zeroes: Some(DetectZeroes::On),
+            blocks: Blocks::new(size(512), size(4096)).unwrap(),
+        };
+        let xml = disk(&desired, &placement).unwrap();
+        for part in [
+            "cache='none' io='io_uring' discard='ignore' detect_zeroes='on'/>",
+            "<blockio logical_block_size='512' physical_block_size='4096'/>",
+        ] {
+            assert!(xml.contains(part), "{part} in {xml}");
+        }
     }
 
     #[test]

@@ -329,6 +329,7 @@ pub(super) fn desired_disk(spec: &VolumeSpec, source: String, keep_owner: bool) 
         read_only: spec.read_only,
         shareable: spec.shareable,
         error_policy: spec.error_policy,
+        tuning: spec.tuning,
         keep_owner,
     }
 }

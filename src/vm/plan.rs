@@ -175,6 +175,7 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         expect_wwid,
         expect_size,
         expect_unit_serial,
+        tuning,
         names,
     } = a;
     let differs = [
@@ -192,7 +193,8 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         ("size_bytes", *expect_size != b.expect_size),
         ("unit_serial", *expect_unit_serial != b.expect_unit_serial),
     ];
-    differs.iter().find(|(_, differs)| *differs).map_or("name", |(field, _)| field)
+    let first = differs.iter().find(|(_, differs)| *differs).map(|(field, _)| *field);
+    first.or_else(|| tuning.first_difference(&b.tuning)).unwrap_or("name")
 }
 
 #[cfg(test)]

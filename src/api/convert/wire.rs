@@ -4,13 +4,16 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
+use super::{wire_detect_zeroes, wire_discard, wire_io_mode};
 use crate::api::{names, v1};
 use crate::connector::Discovered;
 use crate::spec::{
     ChapFrom, DeviceStatus, IscsiTarget, MultipathPolicy, Phase, Source, VmPlace, VolumeSpec,
     VolumeStatus,
 };
-use crate::types::{Addressing, Bus, CacheMode, ErrorPolicy, VmId};
+use crate::types::{
+    Addressing, BlockSize, Blocks, Bus, CacheMode, DetectZeroes, ErrorPolicy, VmId,
+};
 use crate::vm::facade::{NodeInfo, VmInfo, VmState};
 
 /// A target that was discovered on the wire.
@@ -119,6 +122,8 @@ fn wire_target(target: &IscsiTarget) -> v1::IscsiTarget {
 
 /// A volume as asked for on the wire, with every default filled in.
 pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
+    let tuning = &spec.tuning;
+    let block = |of: fn(Blocks) -> BlockSize| tuning.blocks.map_or(0, |b| of(b).get());
     let mut wire = v1::VolumeSpec {
         name: spec.name.to_string(),
         disk_name: spec.disk.to_string(),
@@ -137,6 +142,11 @@ pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
         }
         .into(),
         error_policy: wire_error_policy(spec.error_policy).into(),
+        io: wire_io_mode(tuning.io_mode(spec.cache)).into(),
+        discard: wire_discard(tuning.discard_mode()).into(),
+        detect_zeroes: wire_detect_zeroes(tuning.detect_zeroes.unwrap_or(DetectZeroes::Off)).into(),
+        logical_block_size: block(|b| b.logical),
+        physical_block_size: block(|b| b.physical),
         read_only: spec.read_only,
         shareable: spec.shareable,
         persist: spec.persist,

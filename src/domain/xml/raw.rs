@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::{Disk, DriveAddress, PciAddress, XmlError};
+use super::{Disk, DriveAddress, PciAddress, Written, XmlError};
 
 #[derive(Deserialize)]
 pub(super) struct RawDomain {
@@ -55,15 +55,30 @@ pub(super) struct RawDisk {
     pub(super) address: Option<RawAddress>,
     pub(super) readonly: Option<Empty>,
     pub(super) shareable: Option<Empty>,
+    pub(super) blockio: Option<RawBlockIo>,
 }
 
 #[derive(Deserialize)]
 pub(super) struct Empty {}
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
 pub(super) struct RawDriver {
+    #[serde(rename = "@io")]
+    pub(super) io: Option<String>,
+    #[serde(rename = "@discard")]
+    pub(super) discard: Option<String>,
+    #[serde(rename = "@detect_zeroes")]
+    pub(super) detect_zeroes: Option<String>,
     #[serde(rename = "@error_policy")]
     pub(super) error_policy: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+pub(super) struct RawBlockIo {
+    #[serde(rename = "@logical_block_size")]
+    pub(super) logical: Option<String>,
+    #[serde(rename = "@physical_block_size")]
+    pub(super) physical: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -202,6 +217,8 @@ impl RawDisk {
             Some(a) if a.kind.as_deref() == Some("pci") => Some(a.pci(&dev)?),
             _ => None,
         };
+        let driver = self.driver.unwrap_or_default();
+        let blockio = self.blockio.unwrap_or_default();
         Ok(Disk {
             alias,
             target: dev,
@@ -211,7 +228,14 @@ impl RawDisk {
             source: self.source.and_then(|s| s.dev.or(s.file)),
             readonly: self.readonly.is_some(),
             shareable: self.shareable.is_some(),
-            error_policy: self.driver.and_then(|d| d.error_policy),
+            error_policy: driver.error_policy,
+            tuning: Written {
+                io: driver.io,
+                discard: driver.discard,
+                detect_zeroes: driver.detect_zeroes,
+                logical_block: blockio.logical,
+                physical_block: blockio.physical,
+            },
             drive,
             pci,
         })

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::reason::Reason;
 use crate::types::{
-    Bus, CacheMode, Chap, DevNum, ErrorPolicy, Iqn, Lun, Malformed, Portal, SecretName, Serial,
-    Tuning, UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
+    Bus, CacheMode, Chap, DevNum, ErrorPolicy, IoLimits, Iqn, Lun, Malformed, Portal, SecretName,
+    Serial, Tuning, UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
 };
 use crate::vm::resolve::Names;
 
@@ -191,6 +191,9 @@ pub struct VolumeSpec {
     /// How QEMU runs it, as far as that was asked for.
     #[serde(default, skip_serializing_if = "Tuning::is_plain")]
     pub tuning: Tuning,
+    /// How much I/O the guest may do on it.
+    #[serde(default, skip_serializing_if = "IoLimits::is_none")]
+    pub limits: IoLimits,
     /// What the portals that were given by name were resolved to; the source has the addresses.
     #[serde(default, skip_serializing_if = "Names::is_empty")]
     pub names: Names,
@@ -217,6 +220,7 @@ impl VolumeSpec {
             ));
         }
         self.tuning.check(self.cache)?;
+        self.limits.check().map_err(|(_, error)| ("io_limits", error))?;
         let Source::Iscsi(source) = &self.source;
         if source.targets().iter().any(|t| t.portals.is_empty()) {
             return Err(("source.portals", malformed("portals", "", "at least one portal")));
@@ -355,6 +359,7 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
         expect_size: None,
         expect_unit_serial: None,
         tuning: Tuning::default(),
+        limits: IoLimits::default(),
         names: Names::new(),
     }
 }

@@ -160,6 +160,15 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
             Reason::InvalidOption,
             "volume.logical_block_size",
         ),
+        (
+            addition("a", |v| {
+                let limits =
+                    v1::IoLimits { total_iops_sec: 1, read_iops_sec: 1, ..Default::default() };
+                v.io_limits = Some(limits);
+            }),
+            Reason::InvalidOption,
+            "volume.io_limits.total_iops_sec",
+        ),
         (addition("a", |v| v.multipath = 99), Reason::InvalidOption, "volume.multipath"),
         (
             addition("a", |v| {

@@ -5,7 +5,7 @@ use lunplug::api::convert::{vm_spec, volume_spec, wire_spec};
 use lunplug::api::v1;
 use lunplug::spec::{MultipathPolicy, Source, VolumeSpec};
 use lunplug::types::{
-    BlockSize, Blocks, Bus, CacheMode, DetectZeroes, Discard, ErrorPolicy, IoMode, Tuning,
+    BlockSize, Blocks, Bus, CacheMode, DetectZeroes, Discard, ErrorPolicy, IoLimits, IoMode, Tuning,
 };
 use lunplug::vm::resolve::Names;
 use proptest::prelude::*;
@@ -37,6 +37,17 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn limits()((total, a, b) in any::<(bool, u32, u32)>()) -> IoLimits {
+        let (a, b) = (u64::from(a), u64::from(b));
+        if total {
+            IoLimits { total_bytes_sec: a, total_iops_sec: b, ..IoLimits::default() }
+        } else {
+            IoLimits { read_bytes_sec: a, write_iops_sec: b, ..IoLimits::default() }
+        }
+    }
+}
+
+prop_compose! {
     fn specs()(
         name in "[a-z0-9]{1,20}",
         serial in "[A-Za-z0-9_.+-]{1,20}",
@@ -44,6 +55,7 @@ prop_compose! {
         (tuning, cache, shareable) in tunings(),
         multipath in 0..3usize,
         policy in proptest::option::of(0..4usize),
+        limits in limits(),
         (read_only, persist) in any::<(bool, bool)>(),
         wwid in proptest::option::of("naa\\.[0-9a-f]{16}"),
         blocks in proptest::option::of(1..u64::MAX / 512),
@@ -80,6 +92,7 @@ prop_compose! {
             expect_size: blocks.map(|b| b * 512),
             expect_unit_serial: serial_expected.then(|| "6000 A".parse().unwrap()),
             tuning,
+            limits,
             names,
         }
     }

@@ -5,7 +5,7 @@ mod wire;
 
 use std::path::{Component, Path, PathBuf};
 
-pub use disk::{wire_detect_zeroes, wire_discard, wire_io_mode};
+pub use disk::{io_limits, wire_detect_zeroes, wire_discard, wire_io_mode};
 pub use wire::{
     wire_addressing, wire_discovered, wire_error_policy, wire_node, wire_phase, wire_source,
     wire_spec, wire_vm, wire_vm_id, wire_volume,
@@ -155,6 +155,7 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>, names: Names) -> Result<VolumeS
         expect_size: size("volume.size_bytes", spec.size_bytes)?,
         expect_unit_serial: optional("volume.unit_serial", &spec.unit_serial)?,
         tuning,
+        limits: io_limits("volume.io_limits", spec.io_limits)?,
         names,
         name,
     };

@@ -10,6 +10,7 @@ pub(super) use source::{SourceFile, TargetFile};
 pub(super) use words::plain;
 
 use super::chap::{self, ChapFile};
+use super::disk::LimitsFile;
 use super::failure::Failure;
 use crate::api::v1;
 use crate::types::Malformed;
@@ -44,6 +45,8 @@ pub(super) struct VolumeFile {
     pub(super) logical_block_size: u32,
     #[serde(alias = "physicalBlockSize", skip_serializing_if = "is_zero")]
     pub(super) physical_block_size: u32,
+    #[serde(alias = "ioLimits", skip_serializing_if = "Option::is_none")]
+    pub(super) io_limits: Option<LimitsFile>,
     #[serde(alias = "readOnly")]
     pub(super) read_only: bool,
     pub(super) shareable: bool,
@@ -87,6 +90,7 @@ impl VolumeFile {
             detect_zeroes: words::detect_zeroes(&self.detect_zeroes)?.into(),
             logical_block_size: self.logical_block_size,
             physical_block_size: self.physical_block_size,
+            io_limits: self.io_limits.and_then(LimitsFile::to_wire),
             read_only: self.read_only,
             shareable: self.shareable,
             persist: self.persist,
@@ -115,6 +119,7 @@ impl VolumeFile {
             detect_zeroes: plain(spec.detect_zeroes().as_str_name(), "DETECT_ZEROES_"),
             logical_block_size: spec.logical_block_size,
             physical_block_size: spec.physical_block_size,
+            io_limits: spec.io_limits.as_ref().map(LimitsFile::from_wire),
             read_only: spec.read_only,
             shareable: spec.shareable,
             persist: spec.persist,
@@ -193,6 +198,7 @@ discard: ignore
 detect_zeroes: 'on'
 logical_block_size: 512
 physical_block_size: 4096
+io_limits: {total_iops_sec: 100, read_bytes_sec: 5}
 read_only: true
 multipath: required
 size_bytes: 1024

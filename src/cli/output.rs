@@ -262,6 +262,7 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Discard", v.spec.discard.clone()),
         ("Detect zeroes", v.spec.detect_zeroes.clone()),
         ("Block size", blocks),
+        ("I/O limits", v.spec.io_limits.map(|limits| limits.words()).unwrap_or_default()),
         ("Multipath", v.spec.multipath.clone()),
         ("Read-only", flag(v.spec.read_only)),
         ("Shareable", flag(v.spec.shareable)),

@@ -9,7 +9,7 @@ use crate::host::libvirt::{Endpoint, Hypervisor, Instance};
 use crate::host::sim::domain::{SimDomain, Unplug};
 use crate::host::sim::hypervisor::SimHypervisor;
 use crate::host::sim::{Fault, FaultAction, Faults};
-use crate::types::{Bus, CacheMode, Tuning};
+use crate::types::{Bus, CacheMode, IoLimits, Tuning};
 
 const SOCK: &str = "/run/pod/libvirt-sock";
 const SOON: Duration = Duration::from_secs(20);
@@ -40,6 +40,7 @@ fn disk(volume: &str, bus: Bus) -> DesiredDisk {
         shareable: false,
         error_policy: None,
         tuning: Tuning::default(),
+        limits: IoLimits::default(),
         keep_owner: true,
     }
 }

@@ -8,7 +8,7 @@ use super::diff::{
 };
 use super::place::{free_slot, free_target, place_scsi};
 use super::xml::{Disk, Domain, ScsiController, Written};
-use crate::types::{Bus, VolumeName};
+use crate::types::{Bus, IoLimits, VolumeName};
 
 /// Takes the places that disks added earlier will have and do not have yet, in their order: so a disk
 /// gets the same place whichever of them is the first to be there, and volumes come back to a
@@ -80,6 +80,7 @@ impl Domain {
             shareable: false,
             error_policy: None,
             tuning: Written::default(),
+            limits: IoLimits::default(),
             drive,
             pci,
         });

@@ -6,8 +6,11 @@
 use std::collections::BTreeSet;
 
 use crate::reason::Reason;
-use crate::types::{Bus, CacheMode, DetectZeroes, ErrorPolicy, Serial, Tuning, VolumeName};
+use crate::types::{
+    Bus, CacheMode, DetectZeroes, ErrorPolicy, IoLimits, Serial, Tuning, VolumeName,
+};
 
+use super::limits;
 use super::place::{free_slot, free_target, place_scsi};
 use super::xml::{Disk, Domain, DriveAddress, PciAddress};
 
@@ -36,6 +39,8 @@ pub struct DesiredDisk {
     pub error_policy: Option<ErrorPolicy>,
     /// How it is run.
     pub tuning: Tuning,
+    /// How much I/O the guest may do on it. A disk that is there with others can be given these.
+    pub limits: IoLimits,
     /// The node is ours and its owner right already: libvirt is told to leave it alone. False on a
     /// plain libvirt host, where libvirt has to make the device accessible itself.
     pub keep_owner: bool,
@@ -115,6 +120,8 @@ pub enum Plan {
     Already {
         /// Its target name.
         target: String,
+        /// Where it has other I/O limits than wanted.
+        limits: Needs,
     },
     /// The disk has to be added.
     Attach(Placement),
@@ -178,7 +185,9 @@ pub enum PlanError {
         target: String,
     },
     /// There is no place left.
-    #[error("no free {what} for a disk on bus {bus}: {taken} of {total} are taken")]
+    #[error(
+        "no {what} is left for a disk on bus {bus}: {taken} of {total} are taken{}", remedy(*.bus)
+    )]
     NoFreeAddress {
         /// The bus.
         bus: Bus,
@@ -210,6 +219,18 @@ pub enum PlanError {
     /// Neither the running domain nor its definition can be changed.
     #[error("the domain does not run, and its definition is not to be changed")]
     NothingToChange,
+}
+
+/// What to do where there is no place left.
+fn remedy(bus: Bus) -> &'static str {
+    match bus {
+        Bus::Scsi => {
+            "; a virtio-scsi controller of the domain's own, or a root port for one, is needed"
+        }
+        Bus::Virtio => {
+            "; each disk on bus virtio takes one: give the domain more pcie-root-port controllers, or use bus scsi"
+        }
+    }
 }
 
 impl PlanError {
@@ -260,7 +281,10 @@ pub fn plan(
     // The running domain says whether the DAC driver is at work; a definition mostly does not.
     let dac_keep = desired.keep_owner && views.all().next().is_some_and(|v| v.dac_relabels);
     match existing {
-        Some(disk) if !needs.any() => Ok(Plan::Already { target: disk.target }),
+        Some(disk) if !needs.any() => {
+            let limits = limits::differing(views, &alias, &desired.limits);
+            Ok(Plan::Already { target: disk.target, limits })
+        }
         Some(disk) => complete(views, disk, needs, dac_keep).map(Plan::Attach),
         None => {
             let target = free_target(views, desired.bus, pending);

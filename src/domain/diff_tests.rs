@@ -24,6 +24,7 @@ fn desired(volume: &str, bus: Bus) -> DesiredDisk {
         shareable: false,
         error_policy: None,
         tuning: Tuning::default(),
+        limits: IoLimits::default(),
         keep_owner: true,
     }
 }
@@ -168,7 +169,10 @@ fn a_disk_that_is_there_is_found_or_told_apart() {
     let mut disk = desired("vol1", Bus::Scsi);
     disk.source = "/var/run/kubevirt/hotplug-disks/vol1".into();
     disk.serial = "Vol-1.A".parse().unwrap();
-    assert_eq!(plan(&views, &disk, &none()).unwrap(), Plan::Already { target: "sdb".into() });
+    assert_eq!(
+        plan(&views, &disk, &none()).unwrap(),
+        Plan::Already { target: "sdb".into(), limits: Needs::default() }
+    );
     type Change = fn(&mut DesiredDisk);
     let changes: [(&str, Change); 4] = [
         ("source", |d| d.source = "/elsewhere".into()),
@@ -359,7 +363,7 @@ proptest! {
                     }
                     xml = apply(&xml, &disk, &p);
                     let after = live(&xml);
-                    prop_assert_eq!(plan(&after, &disk, &pending), Ok(Plan::Already { target: p.target }));
+                    prop_assert_eq!(plan(&after, &disk, &pending), Ok(Plan::Already { target: p.target, limits: Needs::default() }));
                 }
                 Ok(Plan::Already { .. }) => prop_assert!(before.disk(&crate::domain::alias(&disk.volume)).is_some()),
                 Err(error) => prop_assert!(matches!(

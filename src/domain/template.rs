@@ -50,6 +50,7 @@ struct DiskXml<'a> {
     discard: &'a str,
     detect_zeroes: Option<&'a str>,
     blocks: Option<Blocks>,
+    limits: Vec<(&'static str, u64)>,
     error_policy: Option<&'a str>,
     source: &'a str,
     dac_keep: bool,
@@ -78,6 +79,7 @@ pub fn disk(desired: &DesiredDisk, placement: &Placement) -> Result<String, Temp
         discard: desired.tuning.discard_mode().as_str(),
         detect_zeroes: desired.tuning.detect_zeroes.map(|z| z.as_str()),
         blocks: desired.tuning.blocks,
+        limits: desired.limits.fields().into_iter().filter(|(_, limit)| *limit > 0).collect(),
         error_policy: desired.error_policy.map(|p| p.as_str()),
         source: &desired.source,
         dac_keep: placement.dac_keep,
@@ -104,7 +106,7 @@ mod tests {
     use crate::domain::diff::Needs;
     use crate::domain::xml::DriveAddress;
     use crate::types::{
-        BlockSize, Bus, CacheMode, DetectZeroes, Discard, ErrorPolicy, IoMode, Tuning,
+        BlockSize, Bus, CacheMode, DetectZeroes, Discard, ErrorPolicy, IoLimits, IoMode, Tuning,
     };
 
     fn sample() -> (DesiredDisk, Placement) {
@@ -118,6 +120,7 @@ mod tests {
             shareable: false,
             error_policy: None,
             tuning: Tuning::default(),
+            limits: IoLimits::default(),
             keep_owner: true,
         };
         let address = DriveAddress { controller: 0, bus: 0, target: 3, unit: 0 };
@@ -182,10 +185,12 @@ mod tests {
             detect_zeroes: Some(DetectZeroes::On),
             blocks: Blocks::new(size(512), size(4096)).unwrap(),
         };
+        desired.limits = IoLimits { read_iops_sec: 7, total_bytes_sec: 9, ..IoLimits::default() };
         let xml = disk(&desired, &placement).unwrap();
         for part in [
             "cache='none' io='io_uring' discard='ignore' detect_zeroes='on'/>",
             "<blockio logical_block_size='512' physical_block_size='4096'/>",
+            "<iotune>\n    <total_bytes_sec>9</total_bytes_sec>\n    <read_iops_sec>7</read_iops_sec>\n  </iotune>",
         ] {
             assert!(xml.contains(part), "{part} in {xml}");
         }

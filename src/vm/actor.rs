@@ -25,6 +25,7 @@ use crate::step::Tracker;
 use crate::types::{VmId, VolumeKey, VolumeName};
 
 mod expand;
+mod limits;
 mod look;
 mod requests;
 mod work;
@@ -64,6 +65,8 @@ struct Volume {
     again: bool,
     /// Expands that wait for their turn.
     expands: VecDeque<expand::Asked>,
+    /// Changes of its I/O limits that wait for their turn.
+    limits: VecDeque<limits::Asked>,
     /// Its LUN was announced to have grown, and it has not followed yet; why, if that was tried.
     growth: expand::Growth,
     /// Calls off the attach or expand that is under way.
@@ -87,6 +90,7 @@ impl Volume {
             working: false,
             again: false,
             expands: VecDeque::new(),
+            limits: VecDeque::new(),
             growth: expand::Growth::default(),
             cancel: None,
             attempts: 0,
@@ -137,7 +141,11 @@ impl Actor {
                 Message::Expanded { name, result, asker } => self.expanded(&name, result, asker),
                 Message::Attached { name, result } => {
                     self.attached(&name, result).await;
-                    self.next_expand(&name);
+                    self.next(&name);
+                }
+                Message::Limit { name, limits, asker } => self.limit(&name, limits, asker),
+                Message::Limited { name, limits, result, asker } => {
+                    self.limited(&name, limits, result, asker);
                 }
                 Message::Detached { name, result } => self.detached(&name, result).await,
                 Message::Due { name } => self.work(&name),

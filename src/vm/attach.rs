@@ -330,6 +330,7 @@ pub(super) fn desired_disk(spec: &VolumeSpec, source: String, keep_owner: bool) 
         shareable: spec.shareable,
         error_policy: spec.error_policy,
         tuning: spec.tuning,
+        limits: spec.limits,
         keep_owner,
     }
 }

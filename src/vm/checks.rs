@@ -13,7 +13,7 @@ use crate::spec::{RemoveOptions, VolumeSpec};
 use crate::types::{Bus, VolumeName};
 
 /// Whether the domain could take the disk: it runs, its place is proven, its XML is understood, there
-/// is a free address, and nothing there has the name or the serial.
+/// is a free address also with all that were taken on before, and nothing there has the name or the serial.
 pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
     let place = ways.place().await?;
     let source = match &place.pod {
@@ -24,8 +24,10 @@ pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
     let connection = ways.libvirt().await?;
     let desired = desired_disk(spec, source, place.pod.is_some());
     let leaving = ways.leaving();
+    let ahead = ways.wanted(&spec.name).await;
     let limit = ways.settings().libvirt;
-    domain::check(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit)
+    let name = &ways.vm.domain;
+    domain::check(&*connection, name, &desired, spec.persist, &leaving, &ahead, limit)
         .await
         .map_err(|error| Refusal::from(Failure::from(error)))
 }

@@ -9,10 +9,10 @@ use tracing::{Instrument, Span};
 use super::actor::{Actor, Tools};
 use super::facade::{Expanded, Refusal};
 use super::failure::Failure;
-use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
+use super::steps::{AttachFailure, ExpandFailure, Grown, LimitsFailure, Sight, Stir};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
-use crate::types::{Outcome, VmId, VolumeName};
+use crate::types::{IoLimits, Outcome, VmId, VolumeName};
 
 /// Who asked: the request's span, under which the work nests, and where its answer goes.
 pub(super) struct Asker<T = VolumeStatus> {
@@ -62,6 +62,17 @@ pub(super) enum Message {
         name: VolumeName,
         result: Result<Outcome<Grown>, ExpandFailure>,
         asker: Option<Asker<Expanded>>,
+    },
+    Limit {
+        name: VolumeName,
+        limits: IoLimits,
+        asker: Asker,
+    },
+    Limited {
+        name: VolumeName,
+        limits: IoLimits,
+        result: Result<Outcome, LimitsFailure>,
+        asker: Asker,
     },
     Attached {
         name: VolumeName,
@@ -137,6 +148,16 @@ impl Handler {
         let span = Span::current();
         let asked = |reply| Message::Expand { name, expected, asker: Asker { span, reply } };
         self.ask(asked).await?
+    }
+
+    /// Sets a volume's I/O limits; see [`super::facade::Volumes::set_io_limits`].
+    pub async fn set_limits(
+        &self,
+        name: VolumeName,
+        limits: IoLimits,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        let span = Span::current();
+        self.ask(|reply| Message::Limit { name, limits, asker: Asker { span, reply } }).await?
     }
 
     /// How many volumes it has, those being removed included.

@@ -176,6 +176,7 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         expect_size,
         expect_unit_serial,
         tuning,
+        limits,
         names,
     } = a;
     let differs = [
@@ -191,6 +192,7 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         ("multipath", *multipath != b.multipath),
         ("wwid", *expect_wwid != b.expect_wwid),
         ("size_bytes", *expect_size != b.expect_size),
+        ("io_limits", *limits != b.limits),
         ("unit_serial", *expect_unit_serial != b.expect_unit_serial),
     ];
     let first = differs.iter().find(|(_, differs)| *differs).map(|(field, _)| *field);

@@ -26,7 +26,7 @@ use crate::host::storage::StorageDoors;
 use crate::journal::{Desired, EffectsStore};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
-use crate::types::{HostPort, Outcome, Portal, VmId, VolumeKey};
+use crate::types::{HostPort, IoLimits, Outcome, Portal, VmId, VolumeKey};
 
 /// What a registry is told.
 #[derive(Debug, Clone)]
@@ -417,6 +417,14 @@ impl Volumes for Registry {
         expected: Option<u64>,
     ) -> Result<Outcome<Expanded>, Refusal> {
         self.served(&key.vm)?.handler.expand(key.volume.clone(), expected).await
+    }
+
+    async fn set_io_limits(
+        &self,
+        key: &VolumeKey,
+        limits: IoLimits,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        self.served(&key.vm)?.handler.set_limits(key.volume.clone(), limits).await
     }
 
     async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal> {

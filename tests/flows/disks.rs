@@ -1,11 +1,17 @@
 //! How a disk is run: what was asked for is in the domain, and stays so.
 
-use lunplug::host::libvirt::Definition;
+use lunplug::host::libvirt::{Affect, Definition};
+use lunplug::host::sim::{Fault, FaultAction};
 use lunplug::reason::Reason;
-use lunplug::spec::{Phase, VolumeSpec};
-use lunplug::types::{BlockSize, Blocks, Bus, CacheMode, DetectZeroes, Discard, IoMode, Tuning};
+use lunplug::spec::{Phase, VolumeSpec, VolumeStatus};
+use lunplug::step::{KillPoint, Way};
+use lunplug::types::{
+    BlockSize, Blocks, Bus, CacheMode, DetectZeroes, Discard, IoLimits, IoMode, Outcome, Tuning,
+};
+use lunplug::vm::facade::{Refusal, Volumes};
 
-use crate::world::{World, domain, volume};
+use crate::faults::each;
+use crate::world::{Daemon, World, domain, key, volume};
 
 /// The first VM's domain as its libvirt shows it.
 fn live(world: &World) -> String {
@@ -68,5 +74,185 @@ fn options_that_exclude_each_other_are_refused_before_anything_is_touched() {
         );
         assert!(refusal.message.contains("cache writeback"), "{refusal}");
         world.assert_clean("refused");
+    });
+}
+
+const IOPS: IoLimits = IoLimits {
+    total_iops_sec: 100,
+    total_bytes_sec: 0,
+    read_bytes_sec: 0,
+    write_bytes_sec: 0,
+    read_iops_sec: 0,
+    write_iops_sec: 0,
+};
+const BYTES: IoLimits =
+    IoLimits { read_bytes_sec: 5, write_iops_sec: 6, total_iops_sec: 0, ..IOPS };
+const NONE: IoLimits = IoLimits { total_iops_sec: 0, ..IOPS };
+
+impl Daemon {
+    async fn limit(&self, limits: IoLimits) -> Result<Outcome<VolumeStatus>, Refusal> {
+        self.registry.set_io_limits(&key(1, "data"), limits).await
+    }
+}
+
+/// The limits of the first VM's disk in one of its definitions.
+fn limits(world: &World, definition: Definition) -> IoLimits {
+    let endpoint = World::endpoint(1);
+    let xml = |d: &mut lunplug::host::sim::domain::SimDomain| d.xml(definition);
+    let xml = world.host.hypervisor.with_domain(&endpoint, &domain(1), xml).unwrap();
+    lunplug::domain::xml::parse(&xml).unwrap().disk("ua-lunplug-data").unwrap().limits
+}
+
+#[test]
+fn limits_come_with_the_disk_and_are_changed_while_the_guest_has_it() {
+    for persist in [false, true] {
+        let world = World::new();
+        let spec = VolumeSpec { limits: IOPS, persist, ..volume("data", 1) };
+        let definitions: &[Definition] =
+            if persist { &[Definition::Live, Definition::Config] } else { &[Definition::Live] };
+        let all = |wanted| definitions.iter().all(|d| limits(&world, *d) == wanted);
+        world.life(async |daemon| {
+            assert_eq!(daemon.add(1, &spec).await.phase, Phase::Ready);
+            assert!(all(IOPS));
+            assert!(!daemon.limit(IOPS).await.unwrap().changed());
+            let set = daemon.limit(BYTES).await.unwrap();
+            assert!(set.changed() && set.into_inner().spec.limits == BYTES);
+            assert!(all(BYTES));
+            assert!(!daemon.limit(BYTES).await.unwrap().changed());
+            let refusal = daemon.want(1, &spec).await.unwrap_err();
+            assert_eq!(refusal.field.as_deref(), Some("volume.io_limits"));
+        });
+        world.life(async |daemon| {
+            assert_eq!(daemon.ready(1, "data").await.spec.limits, BYTES);
+            assert!(daemon.limit(NONE).await.unwrap().changed());
+            assert!(all(NONE));
+            daemon.remove(1, "data").await;
+            assert_eq!(daemon.limit(IOPS).await.unwrap_err().reason, Reason::VolumeNotFound);
+            daemon.quiet().await;
+            world.assert_clean("limited");
+        });
+    }
+}
+
+#[test]
+fn limits_that_somebody_else_changed_are_put_back() {
+    let mut world = World::new();
+    world.config.reconcile.interval = std::time::Duration::from_secs(60);
+    world.life(async |daemon| {
+        daemon.add(1, &VolumeSpec { limits: IOPS, ..volume("data", 1) }).await;
+        daemon.quiet().await;
+        let by_hand = |d: &mut lunplug::host::sim::domain::SimDomain| {
+            let domain = lunplug::domain::xml::parse(&d.xml(Definition::Live)).unwrap();
+            let source = domain.disk("ua-lunplug-data").unwrap().source.clone().unwrap();
+            d.limit(&source, &BYTES, Affect::LIVE).unwrap();
+        };
+        world.host.hypervisor.with_domain(&World::endpoint(1), &domain(1), by_hand).unwrap();
+        assert_eq!(limits(&world, Definition::Live), BYTES);
+        daemon.quiet().await;
+        assert_eq!(limits(&world, Definition::Live), IOPS);
+        assert_eq!(daemon.get(1, "data").await.unwrap().phase, Phase::Ready);
+    });
+}
+
+#[test]
+fn limits_that_are_set_while_the_vm_is_away_come_with_the_disk() {
+    let world = World::new();
+    world.life(async |daemon| {
+        daemon.add(1, &volume("data", 1)).await;
+        let (endpoint, domain) = (World::endpoint(1), domain(1));
+        world.host.hypervisor.stop_domain(&endpoint, &domain);
+        let away = |s: &VolumeStatus| s.reason == Some(Reason::VmNotRunning);
+        daemon.until(1, "data", away).await;
+        assert!(daemon.limit(IOPS).await.unwrap().changed());
+        world.host.hypervisor.start_domain(&endpoint, &domain);
+        daemon.ready(1, "data").await;
+        assert_eq!(limits(&world, Definition::Live), IOPS);
+    });
+}
+
+/// Kills a change of limits by this order; the next life has the limits of before or after, and goes on.
+fn goes_on_after(world: &World, kill: Fault, what: &str) {
+    world.life(async |daemon| {
+        daemon.add(1, &VolumeSpec { limits: IOPS, ..volume("data", 1) }).await;
+        daemon.quiet().await;
+        world.host.faults.inject(kill);
+        tokio::select! {
+            () = world.host.faults.meeting() => {}
+            _ = daemon.limit(BYTES) => {}
+        }
+        world.host.faults.clear();
+    });
+    world.life(async |daemon| {
+        let wanted = daemon.ready(1, "data").await.spec.limits;
+        daemon.quiet().await;
+        assert_eq!(limits(world, Definition::Live), wanted, "{what}");
+        daemon.limit(BYTES).await.unwrap();
+        assert_eq!(limits(world, Definition::Live), BYTES, "{what}");
+        daemon.remove(1, "data").await;
+        daemon.quiet().await;
+        world.assert_clean(what);
+    });
+}
+
+#[test]
+fn a_change_of_limits_goes_on_after_a_kill_at_any_step_or_call() {
+    for point in KillPoint::of(Way::Retune) {
+        let world = World::new();
+        let what = point.to_string();
+        let kill = Fault { detail: what.clone(), ..world.fault("kill", 0, FaultAction::Hang) };
+        goes_on_after(&world, kill, &what);
+    }
+    let calls = {
+        let world = World::new();
+        world.life(async |daemon| {
+            daemon.add(1, &VolumeSpec { limits: IOPS, ..volume("data", 1) }).await;
+            daemon.quiet().await;
+            let begin = world.host.faults.calls();
+            daemon.limit(BYTES).await.unwrap();
+            world.host.faults.calls() - begin
+        })
+    };
+    each(calls, |at| {
+        let world = World::new();
+        goes_on_after(&world, world.fault("", at, FaultAction::Hang), &format!("call {at}"));
+    });
+}
+
+#[test]
+fn limits_that_libvirt_refused_are_wanted_all_the_same() {
+    let mut world = World::new();
+    world.config.reconcile.interval = std::time::Duration::from_secs(60);
+    world.life(async |daemon| {
+        daemon.add(1, &volume("data", 1)).await;
+        daemon.quiet().await;
+        world.inject("libvirt.limit", 0, FaultAction::Fail("ordered to fail".into()));
+        let refusal = daemon.limit(IOPS).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::LibvirtFailed, "{refusal}");
+        assert_eq!(daemon.get(1, "data").await.unwrap().spec.limits, IOPS);
+        daemon.quiet().await;
+        assert_eq!(limits(&world, Definition::Live), IOPS);
+    });
+}
+
+#[test]
+fn the_root_ports_that_are_left_are_counted_with_the_volumes_on_their_way() {
+    let world = World::new();
+    world.life(async |daemon| {
+        let spec = |n: u64| VolumeSpec { bus: Bus::Virtio, ..volume(&format!("v{n}"), n) };
+        // Of the ten ports the boot disk and the controller have two.
+        world.delay_scan(8);
+        for n in 1..=8 {
+            daemon.want(1, &spec(n)).await.unwrap();
+        }
+        for n in 1..=7 {
+            daemon.ready(1, &format!("v{n}")).await;
+        }
+        let refusal = daemon.want(1, &spec(9)).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::NoFreeAddress);
+        assert!(refusal.message.contains("10 of 10 are taken"), "{refusal}");
+        assert!(refusal.message.contains("pcie-root-port"), "{refusal}");
+        world.host.faults.clear();
+        daemon.ready(1, "v8").await;
+        daemon.add(1, &volume("scsi", 9)).await;
     });
 }

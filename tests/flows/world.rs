@@ -12,7 +12,9 @@ use lunplug::spec::{
     AddOptions, MultipathPolicy, Phase, RemoveOptions, Source, VmPlace, VmSpec, VolumeSpec,
     VolumeStatus,
 };
-use lunplug::types::{Bus, CacheMode, Iqn, Lun, Outcome, Portal, Tuning, VmId, VolumeKey};
+use lunplug::types::{
+    Bus, CacheMode, IoLimits, Iqn, Lun, Outcome, Portal, Tuning, VmId, VolumeKey,
+};
 use lunplug::vm::facade::{Refusal, Volumes};
 use lunplug::vm::registry::Registry;
 use lunplug::vm::resolve::Names;
@@ -96,6 +98,7 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         expect_size: None,
         expect_unit_serial: None,
         tuning: Tuning::default(),
+        limits: IoLimits::default(),
         names: Names::new(),
     }
 }

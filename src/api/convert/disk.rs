@@ -2,7 +2,7 @@
 
 use super::{Refusal, malformed, unknown_value};
 use crate::api::v1;
-use crate::types::{BlockSize, Blocks, DetectZeroes, Discard, IoMode, Malformed, Tuning};
+use crate::types::{BlockSize, Blocks, DetectZeroes, Discard, IoLimits, IoMode, Malformed, Tuning};
 
 /// How a disk is run, as asked for; rules between fields are `VolumeSpec::check`'s.
 pub(super) fn tuning(spec: &v1::VolumeSpec) -> Result<Tuning, Refusal> {
@@ -15,6 +15,33 @@ pub(super) fn tuning(spec: &v1::VolumeSpec) -> Result<Tuning, Refusal> {
         discard: discard(spec.discard)?,
         detect_zeroes: detect_zeroes(spec.detect_zeroes)?,
         blocks,
+    })
+}
+
+/// I/O limits in that field of a request; none when absent.
+pub fn io_limits(field: &str, limits: Option<v1::IoLimits>) -> Result<IoLimits, Refusal> {
+    let wire = limits.unwrap_or_default();
+    let limits = IoLimits {
+        total_bytes_sec: wire.total_bytes_sec,
+        read_bytes_sec: wire.read_bytes_sec,
+        write_bytes_sec: wire.write_bytes_sec,
+        total_iops_sec: wire.total_iops_sec,
+        read_iops_sec: wire.read_iops_sec,
+        write_iops_sec: wire.write_iops_sec,
+    };
+    limits.check().map_err(|(of, error)| malformed(format!("{field}.{of}"), &error))?;
+    Ok(limits)
+}
+
+/// I/O limits on the wire; absent when there are none.
+pub(super) fn wire_io_limits(limits: &IoLimits) -> Option<v1::IoLimits> {
+    (!limits.is_none()).then(|| v1::IoLimits {
+        total_bytes_sec: limits.total_bytes_sec,
+        read_bytes_sec: limits.read_bytes_sec,
+        write_bytes_sec: limits.write_bytes_sec,
+        total_iops_sec: limits.total_iops_sec,
+        read_iops_sec: limits.read_iops_sec,
+        write_iops_sec: limits.write_iops_sec,
     })
 }
 

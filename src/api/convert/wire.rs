@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
+use super::disk::wire_io_limits;
 use super::{wire_detect_zeroes, wire_discard, wire_io_mode};
 use crate::api::{names, v1};
 use crate::connector::Discovered;
@@ -147,6 +148,7 @@ pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
         detect_zeroes: wire_detect_zeroes(tuning.detect_zeroes.unwrap_or(DetectZeroes::Off)).into(),
         logical_block_size: block(|b| b.logical),
         physical_block_size: block(|b| b.physical),
+        io_limits: wire_io_limits(&spec.limits),
         read_only: spec.read_only,
         shareable: spec.shareable,
         persist: spec.persist,

@@ -9,6 +9,7 @@ mod raw;
 
 use std::collections::BTreeSet;
 
+use crate::types::IoLimits;
 use addresses::addresses;
 use raw::{RawChannel, RawDomain};
 
@@ -77,6 +78,8 @@ pub struct Disk {
     pub error_policy: Option<String>,
     /// How it is run, as written.
     pub tuning: Written,
+    /// Its `<iotune>`.
+    pub limits: IoLimits,
     /// Its address, where it is of the `drive` kind.
     pub drive: Option<DriveAddress>,
     /// Its address, where it is of the `pci` kind.

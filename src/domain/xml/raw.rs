@@ -2,6 +2,8 @@
 
 use serde::Deserialize;
 
+use crate::types::IoLimits;
+
 use super::{Disk, DriveAddress, PciAddress, Written, XmlError};
 
 #[derive(Deserialize)]
@@ -56,6 +58,8 @@ pub(super) struct RawDisk {
     pub(super) readonly: Option<Empty>,
     pub(super) shareable: Option<Empty>,
     pub(super) blockio: Option<RawBlockIo>,
+    /// What else is in it is not ours.
+    pub(super) iotune: Option<IoLimits>,
 }
 
 #[derive(Deserialize)]
@@ -236,6 +240,7 @@ impl RawDisk {
                 logical_block: blockio.logical,
                 physical_block: blockio.physical,
             },
+            limits: self.iotune.unwrap_or_default(),
             drive,
             pci,
         })

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use crate::domain::xml::{self, Disk, Domain};
 use crate::host::libvirt::{Affect, Definition, DomainInfo, DomainState, Job, LibvirtError};
+use crate::types::IoLimits;
 
 /// How a guest takes a removal on bus virtio. On bus scsi it is not asked, as with QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -256,6 +257,23 @@ impl SimDomain {
         Ok(())
     }
 
+    /// Sets all I/O limits of the disk with that source (`qemuDomainSetBlockIoTune`).
+    pub fn limit(
+        &mut self,
+        source: &str,
+        limits: &IoLimits,
+        affect: Affect,
+    ) -> Result<(), LibvirtError> {
+        if let Err((_, error)) = limits.check() {
+            return Err(refused(format!("unsupported configuration: {error}")));
+        }
+        for (wanted, text) in [(affect.live, &mut self.live), (affect.config, &mut self.config)] {
+            let Some(text) = text.as_mut().filter(|_| wanted) else { continue };
+            set_limits(text, source, limits)?;
+        }
+        Ok(())
+    }
+
     fn by_source(&self, source: &str) -> Result<Disk, LibvirtError> {
         let disks = read(self.running()?)?.disks;
         let found = disks.into_iter().find(|disk| disk.source.as_deref() == Some(source));
@@ -403,6 +421,22 @@ fn with_device(text: &str, device: &str) -> Result<(String, Option<Disk>), Libvi
     }
     let disk = disk.clone();
     Ok((new, Some(disk)))
+}
+
+/// Gives the disk with that source another `<iotune>`.
+fn set_limits(text: &mut String, source: &str, limits: &IoLimits) -> Result<(), LibvirtError> {
+    let missing = || refused(format!("invalid argument: invalid path: {source}"));
+    let at = text.find(&format!("<source dev='{source}'")).ok_or_else(missing)?;
+    let to = at + text[at..].find("</disk>").ok_or_else(missing)?;
+    let old = text[at..to].find("<iotune>").zip(text[at..to].find("</iotune>"));
+    let fields = limits.fields().into_iter().filter(|(_, limit)| *limit > 0);
+    let new: String = fields.map(|(name, limit)| format!("<{name}>{limit}</{name}>")).collect();
+    let new = if new.is_empty() { new } else { format!("<iotune>{new}</iotune>") };
+    match old {
+        Some((from, end)) => text.replace_range(at + from..at + end + "</iotune>".len(), &new),
+        None => text.insert_str(to, &new),
+    }
+    Ok(())
 }
 
 /// Cuts a disk out of the XML; whether it was there.

@@ -1,7 +1,7 @@
 //! A simulated libvirt: domains with real XML that attach and detach edit, events, a guest agent.
 //!
 //! Faults: `libvirt.connect` (detail: the endpoint), and `libvirt.info`, `libvirt.xml`,
-//! `libvirt.attach`, `libvirt.detach`, `libvirt.capacity`, `libvirt.resize`, `libvirt.agent` (detail:
+//! `libvirt.attach`, `libvirt.detach`, `libvirt.capacity`, `libvirt.resize`, `libvirt.limit`, `libvirt.agent` (detail:
 //! `DOMAIN` and the device's XML, alias, source or command). As with the real one, a call whose caller gave up may still take effect later: one that
 //! was stalled, when the faults are cleared; one that a libvirtd had received before it hung
 //! ([`SimHypervisor::hang`]), when that goes on, whatever became of the caller.
@@ -21,6 +21,7 @@ use crate::host::libvirt::{
     Affect, Calls, Connection, Definition, DomainEvent, DomainEvents, DomainInfo, Endpoint,
     EventSender, Flight, Hypervisor, InFlight, Job, LibvirtError, Lifecycle, Version,
 };
+use crate::types::IoLimits;
 
 /// Asked when QEMU opens a device: endpoint, path in the pod, and whether for reading only. `Err` is
 /// the system's words for why it may not.
@@ -526,6 +527,22 @@ impl Connection for SimConnection {
             refuse_busy(s.domain)?;
             let has = s.size(&path);
             s.domain.resize(&path, bytes, has)
+        })
+        .await
+    }
+
+    async fn set_io_limits(
+        &self,
+        domain: &str,
+        source: &str,
+        limits: &IoLimits,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let (path, limits) = (source.to_owned(), *limits);
+        self.call("limit", domain, source, deadline, None, move |s| {
+            refuse_busy(s.domain)?;
+            s.domain.limit(&path, &limits, affect)
         })
         .await
     }

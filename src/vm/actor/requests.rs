@@ -172,7 +172,7 @@ impl Actor {
         }
         self.tools.board.phase(&key, Phase::Detaching);
         self.work(name);
-        self.next_expand(name);
+        self.next(name);
         Ok(Outcome::Done(self.status(name)))
     }
 }

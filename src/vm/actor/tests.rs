@@ -14,12 +14,12 @@ use crate::spec::{
     AddOptions, DeviceStatus, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus,
     volume_fixture,
 };
-use crate::types::Outcome;
+use crate::types::{IoLimits, Outcome};
 use crate::vm::facade::Refusal;
 use crate::vm::failure::Failure;
 use crate::vm::handler::Handler;
 use crate::vm::plan::{Left, Rules};
-use crate::vm::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
+use crate::vm::steps::{AttachFailure, ExpandFailure, Grown, LimitsFailure, Sight, Stir};
 
 /// Steps that do what they are told, and tell what they did.
 #[derive(Default)]
@@ -101,6 +101,15 @@ impl Steps for Script {
         }
         let size = expected.unwrap_or(1024);
         Ok(Outcome::Done(Grown { before: 512, size, expect_size: None }))
+    }
+
+    async fn set_limits(
+        &self,
+        volume: &StoredVolume,
+        limits: IoLimits,
+    ) -> Result<Outcome, LimitsFailure> {
+        self.note(format!("limits {} {}", volume.spec.name, limits.total_iops_sec));
+        Ok(Outcome::Done(()))
     }
 
     async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {

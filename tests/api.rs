@@ -130,9 +130,12 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
         (addition("a", |v| v.cache = 99), Reason::InvalidOption, "volume.cache"),
         (addition("a", |v| v.disk_type = 99), Reason::InvalidOption, "volume.disk_type"),
         (
-            addition("a", |v| v.set_disk_type(v1::DiskType::Lun)),
-            Reason::Unsupported,
-            "volume.disk_type",
+            addition("a", |v| {
+                v.set_disk_type(v1::DiskType::Lun);
+                v.set_bus(v1::Bus::Virtio);
+            }),
+            Reason::InvalidOption,
+            "volume.bus",
         ),
         (addition("a", |v| v.io = 99), Reason::InvalidOption, "volume.io"),
         (
@@ -168,6 +171,19 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
             }),
             Reason::InvalidOption,
             "volume.io_limits.total_iops_sec",
+        ),
+        (
+            addition("a", |v| {
+                v.set_disk_type(v1::DiskType::Lun);
+                v.serial = "mine".into();
+            }),
+            Reason::InvalidSerial,
+            "volume.serial",
+        ),
+        (
+            addition("a", |v| v.persistent_reservations = true),
+            Reason::InvalidOption,
+            "volume.persistent_reservations",
         ),
         (addition("a", |v| v.multipath = 99), Reason::InvalidOption, "volume.multipath"),
         (

@@ -5,7 +5,8 @@ use lunplug::api::convert::{vm_spec, volume_spec, wire_spec};
 use lunplug::api::v1;
 use lunplug::spec::{MultipathPolicy, Source, VolumeSpec};
 use lunplug::types::{
-    BlockSize, Blocks, Bus, CacheMode, DetectZeroes, Discard, ErrorPolicy, IoLimits, IoMode, Tuning,
+    BlockSize, Blocks, Bus, CacheMode, DetectZeroes, Discard, DiskType, ErrorPolicy, IoLimits,
+    IoMode, Tuning,
 };
 use lunplug::vm::resolve::Names;
 use proptest::prelude::*;
@@ -80,7 +81,9 @@ prop_compose! {
             name: name.parse().unwrap(),
             source: url.parse::<Source>().unwrap(),
             disk: format!("disk-{lun}").parse().unwrap(),
-            serial: serial.parse().unwrap(),
+            serial: Some(serial.parse().unwrap()),
+            device: DiskType::Disk,
+            reservations: false,
             bus: if virtio { Bus::Virtio } else { Bus::Scsi },
             cache,
             error_policy: policy.map(|at| ERRORS[at]),
@@ -102,6 +105,22 @@ proptest! {
     #[test]
     fn a_volume_that_goes_out_comes_in_the_same(spec in specs()) {
         prop_assert_eq!(volume_spec(Some(wire_spec(&spec)), spec.names.clone()).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_lun_that_goes_out_comes_in_the_same(spec in specs(), reservations: bool) {
+        let lun = VolumeSpec {
+            serial: None,
+            device: DiskType::Lun,
+            reservations,
+            bus: Bus::Scsi,
+            cache: CacheMode::None,
+            read_only: false,
+            tuning: Tuning::default(),
+            limits: IoLimits::default(),
+            ..spec
+        };
+        prop_assert_eq!(volume_spec(Some(wire_spec(&lun)), lun.names.clone()).unwrap(), lun);
     }
 
     #[test]

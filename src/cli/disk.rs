@@ -25,6 +25,10 @@ pub(super) struct DiskFlags {
     /// The physical block size that the guest sees, not smaller than the logical one [default: that].
     #[arg(long, value_name = "BYTES")]
     physical_block_size: Option<u32>,
+    /// Give the guest's persistent reservations to the LUN, by the node's qemu-pr-helper; needs disk type
+    /// lun.
+    #[arg(long)]
+    persistent_reservations: bool,
     #[command(flatten)]
     limits: LimitsFile,
 }
@@ -136,6 +140,7 @@ impl DiskFlags {
         ] {
             *to = from.unwrap_or(*to);
         }
+        volume.persistent_reservations |= self.persistent_reservations;
         let limits = self.limits.over(volume.io_limits.unwrap_or_default());
         volume.io_limits = Some(limits).filter(|limits| *limits != LimitsFile::default());
     }

@@ -47,6 +47,8 @@ pub(super) struct VolumeFile {
     pub(super) physical_block_size: u32,
     #[serde(alias = "ioLimits", skip_serializing_if = "Option::is_none")]
     pub(super) io_limits: Option<LimitsFile>,
+    #[serde(alias = "persistentReservations", skip_serializing_if = "is_zero")]
+    pub(super) persistent_reservations: bool,
     #[serde(alias = "readOnly")]
     pub(super) read_only: bool,
     pub(super) shareable: bool,
@@ -91,6 +93,7 @@ impl VolumeFile {
             logical_block_size: self.logical_block_size,
             physical_block_size: self.physical_block_size,
             io_limits: self.io_limits.and_then(LimitsFile::to_wire),
+            persistent_reservations: self.persistent_reservations,
             read_only: self.read_only,
             shareable: self.shareable,
             persist: self.persist,
@@ -120,6 +123,7 @@ impl VolumeFile {
             logical_block_size: spec.logical_block_size,
             physical_block_size: spec.physical_block_size,
             io_limits: spec.io_limits.as_ref().map(LimitsFile::from_wire),
+            persistent_reservations: spec.persistent_reservations,
             read_only: spec.read_only,
             shareable: spec.shareable,
             persist: spec.persist,
@@ -190,7 +194,8 @@ disk_name: d
 source: {iscsi: {target: 'iqn.2001-04.com.example:a', portals: [10.0.0.1], lun: 3}}
 serial: Data-1
 bus: virtio
-disk_type: disk
+disk_type: lun
+persistent_reservations: true
 cache: none
 error_policy: stop
 io: io_uring

@@ -256,6 +256,8 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Resolved", resolved.join(", ")),
         ("Serial", v.spec.serial.clone()),
         ("Bus", v.spec.bus.clone()),
+        ("Disk type", v.spec.disk_type.clone()),
+        ("Reservations", flag(v.spec.persistent_reservations)),
         ("Cache", v.spec.cache.clone()),
         ("Error policy", v.spec.error_policy.clone()),
         ("I/O", v.spec.io.clone()),

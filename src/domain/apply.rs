@@ -95,8 +95,8 @@ pub enum Error {
         #[source]
         source: TemplateError,
     },
-    /// libvirt said that it attached the disk, but it is not there as it should be.
-    #[error("libvirt attached {alias}, but domain {domain} does not show it as asked for")]
+    /// libvirt said that it was done, but the disk is not there as it should be.
+    #[error("libvirt reported success, but domain {domain} does not show {alias} as asked for")]
     NotConfirmed {
         /// The disk's alias.
         alias: String,
@@ -251,9 +251,7 @@ pub async fn attach(
             if !differing.any() {
                 return Ok(Outcome::Already(found));
             }
-            limits::send(&at, &views, &found.alias, &desired.limits).await?;
-            let views = at.views(persist).await?;
-            limits::confirm(&at, &views, &found.alias, &desired.limits)?;
+            limits::give(&at, persist, &views, &found.alias, &desired.limits).await?;
             return Ok(Outcome::Done(found));
         }
         Plan::Attach(placement) => placement,
@@ -265,7 +263,7 @@ pub async fn attach(
         Plan::Already { target, limits: differing } if target == placement.target => {
             if differing.any() {
                 // The definition that had it already.
-                limits::send(&at, &views, &alias, &desired.limits).await?;
+                limits::give(&at, persist, &views, &alias, &desired.limits).await?;
             }
             let controller_added = placement.controller.is_some();
             Ok(Outcome::Done(Attached { target, alias, controller_added }))

@@ -78,6 +78,7 @@ impl Domain {
             source: None,
             readonly: false,
             shareable: false,
+            reservations: false,
             error_policy: None,
             tuning: Written::default(),
             limits: IoLimits::default(),

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use crate::reason::Reason;
 use crate::types::{
-    Bus, CacheMode, DetectZeroes, ErrorPolicy, IoLimits, Serial, Tuning, VolumeName,
+    Bus, CacheMode, DetectZeroes, DiskType, ErrorPolicy, IoLimits, Serial, Tuning, VolumeName,
 };
 
 use super::limits;
@@ -25,8 +25,12 @@ pub struct DesiredDisk {
     pub volume: VolumeName,
     /// The block device's path as QEMU sees it.
     pub source: String,
-    /// Its serial.
-    pub serial: Serial,
+    /// Its serial; a LUN that is passed through has its own.
+    pub serial: Option<Serial>,
+    /// What kind of device the guest sees.
+    pub device: DiskType,
+    /// The socket of qemu-pr-helper as QEMU sees it, for persistent reservations.
+    pub reservations: Option<String>,
     /// Its bus.
     pub bus: Bus,
     /// Its cache mode.
@@ -257,12 +261,8 @@ pub fn plan(
     pending: &BTreeSet<String>,
 ) -> Result<Plan, PlanError> {
     let max = desired.bus.max_serial();
-    if desired.serial.as_str().len() > max {
-        return Err(PlanError::SerialTooLong {
-            serial: desired.serial.clone(),
-            bus: desired.bus,
-            max,
-        });
+    if let Some(serial) = desired.serial.as_ref().filter(|s| s.as_str().len() > max) {
+        return Err(PlanError::SerialTooLong { serial: serial.clone(), bus: desired.bus, max });
     }
     if views.all().next().is_none() {
         return Err(PlanError::NothingToChange);
@@ -309,9 +309,11 @@ fn refuse_clashes(view: &Domain, desired: &DesiredDisk, alias: &str) -> Result<(
                 target: disk.target.clone(),
             });
         }
-        if visible_serial(disk).as_deref() == Some(desired.serial.as_str()) {
+        if let Some(serial) = &desired.serial
+            && visible_serial(disk).as_deref() == Some(serial.as_str())
+        {
             return Err(PlanError::SerialInUse {
-                serial: desired.serial.clone(),
+                serial: serial.clone(),
                 target: disk.target.clone(),
             });
         }
@@ -336,16 +338,19 @@ fn refuse_difference(disk: &Disk, desired: &DesiredDisk, alias: &str) -> Result<
         None => [String::new(), String::new()],
         Some(blocks) => [blocks.logical.to_string(), blocks.physical.to_string()],
     };
+    let run = |word| if desired.device.is_disk() { word } else { "" };
     let zeroes = tuning.detect_zeroes.unwrap_or(DetectZeroes::Off);
     let pairs = [
         ("source", disk.source.as_deref().unwrap_or(""), desired.source.as_str()),
-        ("serial", disk.serial.as_deref().unwrap_or(""), desired.serial.as_str()),
+        ("disk_type", disk.device.as_str(), desired.device.as_str()),
+        ("persistent_reservations", flag(disk.reservations), flag(desired.reservations.is_some())),
+        ("serial", found(&disk.serial), desired.serial.as_ref().map_or("", Serial::as_str)),
         ("bus", disk.bus.as_str(), desired.bus.as_str()),
         ("readonly", flag(disk.readonly), flag(desired.read_only)),
         ("shareable", flag(disk.shareable), flag(desired.shareable)),
         ("error_policy", disk.error_policy.as_deref().unwrap_or(""), policy),
-        ("io", found(&written.io), tuning.io_mode(desired.cache).as_str()),
-        ("discard", found(&written.discard), tuning.discard_mode().as_str()),
+        ("io", found(&written.io), run(tuning.io_mode(desired.cache).as_str())),
+        ("discard", found(&written.discard), run(tuning.discard_mode().as_str())),
         ("detect_zeroes", written.detect_zeroes.as_deref().unwrap_or("off"), zeroes.as_str()),
         ("logical_block_size", found(&written.logical_block), &logical),
         ("physical_block_size", found(&written.physical_block), &physical),
@@ -386,6 +391,8 @@ fn visible_serial(disk: &Disk) -> Option<String> {
             let max = if disk.bus == "scsi" { Bus::Scsi } else { Bus::Virtio }.max_serial();
             Some(serial.chars().take(max).collect())
         }
+        // The LUN's own, which the XML does not tell.
+        None if disk.device == "lun" => None,
         None if disk.bus == "scsi" => disk.alias.as_ref().map(|alias| format!("drive-{alias}")),
         None => None,
     }

@@ -31,9 +31,7 @@ pub async fn limit(
     if !differing(&views, &alias, limits).any() {
         return Ok(Outcome::Already(()));
     }
-    send(&at, &views, &alias, limits).await?;
-    let views = at.views(persist).await?;
-    confirm(&at, &views, &alias, limits).map(Outcome::Done)
+    give(&at, persist, &views, &alias, limits).await.map(Outcome::Done)
 }
 
 /// Where a disk of that alias has other limits.
@@ -44,10 +42,11 @@ pub(super) fn differing(views: &Views, alias: &str, limits: &IoLimits) -> Needs 
     Needs { live: other(&views.live), config: other(&views.config) }
 }
 
-/// Tells libvirt the limits, for each definition in which the disk has others. libvirt knows disks by
-/// target name or source, not by alias; no disk but ours has the source.
-pub(super) async fn send(
+/// Tells libvirt the limits, for each definition in which the disk has others, and reads them back. libvirt
+/// knows disks by target name or source, not by alias; no disk but ours has the source.
+pub(super) async fn give(
     at: &At<'_>,
+    persist: bool,
     views: &Views,
     alias: &str,
     limits: &IoLimits,
@@ -62,17 +61,8 @@ pub(super) async fn send(
             set.await.map_err(at.failed("limit", alias))?;
         }
     }
-    Ok(())
-}
-
-/// libvirt's word is not enough: the limits must be there as asked for.
-pub(super) fn confirm(
-    at: &At<'_>,
-    views: &Views,
-    alias: &str,
-    limits: &IoLimits,
-) -> Result<(), Error> {
-    if differing(views, alias, limits).any() {
+    // libvirt's word is not enough: they must be there as asked for.
+    if differing(&at.views(persist).await?, alias, limits).any() {
         return Err(Error::NotConfirmed { alias: alias.to_owned(), domain: at.domain.to_owned() });
     }
     Ok(())

@@ -25,7 +25,7 @@ pub mod xml;
 
 pub use apply::{Attached, Error, attach, check, observe};
 pub use diff::DesiredDisk;
-pub use guest::{Usage, usage};
+pub use guest::{InGuest, Usage, usage};
 pub use limits::limit;
 pub use resize::resize;
 pub use unplug::{Detached, confirm_gone, detach, settled};

@@ -9,12 +9,12 @@ use super::{CacheMode, Malformed};
 
 /// An enum whose values are words of libvirt's.
 macro_rules! words {
-    ($(#[doc = $doc:literal])+ $name:ident $what:literal $rule:literal
-     { $($(#[doc = $of:literal])+ $value:ident $word:literal,)* }) => {
-        $(#[doc = $doc])+
+    ($(#[$of_all:meta])+ $name:ident $what:literal $rule:literal
+     { $($(#[$of:meta])+ $value:ident $word:literal,)* }) => {
+        $(#[$of_all])+
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
         pub enum $name {
-            $($(#[doc = $of])+ #[serde(rename = $word)] $value,)*
+            $($(#[$of])+ #[serde(rename = $word)] $value,)*
         }
 
         impl $name {
@@ -73,6 +73,25 @@ words! {
         On "on",
         /// A discard where that leaves zeroes.
         Unmap "unmap",
+    }
+}
+
+words! {
+    /// What kind of device the guest sees.
+    #[derive(Default)]
+    DiskType "disk type" "disk or lun" {
+        /// A disk emulated by QEMU.
+        #[default]
+        Disk "disk",
+        /// The LUN itself: the guest's SCSI commands go to it.
+        Lun "lun",
+    }
+}
+
+impl DiskType {
+    /// Whether it is a disk emulated by QEMU.
+    pub fn is_disk(&self) -> bool {
+        *self == Self::Disk
     }
 }
 

@@ -83,7 +83,7 @@ mod names;
 mod san;
 
 pub use chap::{Chap, Login, SecretName, SecretText};
-pub use disk::{BlockSize, Blocks, DetectZeroes, Discard, IoMode, Tuning};
+pub use disk::{BlockSize, Blocks, DetectZeroes, Discard, DiskType, IoMode, Tuning};
 pub use endpoint::{Endpoint, HostPort};
 pub use limits::IoLimits;
 pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};

@@ -138,14 +138,19 @@ impl Actor {
                     asker.answer(answer);
                 }
                 Message::Expand { name, expected, asker } => self.expand(&name, expected, asker),
-                Message::Expanded { name, result, asker } => self.expanded(&name, result, asker),
+                Message::Expanded { name, result, asker } => {
+                    self.expanded(&name, result, asker);
+                    self.next_limits(&name).await;
+                }
                 Message::Attached { name, result } => {
                     self.attached(&name, result).await;
-                    self.next(&name);
+                    self.next_expand(&name);
+                    self.next_limits(&name).await;
                 }
-                Message::Limit { name, limits, asker } => self.limit(&name, limits, asker),
-                Message::Limited { name, limits, result, asker } => {
-                    self.limited(&name, limits, result, asker);
+                Message::Limit { name, limits, asker } => self.limit(&name, limits, asker).await,
+                Message::Limited { name, wanted, result, asker } => {
+                    self.limited(&name, wanted, result, asker);
+                    self.next_limits(&name).await;
                 }
                 Message::Detached { name, result } => self.detached(&name, result).await,
                 Message::Due { name } => self.work(&name),

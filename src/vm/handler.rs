@@ -9,7 +9,7 @@ use tracing::{Instrument, Span};
 use super::actor::{Actor, Tools};
 use super::facade::{Expanded, Refusal};
 use super::failure::Failure;
-use super::steps::{AttachFailure, ExpandFailure, Grown, LimitsFailure, Sight, Stir};
+use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use crate::types::{IoLimits, Outcome, VmId, VolumeName};
@@ -70,8 +70,9 @@ pub(super) enum Message {
     },
     Limited {
         name: VolumeName,
-        limits: IoLimits,
-        result: Result<Outcome, LimitsFailure>,
+        /// They were not wanted before.
+        wanted: bool,
+        result: Result<Outcome, Failure>,
         asker: Asker,
     },
     Attached {

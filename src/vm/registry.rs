@@ -37,6 +37,8 @@ pub struct RegistrySettings {
     pub look_interval: Duration,
     /// A volume whose LUN has grown follows it unasked.
     pub auto_expand: bool,
+    /// There is a qemu-pr-helper for persistent reservations.
+    pub reservations: bool,
     /// When a volume in trouble is tried again.
     pub backoff: Backoff,
 }
@@ -184,6 +186,7 @@ impl Registry {
             rules: Rules {
                 max_volumes: self.settings.node.max_volumes_per_vm as usize,
                 require_wwid: self.settings.node.require_wwid,
+                reservations: self.settings.reservations,
             },
         };
         let handler = Handler::start(id, tools).await?;

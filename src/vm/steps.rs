@@ -12,7 +12,7 @@ use super::plan::Left;
 use crate::connector::{Attachment, Paths, Touched};
 use crate::journal::StoredVolume;
 use crate::spec::{RemoveOptions, VolumeSpec};
-use crate::types::{IoLimits, Outcome, VolumeName};
+use crate::types::{Outcome, VolumeName};
 
 /// What the handler has done for it: the way of an attach and back.
 #[async_trait]
@@ -43,13 +43,9 @@ pub trait Steps: Send + Sync + 'static {
         expected: Option<u64>,
     ) -> Result<Outcome<Grown>, ExpandFailure>;
 
-    /// Sets a volume's I/O limits, or finds them set: durable, and then on the disk that the guest has.
-    /// Nothing is undone when it fails: asked again, it goes on.
-    async fn set_limits(
-        &self,
-        volume: &StoredVolume,
-        limits: IoLimits,
-    ) -> Result<Outcome, LimitsFailure>;
+    /// Gives the volume's disk its I/O limits, if the guest has it, or finds that it has them. Nothing is
+    /// undone when it fails: asked again, it goes on.
+    async fn set_limits(&self, volume: &StoredVolume) -> Result<Outcome, Failure>;
 
     /// Whether volumes that are ready are as they were made; changes nothing. An error is about the VM
     /// as a whole.
@@ -89,15 +85,6 @@ pub struct ExpandFailure {
     pub failure: Failure,
     /// The size that the volume must have from now on; `None` where that has not changed.
     pub expect_size: Option<u64>,
-}
-
-/// A change of I/O limits that did not come to its end.
-#[derive(Debug)]
-pub struct LimitsFailure {
-    /// Why.
-    pub failure: Failure,
-    /// The limits are wanted from now on all the same.
-    pub wanted: bool,
 }
 
 /// What a look found of one volume.

@@ -14,7 +14,7 @@ use super::facade::{Refusal, VmState};
 use super::failure::Failure;
 use super::order::Order;
 use super::publish::Board;
-use super::steps::{AttachFailure, ExpandFailure, Grown, LimitsFailure, Sight, Steps, Stir};
+use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Steps, Stir};
 use super::{attach, checks, detach, expand, limits, look};
 use crate::cgroup::Grants;
 use crate::connector::{Connector, Touched};
@@ -29,7 +29,7 @@ use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{RemoveOptions, VmPlace, VmSpec, VolumeSpec};
 use crate::step::Tracker;
-use crate::types::{Bus, IoLimits, Outcome, VolumeKey, VolumeName};
+use crate::types::{Bus, Outcome, VolumeKey, VolumeName};
 
 /// How long the parts of a way may take, and what is allowed on it.
 #[derive(Debug, Clone)]
@@ -52,6 +52,8 @@ pub struct WaySettings {
     pub guest_unplug: Duration,
     /// A removal goes on when nobody can say whether the guest uses the disk.
     pub allow_unproven: bool,
+    /// The socket of qemu-pr-helper as QEMU sees it, where there is one.
+    pub pr_helper: Option<String>,
 }
 
 /// The host's side of a VM's steps, shared by all VMs of a node.
@@ -393,12 +395,8 @@ impl Steps for Ways {
         expand::expand(self, volume, expected).await
     }
 
-    async fn set_limits(
-        &self,
-        volume: &StoredVolume,
-        limits: IoLimits,
-    ) -> Result<Outcome, LimitsFailure> {
-        limits::set(self, volume, limits).await
+    async fn set_limits(&self, volume: &StoredVolume) -> Result<Outcome, Failure> {
+        limits::set(self, volume).await
     }
 
     async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {

@@ -3,10 +3,11 @@
 use lunplug::host::libvirt::{Affect, Definition};
 use lunplug::host::sim::{Fault, FaultAction};
 use lunplug::reason::Reason;
-use lunplug::spec::{Phase, VolumeSpec, VolumeStatus};
+use lunplug::spec::{Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use lunplug::step::{KillPoint, Way};
 use lunplug::types::{
-    BlockSize, Blocks, Bus, CacheMode, DetectZeroes, Discard, IoLimits, IoMode, Outcome, Tuning,
+    BlockSize, Blocks, Bus, CacheMode, DetectZeroes, Discard, DiskType, IoLimits, IoMode, Outcome,
+    Tuning,
 };
 use lunplug::vm::facade::{Refusal, Volumes};
 
@@ -170,6 +171,32 @@ fn limits_that_are_set_while_the_vm_is_away_come_with_the_disk() {
     });
 }
 
+#[test]
+fn a_change_of_limits_waits_for_the_attach_and_a_removal_refuses_it() {
+    let world = World::new();
+    world.life(async |daemon| {
+        world.inject("libvirt.attach", 0, FaultAction::Stall);
+        daemon.want(1, &volume("data", 1)).await.unwrap();
+        let go_on = async {
+            world.host.faults.meeting().await;
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            world.host.faults.clear();
+        };
+        let (set, ()) = tokio::join!(daemon.limit(IOPS), go_on);
+        assert!(set.unwrap().changed());
+        assert_eq!(limits(&world, Definition::Live), IOPS);
+        world.inject("libvirt.detach", 0, FaultAction::Stall);
+        daemon.drop_volume(1, "data", RemoveOptions::default()).await.unwrap();
+        world.host.faults.meeting().await;
+        let refusal = daemon.limit(BYTES).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::VolumeNotReady, "{refusal}");
+        world.host.faults.clear();
+        daemon.gone(1, "data").await;
+        daemon.quiet().await;
+        world.assert_clean("limited on the way");
+    });
+}
+
 /// Kills a change of limits by this order; the next life has the limits of before or after, and goes on.
 fn goes_on_after(world: &World, kill: Fault, what: &str) {
     world.life(async |daemon| {
@@ -254,5 +281,83 @@ fn the_root_ports_that_are_left_are_counted_with_the_volumes_on_their_way() {
         world.host.faults.clear();
         daemon.ready(1, "v8").await;
         daemon.add(1, &volume("scsi", 9)).await;
+    });
+}
+
+/// A LUN that is passed through.
+fn passed(name: &str, lun: u64) -> VolumeSpec {
+    VolumeSpec { serial: None, device: DiskType::Lun, ..volume(name, lun) }
+}
+
+#[test]
+fn a_lun_is_passed_through_and_found_in_the_guest_by_its_own_identity() {
+    let world = World::new();
+    world.life(async |daemon| {
+        let status = daemon.add(1, &passed("data", 1)).await;
+        assert_eq!((status.phase, status.reason), (Phase::Ready, None));
+        let xml = live(&world);
+        assert!(xml.contains("device='lun'") && !xml.contains("<serial>data"), "{xml}");
+        let refusal = daemon.limit(IOPS).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::InvalidOption, "{refusal}");
+        // A second one beside it: neither has a serial that could clash.
+        daemon.add(1, &passed("more", 2)).await;
+        let identity = status.device.unwrap().wwid.multipath();
+        let mount = |d: &mut lunplug::host::sim::domain::SimDomain| {
+            d.agent.mounted.insert(identity.clone(), "/mnt".into());
+        };
+        let (endpoint, domain) = (World::endpoint(1), domain(1));
+        world.host.hypervisor.with_domain(&endpoint, &domain, mount);
+        let remove = daemon.drop_volume(1, "data", RemoveOptions::default()).await;
+        let refusal = remove.unwrap_err();
+        assert_eq!(refusal.reason, Reason::InUseByGuest);
+        assert!(refusal.message.contains("/mnt"), "{refusal}");
+        daemon.remove(1, "more").await;
+        world.host.hypervisor.with_domain(&endpoint, &domain, |d| d.agent.mounted.clear());
+    });
+    world.life(async |daemon| {
+        daemon.ready(1, "data").await;
+        let other = volume("data", 1);
+        let refusal = daemon.want(1, &other).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::VolumeExists, "{refusal}");
+        daemon.remove(1, "data").await;
+        daemon.quiet().await;
+        world.assert_clean("passed through");
+    });
+}
+
+#[test]
+fn a_guest_without_an_agent_proves_nothing_of_a_lun() {
+    let world = World::new();
+    world.life(async |daemon| {
+        daemon.add(1, &passed("data", 1)).await;
+        let (endpoint, domain) = (World::endpoint(1), domain(1));
+        world.host.hypervisor.with_domain(&endpoint, &domain, |d| d.agent.connected = false);
+        let remove = daemon.drop_volume(1, "data", RemoveOptions::default()).await;
+        assert_eq!(remove.unwrap_err().reason, Reason::GuestUnproven);
+        daemon.drop_volume(1, "data", crate::world::FORCE).await.unwrap();
+        daemon.gone(1, "data").await;
+    });
+}
+
+#[test]
+fn persistent_reservations_go_to_the_configured_helper_or_are_refused() {
+    let mut world = World::new();
+    let spec = VolumeSpec { reservations: true, ..passed("data", 1) };
+    world.life(async |daemon| {
+        let refusal = daemon.want(1, &spec).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::Unsupported);
+        assert_eq!(refusal.field.as_deref(), Some("volume.persistent_reservations"));
+        assert!(refusal.message.contains("pr_helper_socket"), "{refusal}");
+        world.assert_clean("refused");
+    });
+    world.config.pr_helper_socket = "/var/run/pr-helper.sock".into();
+    world.life(async |daemon| {
+        assert_eq!(daemon.add(1, &spec).await.phase, Phase::Ready);
+        let xml = live(&world);
+        let source = "<source type='unix' path='/var/run/pr-helper.sock' mode='client'/>";
+        assert!(xml.contains("<reservations managed='no'>") && xml.contains(source), "{xml}");
+        daemon.remove(1, "data").await;
+        daemon.quiet().await;
+        world.assert_clean("reserved");
     });
 }

@@ -13,7 +13,7 @@ use lunplug::spec::{
     VolumeStatus,
 };
 use lunplug::types::{
-    Bus, CacheMode, IoLimits, Iqn, Lun, Outcome, Portal, Tuning, VmId, VolumeKey,
+    Bus, CacheMode, DiskType, IoLimits, Iqn, Lun, Outcome, Portal, Tuning, VmId, VolumeKey,
 };
 use lunplug::vm::facade::{Refusal, Volumes};
 use lunplug::vm::registry::Registry;
@@ -86,7 +86,9 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         name: name.parse().unwrap(),
         source: source.parse().unwrap(),
         disk: name.parse().unwrap(),
-        serial: name.parse().unwrap(),
+        serial: Some(name.parse().unwrap()),
+        device: DiskType::Disk,
+        reservations: false,
         bus: Bus::Scsi,
         cache: CacheMode::None,
         error_policy: None,

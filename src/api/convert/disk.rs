@@ -2,7 +2,9 @@
 
 use super::{Refusal, malformed, unknown_value};
 use crate::api::v1;
-use crate::types::{BlockSize, Blocks, DetectZeroes, Discard, IoLimits, IoMode, Malformed, Tuning};
+use crate::types::{
+    BlockSize, Blocks, DetectZeroes, Discard, DiskType, IoLimits, IoMode, Malformed, Tuning,
+};
 
 /// How a disk is run, as asked for; rules between fields are `VolumeSpec::check`'s.
 pub(super) fn tuning(spec: &v1::VolumeSpec) -> Result<Tuning, Refusal> {
@@ -35,7 +37,7 @@ pub fn io_limits(field: &str, limits: Option<v1::IoLimits>) -> Result<IoLimits, 
 
 /// I/O limits on the wire; absent when there are none.
 pub(super) fn wire_io_limits(limits: &IoLimits) -> Option<v1::IoLimits> {
-    (!limits.is_none()).then(|| v1::IoLimits {
+    (!limits.is_none()).then_some(v1::IoLimits {
         total_bytes_sec: limits.total_bytes_sec,
         read_bytes_sec: limits.read_bytes_sec,
         write_bytes_sec: limits.write_bytes_sec,
@@ -43,6 +45,23 @@ pub(super) fn wire_io_limits(limits: &IoLimits) -> Option<v1::IoLimits> {
         read_iops_sec: limits.read_iops_sec,
         write_iops_sec: limits.write_iops_sec,
     })
+}
+
+/// What kind of device the guest sees.
+pub(super) fn device(value: i32) -> Result<DiskType, Refusal> {
+    match v1::DiskType::try_from(value) {
+        Ok(v1::DiskType::Unspecified | v1::DiskType::Disk) => Ok(DiskType::Disk),
+        Ok(v1::DiskType::Lun) => Ok(DiskType::Lun),
+        Err(_) => Err(unknown_value("volume.disk_type", value, "disk (1) or lun (2)")),
+    }
+}
+
+/// A kind of device on the wire.
+pub fn wire_disk_type(device: DiskType) -> v1::DiskType {
+    match device {
+        DiskType::Disk => v1::DiskType::Disk,
+        DiskType::Lun => v1::DiskType::Lun,
+    }
 }
 
 fn block_size(field: &str, bytes: u32) -> Result<Option<BlockSize>, Refusal> {

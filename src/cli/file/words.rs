@@ -48,14 +48,7 @@ pub(super) fn error_policy(text: &str) -> Result<v1::ErrorPolicy, Failure> {
 }
 
 pub(super) fn disk_type(text: &str) -> Result<v1::DiskType, Failure> {
-    match text {
-        "" => Ok(v1::DiskType::Unspecified),
-        "disk" => Ok(v1::DiskType::Disk),
-        "lun" => Ok(v1::DiskType::Lun),
-        _ => {
-            Err(Failure::malformed("disk_type", &Malformed::new("disk type", text, "disk or lun")))
-        }
-    }
+    on_wire("disk_type", text, convert::wire_disk_type, v1::DiskType::Unspecified)
 }
 
 pub(super) fn multipath(text: &str) -> Result<v1::MultipathPolicy, Failure> {

@@ -76,6 +76,8 @@ pub struct Disk {
     pub shareable: bool,
     /// `error_policy` of the driver, as written.
     pub error_policy: Option<String>,
+    /// Persistent reservations go to a helper.
+    pub reservations: bool,
     /// How it is run, as written.
     pub tuning: Written,
     /// Its `<iotune>`.

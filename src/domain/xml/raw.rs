@@ -105,6 +105,7 @@ pub(super) struct RawSource {
     pub(super) dev: Option<String>,
     #[serde(rename = "@file")]
     pub(super) file: Option<String>,
+    pub(super) reservations: Option<Empty>,
 }
 
 #[derive(Deserialize)]
@@ -229,6 +230,7 @@ impl RawDisk {
             bus,
             device: self.device.unwrap_or_else(|| "disk".into()),
             serial: self.serial.filter(|s| !s.is_empty()),
+            reservations: self.source.as_ref().is_some_and(|s| s.reservations.is_some()),
             source: self.source.and_then(|s| s.dev.or(s.file)),
             readonly: self.readonly.is_some(),
             shareable: self.shareable.is_some(),

@@ -156,7 +156,7 @@ impl Actor {
         if again {
             self.work(name);
         }
-        self.next(name);
+        self.next_expand(name);
     }
 
     /// Shows why growth that was announced could not be followed, or that it no longer is so.

@@ -172,7 +172,8 @@ impl Actor {
         }
         self.tools.board.phase(&key, Phase::Detaching);
         self.work(name);
-        self.next(name);
+        self.next_expand(name);
+        self.next_limits(name).await;
         Ok(Outcome::Done(self.status(name)))
     }
 }

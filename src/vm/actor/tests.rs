@@ -14,12 +14,12 @@ use crate::spec::{
     AddOptions, DeviceStatus, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus,
     volume_fixture,
 };
-use crate::types::{IoLimits, Outcome};
+use crate::types::Outcome;
 use crate::vm::facade::Refusal;
 use crate::vm::failure::Failure;
 use crate::vm::handler::Handler;
 use crate::vm::plan::{Left, Rules};
-use crate::vm::steps::{AttachFailure, ExpandFailure, Grown, LimitsFailure, Sight, Stir};
+use crate::vm::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
 
 /// Steps that do what they are told, and tell what they did.
 #[derive(Default)]
@@ -103,12 +103,8 @@ impl Steps for Script {
         Ok(Outcome::Done(Grown { before: 512, size, expect_size: None }))
     }
 
-    async fn set_limits(
-        &self,
-        volume: &StoredVolume,
-        limits: IoLimits,
-    ) -> Result<Outcome, LimitsFailure> {
-        self.note(format!("limits {} {}", volume.spec.name, limits.total_iops_sec));
+    async fn set_limits(&self, volume: &StoredVolume) -> Result<Outcome, Failure> {
+        self.note(format!("limits {} {}", volume.spec.name, volume.spec.limits.total_iops_sec));
         Ok(Outcome::Done(()))
     }
 
@@ -175,7 +171,7 @@ impl World {
             backoff: Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) },
             look_interval: Duration::from_secs(60),
             auto_expand: false,
-            rules: Rules { max_volumes: 8, require_wwid: false },
+            rules: Rules { max_volumes: 8, require_wwid: false, reservations: false },
         };
         Self { script, tools, sim }
     }

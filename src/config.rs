@@ -44,6 +44,9 @@ pub struct Config {
     pub guest_unproven: GuestUnproven,
     /// Take only volumes whose request says which identity the LUN must have.
     pub require_wwid: bool,
+    /// The socket of qemu-pr-helper as QEMU sees it (in a pod: in its mounts), for persistent reservations;
+    /// empty: there is none.
+    pub pr_helper_socket: PathBuf,
     /// Where metrics are served for Prometheus over HTTP, as `127.0.0.1:9464`; empty: nowhere.
     pub metrics_listen: String,
     /// Logs.
@@ -73,6 +76,7 @@ impl Default for Config {
             node_name: String::new(),
             guest_unproven: GuestUnproven::default(),
             require_wwid: false,
+            pr_helper_socket: PathBuf::new(),
             metrics_listen: String::new(),
             log: Log::default(),
             deadlines: Deadlines::default(),
@@ -312,9 +316,11 @@ impl Config {
             ("secrets_dir", &self.secrets_dir),
             ("kubelet_root", &self.kubelet_root),
             ("socket", &self.socket),
+            ("pr_helper_socket", &self.pr_helper_socket),
         ];
         for (key, path) in paths {
-            let unset = key == "socket" && path.as_os_str().is_empty();
+            let may_be_unset = ["socket", "pr_helper_socket"].contains(&key);
+            let unset = may_be_unset && path.as_os_str().is_empty();
             if !unset && !path.is_absolute() {
                 return Err((key, format!("{path:?} is not an absolute path")));
             }

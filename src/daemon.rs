@@ -206,6 +206,7 @@ pub async fn compose(
         node: node_info(config, form, &storage, mechanisms),
         look_interval: config.reconcile.interval,
         auto_expand: config.expand.auto,
+        reservations: !config.pr_helper_socket.as_os_str().is_empty(),
         backoff: Backoff { first: Duration::from_secs(2), cap: Duration::from_secs(60) },
     };
     Registry::start(settings, host, storage, desired).await.map_err(Error::Open)
@@ -268,6 +269,9 @@ fn way_settings(config: &Config) -> WaySettings {
         agent: config.deadlines.agent,
         guest_unplug: config.deadlines.guest_unplug,
         allow_unproven: config.guest_unproven == GuestUnproven::Allow,
+        pr_helper: Some(&config.pr_helper_socket)
+            .filter(|path| !path.as_os_str().is_empty())
+            .map(|path| path.to_string_lossy().into_owned()),
     }
 }
 

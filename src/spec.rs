@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::reason::Reason;
 use crate::types::{
-    Bus, CacheMode, Chap, DevNum, ErrorPolicy, Iface, Iqn, Lun, Malformed, Portal, SecretName,
-    Serial, UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
+    Bus, CacheMode, Chap, DevNum, DiskType, ErrorPolicy, Iface, IoLimits, Iqn, Lun, Malformed,
+    Portal, SecretName, Serial, Tuning, UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
 };
 use crate::vm::resolve::Names;
 
@@ -170,10 +170,17 @@ pub struct VolumeSpec {
     pub disk: VolumeName,
     /// Where its data lives.
     pub source: Source,
-    /// The serial number that the guest sees.
-    pub serial: Serial,
+    /// The serial number that the guest sees; `None` of a LUN that is passed through, which has its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
     /// The bus it is plugged into.
     pub bus: Bus,
+    /// What kind of device the guest sees.
+    #[serde(default, skip_serializing_if = "DiskType::is_disk")]
+    pub device: DiskType,
+    /// The guest's persistent reservations go to the LUN, by the node's qemu-pr-helper.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reservations: bool,
     /// QEMU's cache mode.
     pub cache: CacheMode,
     /// The guest may not write.
@@ -195,6 +202,12 @@ pub struct VolumeSpec {
     /// The serial number that the LUN must have (VPD page 0x80).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expect_unit_serial: Option<UnitSerial>,
+    /// How QEMU runs it, as far as that was asked for.
+    #[serde(default, skip_serializing_if = "Tuning::is_plain")]
+    pub tuning: Tuning,
+    /// How much I/O the guest may do on it.
+    #[serde(default, skip_serializing_if = "IoLimits::is_none")]
+    pub limits: IoLimits,
     /// What the portals that were given by name were resolved to; the source has the addresses.
     #[serde(default, skip_serializing_if = "Names::is_empty")]
     pub names: Names,
@@ -204,12 +217,14 @@ impl VolumeSpec {
     /// Rules between fields, which no single field's type can express. `Err` names the field.
     pub fn check(&self) -> Result<(), (&'static str, Malformed)> {
         let malformed = |what, value: &str, rule| Malformed { what, value: value.into(), rule };
-        if self.serial.as_str().len() > self.bus.max_serial() {
+        self.check_device()?;
+        let serial = self.serial.as_ref().map_or("", Serial::as_str);
+        if serial.len() > self.bus.max_serial() {
             return Err((
                 "serial",
                 malformed(
                     "serial",
-                    self.serial.as_str(),
+                    serial,
                     "at most 36 characters on bus scsi and 20 on bus virtio; it defaults to the volume's name, so give a shorter one with --serial",
                 ),
             ));
@@ -220,9 +235,54 @@ impl VolumeSpec {
                 malformed("cache", self.cache.as_str(), "a shareable volume needs cache none"),
             ));
         }
+        self.tuning.check(self.cache)?;
+        self.limits.check().map_err(|(_, error)| ("io_limits", error))?;
         let Source::Iscsi(source) = &self.source;
         if source.targets().iter().any(|t| t.portals.is_empty()) {
             return Err(("source.portals", malformed("portals", "", "at least one portal")));
+        }
+        Ok(())
+    }
+}
+
+impl VolumeSpec {
+    /// What a LUN that is passed through excludes, and what needs one. QEMU's scsi-block does not carry
+    /// the guest's I/O, only its SCSI commands: nothing that QEMU does to I/O applies.
+    fn check_device(&self) -> Result<(), (&'static str, Malformed)> {
+        let no = |field, what, value: &str, rule| Err((field, Malformed::new(what, value, rule)));
+        if self.device == DiskType::Disk {
+            if self.reservations {
+                let rule = "persistent reservations need disk_type lun";
+                return no("persistent_reservations", "option", "true with disk_type disk", rule);
+            }
+            return match &self.serial {
+                Some(_) => Ok(()),
+                None => no("serial", "serial", "", "a disk has one: the volume's name or another"),
+            };
+        }
+        if self.bus != Bus::Scsi {
+            return no("bus", "bus", self.bus.as_str(), "disk_type lun needs bus scsi");
+        }
+        if let Some(serial) = &self.serial {
+            let rule = "disk_type lun takes none: the guest sees the LUN's own";
+            return no("serial", "serial", serial.as_str(), rule);
+        }
+        if self.cache != CacheMode::None {
+            return no("cache", "cache", self.cache.as_str(), "disk_type lun needs cache none");
+        }
+        if self.read_only {
+            let rule =
+                "disk_type lun passes the guest's commands on, writes too: use disk_type disk";
+            return no("read_only", "option", "true with disk_type lun", rule);
+        }
+        if let Some(field) = self.tuning.first_difference(&Tuning::default()) {
+            let rule = "disk_type lun takes none of it: the guest's commands go to the LUN itself";
+            return no(field, "option", field, rule);
+        }
+        if !self.limits.is_none() {
+            let rule =
+                "disk_type lun takes none: QEMU does not throttle commands that it passes on";
+            return no("io_limits", "limits", "with disk_type lun", rule);
         }
         Ok(())
     }
@@ -356,7 +416,9 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
             more_targets: Vec::new(),
             iface: Iface::default(),
         }),
-        serial: name.parse().expect("a serial"),
+        serial: Some(name.parse().expect("a serial")),
+        device: DiskType::Disk,
+        reservations: false,
         bus: Bus::Scsi,
         cache: CacheMode::None,
         error_policy: None,
@@ -367,6 +429,8 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
         expect_wwid: None,
         expect_size: None,
         expect_unit_serial: None,
+        tuning: Tuning::default(),
+        limits: IoLimits::default(),
         names: Names::new(),
     }
 }
@@ -380,6 +444,37 @@ mod tests {
         let spec = volume_fixture("data");
         let mut json = serde_json::to_value(&spec).unwrap();
         json.as_object_mut().unwrap().remove("error_policy").unwrap();
+        assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_lun_that_is_passed_through_excludes_what_only_qemu_could_do() {
+        let lun = VolumeSpec { serial: None, device: DiskType::Lun, ..volume_fixture("data") };
+        lun.check().unwrap();
+        VolumeSpec { reservations: true, shareable: true, ..lun.clone() }.check().unwrap();
+        let discard = Some(crate::types::Discard::Ignore);
+        let limits = IoLimits { total_iops_sec: 1, ..IoLimits::default() };
+        for (field, spec) in [
+            ("bus", VolumeSpec { bus: Bus::Virtio, ..lun.clone() }),
+            ("serial", VolumeSpec { serial: "a".parse().ok(), ..lun.clone() }),
+            ("cache", VolumeSpec { cache: CacheMode::Writeback, ..lun.clone() }),
+            ("read_only", VolumeSpec { read_only: true, ..lun.clone() }),
+            ("discard", VolumeSpec { tuning: Tuning { discard, ..lun.tuning }, ..lun.clone() }),
+            ("io_limits", VolumeSpec { limits, ..lun.clone() }),
+            ("persistent_reservations", VolumeSpec { reservations: true, ..volume_fixture("a") }),
+            ("serial", VolumeSpec { serial: None, ..volume_fixture("a") }),
+        ] {
+            assert_eq!(spec.check().unwrap_err().0, field);
+        }
+        let json = serde_json::to_value(&lun).unwrap();
+        assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), lun);
+    }
+
+    #[test]
+    fn a_volume_without_options_is_stored_as_before_there_were_any() {
+        let spec = volume_fixture("data");
+        let json = serde_json::to_value(&spec).unwrap();
+        assert!(json.get("tuning").is_none(), "{json}");
         assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), spec);
     }
 }

@@ -85,6 +85,10 @@ steps! {
     Expand GrowMap "grow-map" Ready,
     /// libvirt's block resize: the guest is told.
     Expand TellGuest "tell-guest" Ready,
+    /// The volume's I/O limits are wanted: durable.
+    Retune Limits "limits" Ready,
+    /// libvirt has given the guest's disk its limits.
+    Retune Throttle "throttle" Ready,
     /// The volume is wanted no more: durable.
     Detach Removal "removal" Detaching,
     /// libvirt's detach: QEMU has let go.
@@ -122,6 +126,8 @@ pub enum Way {
     Attach,
     /// A ready volume follows its LUN, which has grown.
     Expand,
+    /// A volume's I/O limits are changed.
+    Retune,
     /// Back.
     Detach,
 }
@@ -172,7 +178,9 @@ impl FromStr for KillPoint {
     type Err = Malformed;
 
     fn from_str(text: &str) -> Result<Self, Malformed> {
-        let all = [Way::Attach, Way::Expand, Way::Detach].into_iter().flat_map(KillPoint::of);
+        let all = [Way::Attach, Way::Expand, Way::Retune, Way::Detach]
+            .into_iter()
+            .flat_map(KillPoint::of);
         all.into_iter().find(|point| point.to_string() == text.trim()).ok_or_else(|| Malformed {
             what: "kill point",
             value: text.into(),

@@ -147,9 +147,60 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
         (addition("a", |v| v.cache = 99), Reason::InvalidOption, "volume.cache"),
         (addition("a", |v| v.disk_type = 99), Reason::InvalidOption, "volume.disk_type"),
         (
-            addition("a", |v| v.set_disk_type(v1::DiskType::Lun)),
-            Reason::Unsupported,
-            "volume.disk_type",
+            addition("a", |v| {
+                v.set_disk_type(v1::DiskType::Lun);
+                v.set_bus(v1::Bus::Virtio);
+            }),
+            Reason::InvalidOption,
+            "volume.bus",
+        ),
+        (addition("a", |v| v.io = 99), Reason::InvalidOption, "volume.io"),
+        (
+            addition("a", |v| {
+                v.set_io(v1::IoMode::Native);
+                v.set_cache(v1::CacheMode::Writeback);
+            }),
+            Reason::InvalidOption,
+            "volume.io",
+        ),
+        (addition("a", |v| v.discard = 99), Reason::InvalidOption, "volume.discard"),
+        (addition("a", |v| v.detect_zeroes = 99), Reason::InvalidOption, "volume.detect_zeroes"),
+        (
+            addition("a", |v| v.logical_block_size = 1000),
+            Reason::InvalidOption,
+            "volume.logical_block_size",
+        ),
+        (
+            addition("a", |v| v.physical_block_size = 256),
+            Reason::InvalidOption,
+            "volume.physical_block_size",
+        ),
+        (
+            addition("a", |v| (v.logical_block_size, v.physical_block_size) = (4096, 512)),
+            Reason::InvalidOption,
+            "volume.logical_block_size",
+        ),
+        (
+            addition("a", |v| {
+                let limits =
+                    v1::IoLimits { total_iops_sec: 1, read_iops_sec: 1, ..Default::default() };
+                v.io_limits = Some(limits);
+            }),
+            Reason::InvalidOption,
+            "volume.io_limits.total_iops_sec",
+        ),
+        (
+            addition("a", |v| {
+                v.set_disk_type(v1::DiskType::Lun);
+                v.serial = "mine".into();
+            }),
+            Reason::InvalidSerial,
+            "volume.serial",
+        ),
+        (
+            addition("a", |v| v.persistent_reservations = true),
+            Reason::InvalidOption,
+            "volume.persistent_reservations",
         ),
         (addition("a", |v| v.multipath = 99), Reason::InvalidOption, "volume.multipath"),
         (

@@ -71,6 +71,32 @@ async fn a_volume_is_added_shown_and_removed() {
 }
 
 #[tokio::test]
+async fn limits_are_given_with_a_volume_and_set_later() {
+    let server = with_vm().await;
+    server.memory.script(ATTACH);
+    let (exit, out, err) = server.run(&add("--total-iops 100 --read-bytes 1Mi -o json")).await;
+    assert_eq!(exit, 0, "{err}");
+    let volume: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let limits = serde_json::json!({"read_bytes_sec": 1 << 20, "total_iops_sec": 100});
+    assert_eq!(volume["spec"]["io_limits"], limits);
+    let set = "iolimits a --volume-name data";
+    let (exit, out, err) = server.run(&format!("{set} --total-bytes-sec 5K -o json")).await;
+    assert_eq!(exit, 0, "{err}");
+    let volume: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(volume["spec"]["io_limits"], serde_json::json!({"total_bytes_sec": 5000}));
+    let (_, out, _) = server.run("describe a data").await;
+    assert!(out.contains("total_bytes_sec 5000"), "{out}");
+    let (exit, out, err) = server.run(&format!("{set} --unlimited -o json")).await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(!out.contains("io_limits"), "{out}");
+    let (_, _, err) = server.run(&format!("{set} --unlimited")).await;
+    assert!(err.contains("nothing to do"), "{err}");
+    let (exit, _, err) = server.run(&format!("{set} --total-iops 1 --read-iops 1")).await;
+    assert_eq!(exit, 2, "{err}");
+    assert!(err.contains("total excludes"), "{err}");
+}
+
+#[tokio::test]
 async fn a_reason_to_act_ends_the_wait_and_one_that_passes_does_not() {
     let server = with_vm().await;
     server.memory.script(&[(Phase::Bound, None), (Phase::Pending, Some(Reason::LoginRefused))]);

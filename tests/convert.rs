@@ -4,20 +4,60 @@
 use lunplug::api::convert::{vm_spec, volume_spec, wire_spec};
 use lunplug::api::v1;
 use lunplug::spec::{MultipathPolicy, Source, VolumeSpec};
-use lunplug::types::{Bus, CacheMode, ErrorPolicy};
+use lunplug::types::{
+    BlockSize, Blocks, Bus, CacheMode, DetectZeroes, Discard, DiskType, ErrorPolicy, IoLimits,
+    IoMode, Tuning,
+};
 use lunplug::vm::resolve::Names;
 use proptest::prelude::*;
 use prost::Message;
+
+prop_compose! {
+    /// Without what it would be anyway.
+    fn tunings()(
+        cache in 0..3usize,
+        shareable: bool,
+        io in 0..3usize,
+        (ignore, zeroes) in (any::<bool>(), 0..3usize),
+        logical in proptest::option::of(9..22u32),
+        more in proptest::option::of(0..3u32),
+    ) -> (Tuning, CacheMode, bool) {
+        let cache = [CacheMode::None, CacheMode::Writethrough, CacheMode::Writeback][cache];
+        let cache = if shareable { CacheMode::None } else { cache };
+        let size = |log: u32| BlockSize::try_from(1u32 << log.min(21)).unwrap();
+        let physical = logical.and_then(|at| more.map(|more| size(at + more)));
+        let tuning = Tuning {
+            io: [Some(IoMode::Threads), Some(IoMode::IoUring), None][io],
+            discard: ignore.then_some(Discard::Ignore),
+            detect_zeroes: [Some(DetectZeroes::On), Some(DetectZeroes::Unmap), None][zeroes]
+                .filter(|zeroes| !(ignore && *zeroes == DetectZeroes::Unmap)),
+            blocks: Blocks::new(logical.map(size), physical).unwrap(),
+        };
+        (tuning.normal(cache), cache, shareable)
+    }
+}
+
+prop_compose! {
+    fn limits()((total, a, b) in any::<(bool, u32, u32)>()) -> IoLimits {
+        let (a, b) = (u64::from(a), u64::from(b));
+        if total {
+            IoLimits { total_bytes_sec: a, total_iops_sec: b, ..IoLimits::default() }
+        } else {
+            IoLimits { read_bytes_sec: a, write_iops_sec: b, ..IoLimits::default() }
+        }
+    }
+}
 
 prop_compose! {
     fn specs()(
         name in "[a-z0-9]{1,20}",
         serial in "[A-Za-z0-9_.+-]{1,20}",
         virtio: bool,
-        cache in 0..3usize,
+        (tuning, cache, shareable) in tunings(),
         multipath in 0..3usize,
         policy in proptest::option::of(0..4usize),
-        (read_only, shareable, persist) in any::<(bool, bool, bool)>(),
+        limits in limits(),
+        (read_only, persist) in any::<(bool, bool)>(),
         wwid in proptest::option::of("naa\\.[0-9a-f]{16}"),
         blocks in proptest::option::of(1..u64::MAX / 512),
         lun in 0..16384u32,
@@ -26,7 +66,6 @@ prop_compose! {
     ) -> VolumeSpec {
         let resolved = ("san-1:99".parse().unwrap(), "[fd00::1]:99".parse().unwrap());
         let names: Names = if by_name { [resolved].into() } else { Names::new() };
-        let cache = [CacheMode::None, CacheMode::Writethrough, CacheMode::Writeback][cache];
         let policies =
             [MultipathPolicy::Preferred, MultipathPolicy::Required, MultipathPolicy::Off];
         const ERRORS: [ErrorPolicy; 4] = [
@@ -49,9 +88,11 @@ prop_compose! {
             name: name.parse().unwrap(),
             source: url.parse::<Source>().unwrap(),
             disk: format!("disk-{lun}").parse().unwrap(),
-            serial: serial.parse().unwrap(),
+            serial: Some(serial.parse().unwrap()),
+            device: DiskType::Disk,
+            reservations: false,
             bus: if virtio { Bus::Virtio } else { Bus::Scsi },
-            cache: if shareable { CacheMode::None } else { cache },
+            cache,
             error_policy: policy.map(|at| ERRORS[at]),
             read_only,
             shareable,
@@ -60,6 +101,8 @@ prop_compose! {
             expect_wwid: wwid.map(|w| w.parse().unwrap()),
             expect_size: blocks.map(|b| b * 512),
             expect_unit_serial: serial_expected.then(|| "6000 A".parse().unwrap()),
+            tuning,
+            limits,
             names,
         }
     }
@@ -69,6 +112,22 @@ proptest! {
     #[test]
     fn a_volume_that_goes_out_comes_in_the_same(spec in specs()) {
         prop_assert_eq!(volume_spec(Some(wire_spec(&spec)), spec.names.clone()).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_lun_that_goes_out_comes_in_the_same(spec in specs(), reservations: bool) {
+        let lun = VolumeSpec {
+            serial: None,
+            device: DiskType::Lun,
+            reservations,
+            bus: Bus::Scsi,
+            cache: CacheMode::None,
+            read_only: false,
+            tuning: Tuning::default(),
+            limits: IoLimits::default(),
+            ..spec
+        };
+        prop_assert_eq!(volume_spec(Some(wire_spec(&lun)), lun.names.clone()).unwrap(), lun);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! From the wire to types, and in `wire` back. Every error names the field, the value and what is right.
 
+mod disk;
 mod wire;
 
 use std::path::{Component, Path, PathBuf};
 
+pub use disk::{io_limits, wire_detect_zeroes, wire_discard, wire_disk_type, wire_io_mode};
 pub use wire::{
     wire_addressing, wire_discovered, wire_error_policy, wire_node, wire_phase, wire_source,
     wire_spec, wire_vm, wire_vm_id, wire_volume,
@@ -18,8 +20,8 @@ use crate::spec::{
     ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec, VolumeSpec,
 };
 use crate::types::{
-    Addressing, Bus, CacheMode, Chap, ErrorPolicy, Iface, IfaceName, Lun, Malformed, Portal,
-    Serial, VmId, VolumeKey, VolumeName,
+    Addressing, Bus, CacheMode, Chap, DiskType, ErrorPolicy, Iface, IfaceName, Lun, Malformed,
+    Portal, Serial, VmId, VolumeKey, VolumeName,
 };
 use crate::vm::facade::{DiscoverWith, Refusal};
 use crate::vm::resolve::Names;
@@ -134,14 +136,18 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>, names: Names) -> Result<VolumeS
     let mut spec = spec.ok_or_else(|| missing("volume", Reason::InvalidName, "the volume"))?;
     names::to_addresses(&mut spec, &names);
     let name: VolumeName = parse("volume.name", &spec.name)?;
-    disk_type(spec.disk_type)?;
+    let device = disk::device(spec.disk_type)?;
+    let tuning = disk::tuning(&spec)?;
+    let cache = cache(spec.cache)?;
     let disk: Option<VolumeName> = optional("volume.disk_name", &spec.disk_name)?;
     let spec = VolumeSpec {
         disk: disk.unwrap_or_else(|| name.clone()),
         bus: bus(spec.bus)?,
-        serial: serial(&spec.serial, &name)?,
+        serial: serial(&spec.serial, &name, device)?,
+        device,
+        reservations: spec.persistent_reservations,
         source: source(spec.source)?,
-        cache: cache(spec.cache)?,
+        cache,
         error_policy: error_policy(spec.error_policy)?,
         read_only: spec.read_only,
         shareable: spec.shareable,
@@ -150,11 +156,13 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>, names: Names) -> Result<VolumeS
         expect_wwid: optional("volume.wwid", &spec.wwid)?,
         expect_size: size("volume.size_bytes", spec.size_bytes)?,
         expect_unit_serial: optional("volume.unit_serial", &spec.unit_serial)?,
+        tuning,
+        limits: io_limits("volume.io_limits", spec.io_limits)?,
         names,
         name,
     };
     spec.check().map_err(|(field, error)| malformed(format!("volume.{field}"), &error))?;
-    Ok(spec)
+    Ok(VolumeSpec { tuning: tuning.normal(cache), ..spec })
 }
 
 fn optional<T: std::str::FromStr<Err = Malformed>>(
@@ -164,11 +172,11 @@ fn optional<T: std::str::FromStr<Err = Malformed>>(
     if value.is_empty() { Ok(None) } else { parse(field, value).map(Some) }
 }
 
-fn serial(given: &str, name: &VolumeName) -> Result<Serial, Refusal> {
-    if !given.is_empty() {
-        return parse("volume.serial", given);
+fn serial(given: &str, name: &VolumeName, device: DiskType) -> Result<Option<Serial>, Refusal> {
+    if !given.is_empty() || device == DiskType::Lun {
+        return optional("volume.serial", given);
     }
-    name.as_str().parse().map_err(|_| {
+    name.as_str().parse().map(Some).map_err(|_| {
         let rule = "it defaults to the volume's name, which is longer than 36 characters (bus virtio: 20): give another with --serial";
         malformed("volume.serial", &Malformed::new("serial", name.as_str(), rule))
     })
@@ -283,17 +291,6 @@ fn bus(value: i32) -> Result<Bus, Refusal> {
         Ok(v1::Bus::Unspecified | v1::Bus::Scsi) => Ok(Bus::Scsi),
         Ok(v1::Bus::Virtio) => Ok(Bus::Virtio),
         Err(_) => Err(unknown_value("volume.bus", value, "scsi (1) or virtio (2)")),
-    }
-}
-
-fn disk_type(value: i32) -> Result<(), Refusal> {
-    match v1::DiskType::try_from(value) {
-        Ok(v1::DiskType::Unspecified | v1::DiskType::Disk) => Ok(()),
-        Ok(v1::DiskType::Lun) => {
-            let message = "volume.disk_type: lun is not offered yet, only disk";
-            Err(Refusal::new(Reason::Unsupported, message).field("volume.disk_type"))
-        }
-        Err(_) => Err(unknown_value("volume.disk_type", value, "disk (1)")),
     }
 }
 

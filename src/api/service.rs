@@ -91,6 +91,16 @@ impl Service {
         })
     }
 
+    async fn limit(
+        &self,
+        request: v1::SetIoLimitsRequest,
+    ) -> Result<v1::SetIoLimitsResponse, Refusal> {
+        let key = convert::volume_key(request.vm.as_ref(), &request.volume)?;
+        let limits = convert::io_limits("limits", request.limits)?;
+        let (volume, changed) = split(self.volumes.set_io_limits(&key, limits).await?);
+        Ok(v1::SetIoLimitsResponse { volume: Some(convert::wire_volume(&volume)), changed })
+    }
+
     async fn remove(
         &self,
         request: v1::RemoveVolumeRequest,
@@ -241,6 +251,15 @@ impl LunplugService for Service {
         let request = request.into_inner();
         let about = about(request.vm.as_ref(), &request.volume);
         answer("ExpandVolume", about, self.expand(request)).await
+    }
+
+    async fn set_io_limits(
+        &self,
+        request: Request<v1::SetIoLimitsRequest>,
+    ) -> Result<Response<v1::SetIoLimitsResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), &request.volume);
+        answer("SetIoLimits", about, self.limit(request)).await
     }
 
     async fn get_volume(

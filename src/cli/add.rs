@@ -8,6 +8,7 @@ use zeroize::Zeroizing;
 
 use super::chap::ChapFile;
 use super::client::{CALL, connect, timed, timed_for};
+use super::disk::DiskFlags;
 use super::failure::{Exit, Failure};
 use super::file::{self, SourceFile, VolumeFile};
 use super::output::{self, Format};
@@ -103,7 +104,8 @@ pub(super) struct Args {
     /// scsi or virtio [default: scsi].
     #[arg(long)]
     bus: Option<String>,
-    /// disk [default: disk].
+    /// disk, or lun: the guest's SCSI commands go to the LUN itself; needs bus scsi, and takes no serial
+    /// [default: disk].
     #[arg(long, value_name = "TYPE")]
     disk_type: Option<String>,
     /// Also in the VM's persistent definition, so that it is there after a restart.
@@ -144,6 +146,8 @@ pub(super) struct Args {
     /// password, and for mutual CHAP username_in and password_in. Kept for this boot only.
     #[arg(long, value_name = "FILE")]
     chap_file: Option<PathBuf>,
+    #[command(flatten)]
+    disk: DiskFlags,
     #[command(flatten)]
     waiting: Waiting,
 }
@@ -189,6 +193,7 @@ impl Args {
         if let Some(path) = &self.chap_file {
             volume.chap = Some(chap_file(path)?);
         }
+        self.disk.set(&mut volume);
         volume.persist |= self.persist;
         volume.shareable |= self.shareable;
         volume.read_only |= self.read_only;

@@ -3,18 +3,19 @@
 
 mod many;
 mod source;
-
-use std::str::FromStr;
+mod words;
 
 use serde::{Deserialize, Serialize};
 
 pub(super) use many::many;
 pub(super) use source::{SourceFile, TargetFile};
+pub(super) use words::plain;
 
 use super::chap::{self, ChapFile};
+use super::disk::LimitsFile;
 use super::failure::Failure;
-use crate::api::{convert, v1};
-use crate::types::{Bus, CacheMode, ErrorPolicy, Malformed};
+use crate::api::v1;
+use crate::types::Malformed;
 
 /// A volume's fields; what is not given has the contract's default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +37,20 @@ pub(super) struct VolumeFile {
     pub(super) cache: String,
     #[serde(alias = "errorPolicy", skip_serializing_if = "String::is_empty")]
     pub(super) error_policy: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) io: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) discard: String,
+    #[serde(alias = "detectZeroes", skip_serializing_if = "String::is_empty")]
+    pub(super) detect_zeroes: String,
+    #[serde(alias = "logicalBlockSize", skip_serializing_if = "is_zero")]
+    pub(super) logical_block_size: u32,
+    #[serde(alias = "physicalBlockSize", skip_serializing_if = "is_zero")]
+    pub(super) physical_block_size: u32,
+    #[serde(alias = "ioLimits", skip_serializing_if = "Option::is_none")]
+    pub(super) io_limits: Option<LimitsFile>,
+    #[serde(alias = "persistentReservations", skip_serializing_if = "is_zero")]
+    pub(super) persistent_reservations: bool,
     #[serde(alias = "readOnly")]
     pub(super) read_only: bool,
     pub(super) shareable: bool,
@@ -53,9 +68,8 @@ pub(super) struct VolumeFile {
     pub(super) chap: Option<ChapFile>,
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
-fn is_zero(n: &u64) -> bool {
-    *n == 0
+fn is_zero<T: Default + PartialEq>(n: &T) -> bool {
+    *n == T::default()
 }
 
 impl VolumeFile {
@@ -71,14 +85,21 @@ impl VolumeFile {
             disk_name: self.disk_name.clone(),
             source: self.source.as_ref().map(SourceFile::to_wire).transpose()?,
             serial: self.serial.clone(),
-            bus: bus(&self.bus)?.into(),
-            disk_type: disk_type(&self.disk_type)?.into(),
-            cache: cache(&self.cache)?.into(),
-            error_policy: error_policy(&self.error_policy)?.into(),
+            bus: words::bus(&self.bus)?.into(),
+            disk_type: words::disk_type(&self.disk_type)?.into(),
+            cache: words::cache(&self.cache)?.into(),
+            error_policy: words::error_policy(&self.error_policy)?.into(),
+            io: words::io(&self.io)?.into(),
+            discard: words::discard(&self.discard)?.into(),
+            detect_zeroes: words::detect_zeroes(&self.detect_zeroes)?.into(),
+            logical_block_size: self.logical_block_size,
+            physical_block_size: self.physical_block_size,
+            io_limits: self.io_limits.and_then(LimitsFile::to_wire),
+            persistent_reservations: self.persistent_reservations,
             read_only: self.read_only,
             shareable: self.shareable,
             persist: self.persist,
-            multipath: multipath(&self.multipath)?.into(),
+            multipath: words::multipath(&self.multipath)?.into(),
             wwid: self.wwid.clone(),
             size_bytes: self.size_bytes,
             unit_serial: self.unit_serial.clone(),
@@ -98,6 +119,13 @@ impl VolumeFile {
             disk_type: plain(spec.disk_type().as_str_name(), "DISK_TYPE_"),
             cache: plain(spec.cache().as_str_name(), "CACHE_MODE_"),
             error_policy: plain(spec.error_policy().as_str_name(), "ERROR_POLICY_"),
+            io: plain(spec.io().as_str_name(), "IO_MODE_"),
+            discard: plain(spec.discard().as_str_name(), "DISCARD_MODE_"),
+            detect_zeroes: plain(spec.detect_zeroes().as_str_name(), "DETECT_ZEROES_"),
+            logical_block_size: spec.logical_block_size,
+            physical_block_size: spec.physical_block_size,
+            io_limits: spec.io_limits.as_ref().map(LimitsFile::from_wire),
+            persistent_reservations: spec.persistent_reservations,
             read_only: spec.read_only,
             shareable: spec.shareable,
             persist: spec.persist,
@@ -143,71 +171,6 @@ impl VolumeFile {
     }
 }
 
-/// An enum's word without its prefix: `CACHE_MODE_NONE` is `none`; unspecified is nothing.
-pub(super) fn plain(name: &str, prefix: &str) -> String {
-    match name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase() {
-        word if word == "unspecified" => String::new(),
-        word => word,
-    }
-}
-
-fn word<T: FromStr<Err = Malformed>>(field: &str, text: &str) -> Result<T, Failure> {
-    text.parse().map_err(|error| Failure::malformed(field, &error))
-}
-
-fn bus(text: &str) -> Result<v1::Bus, Failure> {
-    Ok(match text {
-        "" => v1::Bus::Unspecified,
-        text => match word::<Bus>("bus", text)? {
-            Bus::Scsi => v1::Bus::Scsi,
-            Bus::Virtio => v1::Bus::Virtio,
-        },
-    })
-}
-
-fn cache(text: &str) -> Result<v1::CacheMode, Failure> {
-    Ok(match text {
-        "" => v1::CacheMode::Unspecified,
-        text => match word::<CacheMode>("cache", text)? {
-            CacheMode::None => v1::CacheMode::None,
-            CacheMode::Writethrough => v1::CacheMode::Writethrough,
-            CacheMode::Writeback => v1::CacheMode::Writeback,
-        },
-    })
-}
-
-fn error_policy(text: &str) -> Result<v1::ErrorPolicy, Failure> {
-    let policy = match text {
-        "" => None,
-        text => Some(word::<ErrorPolicy>("error_policy", text)?),
-    };
-    Ok(convert::wire_error_policy(policy))
-}
-
-fn disk_type(text: &str) -> Result<v1::DiskType, Failure> {
-    match text {
-        "" => Ok(v1::DiskType::Unspecified),
-        "disk" => Ok(v1::DiskType::Disk),
-        "lun" => Ok(v1::DiskType::Lun),
-        _ => {
-            Err(Failure::malformed("disk_type", &Malformed::new("disk type", text, "disk or lun")))
-        }
-    }
-}
-
-fn multipath(text: &str) -> Result<v1::MultipathPolicy, Failure> {
-    match text {
-        "" => Ok(v1::MultipathPolicy::Unspecified),
-        "preferred" => Ok(v1::MultipathPolicy::Preferred),
-        "required" => Ok(v1::MultipathPolicy::Required),
-        "off" => Ok(v1::MultipathPolicy::Off),
-        _ => {
-            let rule = "preferred, required or off";
-            Err(Failure::malformed("multipath", &Malformed::new("multipath policy", text, rule)))
-        }
-    }
-}
-
 /// A size: bytes, or with a unit of K, M, G, T (powers of 1000) or Ki, Mi, Gi, Ti (of 1024).
 pub(super) fn size(text: &str) -> Result<u64, Malformed> {
     let wrong = || {
@@ -242,9 +205,16 @@ disk_name: d
 source: {iscsi: {target: 'iqn.2001-04.com.example:a', portals: [10.0.0.1], lun: 3}}
 serial: Data-1
 bus: virtio
-disk_type: disk
+disk_type: lun
+persistent_reservations: true
 cache: none
 error_policy: stop
+io: io_uring
+discard: ignore
+detect_zeroes: 'on'
+logical_block_size: 512
+physical_block_size: 4096
+io_limits: {total_iops_sec: 100, read_bytes_sec: 5}
 read_only: true
 multipath: required
 size_bytes: 1024
@@ -303,6 +273,9 @@ unit_serial: 6000-A
             ("cache: unsafe", "cache"),
             ("error_policy: pause", "error_policy"),
             ("disk_type: floppy", "disk_type"),
+            ("io: uring", "io"),
+            ("discard: 'on'", "discard"),
+            ("detect_zeroes: maybe", "detect_zeroes"),
             ("multipath: maybe", "multipath"),
             ("source: x", "source"),
         ] {

@@ -5,6 +5,7 @@
 use serde_yaml_ng::{Mapping, Value};
 
 use super::chap::ChapFile;
+use super::disk::LimitsFile;
 use super::file::{TargetFile, VolumeFile};
 use crate::types::{Addressing, Endpoint};
 
@@ -239,9 +240,37 @@ fn access(fields: &mut Fields<'_>, volume: &mut VolumeFile) -> Result<(), String
     if fields.flag("enforce_multipath")? {
         volume.multipath = "required".into();
     }
-    fields.pass("qos_specs", "limits are the domain's affair");
+    volume.io_limits = qos(fields)?;
     fields.pass("cacheable", "the cache mode is given with --cache");
     Ok(())
+}
+
+/// The limits of Cinder's front end, by the names that Nova has for them; bursts are not offered.
+fn qos(fields: &mut Fields<'_>) -> Result<Option<LimitsFile>, String> {
+    let map = match fields.take("qos_specs") {
+        None => return Ok(None),
+        Some(Value::Mapping(map)) => map,
+        Some(other) => return Err(fields.wrong("qos_specs", other, "it must be a structure")),
+    };
+    let mut inner = Fields::new(&format!("{}qos_specs.", fields.path), map);
+    let mut limit = |name: &str| match inner.take(name) {
+        None => Ok(None),
+        Some(value) => {
+            let number = value.as_u64().or_else(|| value.as_str()?.parse().ok());
+            let number = number.ok_or_else(|| inner.wrong(name, value, "it must be a number"))?;
+            Ok::<_, String>(Some(number).filter(|n| *n > 0))
+        }
+    };
+    let limits = LimitsFile {
+        total_bytes_sec: limit("total_bytes_sec")?,
+        read_bytes_sec: limit("read_bytes_sec")?,
+        write_bytes_sec: limit("write_bytes_sec")?,
+        total_iops_sec: limit("total_iops_sec")?,
+        read_iops_sec: limit("read_iops_sec")?,
+        write_iops_sec: limit("write_iops_sec")?,
+    };
+    fields.notes.extend(inner.end()?);
+    Ok(Some(limits).filter(|limits| *limits != LimitsFile::default()))
 }
 
 fn credentials(fields: &mut Fields<'_>) -> Result<Option<ChapFile>, String> {

@@ -6,11 +6,13 @@ mod chap;
 mod client;
 mod describe;
 mod discover;
+mod disk;
 mod doctor;
 mod expand;
 mod failure;
 mod file;
 mod foreign;
+mod iolimits;
 mod journal;
 mod list;
 mod node;
@@ -88,6 +90,9 @@ enum Command {
     /// Have a volume follow its LUN, which has grown at the array, and tell the guest.
     #[command(after_help = EXIT_CODES)]
     Expand(expand::Args),
+    /// Set how much I/O a guest may do on a volume, also while it uses it. What is not given is not limited.
+    #[command(after_help = EXIT_CODES)]
+    Iolimits(iolimits::Args),
     /// List volumes.
     List(list::Args),
     /// Show everything about one volume.
@@ -175,6 +180,7 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
         Command::Removevolume(args) => remove::run(args, &socket, format, screen).await,
         Command::Sync(args) => sync::run(args, &socket, format, screen).await,
         Command::Expand(args) => expand::run(args, &socket, format, screen).await,
+        Command::Iolimits(args) => iolimits::run(args, &socket, format, screen).await,
         Command::List(args) => list::run(args, &socket, format, screen).await,
         Command::Describe(args) => describe::run(args, &socket, format, screen).await,
         Command::Vm(command) => vm::run(command, &socket, format, screen).await,

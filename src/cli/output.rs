@@ -229,6 +229,9 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
     let on = |get: fn(&DeviceView) -> String| device.map(get).unwrap_or_default();
     let resolved: Vec<String> =
         v.resolved_portals.iter().map(|(name, address)| format!("{name} is {address}")).collect();
+    let [logical, physical] = [v.spec.logical_block_size, v.spec.physical_block_size];
+    let blocks =
+        if logical > 0 { format!("{logical} (physical {physical})") } else { String::new() };
     let list = [
         ("VM", v.vm.clone()),
         ("Volume", v.name.clone()),
@@ -253,8 +256,15 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Resolved", resolved.join(", ")),
         ("Serial", v.spec.serial.clone()),
         ("Bus", v.spec.bus.clone()),
+        ("Disk type", v.spec.disk_type.clone()),
+        ("Reservations", flag(v.spec.persistent_reservations)),
         ("Cache", v.spec.cache.clone()),
         ("Error policy", v.spec.error_policy.clone()),
+        ("I/O", v.spec.io.clone()),
+        ("Discard", v.spec.discard.clone()),
+        ("Detect zeroes", v.spec.detect_zeroes.clone()),
+        ("Block size", blocks),
+        ("I/O limits", v.spec.io_limits.map(|limits| limits.words()).unwrap_or_default()),
         ("Multipath", v.spec.multipath.clone()),
         ("Read-only", flag(v.spec.read_only)),
         ("Shareable", flag(v.spec.shareable)),

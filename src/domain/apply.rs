@@ -13,6 +13,7 @@ use crate::types::{Bus, Outcome, VolumeName};
 
 use super::behind;
 use super::diff::{self, DesiredDisk, Needs, Placement, Plan, PlanError, Views};
+use super::limits;
 use super::template::{self, TemplateError};
 use super::xml::{self, Domain, XmlError};
 
@@ -94,8 +95,8 @@ pub enum Error {
         #[source]
         source: TemplateError,
     },
-    /// libvirt said that it attached the disk, but it is not there as it should be.
-    #[error("libvirt attached {alias}, but domain {domain} does not show it as asked for")]
+    /// libvirt said that it was done, but the disk is not there as it should be.
+    #[error("libvirt reported success, but domain {domain} does not show {alias} as asked for")]
     NotConfirmed {
         /// The disk's alias.
         alias: String,
@@ -201,7 +202,7 @@ impl At<'_> {
     }
 
     /// The definitions that a disk is to be in.
-    async fn views(&self, persist: bool) -> Result<Views, Error> {
+    pub(super) async fn views(&self, persist: bool) -> Result<Views, Error> {
         let gone = || Error::NotRunning { domain: self.domain.to_owned() };
         let info = self.info().await?.ok_or_else(gone)?;
         if persist && !info.persistent {
@@ -245,8 +246,13 @@ pub async fn attach(
     let views = at.views(persist).await?;
     let planned = behind::plan_behind(&views, desired, pending, ahead).map_err(plan_error)?;
     let placement = match planned {
-        Plan::Already { target } => {
-            return Ok(Outcome::Already(Attached { target, alias, controller_added: false }));
+        Plan::Already { target, limits: differing } => {
+            let found = Attached { target, alias, controller_added: false };
+            if !differing.any() {
+                return Ok(Outcome::Already(found));
+            }
+            limits::give(&at, persist, &views, &found.alias, &desired.limits).await?;
+            return Ok(Outcome::Done(found));
         }
         Plan::Attach(placement) => placement,
     };
@@ -254,7 +260,11 @@ pub async fn attach(
     // libvirt's word is not enough: the disk must be there as it was asked for.
     let views = at.views(persist).await?;
     match diff::plan(&views, desired, pending).map_err(plan_error)? {
-        Plan::Already { target } if target == placement.target => {
+        Plan::Already { target, limits: differing } if target == placement.target => {
+            if differing.any() {
+                // The definition that had it already.
+                limits::give(&at, persist, &views, &alias, &desired.limits).await?;
+            }
             let controller_added = placement.controller.is_some();
             Ok(Outcome::Done(Attached { target, alias, controller_added }))
         }
@@ -264,17 +274,20 @@ pub async fn attach(
     }
 }
 
-/// Whether a disk could be attached now, by its plan; changes nothing.
+/// Whether a disk could be attached now, by its plan, with those `ahead` of it in their places; changes
+/// nothing.
 pub async fn check(
     connection: &dyn Connection,
     domain: &str,
     desired: &DesiredDisk,
     persist: bool,
     pending: &BTreeSet<String>,
+    ahead: &[(VolumeName, Bus)],
     deadline: Duration,
 ) -> Result<(), Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
-    let views = at.views(persist).await?;
+    let mut views = at.views(persist).await?;
+    behind::keep_places(&mut views, ahead, pending);
     let planned = diff::plan(&views, desired, pending);
     planned.map(drop).map_err(|source| Error::Plan {
         volume: desired.volume.clone(),

@@ -2,14 +2,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::*;
-use crate::domain::guest::{Usage, usage};
+use crate::domain::guest::{InGuest, Usage, usage};
 use crate::domain::{Detached, detach};
 use crate::host::libvirt::DomainEvent;
 use crate::host::libvirt::{Endpoint, Hypervisor, Instance};
 use crate::host::sim::domain::{SimDomain, Unplug};
 use crate::host::sim::hypervisor::SimHypervisor;
 use crate::host::sim::{Fault, FaultAction, Faults};
-use crate::types::{Bus, CacheMode};
+use crate::types::{Bus, CacheMode, DiskType, IoLimits, Tuning};
 
 const SOCK: &str = "/run/pod/libvirt-sock";
 const SOON: Duration = Duration::from_secs(20);
@@ -33,12 +33,16 @@ fn disk(volume: &str, bus: Bus) -> DesiredDisk {
     DesiredDisk {
         volume: volume.parse().unwrap(),
         source: format!("/hotplug/{volume}"),
-        serial: format!("S-{volume}").parse().unwrap(),
+        serial: format!("S-{volume}").parse().ok(),
+        device: DiskType::Disk,
+        reservations: None,
         bus,
         cache: CacheMode::None,
         read_only: false,
         shareable: false,
         error_policy: None,
+        tuning: Tuning::default(),
+        limits: IoLimits::default(),
         keep_owner: true,
     }
 }
@@ -53,7 +57,8 @@ impl World {
     }
 
     async fn used(&self, disk: &DesiredDisk) -> Usage {
-        usage(&*self.connection, "vm", &disk.serial, disk.bus, SOON).await
+        usage(&*self.connection, "vm", &InGuest::Disk(disk.serial.clone().unwrap(), disk.bus), SOON)
+            .await
     }
 
     fn fault(&self, point: &str, action: FaultAction) {
@@ -251,7 +256,7 @@ async fn the_guest_is_asked_about_its_use() {
         assert!(matches!(w.used(&disk).await, Usage::Unproven(_)), "not there yet");
         w.attach(&disk, false).await.unwrap();
         assert_eq!(w.used(&disk).await, Usage::Free);
-        let serial = disk.serial.to_string();
+        let serial = disk.serial.clone().unwrap().to_string();
         w.host.with_domain(SOCK, "vm", |d| {
             d.agent.mounted.insert(serial.clone(), "/mnt".into());
         });

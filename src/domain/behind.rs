@@ -7,8 +7,8 @@ use super::diff::{
     CONTROLLER_MODEL, DesiredDisk, DiskAddress, Needs, NewController, Plan, PlanError, Views, plan,
 };
 use super::place::{free_slot, free_target, place_scsi};
-use super::xml::{Disk, Domain, ScsiController};
-use crate::types::{Bus, VolumeName};
+use super::xml::{Disk, Domain, ScsiController, Written};
+use crate::types::{Bus, IoLimits, VolumeName};
 
 /// Takes the places that disks added earlier will have and do not have yet, in their order: so a disk
 /// gets the same place whichever of them is the first to be there, and volumes come back to a
@@ -78,7 +78,10 @@ impl Domain {
             source: None,
             readonly: false,
             shareable: false,
+            reservations: false,
             error_policy: None,
+            tuning: Written::default(),
+            limits: IoLimits::default(),
             drive,
             pci,
         });

@@ -6,8 +6,11 @@
 use std::collections::BTreeSet;
 
 use crate::reason::Reason;
-use crate::types::{Bus, CacheMode, ErrorPolicy, Serial, VolumeName};
+use crate::types::{
+    Bus, CacheMode, DetectZeroes, DiskType, ErrorPolicy, IoLimits, Serial, Tuning, VolumeName,
+};
 
+use super::limits;
 use super::place::{free_slot, free_target, place_scsi};
 use super::xml::{Disk, Domain, DriveAddress, PciAddress};
 
@@ -22,8 +25,12 @@ pub struct DesiredDisk {
     pub volume: VolumeName,
     /// The block device's path as QEMU sees it.
     pub source: String,
-    /// Its serial.
-    pub serial: Serial,
+    /// Its serial; a LUN that is passed through has its own.
+    pub serial: Option<Serial>,
+    /// What kind of device the guest sees.
+    pub device: DiskType,
+    /// The socket of qemu-pr-helper as QEMU sees it, for persistent reservations.
+    pub reservations: Option<String>,
     /// Its bus.
     pub bus: Bus,
     /// Its cache mode.
@@ -34,6 +41,10 @@ pub struct DesiredDisk {
     pub shareable: bool,
     /// What to do on an I/O error; QEMU's default where `None`.
     pub error_policy: Option<ErrorPolicy>,
+    /// How it is run.
+    pub tuning: Tuning,
+    /// How much I/O the guest may do on it. A disk that is there with others can be given these.
+    pub limits: IoLimits,
     /// The node is ours and its owner right already: libvirt is told to leave it alone. False on a
     /// plain libvirt host, where libvirt has to make the device accessible itself.
     pub keep_owner: bool,
@@ -113,6 +124,8 @@ pub enum Plan {
     Already {
         /// Its target name.
         target: String,
+        /// Where it has other I/O limits than wanted.
+        limits: Needs,
     },
     /// The disk has to be added.
     Attach(Placement),
@@ -176,7 +189,9 @@ pub enum PlanError {
         target: String,
     },
     /// There is no place left.
-    #[error("no free {what} for a disk on bus {bus}: {taken} of {total} are taken")]
+    #[error(
+        "no {what} is left for a disk on bus {bus}: {taken} of {total} are taken{}", remedy(*.bus)
+    )]
     NoFreeAddress {
         /// The bus.
         bus: Bus,
@@ -210,6 +225,18 @@ pub enum PlanError {
     NothingToChange,
 }
 
+/// What to do where there is no place left.
+fn remedy(bus: Bus) -> &'static str {
+    match bus {
+        Bus::Scsi => {
+            "; a virtio-scsi controller of the domain's own, or a root port for one, is needed"
+        }
+        Bus::Virtio => {
+            "; each disk on bus virtio takes one: give the domain more pcie-root-port controllers, or use bus scsi"
+        }
+    }
+}
+
 impl PlanError {
     /// The stable reason.
     pub fn reason(&self) -> Reason {
@@ -234,12 +261,8 @@ pub fn plan(
     pending: &BTreeSet<String>,
 ) -> Result<Plan, PlanError> {
     let max = desired.bus.max_serial();
-    if desired.serial.as_str().len() > max {
-        return Err(PlanError::SerialTooLong {
-            serial: desired.serial.clone(),
-            bus: desired.bus,
-            max,
-        });
+    if let Some(serial) = desired.serial.as_ref().filter(|s| s.as_str().len() > max) {
+        return Err(PlanError::SerialTooLong { serial: serial.clone(), bus: desired.bus, max });
     }
     if views.all().next().is_none() {
         return Err(PlanError::NothingToChange);
@@ -258,7 +281,10 @@ pub fn plan(
     // The running domain says whether the DAC driver is at work; a definition mostly does not.
     let dac_keep = desired.keep_owner && views.all().next().is_some_and(|v| v.dac_relabels);
     match existing {
-        Some(disk) if !needs.any() => Ok(Plan::Already { target: disk.target }),
+        Some(disk) if !needs.any() => {
+            let limits = limits::differing(views, &alias, &desired.limits);
+            Ok(Plan::Already { target: disk.target, limits })
+        }
         Some(disk) => complete(views, disk, needs, dac_keep).map(Plan::Attach),
         None => {
             let target = free_target(views, desired.bus, pending);
@@ -283,9 +309,11 @@ fn refuse_clashes(view: &Domain, desired: &DesiredDisk, alias: &str) -> Result<(
                 target: disk.target.clone(),
             });
         }
-        if visible_serial(disk).as_deref() == Some(desired.serial.as_str()) {
+        if let Some(serial) = &desired.serial
+            && visible_serial(disk).as_deref() == Some(serial.as_str())
+        {
             return Err(PlanError::SerialInUse {
-                serial: desired.serial.clone(),
+                serial: serial.clone(),
                 target: disk.target.clone(),
             });
         }
@@ -300,15 +328,32 @@ fn refuse_clashes(view: &Domain, desired: &DesiredDisk, alias: &str) -> Result<(
 }
 
 fn refuse_difference(disk: &Disk, desired: &DesiredDisk, alias: &str) -> Result<(), PlanError> {
+    fn found(written: &Option<String>) -> &str {
+        written.as_deref().unwrap_or_default()
+    }
     let flag = |set: bool| if set { "yes" } else { "no" };
     let policy = desired.error_policy.map_or("", ErrorPolicy::as_str);
+    let (tuning, written) = (&desired.tuning, &disk.tuning);
+    let [logical, physical] = match tuning.blocks {
+        None => [String::new(), String::new()],
+        Some(blocks) => [blocks.logical.to_string(), blocks.physical.to_string()],
+    };
+    let run = |word| if desired.device.is_disk() { word } else { "" };
+    let zeroes = tuning.detect_zeroes.unwrap_or(DetectZeroes::Off);
     let pairs = [
         ("source", disk.source.as_deref().unwrap_or(""), desired.source.as_str()),
-        ("serial", disk.serial.as_deref().unwrap_or(""), desired.serial.as_str()),
+        ("disk_type", disk.device.as_str(), desired.device.as_str()),
+        ("persistent_reservations", flag(disk.reservations), flag(desired.reservations.is_some())),
+        ("serial", found(&disk.serial), desired.serial.as_ref().map_or("", Serial::as_str)),
         ("bus", disk.bus.as_str(), desired.bus.as_str()),
         ("readonly", flag(disk.readonly), flag(desired.read_only)),
         ("shareable", flag(disk.shareable), flag(desired.shareable)),
         ("error_policy", disk.error_policy.as_deref().unwrap_or(""), policy),
+        ("io", found(&written.io), run(tuning.io_mode(desired.cache).as_str())),
+        ("discard", found(&written.discard), run(tuning.discard_mode().as_str())),
+        ("detect_zeroes", written.detect_zeroes.as_deref().unwrap_or("off"), zeroes.as_str()),
+        ("logical_block_size", found(&written.logical_block), &logical),
+        ("physical_block_size", found(&written.physical_block), &physical),
     ];
     match pairs.iter().find(|(_, found, wanted)| found != wanted) {
         None => Ok(()),
@@ -346,6 +391,8 @@ fn visible_serial(disk: &Disk) -> Option<String> {
             let max = if disk.bus == "scsi" { Bus::Scsi } else { Bus::Virtio }.max_serial();
             Some(serial.chars().take(max).collect())
         }
+        // The LUN's own, which the XML does not tell.
+        None if disk.device == "lun" => None,
         None if disk.bus == "scsi" => disk.alias.as_ref().map(|alias| format!("drive-{alias}")),
         None => None,
     }

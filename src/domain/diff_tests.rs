@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::domain::place::letters;
 use crate::domain::{template, xml};
+use crate::types::{BlockSize, Blocks, Discard, IoMode};
 
 const KUBEVIRT: &str = include_str!("fixtures/kubevirt-q35.xml");
 const I440FX: &str = include_str!("fixtures/plain-i440fx.xml");
@@ -16,12 +17,16 @@ fn desired(volume: &str, bus: Bus) -> DesiredDisk {
     DesiredDisk {
         volume: volume.parse().unwrap(),
         source: format!("/hotplug/{volume}"),
-        serial: volume.parse().unwrap(),
+        serial: volume.parse().ok(),
+        device: DiskType::Disk,
+        reservations: None,
         bus,
         cache: CacheMode::None,
         read_only: false,
         shareable: false,
         error_policy: None,
+        tuning: Tuning::default(),
+        limits: IoLimits::default(),
         keep_owner: true,
     }
 }
@@ -89,6 +94,58 @@ fn a_disk_that_is_there_has_its_own_error_policy() {
 }
 
 #[test]
+fn a_disk_that_is_there_is_run_as_it_was_made() {
+    let size = |bytes: u32| BlockSize::try_from(bytes).ok();
+    let plain = Tuning::default();
+    let cases = [
+        ("io", Tuning { io: Some(IoMode::Threads), ..plain }),
+        ("discard", Tuning { discard: Some(Discard::Ignore), ..plain }),
+        ("detect_zeroes", Tuning { detect_zeroes: Some(DetectZeroes::On), ..plain }),
+        (
+            "physical_block_size",
+            Tuning { blocks: Blocks::new(size(512), size(4096)).unwrap(), ..plain },
+        ),
+    ];
+    let with = |tuning| DesiredDisk { tuning, ..desired("new", Bus::Scsi) };
+    for (has, (field, tuning)) in [plain; 4].into_iter().zip(cases) {
+        for (there, wanted) in [(has, tuning), (tuning, has)] {
+            let p = attach(plan(&live(BARE), &with(there), &none()).unwrap());
+            let xml = apply(BARE, &with(there), &p);
+            assert!(matches!(plan(&live(&xml), &with(there), &none()), Ok(Plan::Already { .. })));
+            let error = plan(&live(&xml), &with(wanted), &none()).unwrap_err();
+            let PlanError::Differs { field: differs, .. } = error else { panic!("{error:?}") };
+            assert!(differs == field || differs == "logical_block_size", "{differs}");
+        }
+    }
+}
+
+#[test]
+fn a_lun_has_no_serial_and_takes_nobodys() {
+    let lun = |volume| DesiredDisk {
+        device: DiskType::Lun,
+        serial: None,
+        reservations: Some("/pr.sock".into()),
+        ..desired(volume, Bus::Scsi)
+    };
+    let p = attach(plan(&live(BARE), &lun("a"), &none()).unwrap());
+    let xml = apply(BARE, &lun("a"), &p);
+    assert!(matches!(plan(&live(&xml), &lun("a"), &none()), Ok(Plan::Already { .. })));
+    let p = attach(plan(&live(&xml), &lun("b"), &none()).unwrap());
+    assert!(plan(&live(&apply(&xml, &lun("b"), &p)), &lun("b"), &none()).is_ok());
+    // Not what libvirt makes up for an emulated disk without a serial.
+    let named = "drive-ua-lunplug-a".parse().ok();
+    plan(&live(&xml), &DesiredDisk { serial: named, ..desired("c", Bus::Scsi) }, &none()).unwrap();
+    for (field, other) in [
+        ("disk_type", desired("a", Bus::Scsi)),
+        ("persistent_reservations", DesiredDisk { reservations: None, ..lun("a") }),
+    ] {
+        let error = plan(&live(&xml), &other, &none()).unwrap_err();
+        let PlanError::Differs { field: differs, .. } = error else { panic!("{error:?}") };
+        assert_eq!(differs, field);
+    }
+}
+
+#[test]
 fn a_virtio_disk_takes_a_free_root_port() {
     let p = attach(plan(&live(KUBEVIRT), &desired("new", Bus::Virtio), &none()).unwrap());
     assert_eq!(p.target, "vdb");
@@ -139,12 +196,15 @@ fn a_disk_that_is_there_is_found_or_told_apart() {
     let views = live(KUBEVIRT);
     let mut disk = desired("vol1", Bus::Scsi);
     disk.source = "/var/run/kubevirt/hotplug-disks/vol1".into();
-    disk.serial = "Vol-1.A".parse().unwrap();
-    assert_eq!(plan(&views, &disk, &none()).unwrap(), Plan::Already { target: "sdb".into() });
+    disk.serial = Some("Vol-1.A".parse().unwrap());
+    assert_eq!(
+        plan(&views, &disk, &none()).unwrap(),
+        Plan::Already { target: "sdb".into(), limits: Needs::default() }
+    );
     type Change = fn(&mut DesiredDisk);
     let changes: [(&str, Change); 4] = [
         ("source", |d| d.source = "/elsewhere".into()),
-        ("serial", |d| d.serial = "vol-1.a".parse().unwrap()),
+        ("serial", |d| d.serial = Some("vol-1.a".parse().unwrap())),
         ("bus", |d| d.bus = Bus::Virtio),
         ("readonly", |d| d.read_only = true),
     ];
@@ -166,7 +226,7 @@ fn clashes_with_other_peoples_disks_are_refused() {
         plan(&live(xml), &disk, &none()).unwrap_err().reason()
     };
     assert_eq!(
-        refused(KUBEVIRT, |d| d.serial = "KeepThisCASE-01".parse().unwrap()),
+        refused(KUBEVIRT, |d| d.serial = Some("KeepThisCASE-01".parse().unwrap())),
         Reason::SerialInUse
     );
     assert_eq!(
@@ -179,19 +239,19 @@ fn clashes_with_other_peoples_disks_are_refused() {
     );
     // The guest sees the first 20 characters of that one.
     assert_eq!(
-        refused(I440FX, |d| d.serial = "SHARED-0123456789-AB".parse().unwrap()),
+        refused(I440FX, |d| d.serial = Some("SHARED-0123456789-AB".parse().unwrap())),
         Reason::SerialInUse
     );
     let no_serial = KUBEVIRT.replace("<serial>KeepThisCASE-01</serial>", "");
     assert_eq!(
-        refused(&no_serial, |d| d.serial = "drive-ua-data-a".parse().unwrap()),
+        refused(&no_serial, |d| d.serial = Some("drive-ua-data-a".parse().unwrap())),
         Reason::SerialInUse,
         "what libvirt writes where there is no serial"
     );
     assert_eq!(
         refused(KUBEVIRT, |d| {
             d.bus = Bus::Virtio;
-            d.serial = "123456789012345678901".parse().unwrap();
+            d.serial = Some("123456789012345678901".parse().unwrap());
         }),
         Reason::InvalidSerial
     );
@@ -312,7 +372,7 @@ proptest! {
                 Ok(Plan::Attach(p)) => {
                     prop_assert!(!pending.contains(&p.target));
                     prop_assert!(before.disks.iter().all(|d| d.target != p.target));
-                    prop_assert!(before.disks.iter().all(|d| visible_serial(d).as_deref() != Some(disk.serial.as_str())));
+                    prop_assert!(before.disks.iter().all(|d| visible_serial(d).is_none_or(|s| disk.serial.as_ref().unwrap().as_str() != s)));
                     let slot = match p.address {
                         DiskAddress::Pci(at) => Some(at),
                         DiskAddress::Drive(at) => {
@@ -331,7 +391,7 @@ proptest! {
                     }
                     xml = apply(&xml, &disk, &p);
                     let after = live(&xml);
-                    prop_assert_eq!(plan(&after, &disk, &pending), Ok(Plan::Already { target: p.target }));
+                    prop_assert_eq!(plan(&after, &disk, &pending), Ok(Plan::Already { target: p.target, limits: Needs::default() }));
                 }
                 Ok(Plan::Already { .. }) => prop_assert!(before.disk(&crate::domain::alias(&disk.volume)).is_some()),
                 Err(error) => prop_assert!(matches!(

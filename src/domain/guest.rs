@@ -9,6 +9,7 @@
 //! on it or its partitions.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -16,7 +17,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use crate::host::libvirt::{Connection, LibvirtError};
-use crate::types::{Bus, Serial};
+use crate::types::{Bus, Serial, Wwid};
 
 /// Whether the guest uses a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +28,42 @@ pub enum Usage {
     Free,
     /// Nobody could say, and why.
     Unproven(String),
+}
+
+/// By what the guest's agent knows a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum InGuest {
+    /// An emulated disk, by its serial.
+    Disk(Serial, Bus),
+    /// A LUN that is passed through, by its identity: the guest's udev reads it from the LUN's own VPD
+    /// page 0x83, in the spelling that the host's multipath has too (scsi_id).
+    Lun(Wwid),
+}
+
+impl InGuest {
+    /// Whether a serial that the agent reports is this disk's: exactly, never as a part of another.
+    ///
+    /// On scsi udev's scsi_id puts designator type, vendor and model of the INQUIRY before it, and
+    /// QEMU's are `QEMU` and `QEMU HARDDISK`; an agent without udev may say the serial alone.
+    fn is(&self, reported: &str) -> bool {
+        match self {
+            Self::Disk(serial, bus) => {
+                reported == serial.as_str()
+                    || (*bus == Bus::Scsi
+                        && reported.strip_prefix("0QEMU_QEMU_HARDDISK_") == Some(serial.as_str()))
+            }
+            Self::Lun(wwid) => reported == wwid.multipath(),
+        }
+    }
+}
+
+impl fmt::Display for InGuest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disk(serial, _) => write!(f, "serial {serial}"),
+            Self::Lun(wwid) => write!(f, "identity {}", wwid.multipath()),
+        }
+    }
 }
 
 /// How often a guest is asked again that cannot say yet: its udev may still be at work on a disk that
@@ -43,18 +80,17 @@ enum Unsaid {
     Ever(String),
 }
 
-/// Asks the guest's agent about the disk with this serial, until it can say or the time is over.
+/// Asks the guest's agent about this disk, until it can say or the time is over.
 /// Never fails: what went wrong is the reason of [`Usage::Unproven`].
 pub async fn usage(
     connection: &dyn Connection,
     domain: &str,
-    serial: &Serial,
-    bus: Bus,
+    wanted: &InGuest,
     deadline: Duration,
 ) -> Usage {
     let until = Instant::now() + deadline;
     loop {
-        let said = ask_both(connection, domain, serial, bus, until).await;
+        let said = ask_both(connection, domain, wanted, until).await;
         let next = Instant::now() + ASK_AGAIN;
         match said {
             Err(Unsaid::Yet(_)) if next < until => tokio::time::sleep_until(next).await,
@@ -67,17 +103,16 @@ pub async fn usage(
 async fn ask_both(
     connection: &dyn Connection,
     domain: &str,
-    serial: &Serial,
-    bus: Bus,
+    wanted: &InGuest,
     until: Instant,
 ) -> Result<Usage, Unsaid> {
     let filesystems = ask(connection, domain, "guest-get-fsinfo", until).await?;
-    let by_mount = mounted(&filesystems, serial, bus);
+    let by_mount = mounted(&filesystems, wanted);
     if !by_mount.is_empty() {
         return Ok(Usage::InUse(by_mount));
     }
     let disks = ask(connection, domain, "guest-get-disks", until).await?;
-    judge(&filesystems, &disks, serial, bus)
+    judge(&filesystems, &disks, wanted)
 }
 
 async fn ask<T: DeserializeOwned>(
@@ -152,22 +187,11 @@ struct DiskInfo {
     alias: Option<String>,
 }
 
-/// Whether a serial that the agent reports is this disk's: exactly, never as a part of another.
-///
-/// On scsi udev's scsi_id puts designator type, vendor and model of the INQUIRY before it, and
-/// QEMU's are `QEMU` and `QEMU HARDDISK`; an agent without udev may say the serial alone.
-fn is_serial(reported: &str, serial: &Serial, bus: Bus) -> bool {
-    reported == serial.as_str()
-        || (bus == Bus::Scsi
-            && reported.strip_prefix("0QEMU_QEMU_HARDDISK_") == Some(serial.as_str()))
-}
-
 /// Why the disk is in use, by its mounted filesystems.
-fn mounted(filesystems: &[Filesystem], serial: &Serial, bus: Bus) -> Vec<String> {
+fn mounted(filesystems: &[Filesystem], wanted: &InGuest) -> Vec<String> {
     let mut reasons = Vec::new();
     for fs in filesystems {
-        let on =
-            fs.disk.iter().find(|d| d.serial.as_deref().is_some_and(|s| is_serial(s, serial, bus)));
+        let on = fs.disk.iter().find(|d| d.serial.as_deref().is_some_and(|s| wanted.is(s)));
         if let Some(on) = on {
             let name = if fs.name.starts_with('/') {
                 fs.name.clone()
@@ -188,16 +212,15 @@ fn mounted(filesystems: &[Filesystem], serial: &Serial, bus: Bus) -> Vec<String>
 fn judge(
     filesystems: &[Filesystem],
     disks: &[DiskInfo],
-    serial: &Serial,
-    bus: Bus,
+    wanted: &InGuest,
 ) -> Result<Usage, Unsaid> {
-    let mut reasons = mounted(filesystems, serial, bus);
+    let mut reasons = mounted(filesystems, wanted);
     let ours: BTreeSet<&str> = disks
         .iter()
         .filter(|d| !d.partition && d.dependencies.is_empty())
         .filter(|d| {
             let reported = d.address.as_ref().and_then(|a| a.serial.as_deref());
-            reported.is_some_and(|s| is_serial(s, serial, bus))
+            reported.is_some_and(|s| wanted.is(s))
         })
         .map(|d| d.name.as_str())
         .collect();
@@ -222,11 +245,9 @@ fn judge(
         (false, _) => Ok(Usage::InUse(reasons)),
         (true, 1) => Ok(Usage::Free),
         (true, 0) => Err(Unsaid::Yet(format!(
-            "the guest's agent shows no disk with serial {serial} (it needs udev in the guest)"
+            "the guest's agent shows no disk with {wanted} (it needs udev in the guest)"
         ))),
-        (true, n) => {
-            Err(Unsaid::Ever(format!("the guest's agent shows {n} disks with serial {serial}")))
-        }
+        (true, n) => Err(Unsaid::Ever(format!("the guest's agent shows {n} disks with {wanted}"))),
     }
 }
 
@@ -281,8 +302,7 @@ mod tests {
         let said = judge(
             &parse_answer::<Filesystem>("fs", fs).unwrap(),
             &parse_answer::<DiskInfo>("disks", disks).unwrap(),
-            &serial(s),
-            bus,
+            &InGuest::Disk(serial(s), bus),
         );
         match said {
             Ok(usage) => usage,
@@ -319,12 +339,36 @@ mod tests {
             "disk":[{"serial":"0QEMU_QEMU_HARDDISK_vol-11","bus-type":"scsi","dev":"/dev/sdb"}]}]}"#;
         let list = parse_answer::<Filesystem>("fs", fs).unwrap();
         assert_eq!(
-            mounted(&list, &serial("vol-11"), Bus::Scsi),
+            mounted(&list, &InGuest::Disk(serial("vol-11"), Bus::Scsi)),
             ["/dev/dm-0 (on /dev/sdb) is mounted at /srv"]
         );
-        assert!(mounted(&list, &serial("vol-1"), Bus::Scsi).is_empty(), "not a prefix of it");
-        assert!(mounted(&list, &serial("ol-11"), Bus::Scsi).is_empty(), "nor a suffix");
-        assert!(mounted(&list, &serial("vol-11"), Bus::Virtio).is_empty(), "scsi's form");
+        assert!(
+            mounted(&list, &InGuest::Disk(serial("vol-1"), Bus::Scsi)).is_empty(),
+            "not a prefix of it"
+        );
+        assert!(
+            mounted(&list, &InGuest::Disk(serial("ol-11"), Bus::Scsi)).is_empty(),
+            "nor a suffix"
+        );
+        assert!(
+            mounted(&list, &InGuest::Disk(serial("vol-11"), Bus::Virtio)).is_empty(),
+            "scsi's form"
+        );
+    }
+
+    #[test]
+    fn a_lun_is_known_by_its_own_identity() {
+        let identity = "36001405abcdef0123456789abcdef012";
+        let disks = DISKS.replace("0QEMU_QEMU_HARDDISK_vol-11", identity);
+        let lun = |text: &str| InGuest::Lun(text.parse().unwrap());
+        let judged = |wanted| {
+            let disks = parse_answer::<DiskInfo>("disks", &disks).unwrap();
+            judge(&parse_answer::<Filesystem>("fs", FS).unwrap(), &disks, &wanted)
+        };
+        let used = judged(lun("naa.6001405ABCDEF0123456789abcdef012")).unwrap();
+        assert_eq!(used, Usage::InUse(vec!["/dev/dm-0 (vg-lv) is built on /dev/sdb".into()]));
+        let other = judged(lun("naa.6001405abcdef0123456789abcdef013"));
+        assert!(matches!(other, Err(Unsaid::Yet(why)) if why.contains("identity 3600")));
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod apply;
 mod behind;
 pub mod diff;
 pub mod guest;
+pub mod limits;
 mod place;
 pub mod resize;
 pub mod template;
@@ -24,7 +25,8 @@ pub mod xml;
 
 pub use apply::{Attached, Error, attach, check, observe};
 pub use diff::DesiredDisk;
-pub use guest::{Usage, usage};
+pub use guest::{InGuest, Usage, usage};
+pub use limits::limit;
 pub use resize::resize;
 pub use unplug::{Detached, confirm_gone, detach, settled};
 

@@ -7,7 +7,7 @@ use std::fmt::{self, Write};
 
 use askama::{Template, filters::Escaper};
 
-use crate::types::CacheMode;
+use crate::types::Blocks;
 
 use super::diff::{CONTROLLER_MODEL, DesiredDisk, DiskAddress, NewController, Placement};
 use super::xml::PciAddress;
@@ -46,7 +46,13 @@ impl Escaper for Xml {
 #[template(path = "disk.xml")]
 struct DiskXml<'a> {
     cache: &'a str,
-    io: &'a str,
+    device: &'a str,
+    reservations: Option<&'a str>,
+    io: Option<&'a str>,
+    discard: Option<&'a str>,
+    detect_zeroes: Option<&'a str>,
+    blocks: Option<Blocks>,
+    limits: Vec<(&'static str, u64)>,
     error_policy: Option<&'a str>,
     source: &'a str,
     dac_keep: bool,
@@ -54,7 +60,7 @@ struct DiskXml<'a> {
     bus: &'a str,
     read_only: bool,
     shareable: bool,
-    serial: &'a str,
+    serial: Option<&'a str>,
     alias: &'a str,
     address: DiskAddress,
 }
@@ -69,10 +75,17 @@ struct ControllerXml<'a> {
 
 /// A disk's XML.
 pub fn disk(desired: &DesiredDisk, placement: &Placement) -> Result<String, TemplateError> {
+    // What QEMU does to I/O is nothing to a LUN that is passed through.
+    let run = desired.device.is_disk();
     let xml = DiskXml {
         cache: desired.cache.as_str(),
-        // Native AIO needs O_DIRECT: libvirt refuses it with other cache modes.
-        io: if desired.cache == CacheMode::None { "native" } else { "threads" },
+        device: desired.device.as_str(),
+        reservations: desired.reservations.as_deref(),
+        io: run.then(|| desired.tuning.io_mode(desired.cache).as_str()),
+        discard: run.then(|| desired.tuning.discard_mode().as_str()),
+        detect_zeroes: desired.tuning.detect_zeroes.map(|z| z.as_str()),
+        blocks: desired.tuning.blocks,
+        limits: desired.limits.fields().into_iter().filter(|(_, limit)| *limit > 0).collect(),
         error_policy: desired.error_policy.map(|p| p.as_str()),
         source: &desired.source,
         dac_keep: placement.dac_keep,
@@ -80,7 +93,7 @@ pub fn disk(desired: &DesiredDisk, placement: &Placement) -> Result<String, Temp
         bus: desired.bus.as_str(),
         read_only: desired.read_only,
         shareable: desired.shareable,
-        serial: desired.serial.as_str(),
+        serial: desired.serial.as_ref().map(|s| s.as_str()),
         alias: &super::alias(&desired.volume),
         address: placement.address,
     };
@@ -98,18 +111,25 @@ mod tests {
     use super::*;
     use crate::domain::diff::Needs;
     use crate::domain::xml::DriveAddress;
-    use crate::types::{Bus, ErrorPolicy};
+    use crate::types::{
+        BlockSize, Bus, CacheMode, DetectZeroes, Discard, DiskType, ErrorPolicy, IoLimits, IoMode,
+        Tuning,
+    };
 
     fn sample() -> (DesiredDisk, Placement) {
         let desired = DesiredDisk {
             volume: "vol1".parse().unwrap(),
             source: "/hotplug/vol1".into(),
-            serial: "Serial-1".parse().unwrap(),
+            serial: "Serial-1".parse().ok(),
+            device: DiskType::Disk,
+            reservations: None,
             bus: Bus::Scsi,
             cache: CacheMode::None,
             read_only: false,
             shareable: false,
             error_policy: None,
+            tuning: Tuning::default(),
+            limits: IoLimits::default(),
             keep_owner: true,
         };
         let address = DriveAddress { controller: 0, bus: 0, target: 3, unit: 0 };
@@ -162,6 +182,50 @@ mod tests {
             assert!(xml.contains(part), "{part} in {xml}");
         }
         assert!(!xml.contains("seclabel"), "{xml}");
+    }
+
+    #[test]
+    fn how_it_is_run_is_written_as_asked() {
+        let (mut desired, placement) = sample();
+        let size = |bytes: u32| BlockSize::try_from(bytes).ok();
+        desired.tuning = Tuning {
+            io: Some(IoMode::IoUring),
+            discard: Some(Discard::Ignore),
+            detect_zeroes: Some(DetectZeroes::On),
+            blocks: Blocks::new(size(512), size(4096)).unwrap(),
+        };
+        desired.limits = IoLimits { read_iops_sec: 7, total_bytes_sec: 9, ..IoLimits::default() };
+        let xml = disk(&desired, &placement).unwrap();
+        for part in [
+            "cache='none' io='io_uring' discard='ignore' detect_zeroes='on'/>",
+            "<blockio logical_block_size='512' physical_block_size='4096'/>",
+            "<iotune>\n    <total_bytes_sec>9</total_bytes_sec>\n    <read_iops_sec>7</read_iops_sec>\n  </iotune>",
+        ] {
+            assert!(xml.contains(part), "{part} in {xml}");
+        }
+    }
+
+    #[test]
+    fn a_lun_is_passed_through_without_what_libvirt_refuses_of_it() {
+        let (mut desired, placement) = sample();
+        (desired.device, desired.serial) = (DiskType::Lun, None);
+        desired.reservations = Some("/run/pr&helper.sock".into());
+        assert_eq!(
+            disk(&desired, &placement).unwrap(),
+            "<disk type='block' device='lun'>
+  <driver name='qemu' type='raw' cache='none'/>
+  <source dev='/hotplug/vol1'>
+    <seclabel model='dac' relabel='no'/>
+    <reservations managed='no'>
+      <source type='unix' path='/run/pr&amp;helper.sock' mode='client'/>
+    </reservations>
+  </source>
+  <backingStore/>
+  <target dev='sdc' bus='scsi'/>
+  <alias name='ua-lunplug-vol1'/>
+  <address type='drive' controller='0' bus='0' target='3' unit='0'/>
+</disk>"
+        );
     }
 
     #[test]

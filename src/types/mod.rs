@@ -76,13 +76,17 @@ macro_rules! text_type {
 }
 
 mod chap;
+mod disk;
 mod endpoint;
 mod iface;
+mod limits;
 mod names;
 mod san;
 
 pub use chap::{Chap, Login, SecretName, SecretText};
+pub use disk::{BlockSize, Blocks, DetectZeroes, Discard, DiskType, IoMode, Tuning};
 pub use endpoint::{Endpoint, HostPort};
 pub use iface::{Iface, IfaceName, Nexus};
+pub use limits::IoLimits;
 pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};
 pub use san::{Addressing, DevNum, Iqn, Lun, Portal, UnitSerial, Wwid};

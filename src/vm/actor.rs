@@ -25,6 +25,7 @@ use crate::step::Tracker;
 use crate::types::{VmId, VolumeKey, VolumeName};
 
 mod expand;
+mod limits;
 mod look;
 mod removals;
 mod requests;
@@ -66,6 +67,8 @@ struct Volume {
     again: bool,
     /// Expands that wait for their turn.
     expands: VecDeque<expand::Asked>,
+    /// Changes of its I/O limits that wait for their turn.
+    limits: VecDeque<limits::Asked>,
     /// Its LUN was announced to have grown, and it has not followed yet; why, if that was tried.
     growth: expand::Growth,
     /// Calls off the attach or expand that is under way.
@@ -89,6 +92,7 @@ impl Volume {
             working: false,
             again: false,
             expands: VecDeque::new(),
+            limits: VecDeque::new(),
             growth: expand::Growth::default(),
             cancel: None,
             attempts: 0,
@@ -132,10 +136,19 @@ impl Actor {
                     self.removals_checked(checked, of).await;
                 }
                 Message::Expand { name, expected, asker } => self.expand(&name, expected, asker),
-                Message::Expanded { name, result, asker } => self.expanded(&name, result, asker),
+                Message::Expanded { name, result, asker } => {
+                    self.expanded(&name, result, asker);
+                    self.next_limits(&name).await;
+                }
                 Message::Attached { name, result } => {
                     self.attached(&name, result).await;
                     self.next_expand(&name);
+                    self.next_limits(&name).await;
+                }
+                Message::Limit { name, limits, asker } => self.limit(&name, limits, asker).await,
+                Message::Limited { name, wanted, result, asker } => {
+                    self.limited(&name, wanted, result, asker);
+                    self.next_limits(&name).await;
                 }
                 Message::Detached { name, result } => self.detached(&name, result).await,
                 Message::Due { name } => self.work(&name),

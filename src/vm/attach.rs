@@ -277,7 +277,7 @@ impl Way<'_> {
         self.effects.disk = Some(DiskEffect { alias, bus: spec.bus, target });
         self.announce(Step::Disk).await?;
         let connection = ways.libvirt().await?;
-        let desired = desired_disk(spec, source, place.pod.is_some());
+        let desired = desired_disk(ways, spec, source, place.pod.is_some());
         let limit = ways.settings().libvirt;
         // Before the turn, which others need.
         domain::settled(&*connection, &ways.vm.domain, &spec.disk, limit).await?;
@@ -319,16 +319,27 @@ pub(super) fn source_of(place: &Place, spec: &VolumeSpec, dev: DevNum) -> String
 }
 
 /// The disk as libvirt is to have it. In a pod the node's owner is right already (`keep_owner`).
-pub(super) fn desired_disk(spec: &VolumeSpec, source: String, keep_owner: bool) -> DesiredDisk {
+pub(super) fn desired_disk(
+    ways: &Ways,
+    spec: &VolumeSpec,
+    source: String,
+    keep_owner: bool,
+) -> DesiredDisk {
+    let helper = ways.settings().pr_helper.clone();
     DesiredDisk {
         volume: spec.disk.clone(),
         source,
         serial: spec.serial.clone(),
+        device: spec.device,
+        // Admitted only where there is one; where it was taken away since, libvirt says what it lacks.
+        reservations: spec.reservations.then(|| helper.unwrap_or_default()),
         bus: spec.bus,
         cache: spec.cache,
         read_only: spec.read_only,
         shareable: spec.shareable,
         error_policy: spec.error_policy,
+        tuning: spec.tuning,
+        limits: spec.limits,
         keep_owner,
     }
 }

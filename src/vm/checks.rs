@@ -6,14 +6,14 @@ use super::attach::desired_disk;
 use super::facade::Refusal;
 use super::failure::Failure;
 use super::ways::Ways;
-use crate::domain::{self, Usage};
+use crate::domain::{self, InGuest, Usage};
 use crate::host::libvirt::{Definition, DomainState};
 use crate::reason::Reason;
 use crate::spec::{RemoveOptions, VolumeSpec};
 use crate::types::{Bus, VolumeName};
 
 /// Whether the domain could take the disk: it runs, its place is proven, its XML is understood, there
-/// is a free address, and nothing there has the name or the serial.
+/// is a free address also with all that were taken on before, and nothing there has the name or the serial.
 pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
     let place = ways.place().await?;
     let source = match &place.pod {
@@ -22,10 +22,12 @@ pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
         None => "/dev/block/0:0".to_owned(),
     };
     let connection = ways.libvirt().await?;
-    let desired = desired_disk(spec, source, place.pod.is_some());
+    let desired = desired_disk(ways, spec, source, place.pod.is_some());
     let leaving = ways.leaving();
+    let ahead = ways.wanted(&spec.name).await;
     let limit = ways.settings().libvirt;
-    domain::check(&*connection, &ways.vm.domain, &desired, spec.persist, &leaving, limit)
+    let name = &ways.vm.domain;
+    domain::check(&*connection, name, &desired, spec.persist, &leaving, &ahead, limit)
         .await
         .map_err(|error| Refusal::from(Failure::from(error)))
 }
@@ -59,7 +61,7 @@ const ASKING: Duration = Duration::from_secs(5);
 
 async fn may_go(ways: &Ways, name: &VolumeName, spec: &VolumeSpec) -> Result<Vec<String>, Refusal> {
     let effects = ways.effects.get(&ways.key(name)).await.map_err(Failure::from)?;
-    let begun = effects.and_then(|e| e.disk);
+    let (begun, device) = effects.map_or((None, None), |e| (e.disk, e.device));
     if begun.is_none() {
         return Ok(Vec::new());
     }
@@ -77,7 +79,15 @@ async fn may_go(ways: &Ways, name: &VolumeName, spec: &VolumeSpec) -> Result<Vec
     }
     let connection = ways.libvirt().await?;
     let limit = ways.settings().agent;
-    match domain::usage(&*connection, &ways.vm.domain, &spec.serial, spec.bus, limit).await {
+    let in_guest = match (&spec.serial, device) {
+        (Some(serial), _) => Some(InGuest::Disk(serial.clone(), spec.bus)),
+        (None, device) => device.map(|d| InGuest::Lun(d.device.wwid)),
+    };
+    let usage = match in_guest {
+        Some(disk) => domain::usage(&*connection, &ways.vm.domain, &disk, limit).await,
+        None => Usage::Unproven("its identity is not recorded".into()),
+    };
+    match usage {
         Usage::Free => Ok(Vec::new()),
         Usage::InUse(by) => {
             let message = format!("the guest uses volume {name}: {}", by.join(", "));

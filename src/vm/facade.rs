@@ -12,7 +12,9 @@ use super::resolve::Names;
 use crate::connector::Discovered;
 use crate::reason::Reason;
 use crate::spec::{AddOptions, RemoveOptions, Revision, VmSpec, VolumeSpec, VolumeStatus};
-use crate::types::{Chap, HostPort, Outcome, Portal, SecretName, VmId, VolumeKey, VolumeName};
+use crate::types::{
+    Chap, HostPort, IoLimits, Outcome, Portal, SecretName, VmId, VolumeKey, VolumeName,
+};
 
 /// All VMs of this node and their volumes. Calls return when the wish is durable; what becomes of
 /// it is told by [`Volumes::watch`].
@@ -65,6 +67,14 @@ pub trait Volumes: Send + Sync {
         key: &VolumeKey,
         expected: Option<u64>,
     ) -> Result<Outcome<Expanded>, Refusal>;
+
+    /// Sets how much I/O the guest may do on a volume: durable, and then on the disk that the guest has,
+    /// if it has it.
+    async fn set_io_limits(
+        &self,
+        key: &VolumeKey,
+        limits: IoLimits,
+    ) -> Result<Outcome<VolumeStatus>, Refusal>;
 
     /// One volume as it is now.
     async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal>;

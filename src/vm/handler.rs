@@ -13,7 +13,7 @@ use super::failure::Failure;
 use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
-use crate::types::{Outcome, VmId, VolumeName};
+use crate::types::{IoLimits, Outcome, VmId, VolumeName};
 
 /// Who asked: the request's span, under which the work nests, and where its answer goes.
 pub(super) struct Asker<T = VolumeStatus> {
@@ -96,6 +96,18 @@ pub(super) enum Message {
         name: VolumeName,
         result: Result<Outcome<Grown>, ExpandFailure>,
         asker: Option<Asker<Expanded>>,
+    },
+    Limit {
+        name: VolumeName,
+        limits: IoLimits,
+        asker: Asker,
+    },
+    Limited {
+        name: VolumeName,
+        /// They were not wanted before.
+        wanted: bool,
+        result: Result<Outcome, Failure>,
+        asker: Asker,
     },
     Attached {
         name: VolumeName,
@@ -198,6 +210,16 @@ impl Handler {
         let span = Span::current();
         let asked = |reply| Message::Expand { name, expected, asker: Asker { span, reply } };
         self.ask(asked).await?
+    }
+
+    /// Sets a volume's I/O limits; see [`super::facade::Volumes::set_io_limits`].
+    pub async fn set_limits(
+        &self,
+        name: VolumeName,
+        limits: IoLimits,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        let span = Span::current();
+        self.ask(|reply| Message::Limit { name, limits, asker: Asker { span, reply } }).await?
     }
 
     /// How many volumes it has, those being removed included.

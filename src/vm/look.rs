@@ -87,8 +87,11 @@ impl Seen<'_> {
             return Some(why);
         }
         let source = source_of(self.place, self.volume, device.device.dev);
-        let desired = desired_disk(self.volume, source, self.place.pod.is_some());
+        let desired = desired_disk(self.ways, self.volume, source, self.place.pod.is_some());
         match diff::plan(self.views, &desired, &BTreeSet::new()) {
+            Ok(Plan::Already { limits, .. }) if limits.any() => {
+                Some("its I/O limits are others than wanted".into())
+            }
             Ok(Plan::Already { .. }) => None,
             Ok(Plan::Attach(_)) => Some("the domain lacks its disk".into()),
             Err(error) => Some(error.to_string()),

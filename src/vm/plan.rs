@@ -39,6 +39,8 @@ pub struct Rules {
     pub max_volumes: usize,
     /// The request must say which identity the LUN has.
     pub require_wwid: bool,
+    /// There is a qemu-pr-helper for persistent reservations.
+    pub reservations: bool,
 }
 
 /// What to do with a request that was not denied.
@@ -82,9 +84,17 @@ pub fn admit_add(known: &[Known], spec: &VolumeSpec, rules: Rules) -> Result<Adm
         let message = format!("{shared} is attached as volume {}", other.spec.name);
         return Err(Refusal::new(Reason::SourceInUse, message).field("volume.source"));
     }
-    if let Some(other) = live().find(|k| k.spec.serial == spec.serial) {
-        let message = format!("serial {} is that of volume {}", spec.serial, other.spec.name);
+    if let Some(serial) = &spec.serial
+        && let Some(other) = live().find(|k| k.spec.serial.as_ref() == Some(serial))
+    {
+        let message = format!("serial {serial} is that of volume {}", other.spec.name);
         return Err(Refusal::new(Reason::SerialInUse, message).field("volume.serial"));
+    }
+    if spec.reservations && !rules.reservations {
+        let message =
+            "persistent reservations need a qemu-pr-helper: this node has no pr_helper_socket set";
+        let refusal = Refusal::new(Reason::Unsupported, message);
+        return Err(refusal.field("volume.persistent_reservations"));
     }
     if rules.require_wwid && spec.expect_wwid.is_none() {
         let message = "the identity of the LUN is missing: this node has require_wwid set";
@@ -168,6 +178,8 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         source,
         serial,
         bus,
+        device,
+        reservations,
         cache,
         error_policy,
         read_only,
@@ -177,6 +189,8 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         expect_wwid,
         expect_size,
         expect_unit_serial,
+        tuning,
+        limits,
         names,
     } = a;
     let differs = [
@@ -184,6 +198,8 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         ("source", *source != b.source || *names != b.names),
         ("serial", *serial != b.serial),
         ("bus", *bus != b.bus),
+        ("disk_type", *device != b.device),
+        ("persistent_reservations", *reservations != b.reservations),
         ("cache", *cache != b.cache),
         ("error_policy", *error_policy != b.error_policy),
         ("read_only", *read_only != b.read_only),
@@ -192,9 +208,11 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         ("multipath", *multipath != b.multipath),
         ("wwid", *expect_wwid != b.expect_wwid),
         ("size_bytes", *expect_size != b.expect_size),
+        ("io_limits", *limits != b.limits),
         ("unit_serial", *expect_unit_serial != b.expect_unit_serial),
     ];
-    differs.iter().find(|(_, differs)| *differs).map_or("name", |(field, _)| field)
+    let first = differs.iter().find(|(_, differs)| *differs).map(|(field, _)| *field);
+    first.or_else(|| tuning.first_difference(&b.tuning)).unwrap_or("name")
 }
 
 #[cfg(test)]
@@ -218,7 +236,7 @@ mod tests {
         Known { spec, phase, removing }
     }
 
-    const RULES: Rules = Rules { max_volumes: 256, require_wwid: false };
+    const RULES: Rules = Rules { max_volumes: 256, require_wwid: false, reservations: false };
 
     fn denied(known: &[Known], spec: &VolumeSpec) -> (Reason, Option<String>) {
         let refusal = admit_add(known, spec, RULES).unwrap_err();
@@ -238,7 +256,7 @@ mod tests {
             (Reason::SourceInUse, Some("volume.source".into()))
         );
         let mut same_serial = with_lun("b", 2);
-        same_serial.serial = "a".parse().unwrap();
+        same_serial.serial = Some("a".parse().unwrap());
         assert_eq!(
             denied(&ready, &same_serial),
             (Reason::SerialInUse, Some("volume.serial".into()))
@@ -268,6 +286,22 @@ mod tests {
         assert_eq!(admit_add(&before, &spec, strict).unwrap(), Admission::Ignore);
         spec.expect_wwid = Some("naa.6001405abcdef0123456789abcdef012".parse().unwrap());
         assert_eq!(admit_add(&[], &spec, strict).unwrap(), Admission::Accept);
+    }
+
+    #[test]
+    fn reservations_need_a_helper_and_luns_have_no_serial_to_clash() {
+        let lun = |name, lun| {
+            let plain = with_lun(name, lun);
+            VolumeSpec { serial: None, device: crate::types::DiskType::Lun, ..plain }
+        };
+        let have = [known(lun("a", 1), Phase::Ready)];
+        assert_eq!(admit_add(&have, &lun("b", 2), RULES).unwrap(), Admission::Accept);
+        let reserving = VolumeSpec { reservations: true, ..lun("b", 2) };
+        let field = Some("volume.persistent_reservations".into());
+        assert_eq!(denied(&have, &reserving), (Reason::Unsupported, field));
+        let helped = Rules { reservations: true, ..RULES };
+        assert_eq!(admit_add(&have, &reserving, helped).unwrap(), Admission::Accept);
+        assert_eq!(denied(&have, &with_lun("a", 1)).1, Some("volume.serial".into()));
     }
 
     #[test]
@@ -315,7 +349,7 @@ mod tests {
     fn a_serial_too_long_for_its_bus_is_refused_and_points_at_the_flag() {
         let mut spec = with_lun("v", 1);
         spec.bus = Bus::Virtio;
-        spec.serial = "a-serial-of-21-bytes-".parse().unwrap();
+        spec.serial = Some("a-serial-of-21-bytes-".parse().unwrap());
         let refusal = admit_add(&[], &spec, RULES).unwrap_err();
         assert_eq!(refusal.reason, Reason::InvalidSerial);
         assert!(refusal.message.contains("--serial"), "{}", refusal.message);

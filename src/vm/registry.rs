@@ -28,7 +28,7 @@ use crate::host::storage::StorageDoors;
 use crate::journal::{Desired, EffectsStore};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
-use crate::types::{HostPort, Outcome, Portal, VmId, VolumeKey};
+use crate::types::{HostPort, IoLimits, Outcome, Portal, VmId, VolumeKey};
 
 /// What a registry is told.
 #[derive(Debug, Clone)]
@@ -39,6 +39,8 @@ pub struct RegistrySettings {
     pub look_interval: Duration,
     /// A volume whose LUN has grown follows it unasked.
     pub auto_expand: bool,
+    /// There is a qemu-pr-helper for persistent reservations.
+    pub reservations: bool,
     /// When a volume in trouble is tried again.
     pub backoff: Backoff,
 }
@@ -186,6 +188,7 @@ impl Registry {
             rules: Rules {
                 max_volumes: self.settings.node.max_volumes_per_vm as usize,
                 require_wwid: self.settings.node.require_wwid,
+                reservations: self.settings.reservations,
             },
         };
         let handler = Handler::start(id, tools).await?;
@@ -434,6 +437,14 @@ impl Volumes for Registry {
         expected: Option<u64>,
     ) -> Result<Outcome<Expanded>, Refusal> {
         self.served(&key.vm)?.handler.expand(key.volume.clone(), expected).await
+    }
+
+    async fn set_io_limits(
+        &self,
+        key: &VolumeKey,
+        limits: IoLimits,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        self.served(&key.vm)?.handler.set_limits(key.volume.clone(), limits).await
     }
 
     async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal> {

@@ -43,6 +43,10 @@ pub trait Steps: Send + Sync + 'static {
         expected: Option<u64>,
     ) -> Result<Outcome<Grown>, ExpandFailure>;
 
+    /// Gives the volume's disk its I/O limits, if the guest has it, or finds that it has them. Nothing is
+    /// undone when it fails: asked again, it goes on.
+    async fn set_limits(&self, volume: &StoredVolume) -> Result<Outcome, Failure>;
+
     /// Whether volumes that are ready are as they were made; changes nothing. An error is about the VM
     /// as a whole.
     async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure>;

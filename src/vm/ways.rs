@@ -15,7 +15,7 @@ use super::failure::Failure;
 use super::order::Order;
 use super::publish::Board;
 use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Steps, Stir};
-use super::{attach, checks, detach, expand, look};
+use super::{attach, checks, detach, expand, limits, look};
 use crate::cgroup::Grants;
 use crate::connector::{Connector, Touched};
 use crate::devnode::DevNodes;
@@ -29,7 +29,7 @@ use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{RemoveOptions, VmPlace, VmSpec, VolumeSpec};
 use crate::step::Tracker;
-use crate::types::{Outcome, VolumeKey, VolumeName};
+use crate::types::{Bus, Outcome, VolumeKey, VolumeName};
 
 /// How long the parts of a way may take, and what is allowed on it.
 #[derive(Debug, Clone)]
@@ -52,6 +52,8 @@ pub struct WaySettings {
     pub guest_unplug: Duration,
     /// A removal goes on when nobody can say whether the guest uses the disk.
     pub allow_unproven: bool,
+    /// The socket of qemu-pr-helper as QEMU sees it, where there is one.
+    pub pr_helper: Option<String>,
 }
 
 /// The host's side of a VM's steps, shared by all VMs of a node.
@@ -146,6 +148,14 @@ impl Ways {
     /// The target names that are being removed: not free, though they may be gone from the XML.
     pub(super) fn leaving(&self) -> BTreeSet<String> {
         self.leaving_names().clone()
+    }
+
+    /// The disks of all volumes that are wanted, but that of `name`: each has its place, or will have it.
+    /// A store that cannot be read now says nothing of them.
+    pub(super) async fn wanted(&self, name: &VolumeName) -> Vec<(VolumeName, Bus)> {
+        let volumes = self.desired.volumes(&self.vm.id).await.unwrap_or_default();
+        let others = volumes.into_iter().filter(|v| v.removing.is_none() && v.spec.name != *name);
+        others.map(|v| (v.spec.disk, v.spec.bus)).collect()
     }
 
     /// Notes that a target name is being removed, until what is returned is dropped.
@@ -383,6 +393,10 @@ impl Steps for Ways {
         expected: Option<u64>,
     ) -> Result<Outcome<Grown>, ExpandFailure> {
         expand::expand(self, volume, expected).await
+    }
+
+    async fn set_limits(&self, volume: &StoredVolume) -> Result<Outcome, Failure> {
+        limits::set(self, volume).await
     }
 
     async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {

@@ -217,6 +217,17 @@ impl Volumes for Facade {
         Ok(if size == before { Outcome::Already(expanded) } else { Outcome::Done(expanded) })
     }
 
+    async fn set_io_limits(
+        &self,
+        key: &VolumeKey,
+        limits: IoLimits,
+    ) -> Result<Outcome<VolumeStatus>, Refusal> {
+        let mut status = self.get_volume(key).await?;
+        let same = std::mem::replace(&mut status.spec.limits, limits) == limits;
+        self.0.publish(status.clone(), status.phase, None);
+        Ok(if same { Outcome::Already(status) } else { Outcome::Done(status) })
+    }
+
     async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal> {
         let found = self.0.volumes.lock().unwrap().get(key).cloned();
         found.ok_or_else(|| {

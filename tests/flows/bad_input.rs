@@ -112,10 +112,10 @@ fn clashes_of_name_source_and_serial() {
         shared.shareable = true;
         assert_eq!(want(2, &shared).await, Reason::SourceInUse);
         let mut serial = volume("other", 2);
-        serial.serial = "data".parse().unwrap();
+        serial.serial = Some("data".parse().unwrap());
         assert_eq!(want(1, &serial).await, Reason::SerialInUse);
         // That of the boot disk, which is not lunplug's.
-        serial.serial = "boot".parse().unwrap();
+        serial.serial = Some("boot".parse().unwrap());
         assert_eq!(want(1, &serial).await, Reason::SerialInUse);
         assert_eq!(world.picture(), before);
         daemon.remove(1, "data").await;
@@ -133,11 +133,11 @@ fn serials_too_long_for_their_bus() {
             spec.bus = bus;
             // What is too long for both is no serial at all.
             if let Ok(serial) = "x".repeat(most + 1).parse() {
-                spec.serial = serial;
+                spec.serial = Some(serial);
                 let refusal = daemon.want(1, &spec).await.unwrap_err();
                 assert_eq!(refusal.reason, Reason::InvalidSerial);
             }
-            spec.serial = "x".repeat(most).parse().unwrap();
+            spec.serial = Some("x".repeat(most).parse().unwrap());
             assert_eq!(daemon.add(1, &spec).await.reason, None);
             daemon.remove(1, "data").await;
         }

@@ -10,6 +10,7 @@ mod cancel;
 mod chap;
 mod crash;
 mod discover;
+mod disks;
 mod expand;
 mod faults;
 mod force;

@@ -111,7 +111,7 @@ fn a_dry_run_changes_nothing() {
         let add = async |spec| daemon.registry.add_volume(&vm(1), spec, dry.clone()).await;
         assert!(!add(volume("data", 1)).await.unwrap().changed());
         let mut clash = volume("data", 1);
-        clash.serial = "boot".parse().unwrap();
+        clash.serial = Some("boot".parse().unwrap());
         assert_eq!(add(clash).await.unwrap_err().reason, Reason::SerialInUse);
         daemon.quiet().await;
         assert_eq!(daemon.get(1, "data").await, None);

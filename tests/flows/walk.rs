@@ -97,7 +97,7 @@ fn set_guest(world: &World, vm: u8, clings: bool) {
         d.unplug = if clings { Unplug::Silent } else { Unplug::Acknowledge };
         d.agent.mounted.clear();
         for (_, spec) in specs().iter().filter(|(owner, _)| clings && *owner == vm) {
-            d.agent.mounted.insert(spec.serial.to_string(), "/mnt".into());
+            d.agent.mounted.insert(spec.serial.clone().unwrap().to_string(), "/mnt".into());
         }
     };
     world.host.hypervisor.with_domain(&World::endpoint(vm), &domain(vm), change);

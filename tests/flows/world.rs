@@ -12,7 +12,9 @@ use lunplug::spec::{
     AddOptions, MultipathPolicy, Phase, RemoveOptions, Source, VmPlace, VmSpec, VolumeSpec,
     VolumeStatus,
 };
-use lunplug::types::{Bus, CacheMode, Iqn, Lun, Outcome, Portal, VmId, VolumeKey};
+use lunplug::types::{
+    Bus, CacheMode, DiskType, IoLimits, Iqn, Lun, Outcome, Portal, Tuning, VmId, VolumeKey,
+};
 use lunplug::vm::facade::{Refusal, Volumes};
 use lunplug::vm::registry::Registry;
 use lunplug::vm::resolve::Names;
@@ -84,7 +86,9 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         name: name.parse().unwrap(),
         source: source.parse().unwrap(),
         disk: name.parse().unwrap(),
-        serial: name.parse().unwrap(),
+        serial: Some(name.parse().unwrap()),
+        device: DiskType::Disk,
+        reservations: false,
         bus: Bus::Scsi,
         cache: CacheMode::None,
         error_policy: None,
@@ -95,6 +99,8 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         expect_wwid: None,
         expect_size: None,
         expect_unit_serial: None,
+        tuning: Tuning::default(),
+        limits: IoLimits::default(),
         names: Names::new(),
     }
 }

@@ -14,6 +14,7 @@ mod chap;
 mod cost;
 mod daemon;
 mod discover;
+mod disks;
 mod doctor;
 mod emulation;
 mod expand;

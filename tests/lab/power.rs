@@ -35,7 +35,7 @@ fn power_cut_comes() {
     let added = ["addvolume", VM, "--source", &lun.source()];
     let request = match point.step.way() {
         Way::Attach => [&added[..], &REQUEST].concat(),
-        Way::Expand => panic!("no power cut is ordered in an expand"),
+        Way::Expand | Way::Retune => panic!("no power cut is ordered there"),
         Way::Detach => {
             add("data", &lun.source(), &[]).ok();
             [&["removevolume", VM][..], &REQUEST].concat()
@@ -98,7 +98,7 @@ fn power_cut_is_over() {
             assert_eq!(guest_disk("data").bytes, 16 << 20);
             remove("data", &[]).ok();
         }
-        Way::Expand => panic!("no power cut is ordered in an expand"),
+        Way::Expand | Way::Retune => panic!("no power cut is ordered there"),
         Way::Detach => {
             until("the other has gone", LONG, || lunplug(&["describe", VM, "data"]).code != 0);
         }

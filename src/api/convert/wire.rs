@@ -4,13 +4,17 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
+use super::disk::wire_io_limits;
+use super::{wire_detect_zeroes, wire_discard, wire_disk_type, wire_io_mode};
 use crate::api::{names, v1};
 use crate::connector::Discovered;
 use crate::spec::{
     ChapFrom, DeviceStatus, IscsiTarget, MultipathPolicy, Phase, Source, VmPlace, VolumeSpec,
     VolumeStatus,
 };
-use crate::types::{Addressing, Bus, CacheMode, ErrorPolicy, VmId};
+use crate::types::{
+    Addressing, BlockSize, Blocks, Bus, CacheMode, DetectZeroes, ErrorPolicy, VmId,
+};
 use crate::vm::facade::{NodeInfo, VmInfo, VmState};
 
 /// A target that was discovered on the wire.
@@ -122,17 +126,22 @@ fn wire_target(target: &IscsiTarget) -> v1::IscsiTarget {
 
 /// A volume as asked for on the wire, with every default filled in.
 pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
+    let tuning = &spec.tuning;
+    let block = |of: fn(Blocks) -> BlockSize| tuning.blocks.map_or(0, |b| of(b).get());
+    // Of what only QEMU could do a LUN that is passed through has nothing.
+    let run = |value: i32| if spec.device.is_disk() { value } else { 0 };
     let mut wire = v1::VolumeSpec {
         name: spec.name.to_string(),
         disk_name: spec.disk.to_string(),
         source: Some(wire_source(&spec.source)),
-        serial: spec.serial.to_string(),
+        serial: spec.serial.as_ref().map(ToString::to_string).unwrap_or_default(),
         bus: match spec.bus {
             Bus::Scsi => v1::Bus::Scsi,
             Bus::Virtio => v1::Bus::Virtio,
         }
         .into(),
-        disk_type: v1::DiskType::Disk.into(),
+        disk_type: wire_disk_type(spec.device).into(),
+        persistent_reservations: spec.reservations,
         cache: match spec.cache {
             CacheMode::None => v1::CacheMode::None,
             CacheMode::Writethrough => v1::CacheMode::Writethrough,
@@ -140,6 +149,14 @@ pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
         }
         .into(),
         error_policy: wire_error_policy(spec.error_policy).into(),
+        io: run(wire_io_mode(tuning.io_mode(spec.cache)).into()),
+        discard: run(wire_discard(tuning.discard_mode()).into()),
+        detect_zeroes: run(
+            wire_detect_zeroes(tuning.detect_zeroes.unwrap_or(DetectZeroes::Off)).into()
+        ),
+        logical_block_size: block(|b| b.logical),
+        physical_block_size: block(|b| b.physical),
+        io_limits: wire_io_limits(&spec.limits),
         read_only: spec.read_only,
         shareable: spec.shareable,
         persist: spec.persist,

@@ -6,7 +6,8 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use super::{plain, word};
+use super::plain;
+use super::words::word;
 use crate::api::{convert, v1};
 use crate::cli::failure::Failure;
 use crate::source::{IscsiUrl, query_of};

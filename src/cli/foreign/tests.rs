@@ -166,6 +166,26 @@ fn other_documents_are_not_taken_for_one_of_these() {
     }
 }
 
+#[test]
+fn limits_of_the_front_end_are_taken_and_bursts_refused() {
+    let with =
+        |qos: &str| CINDER.replace(r#""qos_specs": null"#, &format!(r#""qos_specs": {qos}"#));
+    let (wire, notes, _) =
+        of(&with(r#"{"total_iops_sec": "500", "read_bytes_sec": 1024}"#)).unwrap();
+    let limits = wire.io_limits.unwrap();
+    assert_eq!((limits.total_iops_sec, limits.read_bytes_sec), (500, 1024));
+    assert!(notes.is_empty(), "{notes:?}");
+    assert_eq!(of(&with("{}")).unwrap().0.io_limits, None);
+    for (qos, field) in [
+        (r#"{"total_iops_sec_max": "5"}"#, "qos_specs.total_iops_sec_max"),
+        (r#"{"read_iops_sec": "many"}"#, "qos_specs.read_iops_sec"),
+        ("[1]", "qos_specs"),
+    ] {
+        let error = of(&with(qos)).unwrap_err();
+        assert!(error.contains(field), "{error}");
+    }
+}
+
 proptest! {
     #[test]
     fn no_value_of_a_field_makes_the_reader_panic(

@@ -9,6 +9,7 @@ mod raw;
 
 use std::collections::BTreeSet;
 
+use crate::types::IoLimits;
 use addresses::addresses;
 use raw::{RawChannel, RawDomain};
 
@@ -75,10 +76,31 @@ pub struct Disk {
     pub shareable: bool,
     /// `error_policy` of the driver, as written.
     pub error_policy: Option<String>,
+    /// Persistent reservations go to a helper.
+    pub reservations: bool,
+    /// How it is run, as written.
+    pub tuning: Written,
+    /// Its `<iotune>`.
+    pub limits: IoLimits,
     /// Its address, where it is of the `drive` kind.
     pub drive: Option<DriveAddress>,
     /// Its address, where it is of the `pci` kind.
     pub pci: Option<PciAddress>,
+}
+
+/// How a disk is run, as its XML has it: what is not there is `None`.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Written {
+    /// `io` of the driver.
+    pub io: Option<String>,
+    /// `discard` of the driver.
+    pub discard: Option<String>,
+    /// `detect_zeroes` of the driver.
+    pub detect_zeroes: Option<String>,
+    /// `logical_block_size` of `<blockio>`.
+    pub logical_block: Option<String>,
+    /// `physical_block_size` of `<blockio>`.
+    pub physical_block: Option<String>,
 }
 
 /// A SCSI controller.

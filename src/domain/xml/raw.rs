@@ -2,7 +2,9 @@
 
 use serde::Deserialize;
 
-use super::{Disk, DriveAddress, PciAddress, XmlError};
+use crate::types::IoLimits;
+
+use super::{Disk, DriveAddress, PciAddress, Written, XmlError};
 
 #[derive(Deserialize)]
 pub(super) struct RawDomain {
@@ -55,15 +57,32 @@ pub(super) struct RawDisk {
     pub(super) address: Option<RawAddress>,
     pub(super) readonly: Option<Empty>,
     pub(super) shareable: Option<Empty>,
+    pub(super) blockio: Option<RawBlockIo>,
+    /// What else is in it is not ours.
+    pub(super) iotune: Option<IoLimits>,
 }
 
 #[derive(Deserialize)]
 pub(super) struct Empty {}
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
 pub(super) struct RawDriver {
+    #[serde(rename = "@io")]
+    pub(super) io: Option<String>,
+    #[serde(rename = "@discard")]
+    pub(super) discard: Option<String>,
+    #[serde(rename = "@detect_zeroes")]
+    pub(super) detect_zeroes: Option<String>,
     #[serde(rename = "@error_policy")]
     pub(super) error_policy: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+pub(super) struct RawBlockIo {
+    #[serde(rename = "@logical_block_size")]
+    pub(super) logical: Option<String>,
+    #[serde(rename = "@physical_block_size")]
+    pub(super) physical: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -86,6 +105,7 @@ pub(super) struct RawSource {
     pub(super) dev: Option<String>,
     #[serde(rename = "@file")]
     pub(super) file: Option<String>,
+    pub(super) reservations: Option<Empty>,
 }
 
 #[derive(Deserialize)]
@@ -202,16 +222,27 @@ impl RawDisk {
             Some(a) if a.kind.as_deref() == Some("pci") => Some(a.pci(&dev)?),
             _ => None,
         };
+        let driver = self.driver.unwrap_or_default();
+        let blockio = self.blockio.unwrap_or_default();
         Ok(Disk {
             alias,
             target: dev,
             bus,
             device: self.device.unwrap_or_else(|| "disk".into()),
             serial: self.serial.filter(|s| !s.is_empty()),
+            reservations: self.source.as_ref().is_some_and(|s| s.reservations.is_some()),
             source: self.source.and_then(|s| s.dev.or(s.file)),
             readonly: self.readonly.is_some(),
             shareable: self.shareable.is_some(),
-            error_policy: self.driver.and_then(|d| d.error_policy),
+            error_policy: driver.error_policy,
+            tuning: Written {
+                io: driver.io,
+                discard: driver.discard,
+                detect_zeroes: driver.detect_zeroes,
+                logical_block: blockio.logical,
+                physical_block: blockio.physical,
+            },
+            limits: self.iotune.unwrap_or_default(),
             drive,
             pci,
         })

@@ -1,5 +1,5 @@
-//! What libvirt offers only through its C API: the event loop, domain events, detach by alias, the
-//! kind of a job. The one file of this module with `unsafe` in it.
+//! What libvirt offers only through its C API: the event loop, domain events, detach by alias, I/O
+//! limits, the kind of a job. The one file of this module with `unsafe` in it.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
@@ -14,6 +14,7 @@ use virt::sys;
 
 use super::Job;
 use super::events::{DomainEvent, EventSender, Lifecycle};
+use crate::types::IoLimits;
 
 /// Starts libvirt's event loop, once for the process and before the first connection (libvirt
 /// wants it so); later calls return what the first came to.
@@ -158,6 +159,45 @@ pub(super) fn detach_alias(domain: &Domain, alias: &CStr, flags: c_uint) -> Resu
     // SAFETY: the domain is a live handle and `alias` ends with NUL; libvirt keeps neither.
     let result = unsafe { sys::virDomainDetachDeviceAlias(domain.as_ptr(), alias.as_ptr(), flags) };
     if result < 0 { Err(Error::last_error()) } else { Ok(()) }
+}
+
+/// Sets all I/O limits of a disk; the virt crate has no binding for this one.
+pub(super) fn set_io_limits(
+    domain: &Domain,
+    disk: &CStr,
+    limits: &IoLimits,
+    flags: c_uint,
+) -> Result<(), Error> {
+    let mut params: sys::virTypedParameterPtr = ptr::null_mut();
+    let (mut count, mut room): (c_int, c_int) = (0, 0);
+    let mut result = 0;
+    // The names are those of VIR_DOMAIN_BLOCK_IOTUNE_*.
+    for (name, value) in limits.fields() {
+        let name = CString::new(name).unwrap_or_default();
+        // SAFETY: the out-parameters are valid for the call and describe one array, which libvirt
+        // allocates and grows; `name` ends with NUL and is copied.
+        let added = unsafe {
+            sys::virTypedParamsAddULLong(
+                &raw mut params,
+                &raw mut count,
+                &raw mut room,
+                name.as_ptr(),
+                value,
+            )
+        };
+        result = result.min(added);
+    }
+    // SAFETY: the domain is a live handle, `disk` ends with NUL, and `params` has `count` entries;
+    // libvirt keeps none of them. The array is given back once, by the function made for that.
+    unsafe {
+        if result == 0 {
+            result =
+                sys::virDomainSetBlockIoTune(domain.as_ptr(), disk.as_ptr(), params, count, flags);
+        }
+        let failed = (result < 0).then(Error::last_error);
+        sys::virTypedParamsFree(params, count);
+        failed.map_or(Ok(()), Err)
+    }
 }
 
 /// What job a domain has, `None` when none. Not by `virt::Domain::job_stats`: that makes a Vec from

@@ -34,6 +34,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use crate::types::IoLimits;
+
 pub use error::LibvirtError;
 pub use events::{DomainEvent, DomainEvents, EventSender, Lifecycle};
 pub(in crate::host) use inflight::{Flight, InFlight};
@@ -284,6 +286,17 @@ pub trait Connection: Send + Sync {
         domain: &str,
         source: &str,
         bytes: u64,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError>;
+
+    /// Sets how much I/O the guest may do on a disk, all of it (`virDomainSetBlockIoTune`); 0 lifts a
+    /// limit. The disk is named by its source as the XML has it.
+    async fn set_io_limits(
+        &self,
+        domain: &str,
+        source: &str,
+        limits: &IoLimits,
+        affect: Affect,
         deadline: Duration,
     ) -> Result<(), LibvirtError>;
 

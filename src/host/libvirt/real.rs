@@ -17,6 +17,7 @@ use super::{
     Affect, Calls, Connection, Definition, DomainEvents, DomainInfo, DomainState, Endpoint,
     EventSender, Hypervisor, InFlight, Instance, LibvirtError, Socket, Version,
 };
+use crate::types::IoLimits;
 
 /// How many calls of one connection run at once. libvirt has one modifying job a domain at a time,
 /// so more would only queue up in the daemon.
@@ -334,6 +335,24 @@ impl Connection for RealConnection {
         // there is that only from libvirt 10.0 on.
         self.with_domain("resize", domain, deadline, move |d| {
             d.block_resize(&source, bytes, sys::VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        })
+        .await
+    }
+
+    async fn set_io_limits(
+        &self,
+        domain: &str,
+        source: &str,
+        limits: &IoLimits,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let source = CString::new(source).map_err(|_| LibvirtError::DeviceMissing {
+            message: format!("a source cannot hold NUL: {source:?}"),
+        })?;
+        let limits = *limits;
+        self.with_domain("limit", domain, deadline, move |d| {
+            ffi::set_io_limits(d, &source, &limits, flags(affect))
         })
         .await
     }

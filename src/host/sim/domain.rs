@@ -6,6 +6,7 @@ use serde_json::json;
 
 use crate::domain::xml::{self, Disk, Domain};
 use crate::host::libvirt::{Affect, Definition, DomainInfo, DomainState, Job, LibvirtError};
+use crate::types::IoLimits;
 
 /// How a guest takes a removal on bus virtio. On bus scsi it is not asked, as with QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -51,6 +52,17 @@ pub struct SimDomain {
     unanswered: BTreeSet<String>,
     /// How many bytes QEMU shows the guest of each disk, by its alias.
     shown: BTreeMap<String, u64>,
+    /// What the device behind each disk is, by the disk's alias.
+    identities: BTreeMap<String, String>,
+}
+
+/// A device that QEMU has open.
+#[derive(Debug, Clone, Default)]
+pub struct SimDevice {
+    /// In bytes.
+    pub size: u64,
+    /// The LUN's identity as a udev has it.
+    pub identity: Option<String>,
 }
 
 impl SimDomain {
@@ -67,6 +79,7 @@ impl SimDomain {
             agent: SimAgent { connected: true, ..SimAgent::default() },
             unanswered: BTreeSet::new(),
             shown: BTreeMap::new(),
+            identities: BTreeMap::new(),
         }
     }
 
@@ -165,7 +178,7 @@ impl SimDomain {
         device: &str,
         affect: Affect,
         may_open: &dyn Fn(&str, bool) -> Result<(), String>,
-        size_of: &dyn Fn(&str) -> Option<u64>,
+        device_of: &dyn Fn(&str) -> Option<SimDevice>,
     ) -> Result<Option<String>, LibvirtError> {
         let live = affect.live.then(|| with_device(self.running()?, device)).transpose()?;
         let config = affect.config.then(|| with_device(self.defined()?, device)).transpose()?;
@@ -180,7 +193,9 @@ impl SimDomain {
                     ),
                 })?;
                 if let Some(alias) = &disk.alias {
-                    self.shown.insert(alias.clone(), size_of(&path).unwrap_or_default());
+                    let device = device_of(&path).unwrap_or_default();
+                    self.shown.insert(alias.clone(), device.size);
+                    self.identities.insert(alias.clone(), device.identity.unwrap_or_default());
                 }
                 added = disk.alias;
             }
@@ -261,6 +276,23 @@ impl SimDomain {
         Ok(())
     }
 
+    /// Sets all I/O limits of the disk with that source (`qemuDomainSetBlockIoTune`).
+    pub fn limit(
+        &mut self,
+        source: &str,
+        limits: &IoLimits,
+        affect: Affect,
+    ) -> Result<(), LibvirtError> {
+        if let Err((_, error)) = limits.check() {
+            return Err(refused(format!("unsupported configuration: {error}")));
+        }
+        for (wanted, text) in [(affect.live, &mut self.live), (affect.config, &mut self.config)] {
+            let Some(text) = text.as_mut().filter(|_| wanted) else { continue };
+            set_limits(text, source, limits)?;
+        }
+        Ok(())
+    }
+
     fn by_source(&self, source: &str) -> Result<Disk, LibvirtError> {
         let disks = read(self.running()?)?.disks;
         let found = disks.into_iter().find(|disk| disk.source.as_deref() == Some(source));
@@ -293,12 +325,12 @@ impl SimDomain {
     fn fsinfo(&self, domain: &Domain) -> Vec<serde_json::Value> {
         let mut list = Vec::new();
         for disk in &domain.disks {
-            let Some(at) = disk.serial.as_ref().and_then(|s| self.agent.mounted.get(s)) else {
+            let Some(at) = self.agent.mounted.get(self.serial(disk)) else {
                 continue;
             };
             list.push(json!({
                 "name": format!("{}1", disk.target), "mountpoint": at, "type": "ext4",
-                "disk": [address(disk, &format!("/dev/{}1", disk.target))],
+                "disk": [self.address(disk, &format!("/dev/{}1", disk.target))],
             }));
         }
         list
@@ -306,11 +338,11 @@ impl SimDomain {
 
     fn disks(&self, domain: &Domain) -> Vec<serde_json::Value> {
         let mut list = Vec::new();
-        for disk in domain.disks.iter().filter(|d| d.device == "disk") {
+        for disk in domain.disks.iter().filter(|d| ["disk", "lun"].contains(&d.device.as_str())) {
             let node = format!("/dev/{}", disk.target);
             list.push(json!({"name": node, "partition": false, "dependencies": [],
-                "address": address(disk, &node)}));
-            let serial = disk.serial.as_deref().unwrap_or_default();
+                "address": self.address(disk, &node)}));
+            let serial = self.serial(disk);
             if self.agent.mounted.contains_key(serial) {
                 list.push(json!({"name": format!("{node}1"), "partition": true,
                     "dependencies": [node]}));
@@ -321,6 +353,22 @@ impl SimDomain {
             }
         }
         list
+    }
+
+    /// What the guest takes for a disk's serial: of a LUN that is passed through its own identity.
+    fn serial<'a>(&'a self, disk: &'a Disk) -> &'a str {
+        let own = disk.alias.as_ref().and_then(|alias| self.identities.get(alias));
+        let serial = if disk.device == "lun" { own } else { disk.serial.as_ref() };
+        serial.map_or("", String::as_str)
+    }
+
+    fn address(&self, disk: &Disk, dev: &str) -> serde_json::Value {
+        let serial = match (disk.bus.as_str(), disk.device.as_str()) {
+            ("scsi", "disk") => format!("0QEMU_QEMU_HARDDISK_{}", self.serial(disk)),
+            _ => self.serial(disk).to_owned(),
+        };
+        json!({"serial": serial, "bus-type": disk.bus, "dev": dev, "bus": 0, "target": 0, "unit": 0,
+            "pci-controller": {"domain": 0, "bus": 0, "slot": 0, "function": 0}})
     }
 
     /// The sources that QEMU has open.
@@ -360,16 +408,6 @@ impl SimDomain {
     }
 }
 
-fn address(disk: &Disk, dev: &str) -> serde_json::Value {
-    let serial = disk.serial.as_deref().unwrap_or_default();
-    let serial = match disk.bus.as_str() {
-        "scsi" => format!("0QEMU_QEMU_HARDDISK_{serial}"),
-        _ => serial.to_owned(),
-    };
-    json!({"serial": serial, "bus-type": disk.bus, "dev": dev, "bus": 0, "target": 0, "unit": 0,
-        "pci-controller": {"domain": 0, "bus": 0, "slot": 0, "function": 0}})
-}
-
 fn refused(message: String) -> LibvirtError {
     LibvirtError::Other { code: 27, message }
 }
@@ -407,7 +445,41 @@ fn with_device(text: &str, device: &str) -> Result<(String, Option<Disk>), Libvi
         return Err(refused(format!("internal error: no SCSI controller {}", at.controller)));
     }
     let disk = disk.clone();
+    refuse_lun(&disk)?;
     Ok((new, Some(disk)))
+}
+
+/// What libvirt refuses of a LUN that is passed through (`qemuValidateDomainDeviceDefDiskFrontend`), and
+/// of what is none.
+fn refuse_lun(disk: &Disk) -> Result<(), LibvirtError> {
+    let unsupported = |why: &str| Err(refused(format!("unsupported configuration: {why}")));
+    match disk.device.as_str() {
+        "lun" if disk.bus != "scsi" => {
+            unsupported("disk device='lun' is not supported for this bus")
+        }
+        "lun" if disk.serial.is_some() => {
+            unsupported("scsi-block 'lun' devices do not support the serial property")
+        }
+        "lun" => Ok(()),
+        _ if disk.reservations => unsupported("<reservations/> allowed only for lun devices"),
+        _ => Ok(()),
+    }
+}
+
+/// Gives the disk with that source another `<iotune>`.
+fn set_limits(text: &mut String, source: &str, limits: &IoLimits) -> Result<(), LibvirtError> {
+    let missing = || refused(format!("invalid argument: invalid path: {source}"));
+    let at = text.find(&format!("<source dev='{source}'")).ok_or_else(missing)?;
+    let to = at + text[at..].find("</disk>").ok_or_else(missing)?;
+    let old = text[at..to].find("<iotune>").zip(text[at..to].find("</iotune>"));
+    let fields = limits.fields().into_iter().filter(|(_, limit)| *limit > 0);
+    let new: String = fields.map(|(name, limit)| format!("<{name}>{limit}</{name}>")).collect();
+    let new = if new.is_empty() { new } else { format!("<iotune>{new}</iotune>") };
+    match old {
+        Some((from, end)) => text.replace_range(at + from..at + end + "</iotune>".len(), &new),
+        None => text.insert_str(to, &new),
+    }
+    Ok(())
 }
 
 /// Cuts a disk out of the XML; whether it was there.

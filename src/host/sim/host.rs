@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::domain::SimDomain;
+use super::domain::{SimDevice, SimDomain};
 use super::hypervisor::SimHypervisor;
 use super::pods::SimPods;
 use super::{Faults, SimLun, SimStorage};
@@ -41,9 +41,9 @@ impl Default for SimHost {
             opened.map(drop).map_err(|error| error.to_string())
         }));
         let (kernel, disks) = (pods.clone(), storage.clone());
-        hypervisor.set_size_check(Arc::new(move |endpoint, path| {
+        hypervisor.set_device_check(Arc::new(move |endpoint, path| {
             let dev = kernel.open(pod_of(endpoint)?, Path::new(path), Access::READ).ok()?;
-            disks.size_of(dev)
+            Some(SimDevice { size: disks.size_of(dev)?, identity: disks.identity_of(dev) })
         }));
         Self { storage, pods, hypervisor, faults }
     }

@@ -1,7 +1,7 @@
 //! A simulated libvirt: domains with real XML that attach and detach edit, events, a guest agent.
 //!
 //! Faults: `libvirt.connect` (detail: the endpoint), and `libvirt.info`, `libvirt.xml`,
-//! `libvirt.attach`, `libvirt.detach`, `libvirt.capacity`, `libvirt.resize`, `libvirt.agent` (detail:
+//! `libvirt.attach`, `libvirt.detach`, `libvirt.capacity`, `libvirt.resize`, `libvirt.limit`, `libvirt.agent` (detail:
 //! `DOMAIN` and the device's XML, alias, source or command). As with the real one, a call whose caller gave up may still take effect later: one that
 //! was stalled, when the faults are cleared; one that a libvirtd had received before it hung
 //! ([`SimHypervisor::hang`]), when that goes on, whatever became of the caller.
@@ -16,18 +16,19 @@ use async_trait::async_trait;
 use tokio::sync::{Notify, oneshot};
 
 use super::Faults;
-use super::domain::{SimDomain, Unplug};
+use super::domain::{SimDevice, SimDomain, Unplug};
 use crate::host::libvirt::{
     Affect, Calls, Connection, Definition, DomainEvent, DomainEvents, DomainInfo, Endpoint,
     EventSender, Flight, Hypervisor, InFlight, Job, LibvirtError, Lifecycle, Version,
 };
+use crate::types::IoLimits;
 
 /// Asked when QEMU opens a device: endpoint, path in the pod, and whether for reading only. `Err` is
 /// the system's words for why it may not.
 pub type OpenCheck = Arc<dyn Fn(&str, &str, bool) -> Result<(), String> + Send + Sync>;
 
-/// Asked for a device's size in bytes: endpoint and path in the pod.
-pub type SizeCheck = Arc<dyn Fn(&str, &str) -> Option<u64> + Send + Sync>;
+/// Asked what a device is: endpoint and path in the pod.
+pub type DeviceCheck = Arc<dyn Fn(&str, &str) -> Option<SimDevice> + Send + Sync>;
 
 /// A call that a hung libvirtd has received.
 type Request = Box<dyn FnOnce(&mut State) + Send>;
@@ -47,7 +48,7 @@ struct SimLibvirt {
 struct State {
     libvirts: BTreeMap<String, SimLibvirt>,
     open_check: Option<OpenCheck>,
-    size_check: Option<SizeCheck>,
+    device_check: Option<DeviceCheck>,
 }
 
 /// All simulated libvirts of a host, by the name of their endpoint.
@@ -89,9 +90,9 @@ impl SimHypervisor {
         self.lock().open_check = Some(check);
     }
 
-    /// What knows how large a device is; without it disks have no size.
-    pub fn set_size_check(&self, check: SizeCheck) {
-        self.lock().size_check = Some(check);
+    /// What knows a device; without it disks have no size.
+    pub fn set_device_check(&self, check: DeviceCheck) {
+        self.lock().device_check = Some(check);
     }
 
     /// Changes a domain. `None` when there is no such domain.
@@ -303,14 +304,14 @@ struct Scene<'a> {
     domain: &'a mut SimDomain,
     events: &'a EventSender,
     open_check: Option<OpenCheck>,
-    size_check: Option<SizeCheck>,
+    device_check: Option<DeviceCheck>,
 }
 
 impl Scene<'_> {
     /// The size of a device that QEMU has open, in bytes; 0 where nobody knows.
     fn size(&self, path: &str) -> u64 {
-        let check = self.size_check.as_ref();
-        check.and_then(|size| size(self.endpoint, path)).unwrap_or_default()
+        let check = self.device_check.as_ref();
+        check.and_then(|device| device(self.endpoint, path)).unwrap_or_default().size
     }
 }
 
@@ -404,7 +405,7 @@ impl State {
         domain: &str,
         work: impl FnOnce(Scene<'_>) -> Result<T, LibvirtError>,
     ) -> Result<T, LibvirtError> {
-        let (open_check, size_check) = (self.open_check.clone(), self.size_check.clone());
+        let (open_check, device_check) = (self.open_check.clone(), self.device_check.clone());
         let libvirt = self.libvirts.get_mut(endpoint).ok_or_else(|| LibvirtError::NoConnect {
             endpoint: endpoint.to_owned(),
             message: "client socket is closed".into(),
@@ -412,7 +413,7 @@ impl State {
         let domain = libvirt.domains.get_mut(domain).ok_or_else(|| LibvirtError::NoDomain {
             message: format!("no domain with matching name '{domain}'"),
         })?;
-        work(Scene { endpoint, domain, events: &libvirt.events, open_check, size_check })
+        work(Scene { endpoint, domain, events: &libvirt.events, open_check, device_check })
     }
 }
 
@@ -469,8 +470,9 @@ impl Connection for SimConnection {
             let check = |path: &str, read_only| {
                 s.open_check.as_ref().map_or(Ok(()), |c| c(endpoint, path, read_only))
             };
-            let size = |path: &str| s.size_check.as_ref().and_then(|size| size(endpoint, path));
-            if let Some(alias) = s.domain.attach(&device, affect, &check, &size)? {
+            let found =
+                |path: &str| s.device_check.as_ref().and_then(|found| found(endpoint, path));
+            if let Some(alias) = s.domain.attach(&device, affect, &check, &found)? {
                 s.events.send(s.domain.name(), DomainEvent::DeviceAdded(alias));
             }
             Ok(())
@@ -526,6 +528,22 @@ impl Connection for SimConnection {
             refuse_busy(s.domain)?;
             let has = s.size(&path);
             s.domain.resize(&path, bytes, has)
+        })
+        .await
+    }
+
+    async fn set_io_limits(
+        &self,
+        domain: &str,
+        source: &str,
+        limits: &IoLimits,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let (path, limits) = (source.to_owned(), *limits);
+        self.call("limit", domain, source, deadline, None, move |s| {
+            refuse_busy(s.domain)?;
+            s.domain.limit(&path, &limits, affect)
         })
         .await
     }

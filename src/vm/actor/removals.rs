@@ -161,14 +161,14 @@ impl Actor {
         };
         for (taken, noted) in taken.into_iter().zip(noted) {
             match noted {
-                Ok(()) => self.end(taken),
+                Ok(()) => self.end(taken).await,
                 Err(failure) => taken.asker.answer(Err(failure.into())),
             }
         }
     }
 
     /// A volume is wanted no more, and that is noted.
-    fn end(&mut self, taken: Taken) {
+    async fn end(&mut self, taken: Taken) {
         let Taken { key, options, gave_up, asker } = taken;
         let name = &key.volume;
         let Some(volume) = self.volumes.get_mut(name) else { return };
@@ -185,6 +185,7 @@ impl Actor {
         self.tools.board.phase(&key, Phase::Detaching);
         self.work(name);
         self.next_expand(name);
+        self.next_limits(name).await;
         asker.answer(Ok(Outcome::Done(self.status(name))));
     }
 }

@@ -114,6 +114,11 @@ impl Steps for Script {
         Ok(Outcome::Done(Grown { before: 512, size, expect_size: None }))
     }
 
+    async fn set_limits(&self, volume: &StoredVolume) -> Result<Outcome, Failure> {
+        self.note(format!("limits {} {}", volume.spec.name, volume.spec.limits.total_iops_sec));
+        Ok(Outcome::Done(()))
+    }
+
     async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
         self.note(format!("look {}", volumes.len()));
         let mut looks = self.looks.lock().unwrap();
@@ -177,7 +182,7 @@ impl World {
             backoff: Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) },
             look_interval: Duration::from_secs(60),
             auto_expand: false,
-            rules: Rules { max_volumes: 8, require_wwid: false },
+            rules: Rules { max_volumes: 8, require_wwid: false, reservations: false },
         };
         Self { script, tools, sim }
     }

@@ -53,7 +53,7 @@ use crate::host::cmd::Tool;
 use crate::host::lock::RunDir;
 use crate::host::place::PlaceError;
 use crate::host::sim::Faults;
-use crate::types::{Chap, DevNum, IfaceName, Iqn, Lun, Portal, SecretName, SecretText};
+use crate::types::{Chap, DevNum, IfaceName, Iqn, Lun, Portal, SecretName, SecretText, Wwid};
 
 /// Enough for the events of hundreds of disks at once; a slower reader is told that it lost some.
 const EVENT_BUFFER: usize = 16 * 1024;
@@ -427,6 +427,18 @@ impl SimStorage {
     pub fn size_of(&self, dev: DevNum) -> Option<u64> {
         let sectors = self.world().tree.read(&format!("dev/block/{dev}/size")).ok()?;
         String::from_utf8(sectors).ok()?.trim().parse::<u64>().ok()?.checked_mul(512)
+    }
+
+    /// The identity of a map or a disk as udev has it.
+    pub fn identity_of(&self, dev: DevNum) -> Option<String> {
+        let read = |file: &str| {
+            let text = self.world().tree.read(&format!("dev/block/{dev}/{file}")).ok()?;
+            Some(String::from_utf8(text).ok()?.trim().to_owned())
+        };
+        if let Some(uuid) = read("dm/uuid") {
+            return uuid.strip_prefix("mpath-").map(str::to_owned);
+        }
+        Some(read("device/wwid")?.parse::<Wwid>().ok()?.multipath())
     }
 
     /// The array gives a LUN another size. Nothing on the node notices until it rescans the device

@@ -164,7 +164,7 @@ async fn what_is_wrong_is_said_with_reason_and_exit_code() {
         (add("--bus virtio --serial abcdefghijklmnopqrstu"), 2, "INVALID_SERIAL"),
         (add("--wwid 5"), 2, "INVALID_WWID"),
         (add("--size many"), 2, "INVALID_OPTION"),
-        (add("--disk-type lun"), 5, "UNSUPPORTED"),
+        (add("--disk-type lun --io threads"), 2, "INVALID_OPTION"),
         (add("").replace("addvolume a", "addvolume b"), 3, "VM_NOT_FOUND"),
         (add("").replace("10.0.0.1", "unknown"), 6, "PORTAL_NOT_RESOLVED"),
         (add("").replace("addvolume a", "addvolume B"), 2, "INVALID_NAME"),

@@ -81,7 +81,7 @@ impl Inner {
                 Some(_) if ours.contains(&portal) => {}
                 Some(_) => {
                     // Perhaps ours of an earlier boot.
-                    if self.iscsiadm(target).is_marked(portal).await? {
+                    if self.is_ours(target, portal).await? {
                         ours.insert(portal);
                     }
                 }
@@ -89,6 +89,12 @@ impl Inner {
             }
         }
         Ok((ours, missing))
+    }
+
+    /// Whether a record that no lease knows is ours: by its mark, or because nobody else goes by that iface,
+    /// also where its maker was cut off before it had the mark.
+    pub(super) async fn is_ours(&self, target: &Nexus, portal: Portal) -> Result<bool, Error> {
+        Ok(target.iface().is_own() || self.iscsiadm(target).is_marked(portal).await?)
     }
 
     /// Sets our parameters in the records at `mine`; whether the target has no others.
@@ -136,7 +142,8 @@ impl Inner {
                 self.remove_corrupt(target, record).await?;
                 continue;
             }
-            let made = match record.iface.parse().ok() {
+            let made = match record.iface.parse::<IfaceName>().ok() {
+                Some(iface) if iface.is_own() => true,
                 Some(iface) => self.made_by(target, iface).await?.records.contains(&portal),
                 None => false,
             };

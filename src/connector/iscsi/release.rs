@@ -114,7 +114,7 @@ impl Inner {
         self.settle(&at.nexus, &portals).await
     }
 
-    /// Records of ours that a boot outlived its lease are known by their mark.
+    /// Records of ours that a boot outlived its lease are known by their mark or their iface.
     async fn adopt(&self, source: &Access, lease: &Lease<Made>) -> Result<(), Error> {
         let records = match self.doors.iscsidb.records(source.nexus.target()).await {
             // Where there is something to undo, it fails by that.
@@ -129,7 +129,7 @@ impl Inner {
                 && !record.corrupt
                 && source.portals.contains(&portal)
                 && !lease.made.records.contains(&portal);
-            if unknown && self.iscsiadm(&source.nexus).is_marked(portal).await? {
+            if unknown && self.is_ours(&source.nexus, portal).await? {
                 let target = source.nexus.as_str();
                 self.leases.update::<Made, _>(target, |l| l.made.records.insert(portal)).await?;
             }

@@ -4,7 +4,7 @@ use super::records::MARKED_SESSION;
 use crate::connector::error::Error;
 use crate::connector::scsi::Hctl;
 use crate::host::sysfs::Sysfs;
-use crate::types::{Iqn, Nexus, Portal};
+use crate::types::{IfaceName, Iqn, Nexus, Portal};
 
 /// One session of open-iscsi's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub(crate) struct Session {
     pub(crate) group: Option<u16>,
     /// Logged in and usable now.
     pub(crate) up: bool,
-    /// It bears the mark of our records.
+    /// It bears the mark of our records, or goes by an iface record of ours.
     pub(crate) marked: bool,
 }
 
@@ -102,6 +102,7 @@ async fn read(sysfs: &dyn Sysfs, target: &Iqn, sid: u32) -> std::io::Result<Opti
     let iface = sysfs.text(&format!("{class}/ifacename")).await?;
     let group = sysfs.text(&format!("{class}/tpgt")).await?;
     let target_id = target_id(sysfs, &class, dir).await?;
+    let own = iface.as_deref().and_then(|i| i.parse().ok()).is_some_and(|i: IfaceName| i.is_own());
     let mark = sysfs.text(&format!("{class}/tgt_reset_tmo")).await?;
     Ok(host.map(|host| Session {
         sid,
@@ -112,7 +113,7 @@ async fn read(sysfs: &dyn Sysfs, target: &Iqn, sid: u32) -> std::io::Result<Opti
         iface: iface.unwrap_or_default(),
         group: group.and_then(|tag| tag.parse().ok()),
         up: state.as_deref() == Some("LOGGED_IN"),
-        marked: mark.as_deref() == Some(MARKED_SESSION),
+        marked: own || mark.as_deref() == Some(MARKED_SESSION),
     }))
 }
 

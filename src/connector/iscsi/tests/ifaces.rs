@@ -199,6 +199,34 @@ async fn after_a_kill_at_any_step_nothing_is_left_of_the_record() {
     }
 }
 
+/// Found by the random walk: the node loses its power between the making of a record and its settings.
+#[tokio::test(start_paused = true)]
+async fn a_record_that_a_power_cut_left_without_its_mark_is_ours_by_its_iface() {
+    for skip in 0..8 {
+        let san = San::new();
+        let before = san.sim.snapshot();
+        let r = by("a", 1, &vm_name(1));
+        let stop = Fault { skip, times: Some(1), ..fault("cmd.run", "", FaultAction::Hang) };
+        san.sim.faults().inject(stop);
+        let attach = san.connector.attach(&r);
+        let _ = tokio::time::timeout(Duration::from_millis(900), attach).await;
+        san.sim.reboot();
+        san.sim.faults().clear();
+        let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+        let san = San { sim: san.sim, connector };
+        san.connector.sweep().await.expect("swept");
+        san.attach(&r).await;
+        // Nothing but the one LUN was scanned for.
+        assert_eq!(san.count("disk"), 2, "{skip}");
+        leave(&san, &r).await;
+        let left: Vec<String> = san.sim.snapshot().lines().map(str::to_owned).collect();
+        // multipath remembers across boots what it saw.
+        let left: Vec<&String> =
+            left.iter().filter(|l| !l.starts_with("wwid ") && !l.starts_with("binding ")).collect();
+        assert_eq!(left, before.lines().collect::<Vec<_>>(), "{skip}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_record_that_nobody_knows_of_any_more_is_swept() {
     let san = San::new();

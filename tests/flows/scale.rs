@@ -89,9 +89,9 @@ fn seventy_five_at_once_and_256_in_all_and_names_are_given_again_only_when_free(
         assert_eq!(over.reason, Reason::LimitReached, "{over}");
         // Gaps are filled; what stays keeps its name.
         let before = daemon.get(1, "v1").await.unwrap().target;
-        daemon.remove_all((0..MOST).step_by(2)).await;
-        assert_eq!(disks(&world), system + 128);
-        daemon.add_all((0..MOST).step_by(2), volume).await;
+        daemon.remove_all((0..MOST).step_by(8)).await;
+        assert_eq!(disks(&world), system + 224);
+        daemon.add_all((0..MOST).step_by(8), volume).await;
         assert_eq!(disks(&world), system + 256);
         assert_eq!(daemon.get(1, "v1").await.unwrap().target, before);
         daemon.remove_all(0..MOST).await;

@@ -25,7 +25,7 @@ use crate::types::{Chap, Portal};
 pub(super) struct Gathered {
     /// The verified paths, at least one; they agree.
     pub(super) paths: Vec<ScsiPath>,
-    /// The targets ([`key`](crate::spec::Access::key)) and portals that they go through.
+    /// The targets ([`key`](super::access::Access::key)) and portals that they go through.
     pub(super) used: Vec<(String, Portal)>,
     /// One of them was there before, with a map above it.
     pub(super) had_map: bool,

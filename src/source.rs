@@ -82,7 +82,7 @@ fn iface_of(query: &str, whole: &str) -> Result<Iface, Malformed> {
     Ok(iface)
 }
 
-/// What a URL reads, with the question mark; nothing for the node's own.
+/// What a URL says of it, with the question mark; nothing for the node's own.
 pub fn query_of(iface: &Iface) -> String {
     let name = iface.name.unless_default();
     let name = (!name.is_empty()).then(|| format!("iface={name}"));

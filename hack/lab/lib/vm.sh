@@ -164,14 +164,15 @@ vm_reboot() {
   first_login
 }
 
-# Under emulation alone, and only if it was a virtual CPU's thread: what the kernel tells of the task that
-# it crashed in.
+# Under emulation alone, and only if it was a virtual CPU's thread, or if the kernel, in whatever task, had a stack
+# pointer that is not in its half of the addresses, so a guest's: what the kernel tells of it.
 vm_crashed() {
+  local told
   need_running
   tr '\0' '\n' <"/proc/$(node_pid)/cmdline" | grep -q '^tcg,' || return 1
   grep -aq 'Kernel panic - not syncing' "$CONSOLE" || return 1
-  grep -aE 'Comm: CPU [0-9]+/KVM|BUG: |Oops: |Kernel panic - not syncing' "$CONSOLE" |
-    grep -aE -m1 -A9 -B2 'Comm: CPU [0-9]+/KVM'
+  told=$(grep -aE 'Comm: |BUG: |Oops: |RSP: 0018:|Kernel panic - not syncing' "$CONSOLE")
+  grep -aE -m1 -A9 -B2 'Comm: CPU [0-9]+/KVM' <<<"$told" || grep -aE -m1 -B2 -A1 'RSP: 0018:0000' <<<"$told"
 }
 
 vm_down() {

@@ -166,6 +166,10 @@ pub struct Deadlines {
     /// One exchange with multipathd.
     #[serde(with = "friendly")]
     pub multipathd: Duration,
+    /// From the announcement of a VM's start, or of its coming from another node, to that start, unless the
+    /// request says: after that what was made ready for it is undone.
+    #[serde(with = "friendly")]
+    pub start: Duration,
 }
 
 impl Default for Deadlines {
@@ -182,6 +186,7 @@ impl Default for Deadlines {
             guest_unplug: s(30),
             kernel_call: s(30),
             multipathd: s(10),
+            start: s(300),
         }
     }
 }

@@ -208,6 +208,7 @@ pub async fn compose(
         auto_expand: config.expand.auto,
         reservations: !config.pr_helper_socket.as_os_str().is_empty(),
         backoff: Backoff { first: Duration::from_secs(2), cap: Duration::from_secs(60) },
+        start: config.deadlines.start,
     };
     Registry::start(settings, host, storage, desired).await.map_err(Error::Open)
 }

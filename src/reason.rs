@@ -110,6 +110,10 @@ reasons! {
     RevisionReused = "REVISION_REUSED", Conflict, "Send the set under a higher revision.";
     /// The domain does not run.
     VmNotRunning = "VM_NOT_RUNNING", Precondition, "Start the VM.";
+    /// The VM runs where it must have ended.
+    VmRunning = "VM_RUNNING", Precondition, "Wait until the VM has ended there, then ask again.";
+    /// The VM is about to move to another pod.
+    VmMigrating = "VM_MIGRATING", Conflict, "Say how the migration went first: lunplug migration finish, or cancel.";
     /// The guest is paused because one of its I/Os failed; only told of a VM that is served.
     VmPausedIoError = "VM_PAUSED_IO_ERROR", Precondition, "Mend the disk's paths or space, then resume the VM (virsh resume); lunplug does not.";
     /// The pod's directory is gone.

@@ -441,3 +441,36 @@ async fn health_and_reflection_are_served() {
     let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
     assert!(matches!(answer, MessageResponse::FileDescriptorResponse(_)), "{answer:?}");
 }
+
+#[tokio::test]
+async fn where_a_guest_is_to_come_is_checked_field_by_field() {
+    use v1::prepare_migration_target_request::Place;
+    let server = Server::start();
+    let mut client = server.client().await;
+    client.register_vm(registration("a", pod())).await.unwrap();
+    let pod = |uid: &str| v1::PodPlace { uid: uid.into(), ..v1::PodPlace::default() };
+    let within = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+    let up = v1::PodPlace { libvirt_socket: "../x".into(), ..pod(POD) };
+    for (place, time, field) in [
+        (None, None, "place"),
+        (Some(Place::Pod(pod("x"))), None, "pod.uid"),
+        (Some(Place::Pod(up)), None, "pod.libvirt_socket"),
+        (Some(Place::Pod(pod(POD))), within(0), "within"),
+        (Some(Place::Pod(pod(POD))), within(90_000), "within"),
+        (
+            Some(Place::Host(v1::HostPlace { libvirt_socket: "x".into() })),
+            None,
+            "host.libvirt_socket",
+        ),
+    ] {
+        let request = v1::PrepareMigrationTargetRequest { vm: vm("a"), place, within: time };
+        let status = client.prepare_migration_target(request).await.unwrap_err();
+        assert_eq!(blame(&status).1, field, "{status}");
+    }
+    let request = v1::PrepareMigrationTargetRequest {
+        vm: vm("a"),
+        place: Some(Place::Pod(pod(POD))),
+        within: within(60),
+    };
+    assert!(client.prepare_migration_target(request).await.is_ok());
+}

@@ -390,3 +390,45 @@ async fn what_of_many_volumes_did_not_come_about_is_told_and_the_rest_is_waited_
     assert_eq!(exit, 6, "{err}");
     assert!(out.contains("DEADLINE_EXCEEDED") && out.contains("VOLUME_NOT_FOUND"), "{out}");
 }
+
+#[tokio::test]
+async fn a_vm_that_starts_or_moves_is_told_volume_by_volume() {
+    let server = with_vm().await;
+    server.memory.script(ATTACH);
+    assert_eq!(server.run(&add("")).await.0, 0);
+    let (exit, out, err) = server.run("preparestart a -o json").await;
+    assert_eq!(exit, 0, "{err}");
+    let parts: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let told = (&parts[0]["name"], &parts[0]["wish"], &parts[0]["changed"]);
+    assert_eq!(told, (&"data".into(), &"prepare".into(), &false.into()));
+    let prepare = format!("migration prepare a --pod-uid {POD} --within 10m");
+    let (exit, out, err) = server.run(&prepare).await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(out.contains("data") && out.contains("prepare"), "{out}");
+
+    server.memory.script(&[(Phase::Pending, Some(Reason::VmNotRunning))]);
+    let more = add("--no-wait").replace("data", "more").replace("/3", "/4");
+    assert_eq!(server.run(&more).await.0, 0);
+    let (exit, out, err) = server.run("preparestart a").await;
+    assert_eq!(exit, 6, "one is not there: {err}");
+    assert!(out.contains("PORTAL_UNREACHABLE") && err.contains("more: "), "{out}{err}");
+
+    let (exit, _, err) = server.run("migration prepare a --host").await;
+    assert_eq!(exit, 5, "{err}");
+    let (exit, _, err) = server.run("migration finish a").await;
+    assert!(exit == 5 && err.contains("VM_RUNNING"), "{err}");
+    let (exit, _, err) = server.run("migration cancel a").await;
+    assert_eq!((exit, err.trim()), (0, "nothing was prepared"));
+    assert_eq!(server.run("preparestart nobody").await.0, 3);
+    assert_eq!(server.run("preparestart a --within 0s").await.0, 2);
+}
+
+/// Of a VM that is off the wish is what there is to wait for.
+#[tokio::test]
+async fn a_volume_of_a_vm_that_is_off_is_not_waited_for() {
+    let server = with_vm().await;
+    server.memory.script(&[(Phase::Pending, Some(Reason::VmNotRunning))]);
+    let (exit, out, err) = server.run(&add("")).await;
+    assert_eq!(exit, 0, "{err}");
+    assert!(out.contains("Pending") && err.contains("VM_NOT_RUNNING"), "{out}{err}");
+}

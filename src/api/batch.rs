@@ -163,7 +163,7 @@ fn results(names: &[String], answers: Vec<Answer>, spec: &str) -> Vec<v1::Volume
     all.map(|(n, (name, answer))| result(name, of_entry(n, answer))).collect()
 }
 
-fn result(name: &str, answer: Answer) -> v1::VolumeResult {
+pub(super) fn result(name: &str, answer: Answer) -> v1::VolumeResult {
     let name = name.to_owned();
     match answer {
         Ok(outcome) => {

@@ -61,14 +61,9 @@ pub fn vm_spec(spec: Option<v1::VmSpec>) -> Result<VmSpec, Refusal> {
         name => domain_name(name)?,
     };
     let place = match spec.place {
-        Some(v1::vm_spec::Place::Pod(pod)) => pod_place(pod)?,
-        Some(v1::vm_spec::Place::Host(host)) => VmPlace::Host {
-            libvirt_socket: absolute("vm.host.libvirt_socket", host.libvirt_socket)?,
-        },
-        None => {
-            let what = "vm.pod (--pod-uid) or vm.host (--host)";
-            return Err(missing("vm.place", Reason::InvalidOption, what));
-        }
+        Some(v1::vm_spec::Place::Pod(pod)) => pod_place("vm.pod", pod)?,
+        Some(v1::vm_spec::Place::Host(host)) => host_place("vm.host", host)?,
+        None => return Err(no_place("vm.place", "vm.pod (--pod-uid) or vm.host (--host)")),
     };
     Ok(VmSpec { id, domain, place })
 }
@@ -81,20 +76,33 @@ fn domain_name(name: String) -> Result<String, Refusal> {
     Ok(name)
 }
 
-fn pod_place(pod: v1::PodPlace) -> Result<VmPlace, Refusal> {
+/// A request does not say where a VM runs; `what` could.
+pub fn no_place(field: &str, what: &str) -> Refusal {
+    missing(field, Reason::InvalidOption, what)
+}
+
+/// A place on the host itself, given as `field`.
+pub fn host_place(field: &str, host: v1::HostPlace) -> Result<VmPlace, Refusal> {
+    let libvirt_socket = absolute(&format!("{field}.libvirt_socket"), host.libvirt_socket)?;
+    Ok(VmPlace::Host { libvirt_socket })
+}
+
+/// A place in a pod, given as `field`.
+pub fn pod_place(field: &str, pod: v1::PodPlace) -> Result<VmPlace, Refusal> {
+    let of = |part: &str| format!("{field}.{part}");
     let uid_ok = [32, 36].contains(&pod.uid.len())
         && pod.uid.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c) || c == b'-');
     if !uid_ok {
         let rule =
             "the pod's metadata.uid: 36 of 0-9, a-f and '-', or the 32 hex digits of a static pod";
-        return Err(malformed("vm.pod.uid", &Malformed::new("pod UID", &pod.uid, rule)));
+        return Err(malformed(of("uid"), &Malformed::new("pod UID", &pod.uid, rule)));
     }
     Ok(VmPlace::Pod {
         uid: pod.uid,
-        cgroup: absolute("vm.pod.cgroup", pod.cgroup)?,
-        hotplug_dir: beneath("vm.pod.hotplug_dir", pod.hotplug_dir)?,
-        hotplug_dir_in_pod: absolute("vm.pod.hotplug_dir_in_pod", pod.hotplug_dir_in_pod)?,
-        libvirt_socket: beneath("vm.pod.libvirt_socket", pod.libvirt_socket)?,
+        cgroup: absolute(&of("cgroup"), pod.cgroup)?,
+        hotplug_dir: beneath(&of("hotplug_dir"), pod.hotplug_dir)?,
+        hotplug_dir_in_pod: absolute(&of("hotplug_dir_in_pod"), pod.hotplug_dir_in_pod)?,
+        libvirt_socket: beneath(&of("libvirt_socket"), pod.libvirt_socket)?,
     })
 }
 

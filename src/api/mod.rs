@@ -9,6 +9,7 @@
 pub mod auth;
 mod batch;
 pub mod convert;
+mod moves;
 mod names;
 pub mod server;
 mod service;

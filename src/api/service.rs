@@ -262,6 +262,42 @@ impl LunplugService for Service {
         answer("SetIoLimits", about, self.limit(request)).await
     }
 
+    async fn prepare_start(
+        &self,
+        request: Request<v1::PrepareStartRequest>,
+    ) -> Result<Response<v1::PrepareStartResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), "");
+        answer("PrepareStart", about, self.prepare(request)).await
+    }
+
+    async fn prepare_migration_target(
+        &self,
+        request: Request<v1::PrepareMigrationTargetRequest>,
+    ) -> Result<Response<v1::PrepareMigrationTargetResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), "");
+        answer("PrepareMigrationTarget", about, self.prepare_target(request)).await
+    }
+
+    async fn finish_migration(
+        &self,
+        request: Request<v1::FinishMigrationRequest>,
+    ) -> Result<Response<v1::FinishMigrationResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), "");
+        answer("FinishMigration", about, self.finish(request)).await
+    }
+
+    async fn cancel_migration(
+        &self,
+        request: Request<v1::CancelMigrationRequest>,
+    ) -> Result<Response<v1::CancelMigrationResponse>, Status> {
+        let request = request.into_inner();
+        let about = about(request.vm.as_ref(), "");
+        answer("CancelMigration", about, self.cancel(request)).await
+    }
+
     async fn get_volume(
         &self,
         request: Request<v1::GetVolumeRequest>,

@@ -16,7 +16,7 @@ use crate::api::v1;
 #[derive(Debug, Serialize)]
 struct Part {
     name: String,
-    /// `add` or `remove`.
+    /// `add` or `remove`; `prepare` or `move` of a VM that starts or moves.
     wish: &'static str,
     changed: bool,
     volume: Option<VolumeView>,
@@ -27,18 +27,23 @@ struct Part {
 
 impl Part {
     fn new((goal, result): (Goal, v1::VolumeResult)) -> Self {
-        let v1::VolumeResult { name, volume, changed, error } = result;
         let wish = match goal {
             Goal::Ready => "add",
             Goal::Gone => "remove",
         };
+        let told = result.volume.clone().map(|volume| (goal, volume));
+        Self { told, ..Self::of(wish, result) }
+    }
+
+    fn of(wish: &'static str, result: v1::VolumeResult) -> Self {
+        let v1::VolumeResult { name, volume, changed, error } = result;
         Self {
             name,
             wish,
             changed,
             volume: volume.as_ref().map(VolumeView::from),
             error: error.as_ref().map(Failure::refused),
-            told: volume.map(|volume| (goal, volume)),
+            told: None,
         }
     }
 
@@ -75,7 +80,22 @@ pub(super) async fn finish(
             part.ended(&volume, end);
         }
     }
-    show(&parts, format, screen.out)?;
+    conclude(&parts, format, screen)
+}
+
+/// Shows what became of all volumes of a request that does not name them.
+pub(super) fn told(
+    results: Vec<v1::VolumeResult>,
+    wish: &'static str,
+    format: Format,
+    screen: &mut Screen<'_>,
+) -> Result<(), Failure> {
+    let parts: Vec<Part> = results.into_iter().map(|result| Part::of(wish, result)).collect();
+    conclude(&parts, format, screen)
+}
+
+fn conclude(parts: &[Part], format: Format, screen: &mut Screen<'_>) -> Result<(), Failure> {
+    show(parts, format, screen.out)?;
     let failures: Vec<Failure> = parts.iter().filter_map(Part::failure).collect();
     match &failures[..] {
         [] => Ok(()),

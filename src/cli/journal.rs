@@ -13,7 +13,7 @@ use super::failure::{Exit, Failure};
 use super::output::{self, Format};
 use crate::config::Layers;
 use crate::host::facts;
-use crate::journal::inspect::{self, File, Found};
+use crate::journal::inspect::{self, File, Found, MoveFound};
 use crate::journal::verify::{self, Finding};
 use crate::types::VmId;
 
@@ -193,6 +193,24 @@ fn dump(found: &Found, screen: &mut Screen<'_>) -> io::Result<()> {
     let title = format!("Effects in {} (boot {})", found.run_dir.display(), found.boot_id);
     let header = ["FILE", "BOOT", "STEP", "HOST", "DEVICE", "NODE", "GRANT", "DISK"];
     section(&title, &header, found.effects.iter().map(|f| effects(f, &found.boot_id)).collect())?;
+    if !found.incoming.is_empty() {
+        let rows = found.incoming.iter().map(|f| effects(f, &found.boot_id));
+        section("Effects where VMs are to move", &header, rows.collect())?;
+    }
+    if !found.moves.is_empty() {
+        let row = |file: &File<MoveFound>| {
+            let value = shown(&file.text);
+            let uid = text(&value, &["vm", "place", "pod", "uid"]);
+            vec![
+                file.name.clone(),
+                boot(file, &value, &found.boot_id),
+                text(&value, &["until"]),
+                uid,
+            ]
+        };
+        let header = ["FILE", "BOOT", "STARTS UNTIL", "MOVES TO POD"];
+        section("Starts and moves", &header, found.moves.iter().map(row).collect())?;
+    }
     let rows = found.removals.iter().map(|file| {
         let value = shown(&file.text);
         let forced = text(&value, &["options", "force"]);

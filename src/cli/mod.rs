@@ -15,8 +15,10 @@ mod foreign;
 mod iolimits;
 mod journal;
 mod list;
+mod moves;
 mod node;
 mod output;
+mod place;
 mod remove;
 mod sync;
 mod vm;
@@ -100,6 +102,12 @@ enum Command {
     /// Register, list and unregister VMs.
     #[command(subcommand)]
     Vm(vm::Command),
+    /// Make a VM's volumes ready for its start: disks of its definition, too, are there before QEMU is.
+    #[command(after_help = EXIT_CODES)]
+    Preparestart(moves::Start),
+    /// Follow a VM's live migration, to or from another node or between two pods of this one.
+    #[command(subcommand, after_help = EXIT_CODES)]
+    Migration(moves::Migration),
     /// Show the targets that an iSCSI portal lists to this node. Leaves no record behind.
     Discover(discover::Args),
     /// Show the node.
@@ -184,6 +192,8 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
         Command::List(args) => list::run(args, &socket, format, screen).await,
         Command::Describe(args) => describe::run(args, &socket, format, screen).await,
         Command::Vm(command) => vm::run(command, &socket, format, screen).await,
+        Command::Preparestart(args) => moves::start(args, &socket, format, screen).await,
+        Command::Migration(command) => moves::migration(command, &socket, format, screen).await,
         Command::Discover(args) => discover::run(args, &socket, format, screen).await,
         Command::Node => node::run(&socket, format, screen).await,
         Command::Watch(args) => watch::run(args, &socket, format, screen).await,

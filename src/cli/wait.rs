@@ -49,10 +49,17 @@ fn judge(goal: Goal, volume: Option<&v1::Volume>) -> Verdict {
         (Goal::Ready, P::Ready) | (Goal::Gone, P::Gone) => Verdict::Reached,
         (Goal::Ready, P::Detaching | P::UnmountedFromPod | P::Gone) => called_off(),
         _ => match &volume.trouble {
+            // It is recorded, and comes with the VM.
+            Some(trouble) if goal == Goal::Ready && is_off(trouble) => Verdict::Reached,
             Some(trouble) if !trouble.transient => Verdict::Failed(Failure::trouble(trouble)),
             _ => Verdict::Wait,
         },
     }
+}
+
+/// Whether it is the VM's being off that keeps a volume from its guest.
+fn is_off(trouble: &v1::Trouble) -> bool {
+    trouble.reason == Reason::VmNotRunning.code()
 }
 
 fn called_off() -> Verdict {
@@ -348,6 +355,7 @@ mod tests {
             (Goal::Ready, Some(volume(P::Pending, slow)), None),
             (Goal::Ready, Some(volume(P::Pending, refused)), Some(Exit::Precondition)),
             (Goal::Ready, Some(volume(P::Ready, None)), Some(Exit::Ok)),
+            (Goal::Ready, Some(volume(P::Pending, Some(Reason::VmNotRunning))), Some(Exit::Ok)),
             (Goal::Ready, Some(volume(P::Detaching, None)), Some(Exit::Cancelled)),
             (Goal::Ready, None, Some(Exit::Cancelled)),
             (Goal::Gone, Some(volume(P::Ready, None)), None),

@@ -53,7 +53,7 @@ impl World {
     }
 
     async fn detach(&self, volume: &str) -> Result<Detached, Error> {
-        detach(&*self.connection, "vm", &volume.parse().unwrap(), SOON).await
+        detach(&*self.connection, "vm", &volume.parse().unwrap(), true, SOON).await
     }
 
     async fn used(&self, disk: &DesiredDisk) -> Usage {

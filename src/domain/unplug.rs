@@ -23,8 +23,8 @@ pub enum Detached {
     DomainGone,
 }
 
-/// Detaches a volume's disk from the running domain and from its persistent definition, wherever it
-/// is; only ever a disk of our alias.
+/// Detaches a volume's disk from the running domain and, where `definition` says so, from its persistent
+/// definition, wherever it is; only ever a disk of our alias.
 ///
 /// The device counts as gone when libvirt says so by its event, which it sends after everything of
 /// the device is torn down, or when a further request finds none (that request waits for the
@@ -38,6 +38,7 @@ pub async fn detach(
     connection: &dyn Connection,
     domain: &str,
     volume: &VolumeName,
+    definition: bool,
     deadline: Duration,
 ) -> Result<Detached, Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
@@ -57,7 +58,7 @@ pub async fn detach(
             Requested::NoDomain => Detached::DomainGone,
         }
     };
-    let forgotten = info.persistent && forget(&at, &alias).await?;
+    let forgotten = definition && info.persistent && forget(&at, &alias).await?;
     Ok(if forgotten && live == Detached::Absent { Detached::Removed } else { live })
 }
 
@@ -98,7 +99,7 @@ pub async fn confirm_gone(
         Ok(Requested::NoDomain) => Ok(Detached::DomainGone),
         Ok(Requested::Asked) | Err(Error::GuestRefused { .. }) => {
             tracing::warn!(alias, "an old attach came to the guest late: it is undone");
-            detach(connection, domain, volume, at.left()).await
+            detach(connection, domain, volume, false, at.left()).await
         }
         Err(error) => Err(error),
     }

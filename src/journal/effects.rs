@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
@@ -11,7 +12,7 @@ use super::Error;
 use crate::cgroup::GrantRecord;
 use crate::connector::Attachment;
 use crate::host::lock::RunDir;
-use crate::spec::{RemoveOptions, VolumeSpec};
+use crate::spec::{RemoveOptions, VmSpec, VolumeSpec};
 use crate::step::Step;
 use crate::types::{Bus, Chap, DevNum, VmId, VolumeKey};
 
@@ -97,6 +98,12 @@ impl Effects {
         &self.boot_id
     }
 
+    /// The same of another incarnation.
+    #[must_use]
+    pub fn of(self, incarnation: &str) -> Self {
+        Self { incarnation: incarnation.to_owned(), ..self }
+    }
+
     /// Whether nothing is left to undo.
     pub fn is_empty(&self) -> bool {
         let Self { host, device, node, grant, disk, .. } = self;
@@ -104,20 +111,44 @@ impl Effects {
     }
 }
 
+/// A VM's start that was announced: until then its volumes are kept ready for it.
+#[derive(Serialize, Deserialize)]
+struct Announced {
+    boot_id: String,
+    until: Timestamp,
+}
+
+/// A migration that was prepared on this node: where the VM is to run next.
+#[derive(Serialize, Deserialize)]
+struct Migration {
+    boot_id: String,
+    vm: VmSpec,
+}
+
 /// The store of effects. Clones share it.
 #[derive(Clone)]
-pub struct EffectsStore(Arc<dyn RunDir>);
+pub struct EffectsStore {
+    run: Arc<dyn RunDir>,
+    /// The directory of volumes' effects.
+    effects: &'static str,
+}
 
 impl EffectsStore {
     /// A store in `run`.
     pub fn new(run: Arc<dyn RunDir>) -> Self {
-        Self(run)
+        Self { run, effects: "effects" }
+    }
+
+    /// The same for effects in the pods to which VMs are about to move.
+    #[must_use]
+    pub fn incoming(&self) -> Self {
+        Self { run: self.run.clone(), effects: "incoming" }
     }
 
     /// A fresh value for a volume that is about to be begun.
     pub fn begin(&self, incarnation: &str, spec: &VolumeSpec) -> Effects {
         Effects {
-            boot_id: self.0.boot_id().to_owned(),
+            boot_id: self.run.boot_id().to_owned(),
             incarnation: incarnation.to_owned(),
             spec: spec.clone(),
             host: false,
@@ -131,17 +162,17 @@ impl EffectsStore {
 
     /// Writes a volume's effects. Called before each effect, and after each that was undone.
     pub async fn put(&self, key: &VolumeKey, effects: &Effects) -> Result<(), Error> {
-        self.write(file(key), effects).await
+        self.write(self.file(key), effects).await
     }
 
     /// A volume's effects of this boot.
     pub async fn get(&self, key: &VolumeKey) -> Result<Option<Effects>, Error> {
-        self.read(file(key), |effects: &Effects| &effects.boot_id).await
+        self.read(self.file(key), |effects: &Effects| &effects.boot_id).await
     }
 
     /// Forgets a volume's effects: all are undone.
     pub async fn delete(&self, key: &VolumeKey) -> Result<(), Error> {
-        self.forget(file(key)).await
+        self.forget(self.file(key)).await
     }
 
     /// Notes that a volume's removal was taken on, and what that gives up on.
@@ -151,7 +182,7 @@ impl EffectsStore {
         options: RemoveOptions,
         gave_up: &[String],
     ) -> Result<(), Error> {
-        let boot_id = self.0.boot_id().to_owned();
+        let boot_id = self.run.boot_id().to_owned();
         let mut mark = Removal { boot_id, options, gave_up: self.gave_up(key).await? };
         mark.add(gave_up);
         self.write(removal(key), &mark).await
@@ -184,13 +215,13 @@ impl EffectsStore {
     /// Keeps the credentials that came with a volume's request, for this boot: they are to be had
     /// again by nobody but whoever asked for the volume.
     pub async fn put_chap(&self, key: &VolumeKey, chap: &Chap) -> Result<(), Error> {
-        let kept = Kept { boot_id: self.0.boot_id().to_owned(), chap: chap.clone() };
+        let kept = Kept { boot_id: self.run.boot_id().to_owned(), chap: chap.clone() };
         // Of its full size from the start: one that grew would leave copies behind.
         let mut json = Zeroizing::new(Vec::with_capacity(4096));
         let what = secret(key);
         serde_json::to_writer(&mut *json, &kept)
             .map_err(|source| Error::Damaged { what: what.clone(), source })?;
-        self.0.store(&what, &json).await.map_err(|source| Error::Io { what, source })
+        self.run.store(&what, &json).await.map_err(|source| Error::Io { what, source })
     }
 
     /// The credentials that are kept of a volume.
@@ -209,10 +240,44 @@ impl EffectsStore {
         self.forget(secret(key)).await
     }
 
+    /// Notes that a VM is about to start, and until when that is believed.
+    pub async fn put_start(&self, vm: &VmId, until: Timestamp) -> Result<(), Error> {
+        let boot_id = self.run.boot_id().to_owned();
+        self.write(announced(vm), &Announced { boot_id, until }).await
+    }
+
+    /// Until when a VM's start was announced, in this boot.
+    pub async fn start(&self, vm: &VmId) -> Result<Option<Timestamp>, Error> {
+        let found = self.read(announced(vm), |start: &Announced| &start.boot_id).await?;
+        Ok(found.map(|start| start.until))
+    }
+
+    /// Forgets an announced start.
+    pub async fn delete_start(&self, vm: &VmId) -> Result<(), Error> {
+        self.forget(announced(vm)).await
+    }
+
+    /// Notes where a VM is about to move.
+    pub async fn put_migration(&self, vm: &VmSpec) -> Result<(), Error> {
+        let boot_id = self.run.boot_id().to_owned();
+        self.write(migration(&vm.id), &Migration { boot_id, vm: vm.clone() }).await
+    }
+
+    /// Where a VM is about to move, noted in this boot.
+    pub async fn migration(&self, vm: &VmId) -> Result<Option<VmSpec>, Error> {
+        let found = self.read(migration(vm), |m: &Migration| &m.boot_id).await?;
+        Ok(found.map(|m| m.vm))
+    }
+
+    /// Forgets that a VM is about to move.
+    pub async fn delete_migration(&self, vm: &VmId) -> Result<(), Error> {
+        self.forget(migration(vm)).await
+    }
+
     async fn write<T: Serialize>(&self, what: String, value: &T) -> Result<(), Error> {
         let json = serde_json::to_vec(value)
             .map_err(|source| Error::Damaged { what: what.clone(), source })?;
-        self.0.store(&what, &json).await.map_err(|source| Error::Io { what, source })
+        self.run.store(&what, &json).await.map_err(|source| Error::Io { what, source })
     }
 
     /// Reads a file; one of an earlier boot is void, and removed.
@@ -222,30 +287,43 @@ impl EffectsStore {
         boot_of: impl Fn(&T) -> &String + Send,
     ) -> Result<Option<T>, Error> {
         let io = |source| Error::Io { what: what.clone(), source };
-        let Some(bytes) = self.0.load(&what).await.map_err(io)? else { return Ok(None) };
+        let Some(bytes) = self.run.load(&what).await.map_err(io)? else { return Ok(None) };
         let bytes = Zeroizing::new(bytes);
         let value: T = serde_json::from_slice(&bytes)
             .map_err(|source| Error::Damaged { what: what.clone(), source })?;
-        if boot_of(&value) == self.0.boot_id() {
+        if boot_of(&value) == self.run.boot_id() {
             return Ok(Some(value));
         }
-        self.0.remove(&what).await.map_err(io)?;
+        self.run.remove(&what).await.map_err(io)?;
         Ok(None)
     }
 
+    fn dir(&self, vm: &VmId) -> String {
+        format!("{}/{}/{}", self.effects, vm.namespace(), vm.name())
+    }
+
+    fn file(&self, key: &VolumeKey) -> String {
+        format!("{}/{}.json", self.dir(&key.vm), key.volume)
+    }
+
     async fn forget(&self, what: String) -> Result<(), Error> {
-        self.0.remove(&what).await.map_err(|source| Error::Io { what, source })
+        self.run.remove(&what).await.map_err(|source| Error::Io { what, source })
     }
 
     /// The volumes of a VM for which something was begun or a removal taken on.
     pub async fn volumes(&self, vm: &VmId) -> Result<BTreeSet<VolumeKey>, Error> {
-        let mut keys = self.names(vm, dir(vm)).await?;
+        let mut keys = self.names(vm, self.dir(vm)).await?;
         keys.extend(self.names(vm, removals(vm)).await?);
         Ok(keys)
     }
 
+    /// The volumes of a VM for which something was begun.
+    pub async fn volumes_begun(&self, vm: &VmId) -> Result<BTreeSet<VolumeKey>, Error> {
+        self.names(vm, self.dir(vm)).await
+    }
+
     async fn names(&self, vm: &VmId, what: String) -> Result<BTreeSet<VolumeKey>, Error> {
-        let names = self.0.list(&what).await.map_err(|source| Error::Io { what, source })?;
+        let names = self.run.list(&what).await.map_err(|source| Error::Io { what, source })?;
         let key = |name: &str| {
             let volume = name.strip_suffix(".json")?.parse().ok()?;
             Some(VolumeKey { vm: vm.clone(), volume })
@@ -254,8 +332,12 @@ impl EffectsStore {
     }
 }
 
-fn dir(vm: &VmId) -> String {
-    format!("effects/{}/{}", vm.namespace(), vm.name())
+fn announced(vm: &VmId) -> String {
+    format!("starts/{}/{}.json", vm.namespace(), vm.name())
+}
+
+fn migration(vm: &VmId) -> String {
+    format!("migrations/{}/{}.json", vm.namespace(), vm.name())
 }
 
 fn removals(vm: &VmId) -> String {
@@ -272,8 +354,4 @@ fn secrets(vm: &VmId) -> String {
 
 fn secret(key: &VolumeKey) -> String {
     format!("{}/{}.json", secrets(&key.vm), key.volume)
-}
-
-fn file(key: &VolumeKey) -> String {
-    format!("{}/{}.json", dir(&key.vm), key.volume)
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rusqlite::Connection;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::store::{self, SCHEMA};
@@ -25,6 +25,10 @@ pub struct Found {
     pub stores: Vec<StoreFound>,
     /// What was done for each volume.
     pub effects: Vec<File<Effects>>,
+    /// What was done for volumes in the pods to which their VMs are about to move.
+    pub incoming: Vec<File<Effects>>,
+    /// VMs that are about to start or to move.
+    pub moves: Vec<File<MoveFound>>,
     /// Removals that were taken on.
     pub removals: Vec<File<RemovalFound>>,
     /// Who uses which target.
@@ -150,7 +154,14 @@ pub struct RemovalFound {
     pub force: bool,
 }
 
-/// The volume of a file `effects/NAMESPACE/VM/VOLUME.json` or `removals/...`.
+/// A VM that is about to start or to move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveFound {
+    /// The boot in which it was noted.
+    pub boot_id: String,
+}
+
+/// The volume of a file `effects/NAMESPACE/VM/VOLUME.json`, `incoming/...` or `removals/...`.
 pub fn volume_of(file: &str) -> Option<VolumeKey> {
     let mut parts = file.strip_suffix(".json")?.split('/').skip(1);
     let vm = VmId::new(parts.next()?, parts.next()?).ok()?;
@@ -188,9 +199,9 @@ impl Found {
             return self.others.push(name);
         }
         match name.split('/').next().unwrap_or_default() {
-            "effects" => self.effects.push(read(name, content, |b| {
-                serde_json::from_slice(b).map_err(|e| e.to_string())
-            })),
+            "effects" => self.effects.push(read(name, content, json)),
+            "incoming" => self.incoming.push(read(name, content, json)),
+            "starts" | "migrations" => self.moves.push(read(name, content, json)),
             "removals" => self.removals.push(read(name, content, |b| {
                 let mark: Removal = serde_json::from_slice(b).map_err(|e| e.to_string())?;
                 Ok(RemovalFound { boot_id: mark.boot_id, force: mark.options.force })
@@ -204,6 +215,10 @@ impl Found {
             _ => self.others.push(name),
         }
     }
+}
+
+fn json<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    serde_json::from_slice(bytes).map_err(|e| e.to_string())
 }
 
 fn read<T>(

@@ -59,6 +59,7 @@ pub fn verify(found: &Found, only: Option<&VmId>) -> Vec<Finding> {
         judge.store(store);
     }
     judge.effects();
+    judge.moves();
     judge.removals();
     judge.leases();
     judge.claims();
@@ -271,6 +272,19 @@ impl Judge<'_> {
                 };
                 self.problem(place, "no such volume is wanted", means, remedy);
             }
+        }
+    }
+
+    fn moves(&mut self) {
+        let found = self.found;
+        for file in &found.moves {
+            let means = "lunplugd does not know whether the VM was about to start or to move, and leaves it unserved";
+            let _ = self.current(file, |m| &m.boot_id, means);
+        }
+        for file in &found.incoming {
+            let means =
+                "lunplugd does not know what was done for this volume where its VM is to move";
+            let _ = self.current(file, |e| e.boot_id(), means);
         }
     }
 

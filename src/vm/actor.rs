@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Span, warn};
@@ -27,6 +28,7 @@ use crate::types::{VmId, VolumeKey, VolumeName};
 mod expand;
 mod limits;
 mod look;
+mod moving;
 mod removals;
 mod requests;
 mod sync;
@@ -53,6 +55,8 @@ pub struct Tools {
     pub auto_expand: bool,
     /// What may be added.
     pub rules: Rules,
+    /// The VM is about to move to another pod of this node.
+    pub moving: bool,
 }
 
 /// A volume as its handler has it.
@@ -113,6 +117,7 @@ pub(super) struct Actor {
     revision: Option<Revision>,
     tasks: JoinSet<()>,
     looks: look::Looks,
+    moving: moving::Moving,
     /// Tells what may have changed; only while there are volumes to look at then.
     watcher: Option<AbortHandle>,
     /// Weak, so that the handler ends when all its users have gone.
@@ -126,7 +131,12 @@ impl Actor {
             // Ended tasks are only collected here; they have reported by message.
             while self.tasks.try_join_next().is_some() {}
             match message {
-                Message::Wishes { asked } => self.wishes(asked, None).await,
+                Message::Wishes { asked } => match self.moves() {
+                    None => self.wishes(asked, None).await,
+                    Some(refusal) => {
+                        asked.into_iter().for_each(|a| a.asker.answer(Err(refusal.clone())));
+                    }
+                },
                 Message::Sync { set, span, reply } => {
                     // The asker may have gone; what was taken on is durable.
                     let _ = reply.send(self.sync(set, &span).await);
@@ -135,7 +145,10 @@ impl Actor {
                 Message::RemovalsChecked { checked, of } => {
                     self.removals_checked(checked, of).await;
                 }
-                Message::Expand { name, expected, asker } => self.expand(&name, expected, asker),
+                Message::Expand { name, expected, asker } => match self.moves() {
+                    None => self.expand(&name, expected, asker),
+                    Some(refusal) => asker.answer(Err(refusal)),
+                },
                 Message::Expanded { name, result, asker } => {
                     self.expanded(&name, result, asker);
                     self.next_limits(&name).await;
@@ -145,7 +158,10 @@ impl Actor {
                     self.next_expand(&name);
                     self.next_limits(&name).await;
                 }
-                Message::Limit { name, limits, asker } => self.limit(&name, limits, asker).await,
+                Message::Limit { name, limits, asker } => match self.moves() {
+                    None => self.limit(&name, limits, asker).await,
+                    Some(refusal) => asker.answer(Err(refusal)),
+                },
                 Message::Limited { name, wanted, result, asker } => {
                     self.limited(&name, wanted, result, asker);
                     self.next_limits(&name).await;
@@ -155,6 +171,9 @@ impl Actor {
                 Message::Stirred(stir) => self.stirred(&stir),
                 Message::Look => self.look(),
                 Message::Looked { found } => self.looked(found),
+                Message::Prepare { within, reply } => self.prepare(within, reply).await,
+                Message::NotStarted => self.not_starting().await,
+                Message::Move { away, reply } => self.move_away(away, reply),
                 Message::Count { reply } => {
                     let live = self.volumes.values().filter(|v| !v.failed).count();
                     let _ = reply.send(live);
@@ -177,6 +196,8 @@ impl Actor {
                     return;
                 }
             }
+            self.arrived(None);
+            self.stands_still();
         }
     }
 
@@ -194,6 +215,9 @@ impl Actor {
             let removing = tools.effects.removal(&key).await?.or(stored.removing);
             tools.board.open(&key, &stored.spec);
             tools.board.gave_up(&key, &tools.effects.gave_up(&key).await?);
+            if tools.moving {
+                moving::show(&tools, &key).await?;
+            }
             let volume = Volume { lasting: true, ..Volume::new(stored, removing) };
             volumes.insert(key.volume, volume);
         }
@@ -218,8 +242,16 @@ impl Actor {
             }
         }
         let revision = tools.desired.revision(&vm).await?;
+        let start = tools.effects.start(&vm).await?;
         let (tasks, looks) = (JoinSet::new(), look::Looks::default());
-        Ok(Self { vm, tools, volumes, revision, tasks, looks, watcher: None, messages })
+        let moving = moving::Moving::new(tools.moving);
+        let mut actor =
+            Self { vm, tools, volumes, revision, tasks, looks, moving, watcher: None, messages };
+        if let Some(until) = start {
+            let left = Duration::try_from(until.duration_since(Timestamp::now()));
+            actor.starts_within(left.unwrap_or_default());
+        }
+        Ok(actor)
     }
 
     /// Sees to it that every volume is as it is wanted.

@@ -11,8 +11,9 @@
 use super::detach::{self, Unwind};
 use super::discover::{self, Place, PodPlace};
 use super::failure::Failure;
+use super::incoming;
 use super::plan::Left;
-use super::steps::AttachFailure;
+use super::steps::{AttachFailure, Came, Circumstances};
 use super::ways::Ways;
 use crate::cgroup::{Access, GrantRecord};
 use crate::connector::{AttachRequest, Attachment, Expect};
@@ -27,17 +28,17 @@ use crate::types::{Bus, DevNum, VolumeKey, VolumeName};
 pub(super) async fn attach(
     ways: &Ways,
     volume: &StoredVolume,
-    lasting: bool,
-) -> Result<(), AttachFailure> {
+    how: Circumstances,
+) -> Result<Came, AttachFailure> {
     let failed = |failure| AttachFailure { failure, left: Left::Unknown };
     let on_the_way = ways.order.set_out(&volume.spec.name);
     let key = ways.key(&volume.spec.name);
     let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
     let had_disk = had_disk(ways, &effects).await;
-    let mut way = Way { ways, key, volume, effects, lasting, returns: false };
+    let mut way = Way { ways, key, spec: &volume.spec, effects, had_disk, returns: false };
     let limit = ways.settings().attach;
-    let failure = match tokio::time::timeout(limit, way.walk()).await {
-        Ok(Ok(())) => return Ok(()),
+    let failure = match tokio::time::timeout(limit, way.walk(volume, how)).await {
+        Ok(Ok(came)) => return Ok(came),
         Ok(Err(failure)) => failure,
         // Cut off half way, as a crash would: the effects say how far it came.
         Err(_) => {
@@ -90,9 +91,10 @@ async fn has_ended(ways: &Ways, failure: &Failure, spec: &VolumeSpec) -> bool {
 
 /// The effects to go on from: those of this incarnation, once any of an earlier one are undone.
 async fn begun(ways: &Ways, key: &VolumeKey, spec: &VolumeSpec) -> Result<Effects, Failure> {
-    let Some(mut effects) = ways.effects.get(key).await? else {
+    let Some(effects) = ways.effects.get(key).await? else {
         return detach::begin(ways, key, spec).await;
     };
+    let mut effects = incoming::taken_over(ways, key, effects).await?;
     if effects.incarnation == ways.incarnation() {
         return Ok(effects);
     }
@@ -102,33 +104,48 @@ async fn begun(ways: &Ways, key: &VolumeKey, spec: &VolumeSpec) -> Result<Effect
 }
 
 /// One attach on its way.
-struct Way<'a> {
-    ways: &'a Ways,
-    key: VolumeKey,
-    volume: &'a StoredVolume,
-    effects: Effects,
-    /// It was ready before, or was wanted when this daemon started.
-    lasting: bool,
+pub(super) struct Way<'a> {
+    pub(super) ways: &'a Ways,
+    pub(super) key: VolumeKey,
+    pub(super) spec: &'a VolumeSpec,
+    pub(super) effects: Effects,
+    /// The guest has the disk already.
+    pub(super) had_disk: bool,
     /// It was attached before.
-    returns: bool,
+    pub(super) returns: bool,
 }
 
 impl Way<'_> {
-    async fn walk(&mut self) -> Result<(), Failure> {
-        let place = self.ways.place().await?;
-        let attachment = self.host().await?;
+    async fn walk(&mut self, volume: &StoredVolume, how: Circumstances) -> Result<Came, Failure> {
+        let (place, came) = match self.ways.place().await {
+            Err(failure) if how.starting && failure.reason == Reason::VmNotRunning => {
+                (self.ways.place_to_be().await?, Came::ToPod)
+            }
+            place => (place?, Came::ToGuest),
+        };
+        let dev = self.host(volume, how.returns).await?.device.dev;
         let place = self.still_there(place).await?;
-        let dev = attachment.device.dev;
         if let Some(pod) = &place.pod {
             self.node(pod, dev).await?;
             self.grant(pod, dev).await?;
         }
-        let source = source_of(&place, &self.volume.spec, dev);
         self.reached(Step::Grant.phase());
-        self.disk(&place, source).await
+        match came {
+            Came::ToGuest => self.disk(&place, source_of(&place, self.spec, dev)).await?,
+            Came::ToPod => self.may_be_taken().await?,
+        }
+        Ok(came)
     }
 
-    /// The place, found anew if QEMU was replaced while the host's side took its time.
+    /// From here on QEMU can take the device by the domain's definition, unseen: whoever goes back from here
+    /// asks the domain first.
+    async fn may_be_taken(&mut self) -> Result<(), Failure> {
+        let (alias, bus) = (domain::alias(&self.spec.disk), self.spec.bus);
+        self.effects.disk.get_or_insert(DiskEffect { alias, bus, target: None });
+        Ok(self.ways.effects.put(&self.key, &self.effects).await?)
+    }
+
+    /// The place, found anew if what it was found by was replaced while the host's side took its time.
     async fn still_there(&self, place: Place) -> Result<Place, Failure> {
         match &place.pod {
             Some(pod) if !pod.is_current(&self.ways.host.pods).await? => self.ways.place().await,
@@ -154,8 +171,8 @@ impl Way<'_> {
 
     /// One verified block device on the host, and its identity remembered.
     #[tracing::instrument(name = "host", skip_all)]
-    async fn host(&mut self) -> Result<Attachment, Failure> {
-        let spec = &self.volume.spec;
+    async fn host(&mut self, volume: &StoredVolume, lasting: bool) -> Result<Attachment, Failure> {
+        let spec = self.spec;
         let source = spec.source.key();
         let recorded = self.ways.desired.identity(&self.key, &source).await?;
         self.returns = recorded.is_some();
@@ -172,9 +189,9 @@ impl Way<'_> {
                 unit_serial: spec.expect_unit_serial.clone(),
                 size: spec.expect_size,
                 // The array may have grown it while it was away. For a first attach the size is strict.
-                may_have_grown: self.lasting && recorded.is_some(),
+                may_have_grown: lasting && recorded.is_some(),
                 recorded: recorded.clone(),
-                accept_new_identity: self.volume.accept_new_identity,
+                accept_new_identity: volume.accept_new_identity,
             },
             multipath: spec.multipath,
             shareable: spec.shareable,
@@ -185,7 +202,7 @@ impl Way<'_> {
         self.effects.device = Some(attachment.clone());
         self.announce(Step::Remember).await?;
         let wwid = &attachment.device.wwid;
-        if recorded.as_ref() != Some(wwid) || self.volume.accept_new_identity {
+        if recorded.as_ref() != Some(wwid) || volume.accept_new_identity {
             let remember = self.ways.desired.put_identity(&self.key, &source, wwid);
             self.ways.host.tracker.run(Step::Remember, remember).await?;
         }
@@ -206,8 +223,7 @@ impl Way<'_> {
     /// A guest that has the disk has it by the device that it was given then: a device that was made
     /// anew since cannot be put under it.
     fn refuse_exchanged(&self, now: &Attachment) -> Result<(), Failure> {
-        let Some(then) = self.effects.device.as_ref().filter(|_| self.effects.disk.is_some())
-        else {
+        let Some(then) = self.effects.device.as_ref().filter(|_| self.had_disk) else {
             return Ok(());
         };
         if (then.device.dev, then.diskseq) == (now.device.dev, now.diskseq) {
@@ -221,16 +237,16 @@ impl Way<'_> {
     }
 
     /// The block node in the pod's hotplug directory.
-    async fn node(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
+    pub(super) async fn node(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
         self.effects.node = Some(NodeEffect { dev: Some(dev) });
         self.announce(Step::Node).await?;
-        let ensure = self.ways.nodes.ensure(&pod.hotplug, &self.volume.spec.disk, dev, pod.owner);
+        let ensure = self.ways.nodes.ensure(&pod.hotplug, &self.spec.disk, dev, pod.owner);
         self.ways.host.tracker.run(Step::Node, ensure).await?;
         Ok(())
     }
 
     /// The container may open it.
-    async fn grant(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
+    pub(super) async fn grant(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
         let grants = &self.ways.host.grants;
         let other = |g: &&GrantRecord| g.cgroup != pod.cgroup || g.dev != dev;
         if let Some(old) = self.effects.grant.as_ref().filter(other) {
@@ -241,8 +257,7 @@ impl Way<'_> {
         let record = match self.effects.grant.take() {
             Some(record) => record,
             None => {
-                let access =
-                    if self.volume.spec.read_only { Access::READ } else { Access::READ_WRITE };
+                let access = if self.spec.read_only { Access::READ } else { Access::READ_WRITE };
                 grants.prepare(&pod.cgroup, dev, access).await?
             }
         };
@@ -256,7 +271,7 @@ impl Way<'_> {
     /// disks of those that are wanted: their places are left to them. A store that cannot be read now
     /// costs the order, not the volume.
     async fn in_order(&self) -> Vec<(VolumeName, Bus)> {
-        let own = &self.volume.spec.name;
+        let own = &self.spec.name;
         let mut before = self.ways.desired.volumes(&self.ways.vm.id).await.unwrap_or_default();
         before.truncate(before.iter().take_while(|v| v.spec.name != *own).count());
         let has_it = self.effects.disk.as_ref().is_some_and(|disk| disk.target.is_some());
@@ -271,7 +286,7 @@ impl Way<'_> {
     /// The guest has it.
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
         let ahead = self.in_order().await;
-        let (ways, spec) = (self.ways, &self.volume.spec);
+        let (ways, spec) = (self.ways, self.spec);
         let target = self.effects.disk.take().and_then(|d| d.target);
         let alias = domain::alias(&spec.disk);
         self.effects.disk = Some(DiskEffect { alias, bus: spec.bus, target });

@@ -12,10 +12,14 @@ use crate::reason::Reason;
 use crate::spec::{RemoveOptions, VolumeSpec};
 use crate::types::{Bus, VolumeName};
 
-/// Whether the domain could take the disk: it runs, its place is proven, its XML is understood, there
-/// is a free address also with all that were taken on before, and nothing there has the name or the serial.
+/// Whether the domain could take the disk: its place is proven, its XML is understood, there is a free
+/// address also with all that were taken on before, and nothing there has the name or the serial. Of one that
+/// does not run nothing is known: the volume is wanted for when it does.
 pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
-    let place = ways.place().await?;
+    let place = match ways.place().await {
+        Err(failure) if failure.reason == Reason::VmNotRunning => return Ok(()),
+        place => place?,
+    };
     let source = match &place.pod {
         Some(pod) => pod.dir_in_pod.join(spec.disk.as_str()).to_string_lossy().into_owned(),
         // Which device it will be is not known yet; no disk has this one.

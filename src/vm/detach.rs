@@ -10,6 +10,7 @@
 
 use super::discover::{self, DiscoverError};
 use super::failure::Failure;
+use super::incoming;
 use super::ways::Ways;
 use crate::connector::{DetachOptions, GaveUp};
 use crate::domain;
@@ -74,7 +75,7 @@ async fn effects_of(
     attached: bool,
 ) -> Result<Effects, Failure> {
     let mut effects = match ways.effects.get(key).await? {
-        Some(effects) => effects,
+        Some(effects) => incoming::taken_over(ways, key, effects).await?,
         None => {
             let mut effects = begin(ways, key, volume).await?;
             effects.host = true;
@@ -112,14 +113,12 @@ pub(super) async fn unwind(
     let reached_guest = effects.disk.is_some();
     let tracker = &ways.host.tracker;
     if reached_guest {
-        tracker.run(Step::Unplug, disk(ways, key, effects)).await?;
+        // Whose definition it is decides: what is asked for with the volume goes with it, and what somebody
+        // wrote there who starts the VM by it stays, until the volume is wanted no more.
+        let definition = matches!(why, Unwind::Removed(..)) || effects.spec.persist;
+        tracker.run(Step::Unplug, disk(ways, key, effects, definition)).await?;
     }
-    if effects.grant.is_some() {
-        tracker.run(Step::Revoke, grant(ways, key, effects)).await?;
-    }
-    if effects.node.is_some() {
-        tracker.run(Step::Unlink, node(ways, key, effects)).await?;
-    }
+    leave_pod(ways, key, effects).await?;
     if reached_guest {
         tracker.run(Step::Confirm, no_disk(ways, key, effects)).await?;
     }
@@ -143,7 +142,12 @@ pub(super) async fn unwind(
     Ok(())
 }
 
-async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
+async fn disk(
+    ways: &Ways,
+    key: &VolumeKey,
+    effects: &mut Effects,
+    definition: bool,
+) -> Result<(), Failure> {
     let Some(disk) = &effects.disk else { return Ok(()) };
     if effects.incarnation != ways.incarnation() {
         // It was another pod's, whose QEMU had ended when the VM was registered with this one.
@@ -155,9 +159,8 @@ async fn disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
     match ways.libvirt().await {
         Ok(connection) => {
             let limit = ways.settings().guest_unplug;
-            let done =
-                domain::detach(&*connection, &ways.vm.domain, &effects.spec.disk, limit).await;
-            done?;
+            let (name, disk) = (&ways.vm.domain, &effects.spec.disk);
+            domain::detach(&*connection, name, disk, definition, limit).await?;
         }
         Err(failure) => no_qemu(ways, failure).await?,
     }
@@ -201,6 +204,22 @@ async fn no_qemu(ways: &Ways, failure: Failure) -> Result<(), Failure> {
             Err(Failure::new(Reason::LibvirtUnreachable, message))
         }
     }
+}
+
+/// Takes what was made of a volume in a pod from there: the grant, then the node.
+pub(super) async fn leave_pod(
+    ways: &Ways,
+    key: &VolumeKey,
+    effects: &mut Effects,
+) -> Result<(), Failure> {
+    let tracker = &ways.host.tracker;
+    if effects.grant.is_some() {
+        tracker.run(Step::Revoke, grant(ways, key, effects)).await?;
+    }
+    if effects.node.is_some() {
+        tracker.run(Step::Unlink, node(ways, key, effects)).await?;
+    }
+    Ok(())
 }
 
 async fn grant(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {

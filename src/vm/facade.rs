@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -11,7 +12,7 @@ use tokio::sync::broadcast;
 use super::resolve::Names;
 use crate::connector::Discovered;
 use crate::reason::Reason;
-use crate::spec::{AddOptions, RemoveOptions, Revision, VmSpec, VolumeSpec, VolumeStatus};
+use crate::spec::{AddOptions, RemoveOptions, Revision, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
 use crate::types::{
     Chap, HostPort, IoLimits, Outcome, Portal, SecretName, VmId, VolumeKey, VolumeName,
 };
@@ -56,6 +57,31 @@ pub trait Volumes: Send + Sync {
     /// Makes a set the whole of a VM's volumes, unless it is older than the last that was accepted
     /// ([`Reason::RevisionOutdated`]) or another of the same revision ([`Reason::RevisionReused`]).
     async fn sync_volumes(&self, vm: &VmId, set: Set) -> Result<Synced, Refusal>;
+
+    /// A VM is about to start in the pod that it is registered with: its volumes are attached as far as goes
+    /// without a guest, and kept so `within` that time (a setting's, where `None`). Returns when each
+    /// has come there or cannot; which did is told.
+    async fn prepare_start(
+        &self,
+        vm: &VmId,
+        within: Option<Duration>,
+    ) -> Result<Vec<(VolumeName, Answer)>, Refusal>;
+
+    /// A VM's guest is about to come to `place`: from another node to the pod that it is registered with
+    /// here, as a start; or from that pod to another of this node, while nothing of the VM is changed.
+    async fn prepare_migration_target(
+        &self,
+        vm: &VmId,
+        place: VmPlace,
+        within: Option<Duration>,
+    ) -> Result<Vec<(VolumeName, Answer)>, Refusal>;
+
+    /// The guest has moved: to the other pod of this node, which is the VM's from now on; or to another
+    /// node, and its volumes are wanted here no more. [`Reason::VmRunning`] while it runs where it was.
+    async fn finish_migration(&self, vm: &VmId) -> Result<Vec<(VolumeName, Answer)>, Refusal>;
+
+    /// The guest stays where it is, or does not come: what was prepared is undone.
+    async fn cancel_migration(&self, vm: &VmId) -> Result<Outcome, Refusal>;
 
     /// At most so many volumes may be in one request.
     fn max_batch(&self) -> usize;

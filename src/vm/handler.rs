@@ -10,7 +10,7 @@ use tracing::{Instrument, Span};
 use super::actor::{Actor, Tools};
 use super::facade::{Answer, Expanded, Refusal, Set, Synced, Wish};
 use super::failure::Failure;
-use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
+use super::steps::{AttachFailure, Came, ExpandFailure, Grown, Sight, Stir};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use crate::types::{IoLimits, Outcome, VmId, VolumeName};
@@ -111,7 +111,7 @@ pub(super) enum Message {
     },
     Attached {
         name: VolumeName,
-        result: Result<(), AttachFailure>,
+        result: Result<Came, AttachFailure>,
     },
     Detached {
         name: VolumeName,
@@ -124,6 +124,16 @@ pub(super) enum Message {
     Look,
     Looked {
         found: Result<BTreeMap<VolumeName, Sight>, Failure>,
+    },
+    Prepare {
+        within: Duration,
+        reply: oneshot::Sender<()>,
+    },
+    /// The VM that was to start has not.
+    NotStarted,
+    Move {
+        away: bool,
+        reply: oneshot::Sender<Result<Vec<VolumeSpec>, Refusal>>,
     },
     Count {
         reply: oneshot::Sender<usize>,
@@ -220,6 +230,23 @@ impl Handler {
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
         let span = Span::current();
         self.ask(|reply| Message::Limit { name, limits, asker: Asker { span, reply } }).await?
+    }
+
+    /// The VM is about to start: has its volumes attached as far as goes, and kept so `within` that time.
+    /// Returns when each has come as far as it can.
+    pub async fn prepare(&self, within: Duration) -> Result<(), Refusal> {
+        self.ask(|reply| Message::Prepare { within, reply }).await
+    }
+
+    /// The VM will not start: what was made for that is undone.
+    pub async fn cancel_start(&self) -> Result<(), Refusal> {
+        self.send(Message::NotStarted).await
+    }
+
+    /// The VM is about to move to another pod (`away`), or not any more. From then on nothing of it is
+    /// changed. Returns the volumes that its guest has.
+    pub async fn move_away(&self, away: bool) -> Result<Vec<VolumeSpec>, Refusal> {
+        self.ask(|reply| Message::Move { away, reply }).await?
     }
 
     /// How many volumes it has, those being removed included.

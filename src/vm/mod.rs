@@ -26,6 +26,7 @@ mod expand;
 pub mod facade;
 pub mod failure;
 pub mod handler;
+mod incoming;
 mod limits;
 mod look;
 mod order;

@@ -1,5 +1,8 @@
 //! All VMs of a node: their handlers, by name; and the node itself.
 
+mod moves;
+mod served;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +31,8 @@ use crate::host::storage::StorageDoors;
 use crate::journal::{Desired, EffectsStore};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
-use crate::types::{HostPort, IoLimits, Outcome, Portal, VmId, VolumeKey};
+use crate::types::{HostPort, IoLimits, Outcome, Portal, VmId, VolumeKey, VolumeName};
+use served::{Served, may_take_over, unserved_info};
 
 /// What a registry is told.
 #[derive(Debug, Clone)]
@@ -43,6 +47,8 @@ pub struct RegistrySettings {
     pub reservations: bool,
     /// When a volume in trouble is tried again.
     pub backoff: Backoff,
+    /// How long an announced start of a VM is waited for, unless the request says.
+    pub start: Duration,
 }
 
 /// How long a look at one VM may take when all are listed.
@@ -51,15 +57,6 @@ const LOOK: Duration = Duration::from_secs(5);
 const EFFECTS: Duration = Duration::from_secs(5);
 /// How long a VM's lock is waited for: a predecessor that is just ending still has it.
 const TAKE_OVER: Duration = Duration::from_secs(5);
-
-/// One VM that is served.
-struct Served {
-    ways: Arc<Ways>,
-    handler: Handler,
-    since: std::sync::Mutex<(VmState, Timestamp)>,
-    /// Nobody else on this node serves this VM while it is held.
-    _lock: Box<dyn LockGuard>,
-}
 
 /// All VMs that this process serves.
 pub struct Registry {
@@ -164,8 +161,12 @@ impl Registry {
     }
 
     fn ways(&self, spec: VmSpec) -> Ways {
+        self.ways_over(spec, self.effects())
+    }
+
+    fn ways_over(&self, spec: VmSpec, effects: EffectsStore) -> Ways {
         let (board, desired) = (self.board.clone(), self.desired.clone());
-        Ways::new(spec, self.host.clone(), board, desired, self.effects())
+        Ways::new(spec, self.host.clone(), board, desired, effects)
     }
 
     async fn serve(&self, spec: VmSpec) -> Result<Served, Failure> {
@@ -175,6 +176,7 @@ impl Registry {
             Some(lock) => lock,
             None => self.lock(&id).await?,
         };
+        let incoming = self.resume_move(&spec).await?;
         let ways = Arc::new(self.ways(spec));
         let tools = Tools {
             tracker: self.storage.tracker.clone(),
@@ -190,10 +192,11 @@ impl Registry {
                 require_wwid: self.settings.node.require_wwid,
                 reservations: self.settings.reservations,
             },
+            moving: incoming.is_some(),
         };
         let handler = Handler::start(id, tools).await?;
         let since = std::sync::Mutex::new((VmState::Unknown, Timestamp::now()));
-        Ok(Served { ways, handler, since, _lock: lock })
+        Ok(Served { ways, incoming: Mutex::new(incoming), handler, since, _lock: lock })
     }
 
     async fn lock(&self, id: &VmId) -> Result<Box<dyn LockGuard>, Failure> {
@@ -230,79 +233,6 @@ impl Registry {
     }
 }
 
-/// Whether a VM's volumes may go over to its registration as `new`: to another pod of the same name,
-/// once the guest in the one before has ended.
-async fn may_take_over(old: &Ways, new: &VmSpec) -> Result<(), Refusal> {
-    let (id, known) = (&new.id, old.spec());
-    let refusal = |message| Err(Refusal::new(Reason::VmExists, message).field("vm"));
-    let (VmPlace::Pod { uid, .. }, VmPlace::Pod { uid: other, .. }) = (&known.place, &new.place)
-    else {
-        return refusal(format!("VM {id} is registered with other particulars and has volumes"));
-    };
-    if uid == other {
-        return refusal(format!("VM {id} is registered with other particulars and has volumes"));
-    }
-    if !old.has_ended().await? {
-        return refusal(format!("VM {id} still runs in pod {uid}, with volumes"));
-    }
-    tracing::info!(vm = %id, from = uid, to = other, "the VM has a new pod: its volumes go there");
-    Ok(())
-}
-
-/// What is told of a VM that could not be taken up.
-fn unserved_info((spec, failure, since): &(VmSpec, Failure, Timestamp)) -> VmInfo {
-    VmInfo {
-        spec: spec.clone(),
-        state: VmState::Unknown,
-        since: *since,
-        volumes: 0,
-        revision: None,
-        pod_dir: None,
-        cgroup: None,
-        hotplug_dir: None,
-        hotplug_dir_in_pod: None,
-        reason: Some(failure.reason),
-        message: failure.message.clone(),
-    }
-}
-
-impl Served {
-    async fn info(&self) -> VmInfo {
-        let looked = tokio::time::timeout(LOOK, self.ways.look()).await.ok();
-        let failure = match &looked {
-            Some(looked) => looked.failure.clone(),
-            None => Some(Failure::new(
-                Reason::DeadlineExceeded,
-                format!("the VM's libvirt or pod did not answer within {LOOK:?}"),
-            )),
-        };
-        let state = looked.as_ref().map_or(VmState::Unreachable, |l| l.state);
-        let since = {
-            // A panicking holder leaves a whole pair behind.
-            let mut since = self.since.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            if since.0 != state {
-                *since = (state, Timestamp::now());
-            }
-            since.1
-        };
-        let volumes = self.handler.count().await.unwrap_or(0);
-        let revision = self.handler.revision().await.unwrap_or_default();
-        VmInfo {
-            spec: self.ways.spec().clone(),
-            state,
-            since,
-            volumes: u32::try_from(volumes).unwrap_or(u32::MAX),
-            revision,
-            pod_dir: self.ways.pod_dir(),
-            cgroup: looked.as_ref().and_then(|l| l.cgroup.clone()),
-            hotplug_dir: looked.as_ref().and_then(|l| l.hotplug_dir.clone()),
-            hotplug_dir_in_pod: looked.and_then(|l| l.hotplug_dir_in_pod),
-            reason: failure.as_ref().map(|f| f.reason),
-            message: failure.map(|f| f.message).unwrap_or_default(),
-        }
-    }
-}
-
 #[async_trait]
 impl Volumes for Registry {
     async fn register_vm(&self, spec: VmSpec) -> Result<Outcome<VmInfo>, Refusal> {
@@ -320,6 +250,10 @@ impl Volumes for Registry {
             if *served.ways.spec() == spec {
                 drop(changing);
                 return Ok(Outcome::Already(served.info().await));
+            }
+            if served.incoming.lock().await.is_some() {
+                let message = format!("VM {} is about to move to another pod", spec.id);
+                return Err(Refusal::new(Reason::VmMigrating, message).field("vm"));
             }
             has_volumes = served.handler.count().await? > 0;
             if has_volumes {
@@ -365,6 +299,10 @@ impl Volumes for Registry {
             }
             Err(refusal) => return Err(refusal),
         };
+        if served.incoming.lock().await.is_some() {
+            let message = format!("VM {id} is about to move to another pod");
+            return Err(Refusal::new(Reason::VmMigrating, message).field("vm"));
+        }
         let volumes = served.handler.count().await?;
         if volumes > 0 {
             let message = format!("VM {id} still has volumes: {volumes}");
@@ -425,6 +363,33 @@ impl Volumes for Registry {
 
     async fn sync_volumes(&self, vm: &VmId, set: Set) -> Result<Synced, Refusal> {
         self.served(vm)?.handler.sync(set).await
+    }
+
+    async fn prepare_start(
+        &self,
+        vm: &VmId,
+        within: Option<Duration>,
+    ) -> Result<Vec<(VolumeName, Answer)>, Refusal> {
+        let within = within.unwrap_or(self.settings.start);
+        Registry::prepare_start(self, vm, within).await
+    }
+
+    async fn prepare_migration_target(
+        &self,
+        vm: &VmId,
+        place: VmPlace,
+        within: Option<Duration>,
+    ) -> Result<Vec<(VolumeName, Answer)>, Refusal> {
+        let within = within.unwrap_or(self.settings.start);
+        self.prepare_target(vm, place, within).await
+    }
+
+    async fn finish_migration(&self, vm: &VmId) -> Result<Vec<(VolumeName, Answer)>, Refusal> {
+        self.finish_move(vm).await
+    }
+
+    async fn cancel_migration(&self, vm: &VmId) -> Result<Outcome, Refusal> {
+        self.cancel_move(vm).await
     }
 
     fn max_batch(&self) -> usize {

@@ -30,10 +30,13 @@ pub trait Steps: Send + Sync + 'static {
         options: RemoveOptions,
     ) -> Result<Vec<String>, Refusal>;
 
-    /// Goes the whole way, or finds it gone; `returns` is whether the volume was attached before, as far
-    /// as the handler knows. On failure all is undone, unless there is something
+    /// Goes the whole way, or finds it gone. On failure all is undone, unless there is something
     /// [`Left`].
-    async fn attach(&self, volume: &StoredVolume, returns: bool) -> Result<(), AttachFailure>;
+    async fn attach(
+        &self,
+        volume: &StoredVolume,
+        how: Circumstances,
+    ) -> Result<Came, AttachFailure>;
 
     /// Has a ready volume follow its LUN, which has grown, or finds that it has; `expected` is the size
     /// that the LUN must have by now. Nothing is undone when it fails: asked again, it goes on.
@@ -56,6 +59,24 @@ pub trait Steps: Send + Sync + 'static {
 
     /// Goes the whole way back, from wherever an attach came to.
     async fn detach(&self, volume: &VolumeSpec, options: RemoveOptions) -> Result<(), Failure>;
+}
+
+/// What the handler knows of a volume that it has attached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Circumstances {
+    /// It was attached before.
+    pub returns: bool,
+    /// The VM is about to start: while it does not run, all is done that can be done without it.
+    pub starting: bool,
+}
+
+/// How far an attach came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Came {
+    /// The guest has it.
+    ToGuest,
+    /// Node and grant wait for a VM that is about to start.
+    ToPod,
 }
 
 /// An attach that did not succeed.

@@ -9,12 +9,12 @@ use async_trait::async_trait;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Mutex, mpsc, watch};
 
-use super::discover::{self, Place};
+use super::discover::{self, Place, Wanted};
 use super::facade::{Refusal, VmState};
 use super::failure::Failure;
 use super::order::Order;
 use super::publish::Board;
-use super::steps::{AttachFailure, ExpandFailure, Grown, Sight, Steps, Stir};
+use super::steps::{AttachFailure, Came, Circumstances, ExpandFailure, Grown, Sight, Steps, Stir};
 use super::{attach, checks, detach, expand, limits, look};
 use crate::cgroup::Grants;
 use crate::connector::{Connector, Touched};
@@ -232,10 +232,17 @@ impl Ways {
             }
         }
         let settings = &self.settings().discover;
-        let (pods, domain) = (&self.host.pods, &self.vm.domain);
-        let place = discover::discover(pods, settings, &self.vm.place, domain).await?;
+        let (pods, qemu) = (&self.host.pods, Wanted::Qemu(self.vm.domain.clone()));
+        let place = discover::discover(pods, settings, &self.vm.place, &qemu).await?;
         *self.found() = Some(place.clone());
         Ok(place)
+    }
+
+    /// The place at which the VM will be, before it runs.
+    pub(super) async fn place_to_be(&self) -> Result<Place, Failure> {
+        let settings = &self.settings().discover;
+        let pods = &self.host.pods;
+        Ok(discover::discover(pods, settings, &self.vm.place, &Wanted::Libvirt).await?)
     }
 
     /// The VM's place of a domain that is known to run: as it was found last, while that QEMU runs.
@@ -383,8 +390,12 @@ impl Steps for Ways {
         within(self.settings().check, "the check", check).await
     }
 
-    async fn attach(&self, volume: &StoredVolume, returns: bool) -> Result<(), AttachFailure> {
-        attach::attach(self, volume, returns).await
+    async fn attach(
+        &self,
+        volume: &StoredVolume,
+        how: Circumstances,
+    ) -> Result<Came, AttachFailure> {
+        attach::attach(self, volume, how).await
     }
 
     async fn expand(

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use clap::Parser;
@@ -197,6 +198,49 @@ impl Volumes for Facade {
         let wish = |name: &VolumeName| Wish::Remove { name: name.clone(), options: set.removals };
         let removed = self.change_volumes(vm, gone.iter().map(wish).collect()).await?;
         Ok(Synced { volumes, removed: gone.into_iter().zip(removed).collect() })
+    }
+
+    async fn prepare_start(
+        &self,
+        vm: &VmId,
+        _: Option<Duration>,
+    ) -> Result<Vec<(VolumeName, Answer)>, Refusal> {
+        if !self.0.vms.lock().unwrap().contains_key(vm) {
+            return Err(Refusal::new(Reason::VmNotFound, format!("no VM {vm}")).field("vm"));
+        }
+        let part = |status: VolumeStatus| {
+            let name = status.key.volume.clone();
+            match status.phase {
+                Phase::Ready => (name, Ok(Outcome::Already(status))),
+                _ => {
+                    let refusal = Refusal::new(Reason::PortalUnreachable, "no portal answers");
+                    (name, Err(refusal.field("volume")))
+                }
+            }
+        };
+        Ok(self.list_volumes(Some(vm)).await.into_iter().map(part).collect())
+    }
+
+    async fn prepare_migration_target(
+        &self,
+        vm: &VmId,
+        place: VmPlace,
+        within: Option<Duration>,
+    ) -> Result<Vec<(VolumeName, Answer)>, Refusal> {
+        if matches!(place, VmPlace::Host { .. }) {
+            let refusal = Refusal::new(Reason::Unsupported, "only from pod to pod");
+            return Err(refusal.field("place"));
+        }
+        self.prepare_start(vm, within).await
+    }
+
+    async fn finish_migration(&self, vm: &VmId) -> Result<Vec<(VolumeName, Answer)>, Refusal> {
+        let refusal = Refusal::new(Reason::VmRunning, format!("VM {vm} still runs"));
+        Err(refusal.field("vm"))
+    }
+
+    async fn cancel_migration(&self, _: &VmId) -> Result<Outcome, Refusal> {
+        Ok(Outcome::Already(()))
     }
 
     fn max_batch(&self) -> usize {

@@ -148,21 +148,16 @@ fn serials_too_long_for_their_bus() {
 
 #[test]
 fn a_domain_that_cannot_take_a_disk() {
-    let with = |domain: Option<SimDomain>, spec: VolumeSpec, reason| {
+    let with = |domain: SimDomain, spec: VolumeSpec, reason| {
         let world = World::new();
-        let endpoint = World::endpoint(1);
-        match domain {
-            Some(domain) => world.host.hypervisor.add_domain(&endpoint, domain),
-            None => world.host.hypervisor.stop_domain(&endpoint, &crate::world::domain(1)),
-        }
+        world.host.hypervisor.add_domain(&World::endpoint(1), domain);
         world.life(async |daemon| refused(&world, &daemon, &spec, reason).await);
     };
-    let from = |xml: &str| Some(SimDomain::from_xml(&domain(1), xml, true));
+    let from = |xml: &str| SimDomain::from_xml(&domain(1), xml, true);
     let mut virtio = volume("data", 1);
     virtio.bus = Bus::Virtio;
     let no_ports = "<domain><name>x</name><os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type></os><devices>
         <controller type='pci' index='0' model='pcie-root'/></devices></domain>";
-    with(None, volume("data", 1), Reason::VmNotRunning);
     with(from("<domain><devices>"), volume("data", 1), Reason::DomainXmlUnsupported);
     with(from("this is not XML"), volume("data", 1), Reason::DomainXmlUnsupported);
     with(from(no_ports), virtio, Reason::NoFreeAddress);

@@ -21,6 +21,7 @@ mod journal;
 mod late;
 mod main_job;
 mod matrix;
+mod moves;
 mod names;
 mod protected;
 mod reconcile;

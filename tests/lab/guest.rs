@@ -108,8 +108,11 @@ fn without_an_agent_nothing_is_taken_unless_forced() {
     virsh(&[
         "qemu-agent-command",
         DOMAIN,
-        r#"{"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","(sleep 25; kill -CONT $(pidof qemu-ga)) >/dev/null 2>&1 & kill -STOP $(pidof qemu-ga)"]}}"#,
+        r#"{"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","(sleep 40; kill -CONT $(pidof qemu-ga)) >/dev/null 2>&1 & kill -STOP $(pidof qemu-ga)"]}}"#,
     ]);
+    // It answers that before it is done.
+    let ping = ["qemu-agent-command", "--timeout", "2", DOMAIN, r#"{"execute":"guest-ping"}"#];
+    until("the agent is silent", Duration::from_secs(20), || virsh(&ping).code != 0);
     refused(remove("agentless", &[]), "GUEST_UNPROVEN");
     until("the agent answers again", Duration::from_secs(120), || in_guest("true").code == 0);
     assert_eq!(volume("agentless")["phase"], "Ready");

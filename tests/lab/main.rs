@@ -28,6 +28,7 @@ mod ifaces;
 mod initiator;
 mod kill;
 mod lifecycle;
+mod migration;
 mod mpathd;
 mod mpconf;
 mod node;

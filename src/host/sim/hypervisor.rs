@@ -85,6 +85,25 @@ impl SimHypervisor {
         libvirt.domains.insert(domain.name().to_owned(), domain);
     }
 
+    /// Adds a libvirt without domains.
+    pub fn add_libvirt(&self, endpoint: &str) {
+        self.lock().libvirts.entry(endpoint.to_owned()).or_default();
+    }
+
+    /// Removes a domain with all that is known of it.
+    pub fn remove_domain(&self, endpoint: &str, domain: &str) {
+        if let Some(libvirt) = self.lock().libvirts.get_mut(endpoint) {
+            libvirt.domains.remove(domain);
+            libvirt.events.send(domain, DomainEvent::Lifecycle(Lifecycle::Stopped));
+        }
+    }
+
+    /// Whether a QEMU of this endpoint may open a device; `Err` says why not.
+    pub fn may_open(&self, endpoint: &str, path: &str, read_only: bool) -> Result<(), String> {
+        let check = self.lock().open_check.clone();
+        check.map_or(Ok(()), |check| check(endpoint, path, read_only))
+    }
+
     /// What decides whether QEMU may open a device; all may be opened while there is none.
     pub fn set_open_check(&self, check: OpenCheck) {
         self.lock().open_check = Some(check);

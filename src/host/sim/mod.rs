@@ -6,6 +6,7 @@ pub mod domain;
 mod faults;
 mod host;
 pub mod hypervisor;
+mod migration;
 pub mod pods;
 pub mod storage;
 

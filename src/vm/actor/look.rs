@@ -82,7 +82,7 @@ impl Actor {
     }
 
     /// Whether a volume is ready and nothing is going on with it.
-    fn is_steady(&self, name: &VolumeName) -> bool {
+    pub(super) fn is_steady(&self, name: &VolumeName) -> bool {
         let idle = |v: &Volume| !v.working && !v.failed && v.removing.is_none();
         self.volumes.get(name).is_some_and(idle) && self.status(name).phase == Phase::Ready
     }

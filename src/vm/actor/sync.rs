@@ -21,6 +21,9 @@ use crate::vm::plan::{Admission, set};
 impl Actor {
     /// Takes a set on, unless it is not the newest; the answers about its volumes come later.
     pub(super) async fn sync(&mut self, set: Set, span: &Span) -> Result<Promises, Refusal> {
+        if let Some(refusal) = self.moves() {
+            return Err(refusal);
+        }
         let Set { revision, volumes, others, removals } = set;
         let admission = set::admit_set(self.revision.as_ref(), &revision)?;
         // A dry run is not recorded, so it is of no revision.

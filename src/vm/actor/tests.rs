@@ -19,12 +19,12 @@ use crate::vm::facade::Refusal;
 use crate::vm::failure::Failure;
 use crate::vm::handler::Handler;
 use crate::vm::plan::{Left, Rules};
-use crate::vm::steps::{AttachFailure, ExpandFailure, Grown, Sight, Stir};
+use crate::vm::steps::{AttachFailure, Came, Circumstances, ExpandFailure, Grown, Sight, Stir};
 
 /// Steps that do what they are told, and tell what they did.
 #[derive(Default)]
 struct Script {
-    attaches: Mutex<VecDeque<Result<(), AttachFailure>>>,
+    attaches: Mutex<VecDeque<Result<Came, AttachFailure>>>,
     detaches: Mutex<VecDeque<Result<(), Failure>>>,
     refuse_remove: Mutex<Option<Refusal>>,
     log: Mutex<Vec<String>>,
@@ -81,18 +81,26 @@ impl Steps for Script {
         }
     }
 
-    async fn attach(&self, volume: &StoredVolume, _: bool) -> Result<(), AttachFailure> {
+    async fn attach(
+        &self,
+        volume: &StoredVolume,
+        how: Circumstances,
+    ) -> Result<Came, AttachFailure> {
         let name = volume.spec.name.to_string();
         self.note(format!(
             "attach {name}{}",
-            if volume.accept_new_identity { " accept" } else { "" }
+            match (volume.accept_new_identity, how.starting) {
+                (true, _) => " accept",
+                (_, true) => " starting",
+                _ => "",
+            }
         ));
         if self.hung.lock().unwrap().contains(&name) {
             std::future::pending::<()>().await;
         }
         assert_ne!(name, "panics", "told to");
-        let result = self.attaches.lock().unwrap().pop_front().unwrap_or(Ok(()));
-        if result.is_ok() {
+        let result = self.attaches.lock().unwrap().pop_front().unwrap_or(Ok(Came::ToGuest));
+        if matches!(result, Ok(Came::ToGuest)) {
             let key = VolumeKey { vm: vm(), volume: volume.spec.name.clone() };
             self.board.phase(&key, Phase::Ready);
         }
@@ -183,6 +191,7 @@ impl World {
             look_interval: Duration::from_secs(60),
             auto_expand: false,
             rules: Rules { max_volumes: 8, require_wwid: false, reservations: false },
+            moving: false,
         };
         Self { script, tools, sim }
     }
@@ -238,7 +247,7 @@ fn name(name: &str) -> VolumeName {
     name.parse().unwrap()
 }
 
-fn failed(reason: Reason) -> Result<(), AttachFailure> {
+fn failed(reason: Reason) -> Result<Came, AttachFailure> {
     Err(AttachFailure { failure: Failure::new(reason, "as told"), left: Left::Nothing })
 }
 

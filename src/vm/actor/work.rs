@@ -16,16 +16,17 @@ use crate::types::{VolumeKey, VolumeName};
 use crate::vm::failure::Failure;
 use crate::vm::handler::Message;
 use crate::vm::plan::{self, Left, Next};
-use crate::vm::steps::AttachFailure;
+use crate::vm::steps::{AttachFailure, Came, Circumstances};
 
 impl Actor {
     /// Sets the volume's task going, unless it runs: attach or detach, whichever is wanted.
     pub(super) fn work(&mut self, name: &VolumeName) {
+        let (starting, away) = (self.is_starting(), self.moving.away);
         let Some(volume) = self.volumes.get_mut(name) else { return };
         if let Some(timer) = volume.timer.take() {
             timer.abort();
         }
-        if volume.working || volume.failed {
+        if volume.working || volume.failed || away {
             volume.again = true;
             return;
         }
@@ -33,7 +34,8 @@ impl Actor {
         let (cancel, cancelled) = oneshot::channel();
         volume.cancel = volume.removing.is_none().then_some(cancel);
         let (steps, name) = (self.tools.steps.clone(), name.clone());
-        let (stored, removing, lasting) = (volume.stored.clone(), volume.removing, volume.lasting);
+        let (stored, removing) = (volume.stored.clone(), volume.removing);
+        let how = Circumstances { returns: volume.lasting, starting };
         let span = match removing {
             None => tracing::info_span!(parent: &volume.cause, "attach", volume = %name),
             Some(_) => tracing::info_span!(parent: &volume.cause, "detach", volume = %name),
@@ -43,7 +45,7 @@ impl Actor {
                 None => {
                     let attached = tokio::select! {
                         biased;
-                        attached = whole(steps.attach(&stored, lasting)) => attached,
+                        attached = whole(steps.attach(&stored, how)) => attached,
                         Ok(()) = cancelled => {
                             Err(Failure::new(Reason::Cancelled, "the volume is wanted no more"))
                         }
@@ -64,7 +66,12 @@ impl Actor {
         self.spawn(task.instrument(span));
     }
 
-    pub(super) async fn attached(&mut self, name: &VolumeName, result: Result<(), AttachFailure>) {
+    pub(super) async fn attached(
+        &mut self,
+        name: &VolumeName,
+        result: Result<Came, AttachFailure>,
+    ) {
+        self.arrived(Some(name));
         let key = self.key(name);
         let Some(volume) = self.volumes.get_mut(name) else { return };
         volume.working = false;
@@ -74,13 +81,15 @@ impl Actor {
             return self.work(name);
         }
         let AttachFailure { failure, left } = match result {
-            Ok(()) => {
+            Ok(Came::ToPod) => return self.waits_for_start(name).await,
+            Ok(Came::ToGuest) => {
                 volume.attempts = 0;
                 volume.lasting = true;
                 volume.cause = Span::none();
                 volume.stored.accept_new_identity = false;
                 volume.attachment = None;
-                return self.look_when_settled();
+                self.look_when_settled();
+                return self.not_starting().await;
             }
             Err(failed) => failed,
         };
@@ -104,6 +113,21 @@ impl Actor {
                 }
                 self.tools.board.trouble(&key, Phase::Failed, &failure, None);
             }
+        }
+    }
+
+    /// Node and grant of a volume are there, and its VM is not yet.
+    async fn waits_for_start(&mut self, name: &VolumeName) {
+        let again = match self.volumes.get_mut(name) {
+            // It may have been called off, or the start, while the last of it was made.
+            Some(volume) => std::mem::take(&mut volume.again) || !self.is_starting(),
+            None => return,
+        };
+        let words = "all is done that can be done before the VM runs";
+        let waits = Failure::new(Reason::VmNotRunning, words);
+        self.tools.board.trouble(&self.key(name), Phase::MountedToPod, &waits, None);
+        if again {
+            self.work(name);
         }
     }
 

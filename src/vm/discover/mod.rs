@@ -16,7 +16,7 @@
 //! at; a process that a hostile pod dresses up as QEMU gains it nothing, since it can only be one of
 //! that pod's own.
 
-mod qemu;
+mod process;
 #[cfg(test)]
 mod tests;
 
@@ -30,6 +30,7 @@ use crate::host::pods::PodDoors;
 use crate::host::procs::{DirView, ProcessId, ProcessInfo};
 use crate::reason::Reason;
 use crate::spec::VmPlace;
+pub use process::Wanted;
 
 /// kubelet's root directory unless configured.
 pub const KUBELET_ROOT: &str = "/var/lib/kubelet";
@@ -76,15 +77,15 @@ pub struct PodPlace {
     pub cgroup: CgroupRef,
     /// Whose the nodes must be.
     pub owner: NodeOwner,
-    /// The QEMU process that all this was found by.
-    pub qemu: ProcessId,
+    /// The process that all this was found by: QEMU, or before there is one, libvirt's daemon.
+    pub by: ProcessId,
 }
 
 impl PodPlace {
-    /// Whether the QEMU that this was found by still runs. When it does not, nothing here may be
+    /// Whether the process that this was found by still runs. When it does not, nothing here may be
     /// relied on.
     pub async fn is_current(&self, doors: &PodDoors) -> Result<bool> {
-        doors.procs.is_alive(self.qemu).await.map_err(procs("looking for QEMU"))
+        doors.procs.is_alive(self.by).await.map_err(procs("looking for QEMU"))
     }
 }
 
@@ -109,12 +110,12 @@ pub enum DiscoverError {
         /// The pod's UID.
         uid: String,
     },
-    /// No process in the pod's cgroup is the domain's QEMU.
-    #[error("no QEMU that runs domain {domain:?} is among the {processes} processes of {scope}{}",
+    /// No process in the pod's cgroup is the one that was looked for.
+    #[error("{wanted} is not among the {processes} processes of {scope}{}",
         if *.hidden { "; some of them are not to be seen: lunplugd needs the host's PID namespace" } else { "" })]
-    NoQemu {
-        /// The domain.
-        domain: String,
+    NotFound {
+        /// What was looked for.
+        wanted: Wanted,
         /// Where it was looked for.
         scope: CgroupRef,
         /// How many processes are there.
@@ -123,10 +124,10 @@ pub enum DiscoverError {
         hidden: bool,
     },
     /// Several processes claim to be it and differ in user or cgroup.
-    #[error("processes {first} and {second} both claim to be the QEMU of domain {domain:?}")]
+    #[error("processes {first} and {second} both claim to be {wanted}")]
     Ambiguous {
-        /// The domain.
-        domain: String,
+        /// What was looked for.
+        wanted: Wanted,
         /// One of them.
         first: u32,
         /// Another.
@@ -198,7 +199,7 @@ impl DiscoverError {
             Self::Hotplug(e) => path_reason(e, Reason::HotplugDirUnsafe),
             Self::DirInPod(_) => Reason::PathNotAllowed,
             Self::NoPodCgroup { .. }
-            | Self::NoQemu { .. }
+            | Self::NotFound { .. }
             | Self::Ambiguous { .. }
             | Self::Vanished { .. } => Reason::QemuNotFound,
             Self::Cgroup { .. } => Reason::CgroupRefused,
@@ -264,12 +265,16 @@ pub async fn processes(doors: &PodDoors, place: &VmPlace) -> Result<usize> {
     Ok(count)
 }
 
-/// Finds all of a VM whose QEMU runs `domain`.
+/// Finds all of a VM by its `wanted` process.
+///
+/// Before there is a QEMU, its place is that of libvirt's daemon, which will start it: in the same
+/// container, seeing the same directories. As whom QEMU will run is told by the daemon's own user, or where that
+/// is root by the owner of the hotplug directory; once QEMU runs, it is found by itself.
 pub async fn discover(
     doors: &PodDoors,
     settings: &Settings,
     place: &VmPlace,
-    domain: &str,
+    wanted: &Wanted,
 ) -> Result<Place> {
     let libvirt = endpoint(doors, settings, place).await?;
     let hotplug = hotplug_dir(doors, settings, place).await?;
@@ -283,10 +288,10 @@ pub async fn discover(
         return Err(DiscoverError::DirInPod(dir_in_pod));
     }
     let found = match cgroup {
-        Some(path) => qemu::find_in_container(doors, path, domain).await?,
-        None => qemu::find_in_pod(doors, uid, domain).await?,
+        Some(path) => process::find_in_container(doors, path, wanted).await?,
+        None => process::find_in_pod(doors, uid, wanted).await?,
     };
-    let owner = node_owner(doors, &found.process, &hotplug, &dir_in_pod).await?;
+    let owner = node_owner(doors, &found.process, wanted, &hotplug, &dir_in_pod).await?;
     // Had it ended and its number been given away in between, or had it been moved, then something
     // else was looked at than what was found.
     let pid = found.process.id.pid;
@@ -294,16 +299,16 @@ pub async fn discover(
     if again.as_ref() != Some(&found.process) {
         return Err(DiscoverError::Vanished { pid });
     }
-    let (cgroup, qemu) = (found.cgroup, found.process.id);
-    Ok(Place { libvirt, pod: Some(PodPlace { hotplug, dir_in_pod, cgroup, owner, qemu }) })
+    let (cgroup, by) = (found.cgroup, found.process.id);
+    Ok(Place { libvirt, pod: Some(PodPlace { hotplug, dir_in_pod, cgroup, owner, by }) })
 }
 
 /// Whether a QEMU that runs `domain` is among a pod's processes: what is left to ask when its libvirt
 /// does not answer.
 pub async fn runs(doors: &PodDoors, uid: &str, domain: &str) -> Result<bool> {
-    match qemu::find_in_pod(doors, uid, domain).await {
+    match process::find_in_pod(doors, uid, &Wanted::Qemu(domain.into())).await {
         Ok(_) => Ok(true),
-        Err(DiscoverError::NoPodCgroup { .. } | DiscoverError::NoQemu { hidden: false, .. }) => {
+        Err(DiscoverError::NoPodCgroup { .. } | DiscoverError::NotFound { hidden: false, .. }) => {
             Ok(false)
         }
         Err(error) => Err(error),
@@ -317,15 +322,16 @@ async fn pod_dir(doors: &PodDoors, settings: &Settings, uid: &str) -> Result<Pod
 /// Proves that QEMU sees that very directory and can open nodes in it, and tells whose they must be.
 async fn node_owner(
     doors: &PodDoors,
-    qemu: &ProcessInfo,
+    process: &ProcessInfo,
+    wanted: &Wanted,
     hotplug: &HotplugDir,
     dir_in_pod: &Path,
 ) -> Result<NodeOwner> {
     let dir_in_pod = dir_in_pod.to_owned();
-    let view = match doors.procs.sees(qemu.id, &dir_in_pod).await {
+    let view = match doors.procs.sees(process.id, &dir_in_pod).await {
         Ok(view) => view,
         Err(source) if source.raw_os_error() == Some(nix::libc::ESRCH) => {
-            return Err(DiscoverError::Vanished { pid: qemu.id.pid });
+            return Err(DiscoverError::Vanished { pid: process.id.pid });
         }
         Err(source) => return Err(DiscoverError::NotSeen { dir_in_pod, source }),
     };
@@ -335,15 +341,24 @@ async fn node_owner(
     if view.nodev {
         return Err(DiscoverError::Nodev { dir_in_pod });
     }
-    owner_on_host(qemu, hotplug.owner(), view)
-        .ok_or(DiscoverError::Unmapped { dir_in_pod, uid: qemu.uid })
+    let (uid, gid) = match (wanted, process.uid) {
+        // A daemon of root's runs QEMU as another user: as the one whose directory it is.
+        (Wanted::Libvirt, 0) => (view.uid, view.gid),
+        (_, uid) => (uid, process.gid),
+    };
+    owner_on_host((uid, gid), hotplug.owner(), view)
+        .ok_or(DiscoverError::Unmapped { dir_in_pod, uid })
 }
 
 /// QEMU's user and group as the host must write them into the directory, so that QEMU finds itself
 /// to be the owner. `/proc` gives them in the host's user namespace already, whatever the pod's. An
 /// idmapped mount in the pod shifts what is stored; by how much shows in the directory's own owner,
 /// seen from both sides. `None` when the shift leads nowhere.
-fn owner_on_host(qemu: &ProcessInfo, on_host: (u32, u32), in_pod: DirView) -> Option<NodeOwner> {
+fn owner_on_host(
+    (uid, gid): (u32, u32),
+    on_host: (u32, u32),
+    in_pod: DirView,
+) -> Option<NodeOwner> {
     /// What the kernel shows for an id that a mount does not map.
     const OVERFLOW: u32 = 65534;
     let shift = |id: u32, host: u32, pod: u32| {
@@ -353,8 +368,8 @@ fn owner_on_host(qemu: &ProcessInfo, on_host: (u32, u32), in_pod: DirView) -> Op
         u32::try_from(i64::from(id) - (i64::from(pod) - i64::from(host))).ok()
     };
     Some(NodeOwner {
-        uid: shift(qemu.uid, on_host.0, in_pod.uid)?,
-        gid: shift(qemu.gid, on_host.1, in_pod.gid)?,
+        uid: shift(uid, on_host.0, in_pod.uid)?,
+        gid: shift(gid, on_host.1, in_pod.gid)?,
     })
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::qemu::{guest_name, is_qemu};
+use super::process::{guest_name, is_qemu};
 use super::*;
 use crate::host::poddir::Inode;
 use crate::host::procs::Membership;
@@ -24,6 +24,10 @@ fn pod() -> VmPlace {
     }
 }
 
+fn qemu() -> Wanted {
+    Wanted::Qemu(DOMAIN.into())
+}
+
 fn host(hierarchy: Hierarchy) -> Arc<SimPods> {
     let pods = SimPods::new(Arc::default());
     pods.add_vm(UID, DOMAIN, hierarchy);
@@ -31,7 +35,7 @@ fn host(hierarchy: Hierarchy) -> Arc<SimPods> {
 }
 
 async fn find(pods: &Arc<SimPods>, place: &VmPlace) -> Result<Place> {
-    discover(&pods.doors(), &Settings::default(), place, DOMAIN).await
+    discover(&pods.doors(), &Settings::default(), place, &qemu()).await
 }
 
 /// The reason of a failed discovery after a change to the pod.
@@ -67,6 +71,31 @@ async fn the_libvirt_of_a_pod_is_known_before_its_vm_runs() {
     assert!(dir.is_some(), "nodes can be removed after its end");
     let error = find(&pods, &pod()).await.expect_err("there is no QEMU");
     assert_eq!(error.reason(), Reason::QemuNotFound);
+}
+
+/// Before it runs, a VM's place is that of the daemon that will start it.
+#[tokio::test]
+async fn a_vm_that_is_to_start_is_found_by_its_libvirt() {
+    for hierarchy in [Hierarchy::V1, Hierarchy::V2] {
+        let pods = SimPods::new(Arc::default());
+        pods.add_pod(UID, hierarchy);
+        let find = async |user: u32| {
+            pods.edit(UID, |pod| pod.processes[0].uid = user);
+            let found =
+                discover(&pods.doors(), &Settings::default(), &pod(), &Wanted::Libvirt).await;
+            found.expect("it is there").pod.expect("it is in a pod")
+        };
+        let found = find(64055).await;
+        assert_eq!(found.owner, NodeOwner { uid: 64055, gid: 107 });
+        assert!(found.cgroup.path.ends_with(format!("pod{UID}/compute")), "the container's");
+        // As whom a daemon of root's will run QEMU is seen by whose directory it is.
+        assert_eq!(find(0).await.owner, NodeOwner { uid: 0, gid: 0 });
+        pods.edit(UID, |pod| pod.processes.clear());
+        let error = discover(&pods.doors(), &Settings::default(), &pod(), &Wanted::Libvirt).await;
+        let error = error.expect_err("nobody serves there");
+        assert_eq!(error.reason(), Reason::QemuNotFound);
+        assert!(error.to_string().contains("libvirt"), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -303,9 +332,8 @@ proptest! {
     fn the_owner_is_shifted_as_the_directory_is(
         uid in 0u32..60_000, dir in 0u32..60_000, base in 0u32..1_000_000,
     ) {
-        let qemu = ProcessInfo { uid: uid + base, gid: base, ..process("x", &[]) };
         let view = DirView { inode: Inode { dev: 0, ino: 0 }, nodev: false, uid: dir + base, gid: base };
         prop_assume!(dir + base != 65534 && base != 65534);
-        prop_assert_eq!(owner_on_host(&qemu, (dir, 0), view), Some(NodeOwner { uid, gid: 0 }));
+        prop_assert_eq!(owner_on_host((uid + base, base), (dir, 0), view), Some(NodeOwner { uid, gid: 0 }));
     }
 }

@@ -27,6 +27,8 @@ use crate::types::{DevNum, VolumeName};
 /// Where the simulated hierarchies are mounted.
 const V1_ROOT: &str = "/sys/fs/cgroup/devices";
 const V2_ROOT: &str = "/sys/fs/cgroup";
+/// The program that runs guests.
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// Something in a pod's directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,29 +120,36 @@ impl SimPods {
 
     /// Adds a pod in kubelet's layout with a QEMU that runs `domain`. One with that UID is replaced.
     pub fn add_vm(&self, uid: &str, domain: &str, hierarchy: Hierarchy) {
+        self.new_pod(uid, hierarchy);
+        self.start_qemu(uid, domain);
+    }
+
+    /// Adds a pod with libvirt's daemon, and no VM yet.
+    pub fn add_pod(&self, uid: &str, hierarchy: Hierarchy) {
+        self.new_pod(uid, hierarchy);
+        self.start(uid, "/usr/sbin/virtqemud", &[]);
+    }
+
+    fn new_pod(&self, uid: &str, hierarchy: Hierarchy) {
         let mut state = self.lock();
         let pod = new_pod(uid, hierarchy, state.number());
         state.pods.insert(uid.into(), pod);
-        drop(state);
-        self.start_qemu(uid, domain);
     }
 
     /// Starts a (or another) QEMU in a pod.
     pub fn start_qemu(&self, uid: &str, domain: &str) {
+        self.start(uid, QEMU, &["-name", &format!("guest={domain},debug-threads=on")]);
+    }
+
+    fn start(&self, uid: &str, exe: &str, args: &[&str]) {
         let mut state = self.lock();
         let pid = 1000 + state.number();
         let Some(pod) = state.pods.get_mut(uid) else { return };
         let dir = pod.cgroup.path.clone();
         pod.processes.push(ProcessInfo {
             id: ProcessId { pid, start: u64::from(pid) * 100 },
-            exe: "/usr/bin/qemu-system-x86_64".into(),
-            args: [
-                "/usr/bin/qemu-system-x86_64",
-                "-name",
-                &format!("guest={domain},debug-threads=on"),
-            ]
-            .map(str::to_owned)
-            .to_vec(),
+            exe: exe.into(),
+            args: std::iter::once(exe).chain(args.iter().copied()).map(str::to_owned).collect(),
             uid: 64055,
             gid: 107,
             cgroups: vec![Membership { hierarchy: pod.cgroup.hierarchy, dir }],
@@ -149,7 +158,7 @@ impl SimPods {
 
     /// Ends all QEMU processes of a pod.
     pub fn kill_qemu(&self, uid: &str) {
-        self.edit(uid, |pod| pod.processes.clear());
+        self.edit(uid, |pod| pod.processes.retain(|process| process.exe != Path::new(QEMU)));
     }
 
     /// Removes a pod's directory alone; its processes go on.

@@ -108,11 +108,11 @@ async fn root_a_real_process_is_found_and_gets_its_node() {
     for root in roots("root_a_real_process_is_found_and_gets_its_node") {
         let mut pod = RealPod::new(&root, "found");
         let doors = PodDoors::real(Path::new("/proc"));
-        let place = discover(&doors, &pod.settings(), &pod.place(), DOMAIN).await;
+        let place = discover(&doors, &pod.settings(), &pod.place(), &qemu()).await;
         let found = place.expect("it is there").pod.expect("in a pod");
         assert_eq!(found.owner, OWNER);
         assert_eq!(found.cgroup.path, pod.cgroups[0]);
-        assert_eq!(found.qemu.pid, pod.qemu.id());
+        assert_eq!(found.by.pid, pod.qemu.id());
 
         let nodes = DevNodes::new(doors.nodes.clone());
         let dev = DevNum { major: 7, minor: 6 };
@@ -122,11 +122,12 @@ async fn root_a_real_process_is_found_and_gets_its_node() {
         assert!(meta.file_type().is_block_device());
         assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o7777), (64055, 107, 0o600));
 
-        let other = discover(&doors, &pod.settings(), &pod.place(), "another").await;
+        let other =
+            discover(&doors, &pod.settings(), &pod.place(), &Wanted::Qemu("another".into())).await;
         assert_eq!(other.expect_err("not its domain").reason(), Reason::QemuNotFound);
         pod.end_qemu();
         assert!(!found.is_current(&doors).await.expect("readable"));
-        let ended = discover(&doors, &pod.settings(), &pod.place(), DOMAIN).await;
+        let ended = discover(&doors, &pod.settings(), &pod.place(), &qemu()).await;
         assert_eq!(ended.expect_err("it ended").reason(), Reason::QemuNotFound);
     }
 }
@@ -138,7 +139,7 @@ async fn root_a_qemu_outside_of_the_pod_is_not_the_pods() {
         let pid = pod.qemu.id().to_string();
         let doors = PodDoors::real(Path::new("/proc"));
         let reason = async |pod: &RealPod| {
-            let found = discover(&doors, &pod.settings(), &pod.place(), DOMAIN).await;
+            let found = discover(&doors, &pod.settings(), &pod.place(), &qemu()).await;
             found.expect_err("it must be refused").reason()
         };
         // In the pod's own cgroup, in no container.
@@ -151,7 +152,7 @@ async fn root_a_qemu_outside_of_the_pod_is_not_the_pods() {
         if let VmPlace::Pod { cgroup, .. } = &mut place {
             *cgroup = Some(root.clone());
         }
-        let error = discover(&doors, &pod.settings(), &place, DOMAIN).await;
+        let error = discover(&doors, &pod.settings(), &place, &qemu()).await;
         assert_eq!(error.expect_err("the root").reason(), Reason::CgroupRefused);
         pod.end_qemu();
     }

@@ -175,6 +175,21 @@ impl Desired {
         .await
     }
 
+    /// A volume's LUN has grown: it must have that size (bytes) from now on. Nothing else of the volume is
+    /// written, and nothing where there is no such volume (any more): its removal may have come in between.
+    pub async fn raise_size(&self, key: &VolumeKey, size: u64) -> Result<(), Error> {
+        let (vm, name) = (key.vm.to_string(), key.volume.to_string());
+        self.write(move |c| {
+            c.execute(
+                "UPDATE volumes SET spec = json_set(spec, '$.expect_size', json(?3))
+                 WHERE vm = ?1 AND volume = ?2",
+                params![vm, name, size.to_string()],
+            )
+        })
+        .await
+        .map(drop)
+    }
+
     /// Volumes of a VM are wanted no more. They stay known until they are gone, whatever boots come in
     /// between.
     pub async fn put_removals(

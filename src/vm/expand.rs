@@ -103,12 +103,11 @@ impl Way<'_> {
 
     /// A volume that must have a size must have the LUN's new one from now on.
     async fn raise(&mut self, size: u64) -> Result<(), Failure> {
-        let mut stored = self.volume.clone();
-        if stored.spec.expect_size.is_none_or(|expected| expected >= size) {
+        let spec = &self.volume.spec;
+        if spec.expect_size.is_none_or(|expected| expected >= size) {
             return Ok(());
         }
-        stored.spec.expect_size = Some(size);
-        self.ways.desired.put_volume(&self.ways.vm.id, &stored).await?;
+        self.ways.desired.raise_size(&self.ways.key(&spec.name), size).await?;
         self.raised = Some(size);
         Ok(())
     }

@@ -58,6 +58,24 @@ async fn an_identity_outlives_its_volume_but_not_its_vm() {
     assert_eq!(store.identity(&key("a", "v"), "src").await.unwrap(), None);
 }
 
+/// An expand ends beside the handler, which may have taken on the volume's removal meanwhile.
+#[tokio::test]
+async fn a_size_is_raised_without_touching_a_removal_or_bringing_a_volume_back() {
+    let store = Desired::in_memory().unwrap();
+    store.put_vm(&vm("a")).await.unwrap();
+    store.put_volume(&vm("a").id, &stored("v")).await.unwrap();
+    let force = RemoveOptions { force: true, dry_run: false };
+    let removal = (stored("v").spec.name, force);
+    store.put_removals(&vm("a").id, &[removal]).await.unwrap();
+    store.raise_size(&key("a", "v"), 1 << 40).await.unwrap();
+    let mut raised = StoredVolume { removing: Some(force), ..stored("v") };
+    raised.spec.expect_size = Some(1 << 40);
+    assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [raised]);
+    store.delete_volume(&key("a", "v")).await.unwrap();
+    store.raise_size(&key("a", "v"), 1 << 41).await.unwrap();
+    assert_eq!(store.volumes(&vm("a").id).await.unwrap(), []);
+}
+
 #[tokio::test]
 async fn many_volumes_are_stored_in_their_order_all_or_none() {
     let store = Desired::in_memory().unwrap();

@@ -77,6 +77,14 @@ pub enum Error {
         /// The iface of the record that is there.
         iface: String,
     },
+    /// A connector was given another's source: a mistake of ours.
+    #[error("{source_key} is not of {transport}")]
+    OtherTransport {
+        /// The connector's.
+        transport: &'static str,
+        /// What makes the source.
+        source_key: String,
+    },
     /// There is nothing that could be expanded.
     #[error("nothing is attached for {owner}")]
     NotAttached {
@@ -266,6 +274,7 @@ impl Error {
             Self::Size(e) => e.reason(),
             Self::ReadOnly { .. } => Reason::LunReadOnly,
             Self::NoIface { .. } => Reason::IfaceNotFound,
+            Self::OtherTransport { .. } => Reason::Internal,
             Self::NotAttached { .. } => Reason::VolumeNotReady,
             Self::SourceInUse { .. } => Reason::SourceInUse,
             Self::StaleDeviceHeld { .. } => Reason::StaleDeviceHeld,

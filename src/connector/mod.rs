@@ -6,10 +6,12 @@ pub mod facts;
 mod guestlun;
 mod health;
 mod identity;
-pub mod iscsi;
+mod iscsi;
 mod lease;
+mod lun;
 mod mapchange;
 mod multipath;
+mod san;
 mod scsi;
 pub mod settings;
 mod size;
@@ -18,7 +20,7 @@ mod wait;
 
 pub use error::Error;
 pub use health::{Health, Paths};
-pub use iscsi::IscsiConnector;
+pub use san::SanConnector;
 pub use settings::Settings;
 pub use touched::Touched;
 

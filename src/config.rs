@@ -166,6 +166,9 @@ pub struct Deadlines {
     /// One exchange with multipathd.
     #[serde(with = "friendly")]
     pub multipathd: Duration,
+    /// A Fibre Channel target port that is not online, to an attach that has no other.
+    #[serde(with = "friendly")]
+    pub fc_port: Duration,
 }
 
 impl Default for Deadlines {
@@ -182,6 +185,7 @@ impl Default for Deadlines {
             guest_unplug: s(30),
             kernel_call: s(30),
             multipathd: s(10),
+            fc_port: s(10),
         }
     }
 }
@@ -296,6 +300,7 @@ impl Config {
                 login_timeout: seconds(self.iscsi.login_timeout),
                 login_retries: self.iscsi.login_retries,
             },
+            fc: connector::FcSettings { port_ms: millis(self.deadlines.fc_port) },
             ..connector::Settings::default()
         }
     }

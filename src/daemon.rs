@@ -296,6 +296,7 @@ fn node_info(
         max_vms: config.limits.max_vms,
         max_volumes_per_vm: config.limits.max_volumes_per_vm,
         require_wwid: config.require_wwid,
+        hbas: Vec::new(),
     }
 }
 

@@ -7,12 +7,13 @@ use async_trait::async_trait;
 use tokio::sync::broadcast;
 
 use super::error::Error;
+use super::fc::{self, Fc};
 use super::iscsi::Iscsi;
 use super::lun::Luns;
 use super::settings::Settings;
 use super::touched::Touched;
 use super::{
-    AttachRequest, Attachment, Authentication, Connector, DetachOptions, Discovered, Health,
+    AttachRequest, Attachment, Authentication, Connector, DetachOptions, Discovered, Hba, Health,
     Measured,
 };
 use crate::host::storage::StorageDoors;
@@ -22,13 +23,19 @@ use crate::types::{Outcome, Portal, VolumeKey, Wwid};
 /// Attaches and detaches LUNs of every transport. Clones share everything.
 #[derive(Clone)]
 pub struct SanConnector {
+    doors: StorageDoors,
     iscsi: Arc<Luns<Iscsi>>,
+    fc: Arc<Luns<Fc>>,
 }
 
 impl SanConnector {
     /// A connector over these doors.
     pub fn new(doors: StorageDoors, settings: Settings) -> Self {
-        Self { iscsi: Arc::new(Luns::new(doors, settings)) }
+        Self {
+            iscsi: Arc::new(Luns::new(doors.clone(), settings.clone())),
+            fc: Arc::new(Luns::new(doors.clone(), settings)),
+            doors,
+        }
     }
 
     /// Undoes what no volume wants: sessions and records that a killed daemon's login left. For the
@@ -45,16 +52,18 @@ impl SanConnector {
     /// Returns when nothing goes on in the background: no login, no late path.
     pub async fn settled(&self) {
         self.iscsi.settled().await;
+        self.fc.settled().await;
     }
 
     fn of(&self, source: &Source) -> &dyn Connector {
         match source {
             Source::Iscsi(_) => &self.iscsi,
+            Source::Fc(_) => &self.fc,
         }
     }
 
-    fn all(&self) -> [&dyn Connector; 1] {
-        [&self.iscsi]
+    fn all(&self) -> [&dyn Connector; 2] {
+        [&self.iscsi, &self.fc]
     }
 }
 
@@ -87,7 +96,23 @@ impl Connector for SanConnector {
     }
 
     async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>> {
-        self.iscsi.inspect(volumes).await
+        let mut found: Vec<Option<Result<Health, Error>>> = volumes.iter().map(|_| None).collect();
+        for connector in self.all() {
+            // In the order asked for; each transport is asked once.
+            let is_its =
+                |(_, source): &&(VolumeKey, Source)| std::ptr::addr_eq(self.of(source), connector);
+            let its: Vec<_> = volumes.iter().filter(is_its).cloned().collect();
+            if its.is_empty() {
+                continue;
+            }
+            let mut healths = connector.inspect(&its).await.into_iter();
+            for (place, volume) in found.iter_mut().zip(volumes) {
+                if is_its(&volume) {
+                    *place = healths.next();
+                }
+            }
+        }
+        found.into_iter().flatten().collect()
     }
 
     async fn measure(
@@ -119,6 +144,10 @@ impl Connector for SanConnector {
         authentication: Authentication,
     ) -> Result<Vec<Discovered>, Error> {
         self.iscsi.discover(portal, authentication).await
+    }
+
+    async fn hbas(&self) -> Result<Vec<Hba>, Error> {
+        fc::hbas(&*self.doors.sysfs).await
     }
 
     async fn owners(&self) -> Result<Vec<VolumeKey>, Error> {

@@ -165,7 +165,7 @@ async fn one_portal_without_multipathd_is_a_single_path() {
     assert_eq!(got.device.size, GIB);
     assert_eq!(got.device.map, None);
     assert_eq!(san.sim.lun_of(got.device.dev), Some((target(), lun(1))));
-    let Source::Iscsi(s) = source(1, &[2]);
+    let Source::Iscsi(s) = source(1, &[2]) else { panic!("of iSCSI") };
     let setting = |name| san.sim.record_setting(&s.target, portal(2), name);
     assert_eq!(setting("node.session.scan").as_deref(), Some("manual"));
     assert_eq!(setting("node.session.timeo.replacement_timeout").as_deref(), Some("120"));
@@ -276,7 +276,7 @@ async fn a_portal_that_does_not_let_us_in_says_why() {
     }
     let san = San::new();
     let mut r = request("a", 1, &[2]);
-    let Source::Iscsi(s) = &mut r.source;
+    let Source::Iscsi(s) = &mut r.source else { panic!("of iSCSI") };
     s.target = "iqn.2026-01.example.san:other".parse().expect("iqn");
     assert_eq!(san.refused(&r).await.reason(), Reason::TargetNotFound);
     san.sim.set_tool_missing(Tool::Iscsiadm, true);

@@ -61,8 +61,7 @@ impl Transport for Iscsi {
     type State = Logins;
 
     fn source(source: &Source) -> Option<&IscsiSource> {
-        let Source::Iscsi(source) = source;
-        Some(source)
+        source.as_iscsi()
     }
 
     fn targets(source: &IscsiSource) -> Vec<Access> {

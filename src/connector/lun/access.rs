@@ -1,6 +1,7 @@
 //! The targets of a volume's LUN, as this node comes to them.
 
 use super::transport::Transport;
+use crate::connector::lease::User;
 use crate::types::Lun;
 
 /// One of the targets at which a volume's LUN is to be had.
@@ -8,7 +9,7 @@ use crate::types::Lun;
 pub(crate) struct Access<T: Transport> {
     /// The target.
     pub(crate) target: T::Target,
-    /// The routes to it that are wanted, at least one.
+    /// The routes to it that are wanted.
     pub(crate) routes: Vec<T::Route>,
     /// The LUN's number there.
     pub(crate) lun: Lun,
@@ -24,6 +25,19 @@ impl<T: Transport> Access<T> {
     pub(crate) fn lease(&self) -> &str {
         self.target.as_ref()
     }
+}
+
+/// A route came up: it takes the place of a vaguer one that was asked for.
+pub(super) fn note_route<T: Transport>(user: &mut User, asked: &[T::Route], came: T::Route) {
+    let came_text = came.to_string();
+    if user.routes.contains(&came_text) {
+        return;
+    }
+    if let Some(vague) = asked.iter().find(|asked| T::covers(**asked, came)) {
+        let vague = vague.to_string();
+        user.routes.retain(|route| *route != vague);
+    }
+    user.routes.push(came_text);
 }
 
 /// How many routes there are to a LUN.

@@ -3,22 +3,22 @@
 use std::sync::Arc;
 
 use super::Luns;
-use super::access::{Access, ways};
+use super::access::{Access, note_route, ways};
 use super::base::describe;
 use super::gather::Gathered;
 use super::transport::{Job, Transport};
 use crate::connector::error::Error;
 use crate::connector::identity::Identity;
 use crate::connector::lease::{Claim, Lease, Made as _, MapLease, User};
-use crate::connector::mapchange;
 use crate::connector::multipath::{self, Above, Map};
 use crate::connector::scsi::{self, ScsiPath};
 use crate::connector::{AttachRequest, Attachment, DetachOptions};
+use crate::connector::{guestlun, mapchange};
 use crate::host::multipathd::MultipathdError;
 use crate::reason::Reason;
 use crate::spec::MultipathPolicy;
 use crate::step::Step;
-use crate::types::Outcome;
+use crate::types::{Outcome, VolumeKey};
 
 impl<T: Transport> Luns<T> {
     /// Attaches a LUN, or finds it attached; what this attach made is undone when it fails.
@@ -191,7 +191,7 @@ impl<T: Transport> Luns<T> {
             Above::Partial(map) | Above::Whole(map) => {
                 note(&map).await?;
                 if job.policy == MultipathPolicy::Off {
-                    if gathered.had_map {
+                    if gathered.had_map && !T::SCANNED_BY_KERNEL {
                         let device = paths[0].disk.name.clone();
                         return Err(Error::DeviceHeld { device, holder: map.name });
                     }
@@ -276,12 +276,21 @@ impl<T: Transport> Luns<T> {
         for part in job.parts().into_iter().rev() {
             let is_first = part.source == *job.first();
             let mine = gathered.used.iter().filter(|(key, _)| *key == part.source.key());
-            let used: Vec<String> = mine.map(|(_, route)| route.to_string()).collect();
+            let used: Vec<T::Route> = mine.map(|(_, route)| *route).collect();
+            if T::SCANNED_BY_KERNEL {
+                self.mark(&job.owner, &part.source).await?;
+            }
             let note = |user: &mut User| {
+                if T::SCANNED_BY_KERNEL {
+                    user.adopt();
+                }
                 user.attachment = is_first.then(|| found.clone());
                 user.step = Some(Step::Remember);
                 if !job.multipath {
-                    user.routes = used;
+                    user.routes = used.iter().map(ToString::to_string).collect();
+                } else {
+                    let routes = &part.source.routes;
+                    used.iter().for_each(|came| note_route::<T>(user, routes, *came));
                 }
             };
             self.change(&job.owner, &part.source, note).await?;
@@ -295,6 +304,20 @@ impl<T: Transport> Luns<T> {
                     }
                     settled => drop(settled?),
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells udev that the paths at a target are guests', and has it look again at those that were there
+    /// before.
+    async fn mark(&self, owner: &VolumeKey, at: &Access<T>) -> Result<(), Error> {
+        let lease: Lease<T::Made> = self.leases.load(at.lease()).await?;
+        for path in lease.user(owner, at.lun).iter().flat_map(|user| &user.paths) {
+            guestlun::mark(&*self.doors.rundir, path.hctl).await?;
+            if let Some(seen) = path.seen.as_ref().filter(|_| !path.made) {
+                let block = format!("{}/block/{}", path.dir, seen.name);
+                guestlun::look_again(&*self.doors.sysfs, &block).await;
             }
         }
         Ok(())

@@ -42,7 +42,15 @@ pub(super) struct Late<T: Transport> {
 /// A route to one of the targets, by the number of that.
 type Place<T> = (usize, <T as Transport>::Route);
 type Came<T> = (Place<T>, Result<<T as Transport>::Way, <T as Transport>::Refused>);
-type Walked<T> = (Place<T>, <T as Transport>::Way, Result<Proven, Error>);
+type Walked<T> = (Place<T>, Walk<T>, Result<Proven, Error>);
+
+/// A way that is being walked.
+#[derive(Clone)]
+struct Walk<T: Transport> {
+    way: T::Way,
+    /// The kernel had a device there, which is nobody's before the volume is attached.
+    kept: bool,
+}
 
 /// The state of one gathering.
 struct Gathering<T: Transport> {
@@ -56,6 +64,7 @@ struct Gathering<T: Transport> {
     queue: VecDeque<Place<T>>,
     begun: HashMap<Place<T>, T::Begun>,
     waiting: Vec<Place<T>>,
+    /// With the routes that came up.
     proven: Vec<(Place<T>, Proven)>,
     refused: Vec<(usize, T::Refused)>,
     missing: Option<Error>,
@@ -186,9 +195,11 @@ impl<T: Transport> Luns<T> {
                 all.walks += 1;
                 let walking = self.walking(&job);
                 let walk = async move {
+                    let kept = inner.is_kept(&job, &way).await;
                     let walked = inner.path(&job, &way).await;
                     drop(walking);
-                    if let Err(unread) = report.send((place, way, walked)) {
+                    let walk = Walk { way, kept };
+                    if let Err(unread) = report.send((place, walk, walked)) {
                         inner.take_unawaited(&job, unread.0).await;
                     }
                 };
@@ -223,9 +234,11 @@ impl<T: Transport> Luns<T> {
     }
 
     /// A path was walked to its end after its gathering had ended, or was called off.
-    async fn take_unawaited(&self, job: &Job<T>, ((_, route), way, walked): Walked<T>) {
+    async fn take_unawaited(&self, job: &Job<T>, ((_, route), walk, walked): Walked<T>) {
+        let Walk { way, kept } = walk;
         let taken = match walked {
-            Ok(proven) => self.take_late(job, route, &way, proven).await,
+            Ok(proven) => self.take_late(job, &way, proven, kept).await,
+            Err(cause) if kept => Err(cause),
             Err(cause) => self.reclaim(job, &way).await.and(Err(cause)),
         };
         if let Err(error) = taken {
@@ -236,11 +249,11 @@ impl<T: Transport> Luns<T> {
 
 impl<T: Transport> Gathering<T> {
     /// Files what came of a path; `true` for the first that was proven.
-    fn take(&mut self, (place, _, walked): Walked<T>) -> bool {
+    fn take(&mut self, (place, walk, walked): Walked<T>) -> bool {
         self.walks -= 1;
         match walked {
             Ok(proven) => {
-                self.proven.push((place, proven));
+                self.proven.push(((place.0, walk.way.route()), proven));
                 return self.proven.len() == 1;
             }
             Err(e) if is_local(&e) => {
@@ -297,6 +310,8 @@ fn is_local(error: &Error) -> bool {
         | Error::ReadOnly { .. }
         | Error::NoIface { .. }
         | Error::RecordInTheWay { .. }
+        | Error::NoHba { .. }
+        | Error::PortNotFound { .. }
         | Error::OtherTransport { .. }
         | Error::NotAttached { .. }
         | Error::SourceInUse { .. }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tracing::Instrument;
 
 use super::Luns;
-use super::access::ways;
+use super::access::{note_route, ways};
 use super::base::agree;
 use super::gather::Late;
 use super::scan::Proven;
@@ -13,7 +13,9 @@ use super::transport::{Job, Transport, Way as _};
 use crate::connector::error::Error;
 use crate::connector::lease::{Lease, PathLease, User};
 use crate::connector::scsi::ScsiPath;
-use crate::connector::{AttachRequest, Attachment, DetachOptions, Expect, multipath, scsi};
+use crate::connector::{
+    AttachRequest, Attachment, DetachOptions, Expect, guestlun, multipath, scsi,
+};
 
 impl<T: Transport> Luns<T> {
     /// Begins the login again at routes that an attached volume has no path by; what comes joins
@@ -86,7 +88,7 @@ impl<T: Transport> Luns<T> {
             let late = async move {
                 let waited = T::await_way(&inner, &job, route, begun).await;
                 let Ok(way) = waited else { return };
-                if let Err(error) = inner.late_path(&job, route, &way).await {
+                if let Err(error) = inner.late_path(&job, &way).await {
                     let error = &error as &dyn std::error::Error;
                     tracing::warn!(error, "a late path was not taken");
                 }
@@ -96,19 +98,14 @@ impl<T: Transport> Luns<T> {
     }
 
     /// The path of a late way, if the volume is still there; undone if it is not the LUN.
-    async fn late_path(
-        self: &Arc<Self>,
-        job: &Job<T>,
-        route: T::Route,
-        way: &T::Way,
-    ) -> Result<(), Error> {
+    async fn late_path(self: &Arc<Self>, job: &Job<T>, way: &T::Way) -> Result<(), Error> {
         let _lun = self.lun_lock(&job.whole).await?;
         if self.attached(job).await?.is_none() {
             return Ok(());
         }
         let added = match self.path(job, way).await {
             Ok(proven) => match self.refuse_unlike(job, &proven).await {
-                Ok(()) => self.add_path(job, route, proven).await,
+                Ok(()) => self.add_path(job, way.route(), proven).await,
                 Err(e) => Err(e),
             },
             Err(e) => Err(e),
@@ -120,13 +117,14 @@ impl<T: Transport> Luns<T> {
         }
     }
 
-    /// Takes a path that was walked to its end after the attach went on without it.
+    /// Takes a path that was walked to its end after the attach went on without it. What was `kept` for its
+    /// having been there is left where there is no volume.
     pub(super) async fn take_late(
         &self,
         job: &Job<T>,
-        route: T::Route,
         way: &T::Way,
         proven: Proven,
+        kept: bool,
     ) -> Result<(), Error> {
         let lun = self.lun_lock(&job.whole).await?;
         match self.attached(job).await? {
@@ -135,13 +133,14 @@ impl<T: Transport> Luns<T> {
                     && found.device.wwid == proven.path.identity.wwid
                     && self.refuse_unlike(job, &proven).await.is_ok() =>
             {
-                self.add_path(job, route, proven).await
+                self.add_path(job, way.route(), proven).await
             }
             Some(_) => {
                 self.drop_path(job, proven.path.hctl).await?;
                 drop(lun);
-                T::settle(self, &job.source.target, &[route]).await.map(drop)
+                T::settle(self, &job.source.target, &[way.route()]).await.map(drop)
             }
+            None if kept => Ok(()),
             None => {
                 drop(lun);
                 self.reclaim(job, way).await
@@ -228,6 +227,19 @@ impl<T: Transport> Luns<T> {
             }
         };
         self.change(&job.owner, job.first(), note).await?;
+        let hctl = late.path.hctl;
+        if T::SCANNED_BY_KERNEL {
+            guestlun::mark(&*self.doors.rundir, hctl).await?;
+            let block = format!("{}/block/{}", late.path.dir, late.path.disk.name);
+            guestlun::look_again(&*self.doors.sysfs, &block).await;
+        }
+        let routed = |user: &mut User| {
+            note_route::<T>(user, &job.source.routes, route);
+            if T::SCANNED_BY_KERNEL {
+                user.paths.iter_mut().filter(|p| p.hctl == hctl).for_each(|p| p.made = true);
+            }
+        };
+        self.change(&job.owner, &job.source, routed).await?;
         multipath::nudge(&*self.doors.multipathd, &[late.path]).await?;
         tracing::info!(%route, "a late path joined");
         Ok(())

@@ -71,6 +71,12 @@ impl<T: Transport> Luns<T> {
         });
     }
 
+    /// Whether there is something that the kernel has scanned by itself, or may have.
+    pub(super) async fn is_kept(&self, job: &Job<T>, way: &T::Way) -> bool {
+        let dir = way.device_dir(way.hctl(job.source.lun.scsi()));
+        T::SCANNED_BY_KERNEL && self.is_there(&dir).await.unwrap_or(true)
+    }
+
     async fn is_there(&self, dir: &str) -> Result<bool, Error> {
         let entries =
             self.doors.sysfs.entries(dir).await.map_err(Error::io(format!("listing {dir}")))?;
@@ -108,7 +114,11 @@ impl<T: Transport> Luns<T> {
                     let path = ScsiPath { hctl, dir: dir.into(), disk, raw_wwid, identity };
                     // A leftover is not used even if it is right now: udev and multipathd may
                     // still know it as what it was when they saw it last.
-                    leftover = ours && known.and_then(|p| p.seen.as_ref()) != Some(&path.seen());
+                    // Where the kernel scans, it is one that has come back.
+                    let seen = known.and_then(|p| p.seen.as_ref());
+                    let back =
+                        T::SCANNED_BY_KERNEL && seen.is_none_or(|seen| seen.wwid == path.raw_wwid);
+                    leftover = ours && !back && seen != Some(&path.seen());
                     if !leftover {
                         let above = multipath::above(sysfs, std::slice::from_ref(&path)).await?;
                         self.announce(job, hctl, dir, ours, Some(path.seen())).await?;

@@ -40,6 +40,11 @@ pub(crate) trait Transport: Debug + Clone + PartialEq + Eq + Send + Sync + 'stat
     /// What the connector keeps in memory.
     type State: Default + Send + Sync;
 
+    /// The kernel scans by itself what comes to be reachable. What it has made so, and multipathd above it,
+    /// is used as it is, and belongs to the volume from when that is attached: a detach takes it away. Until
+    /// then it is left alone.
+    const SCANNED_BY_KERNEL: bool = false;
+
     /// The source, where it is of this transport.
     fn source(source: &Source) -> Option<&Self::Source>;
 
@@ -52,7 +57,7 @@ pub(crate) trait Transport: Debug + Clone + PartialEq + Eq + Send + Sync + 'stat
     /// What a job has of a request.
     fn with(request: &AttachRequest, source: &Self::Source) -> Result<Self::With, Error>;
 
-    /// The routes that the node has to the targets; at least one each.
+    /// The routes that the node has, or may come to have, to the targets; at least one in all.
     async fn routes(
         luns: &Luns<Self>,
         source: &Self::Source,
@@ -77,6 +82,11 @@ pub(crate) trait Transport: Debug + Clone + PartialEq + Eq + Send + Sync + 'stat
         route: Self::Route,
         begun: Option<Self::Begun>,
     ) -> Result<Self::Way, Self::Refused>;
+
+    /// Whether a route that came up is what was asked for.
+    fn covers(asked: Self::Route, came: Self::Route) -> bool {
+        asked == came
+    }
 
     /// No route came up: the error that says most. `refused` has the numbers of the parts.
     async fn unreached(

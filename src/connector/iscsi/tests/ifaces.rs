@@ -14,7 +14,7 @@ fn by(volume: &str, n: u64, name: &Iqn) -> AttachRequest {
 
 fn by_iface(volume: &str, n: u64, iface: Iface) -> AttachRequest {
     let mut r = request(volume, n, &[2, 3]);
-    let Source::Iscsi(source) = &mut r.source;
+    let Source::Iscsi(source) = &mut r.source else { panic!("of iSCSI") };
     source.iface = iface;
     r
 }
@@ -242,7 +242,7 @@ async fn a_record_that_nobody_knows_of_any_more_is_swept() {
     san.attach(&r).await;
     leave(&san, &r).await;
     assert_eq!(san.sim.snapshot(), before);
-    let Source::Iscsi(source) = &r.source;
+    let Source::Iscsi(source) = &r.source else { panic!("of iSCSI") };
     let put = san.connector.doors.iscsidb.put_iface(&source.iface).await.expect("put");
     assert!(put.changed());
     san.connector.sweep().await.expect("swept");

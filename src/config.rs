@@ -170,6 +170,9 @@ pub struct Deadlines {
     /// request says: after that what was made ready for it is undone.
     #[serde(with = "friendly")]
     pub start: Duration,
+    /// A Fibre Channel target port that is not online, to an attach that has no other.
+    #[serde(with = "friendly")]
+    pub fc_port: Duration,
 }
 
 impl Default for Deadlines {
@@ -187,6 +190,7 @@ impl Default for Deadlines {
             kernel_call: s(30),
             multipathd: s(10),
             start: s(300),
+            fc_port: s(10),
         }
     }
 }
@@ -301,6 +305,7 @@ impl Config {
                 login_timeout: seconds(self.iscsi.login_timeout),
                 login_retries: self.iscsi.login_retries,
             },
+            fc: connector::FcSettings { port_ms: millis(self.deadlines.fc_port) },
             ..connector::Settings::default()
         }
     }

@@ -20,7 +20,7 @@ use crate::api::auth::AllowedPeers;
 use crate::api::server;
 use crate::cgroup::{Grants, Hierarchy};
 use crate::config::{Config, GuestUnproven};
-use crate::connector::iscsi::IscsiConnector;
+use crate::connector::SanConnector;
 use crate::host::facts::{self, System};
 use crate::host::libvirt::{Hypervisor, RealHypervisor};
 use crate::host::listen::{self, Socket};
@@ -182,7 +182,7 @@ pub async fn compose(
     let Doors { storage, pods, hypervisor } = doors;
     let grants = Grants::new(pods.overrides.clone(), pods.lists.clone());
     let mechanisms = install_grants(&grants, &pods).await?;
-    let connector = IscsiConnector::new(storage.clone(), config.connector());
+    let connector = SanConnector::new(storage.clone(), config.connector());
     // What a killed daemon's login left and nobody wants. One target's trouble is not every VM's.
     if let Err(error) = connector.sweep().await {
         tracing::error!(
@@ -297,6 +297,7 @@ fn node_info(
         max_vms: config.limits.max_vms,
         max_volumes_per_vm: config.limits.max_volumes_per_vm,
         require_wwid: config.require_wwid,
+        hbas: Vec::new(),
     }
 }
 

@@ -65,7 +65,7 @@ reasons! {
     /// A serial has other characters or is too long for its bus.
     InvalidSerial = "INVALID_SERIAL", Invalid, "Give a shorter or plainer serial with --serial.";
     /// A source as a whole cannot be read.
-    InvalidSource = "INVALID_SOURCE", Invalid, "Write it as iscsi://PORTAL[,PORTAL]/IQN/LUN, further targets of the same LUN after a +.";
+    InvalidSource = "INVALID_SOURCE", Invalid, "Write it as iscsi://PORTAL[,PORTAL]/IQN/LUN or fc://WWPN[,WWPN]/LUN, further targets of the same LUN after a +.";
     /// An iSCSI name is malformed.
     InvalidIqn = "INVALID_IQN", Invalid, "Use the target's name as the array shows it.";
     /// A portal is malformed.
@@ -74,6 +74,8 @@ reasons! {
     PortalNotResolved = "PORTAL_NOT_RESOLVED", Unavailable, "See what the node makes of the name (getent ahosts NAME), or give the portal's address.";
     /// A LUN is malformed or out of range.
     InvalidLun = "INVALID_LUN", Invalid, "Use a decimal number from 0 to 16383; flat:NUMBER and plain:NUMBER address it otherwise.";
+    /// A Fibre Channel port's name is malformed.
+    InvalidWwpn = "INVALID_WWPN", Invalid, "Use 16 hex digits, as the array or the switch shows the port's name.";
     /// A WWID is malformed.
     InvalidWwid = "INVALID_WWID", Invalid, "Use naa.<hex>, eui.<hex> or t10.<text>.";
     /// Another option has a value that it cannot have.
@@ -148,6 +150,10 @@ reasons! {
     TargetNotFound = "TARGET_NOT_FOUND", Precondition, "Check the IQN and that the target is exported at this portal.";
     /// The node has no iface record of that name.
     IfaceNotFound = "IFACE_NOT_FOUND", Precondition, "Name one that iscsiadm -m iface lists on the node, or make it there.";
+    /// The node has no Fibre Channel HBA by which the source may be had.
+    NoFcHba = "NO_FC_HBA", Precondition, "See lunplug node for the node's HBAs; correct initiator_target_map, or use another node.";
+    /// No target port is online to any HBA of the node's.
+    FcPortNotFound = "FC_PORT_NOT_FOUND", Unavailable, "Check the WWPNs, the zoning and the links; a port that logs in later is found by itself.";
     /// The target does not export that LUN to us.
     LunNotFound = "LUN_NOT_FOUND", Precondition, "Map the LUN to this initiator at the array.";
     /// The LUN is not the one that this volume was.

@@ -2,7 +2,11 @@
 //! which the same LUN is to be had: `iscsi://PORTAL/IQN/LUN+PORTAL/IQN/LUN`. The iface record and the
 //! initiator name, where they are not the node's own, come last: `?iface=NAME&initiator=IQN`.
 //!
+//! By Fibre Channel: `fc://WWPN[,WWPN]/LUN`, and more behind a `?` ([`fc_source`] has the rules).
+//!
 //! A further transport is a further scheme here.
+
+mod fc;
 
 use std::fmt;
 use std::str::FromStr;
@@ -18,11 +22,16 @@ pub const MAX_PORTALS: usize = 16;
 /// And so many targets of one LUN.
 pub const MAX_TARGETS: usize = 16;
 
+pub use fc::fc_source;
+
 impl FromStr for Source {
     type Err = Malformed;
 
     /// Errors of a part name that part (`portal`, `IQN`, `LUN`); anything else is a `source`.
     fn from_str(s: &str) -> Result<Self, Malformed> {
+        if s.split_once("://").is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("fc")) {
+            return fc::read(s).map(Self::Fc);
+        }
         let IscsiUrl { first, more, iface } = s.parse()?;
         let source = source_of(first, more, s)?;
         Ok(Self::Iscsi(IscsiSource { iface, ..source }))
@@ -151,6 +160,7 @@ impl fmt::Display for Source {
                 let parts: Vec<String> = s.targets().iter().map(part).collect();
                 write!(f, "iscsi://{}{}", parts.join("+"), query_of(&s.iface))
             }
+            Self::Fc(source) => f.write_str(&fc::write(source)),
         }
     }
 }
@@ -162,8 +172,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn iscsi(url: &str) -> IscsiSource {
-        let Source::Iscsi(source) = url.parse().unwrap();
-        source
+        let source: Source = url.parse().unwrap();
+        source.as_iscsi().unwrap().clone()
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! These are the daemon's own types. `api::convert` makes them from the wire's; the stores keep
 //! them as JSON.
 
+mod source;
+
 use std::path::PathBuf;
 
 use jiff::Timestamp;
@@ -10,10 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::reason::Reason;
 use crate::types::{
-    Bus, CacheMode, Chap, DevNum, DiskType, ErrorPolicy, Iface, IoLimits, Iqn, Lun, Malformed,
-    Portal, SecretName, Serial, Tuning, UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
+    Bus, CacheMode, Chap, DevNum, DiskType, ErrorPolicy, IoLimits, Malformed, Serial, Tuning,
+    UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
 };
 use crate::vm::resolve::Names;
+
+pub use source::{ChapFrom, FcSource, FcTarget, IscsiSource, IscsiTarget, Source};
 
 /// Where the VM's QEMU and its libvirt are to be found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,101 +55,6 @@ pub struct VmSpec {
     pub domain: String,
     /// Where it runs.
     pub place: VmPlace,
-}
-
-/// A target at which a LUN is to be had.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct IscsiTarget<P = Portal> {
-    /// The target's name.
-    pub target: Iqn,
-    /// Its portals, at least one, without repetition.
-    pub portals: Vec<P>,
-    /// The LUN's number there.
-    pub lun: Lun,
-}
-
-impl<P> IscsiTarget<P> {
-    /// What tells it from the others of any source: target and LUN, whatever the portals.
-    pub fn key(&self) -> String {
-        format!("{}/{}", self.target, self.lun)
-    }
-}
-
-/// An iSCSI LUN.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct IscsiSource {
-    /// The target's name.
-    pub target: Iqn,
-    /// Its portals, at least one, without repetition.
-    pub portals: Vec<Portal>,
-    /// The LUN behind it.
-    pub lun: Lun,
-    /// Where the session's CHAP credentials are, where it needs some. Never the credentials.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub chap: Option<ChapFrom>,
-    /// Further targets at which the same LUN is to be had, perhaps by another number; none twice. That it
-    /// is the same is proven on every path.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub more_targets: Vec<IscsiTarget>,
-    /// By what the node comes to all of them.
-    #[serde(default, skip_serializing_if = "Iface::is_default")]
-    pub iface: Iface,
-}
-
-impl IscsiSource {
-    /// Every target at which it is to be had, in their order: at least one.
-    pub fn targets(&self) -> Vec<IscsiTarget> {
-        let first = IscsiTarget {
-            target: self.target.clone(),
-            portals: self.portals.clone(),
-            lun: self.lun,
-        };
-        std::iter::once(first).chain(self.more_targets.iter().cloned()).collect()
-    }
-}
-
-/// Where CHAP credentials are.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ChapFrom {
-    /// In this secret of the configured directory.
-    Secret(SecretName),
-    /// They came with the request, and are kept for this boot.
-    Request,
-}
-
-/// Where a volume's data lives. Fibre Channel, NVMe and local kinds are further variants.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Source {
-    /// An iSCSI LUN.
-    Iscsi(IscsiSource),
-}
-
-impl Source {
-    /// What makes two sources the same volume: for iSCSI the targets, each with its LUN, and the initiator's
-    /// name where that is not the node's; whatever their order and portals.
-    pub fn key(&self) -> String {
-        format!("iscsi://{}", self.keys().join("+"))
-    }
-
-    /// What it has in common with another source, so that both are of one LUN: a target with its LUN.
-    pub fn shared_with(&self, other: &Self) -> Option<String> {
-        let theirs = other.keys();
-        self.keys().into_iter().find(|key| theirs.contains(key)).map(|key| format!("iscsi://{key}"))
-    }
-
-    /// Each way to it, in a fixed order.
-    fn keys(&self) -> Vec<String> {
-        let Self::Iscsi(source) = self;
-        // A target may show each initiator other LUNs by the same numbers.
-        let whose =
-            source.iface.initiator.as_ref().map_or(String::new(), |i| format!("?initiator={i}"));
-        let key = |target: &IscsiTarget| format!("{}{whose}", target.key());
-        let mut keys: Vec<String> = source.targets().iter().map(key).collect();
-        keys.sort();
-        keys
-    }
 }
 
 /// How many paths a volume must have.
@@ -237,11 +146,15 @@ impl VolumeSpec {
         }
         self.tuning.check(self.cache)?;
         self.limits.check().map_err(|(_, error)| ("io_limits", error))?;
-        let Source::Iscsi(source) = &self.source;
-        if source.targets().iter().any(|t| t.portals.is_empty()) {
-            return Err(("source.portals", malformed("portals", "", "at least one portal")));
+        match &self.source {
+            Source::Iscsi(source) if source.targets().iter().any(|t| t.portals.is_empty()) => {
+                Err(("source.portals", malformed("portals", "", "at least one portal")))
+            }
+            Source::Fc(source) if source.targets.is_empty() => {
+                Err(("source.targets", malformed("targets", "", "at least one target port")))
+            }
+            Source::Iscsi(_) | Source::Fc(_) => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -405,6 +318,7 @@ pub struct DeviceStatus {
 /// A plain iSCSI volume for tests; its LUN is derived from the name's length.
 #[cfg(test)]
 pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
+    use crate::types::{Iface, Lun};
     VolumeSpec {
         name: name.parse().expect("a label"),
         disk: name.parse().expect("a label"),

@@ -1,6 +1,7 @@
 //! From the wire to types, and in `wire` back. Every error names the field, the value and what is right.
 
 mod disk;
+mod fc;
 mod wire;
 
 use std::path::{Component, Path, PathBuf};
@@ -193,6 +194,7 @@ fn serial(given: &str, name: &VolumeName, device: DiskType) -> Result<Option<Ser
 fn source(source: Option<v1::Source>) -> Result<Source, Refusal> {
     match source.and_then(|source| source.kind) {
         Some(v1::source::Kind::Iscsi(iscsi)) => iscsi_source(iscsi).map(Source::Iscsi),
+        Some(v1::source::Kind::Fc(given)) => fc::source(&given).map(Source::Fc),
         None => Err(missing(
             "volume.source",
             Reason::InvalidSource,
@@ -251,13 +253,17 @@ pub fn chap(
     given: Option<v1::ChapCredentials>,
     spec: &mut VolumeSpec,
 ) -> Result<Option<Chap>, Refusal> {
-    let Source::Iscsi(source) = &mut spec.source;
+    let source = spec.source.as_iscsi_mut();
     let Some(given) = given else {
-        if source.chap != Some(ChapFrom::Request) {
+        if source.is_none_or(|source| source.chap != Some(ChapFrom::Request)) {
             return Ok(None);
         }
         let what = "the credentials, or take chap_in_request out of the source";
         return Err(missing("chap", Reason::InvalidOption, what));
+    };
+    let Some(source) = source else {
+        let message = "chap: only iscsi sources have credentials: leave it out".to_owned();
+        return Err(Refusal::new(Reason::InvalidOption, message).field("chap"));
     };
     let chap = chap_of(given)?;
     if let Some(ChapFrom::Secret(name)) = &source.chap {

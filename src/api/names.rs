@@ -39,10 +39,14 @@ pub(super) fn to_names(spec: &mut v1::VolumeSpec, resolved: &Names) {
     }
 }
 
-/// Every portal of a volume's source.
+/// Every portal of a volume's source; other kinds have none.
 fn portals(spec: &mut v1::VolumeSpec) -> impl Iterator<Item = &mut String> {
     let kind = spec.source.as_mut().and_then(|source| source.kind.as_mut());
-    kind.into_iter().flat_map(|v1::source::Kind::Iscsi(iscsi)| {
+    let iscsi = kind.and_then(|kind| match kind {
+        v1::source::Kind::Iscsi(iscsi) => Some(iscsi),
+        v1::source::Kind::Fc(_) => None,
+    });
+    iscsi.into_iter().flat_map(|iscsi| {
         let more = iscsi.more_targets.iter_mut().flat_map(|target| &mut target.portals);
         iscsi.portals.iter_mut().chain(more)
     })

@@ -116,6 +116,7 @@ pub fn malformed_reason(what: &str) -> Reason {
         "IQN" => Reason::InvalidIqn,
         "portal" | "portals" => Reason::InvalidPortal,
         "LUN" => Reason::InvalidLun,
+        "WWPN" => Reason::InvalidWwpn,
         "WWID" => Reason::InvalidWwid,
         "path" => Reason::PathNotAllowed,
         _ => Reason::InvalidOption,

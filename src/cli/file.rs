@@ -1,12 +1,14 @@
 //! A volume as people write it in a file and as results show it: the contract's fields, in YAML or
 //! JSON. A source may also be its URL.
 
+mod fc;
 mod many;
 mod source;
 mod words;
 
 use serde::{Deserialize, Serialize};
 
+pub(super) use fc::{FcFile, FcTargetFile};
 pub(super) use many::many;
 pub(super) use source::{SourceFile, TargetFile};
 pub(super) use words::plain;
@@ -148,6 +150,11 @@ impl VolumeFile {
         self.source = Some(SourceFile::iscsi(first, more_targets, chap_secret));
     }
 
+    /// Has it be the LUN that is to be had by Fibre Channel.
+    pub(super) fn set_fc(&mut self, fc: FcFile) {
+        self.source = Some(SourceFile::fc(fc));
+    }
+
     /// Has the source refer to a secret.
     pub(super) fn set_chap_secret(&mut self, name: &str) -> Result<(), Failure> {
         if let Some(source) = &self.source {
@@ -237,7 +244,7 @@ unit_serial: 6000-A
         .unwrap()
         .to_wire()
         .unwrap();
-        let v1::source::Kind::Iscsi(iscsi) = url.source.unwrap().kind.unwrap();
+        let Some(v1::source::Kind::Iscsi(iscsi)) = url.source.unwrap().kind else { panic!() };
         assert_eq!(iscsi.portals, ["10.0.0.1:3260"]);
         let more = FULL.replace(
             "lun: 3}",
@@ -250,6 +257,31 @@ unit_serial: 6000-A
         let whole =
             "iscsi://10.0.0.1/iqn.2001-04.com.example:a/3+10.0.0.2/iqn.2001-04.com.example:b/4";
         assert_eq!(more.source_url(), whole);
+    }
+
+    #[test]
+    fn a_source_by_fibre_channel_is_read_in_either_form() {
+        const A: &str = "500a0982991b8dc5";
+        let fields = format!(
+            "source: {{fc: {{targets: [{{wwpn: '{A}', lun: 3, lun_addressing: sam3_flat}}, {{wwpn: '500a0982891b8dc5', lun: 4}}], initiator_target_map: {{'21000024ff3d2e5c': ['{A}']}}, wildcard_scan: true, lip: true}}}}"
+        );
+        let url = format!(
+            "fc://{A}/flat:3+500a0982891b8dc5/4?map=21000024ff3d2e5c/{A}&wildcard_scan&lip"
+        );
+        let full = VolumeFile::parse(&fields).unwrap();
+        assert_eq!(full.source_url(), url);
+        let by_url = VolumeFile::parse(&format!("source: '{url}'")).unwrap();
+        assert_eq!(by_url.to_wire().unwrap().source, full.to_wire().unwrap().source);
+        assert_eq!(VolumeFile::from_wire(&full.to_wire().unwrap()).source, full.source);
+        let json = serde_json::to_string(&full).unwrap();
+        assert_eq!(VolumeFile::parse(&json).unwrap(), full);
+        let mut full = full;
+        let failure = full.set_chap_secret("san-1").unwrap_err();
+        assert!(failure.message.contains("iscsi"), "{}", failure.message);
+        let error = VolumeFile::parse("source: {fc: {targets: [], portals: []}}").unwrap_err();
+        assert!(error.to_string().contains("portals"), "{error}");
+        let failure = VolumeFile::parse("source: 'fc://x/1'").unwrap().to_wire().unwrap_err();
+        assert_eq!((failure.field.as_str(), failure.exit), ("source", Exit::Usage));
     }
 
     #[test]
@@ -299,8 +331,8 @@ unit_serial: 6000-A
         ];
         assert!(shown.iter().all(|text| !text.contains("hush")), "{shown:?}");
         volume.set_chap_secret("san-1").unwrap();
-        let v1::source::Kind::Iscsi(iscsi) =
-            volume.to_wire().unwrap().source.unwrap().kind.unwrap();
+        let source = volume.to_wire().unwrap().source.unwrap();
+        let Some(v1::source::Kind::Iscsi(iscsi)) = source.kind else { panic!() };
         assert_eq!((iscsi.chap_secret.as_str(), iscsi.lun), ("san-1", 3));
     }
 

@@ -1,6 +1,8 @@
-//! Sources as others write them: the `iscsi:` stanza of a Kubernetes volume, and OpenStack Cinder's
+//! Sources as others write them: the `iscsi:` and `fc:` stanzas of a Kubernetes volume, and OpenStack Cinder's
 //! `connection_info`. Each field is either taken, passed over with a note, or refused by its name;
 //! one that is not known is refused, for nobody knows what was meant by it.
+
+mod fc;
 
 use serde_yaml_ng::{Mapping, Value};
 
@@ -27,19 +29,27 @@ pub(super) fn read(document: &Value) -> Option<Result<Foreign, String>> {
         return Some(cinder(Fields::new("connection_info.", inner)));
     }
     if map.get("kind").and_then(Value::as_str) == Some("PersistentVolume") {
-        let iscsi = map.get("spec").and_then(|spec| spec.get("iscsi"));
-        return Some(match iscsi.and_then(Value::as_mapping) {
-            Some(iscsi) => stanza(Fields::new("spec.iscsi.", iscsi)),
-            None => Err("spec.iscsi is missing: only iscsi volumes can be read".into()),
-        });
+        let spec = map.get("spec").and_then(Value::as_mapping);
+        return Some(spec.and_then(|spec| of_kind("spec.", spec)).unwrap_or_else(|| {
+            let what = "only iscsi and fc volumes can be read";
+            Err(format!("spec.iscsi is missing, and so is spec.fc: {what}"))
+        }));
     }
-    let iscsi = map.get("iscsi").and_then(Value::as_mapping)?;
-    let alone = map.len() == 1;
-    Some(if alone {
-        stanza(Fields::new("iscsi.", iscsi))
+    let stanza = of_kind("", map)?;
+    Some(if map.len() == 1 {
+        stanza
     } else {
-        Err("iscsi must be the only key: the volume's name and the rest are flags".into())
+        Err("iscsi or fc must be the only key: the volume's name and the rest are flags".into())
     })
+}
+
+/// What is under `iscsi` or `fc`.
+fn of_kind(path: &str, map: &Mapping) -> Option<Result<Foreign, String>> {
+    let kind = |name: &str| map.get(name).and_then(Value::as_mapping);
+    if let Some(iscsi) = kind("iscsi") {
+        return Some(stanza(Fields::new(&format!("{path}iscsi."), iscsi)));
+    }
+    Some(fc::stanza(Fields::new(&format!("{path}fc."), kind("fc")?)))
 }
 
 /// A mapping whose fields are taken one by one.
@@ -182,13 +192,15 @@ fn distinct(portals: Vec<String>) -> Vec<String> {
 
 /// Cinder's `connection_info`, as initialize_connection answers it.
 fn cinder(mut outer: Fields<'_>) -> Result<Foreign, String> {
-    match outer.take("driver_volume_type") {
-        Some(Value::String(kind)) if kind.eq_ignore_ascii_case("iscsi") => {}
+    let is_fc = match outer.take("driver_volume_type") {
+        Some(Value::String(kind)) if kind.eq_ignore_ascii_case("iscsi") => false,
+        Some(Value::String(kind)) if kind.eq_ignore_ascii_case("fibre_channel") => true,
         Some(other) => {
-            return Err(outer.wrong("driver_volume_type", other, "only iscsi is offered"));
+            let rule = "only iscsi and fibre_channel are offered";
+            return Err(outer.wrong("driver_volume_type", other, rule));
         }
         None => return Err(format!("{}driver_volume_type is missing", outer.path)),
-    }
+    };
     let Some(data) = outer.take("data").and_then(Value::as_mapping) else {
         return Err(format!("{}data is missing", outer.path));
     };
@@ -213,12 +225,16 @@ fn cinder(mut outer: Fields<'_>) -> Result<Foreign, String> {
     }
     let mut volume = VolumeFile::default();
     access(&mut fields, &mut volume)?;
-    volume.chap = credentials(&mut fields)?;
-    let mut targets = places(&mut fields)?;
-    let addressing = addressing(&mut fields)?;
-    targets.iter_mut().for_each(|target| target.address(addressing));
-    let first = targets.remove(0);
-    volume.set_iscsi(first, targets, String::new());
+    if is_fc {
+        volume.set_fc(fc::cinder(&mut fields)?);
+    } else {
+        volume.chap = credentials(&mut fields)?;
+        let mut targets = places(&mut fields)?;
+        let addressing = addressing(&mut fields)?;
+        targets.iter_mut().for_each(|target| target.address(addressing));
+        let first = targets.remove(0);
+        volume.set_iscsi(first, targets, String::new());
+    }
     let mut notes = fields.end()?;
     notes.extend(outer.end()?);
     Ok(Foreign { volume, notes })

@@ -26,6 +26,35 @@ struct NodeView {
     stuck_calls: u64,
     state_trouble: String,
     require_wwid: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    hbas: Vec<HbaView>,
+}
+
+#[derive(Serialize)]
+struct HbaView {
+    host: u32,
+    wwpn: String,
+    wwnn: String,
+    state: String,
+    speed: String,
+    fabric: String,
+    port_type: String,
+}
+
+impl From<v1::Hba> for HbaView {
+    fn from(hba: v1::Hba) -> Self {
+        let v1::Hba { host, wwpn, wwnn, state, speed, fabric, port_type } = hba;
+        Self { host, wwpn, wwnn, state, speed, fabric, port_type }
+    }
+}
+
+impl HbaView {
+    /// For people, in one line.
+    fn line(&self) -> String {
+        let Self { host, wwpn, state, speed, fabric, .. } = self;
+        let fabric = if fabric.is_empty() { String::new() } else { format!(", fabric {fabric}") };
+        format!("{wwpn} (host{host}) {state}, {speed}{fabric}")
+    }
 }
 
 impl From<v1::Node> for NodeView {
@@ -46,6 +75,7 @@ impl From<v1::Node> for NodeView {
             stuck_calls: node.stuck_calls,
             state_trouble: node.state_trouble,
             require_wwid: node.require_wwid,
+            hbas: node.hbas.into_iter().map(HbaView::from).collect(),
         }
     }
 }
@@ -67,6 +97,7 @@ pub(super) async fn run(
         ("Kernel", node.kernel),
         ("Boot", node.boot_id),
         ("Initiator", node.initiator_name),
+        ("HBAs", node.hbas.iter().map(HbaView::line).collect::<Vec<_>>().join("; ")),
         ("multipathd", if node.multipathd { "running" } else { "not running" }.into()),
         ("Grants", node.grants.join(", ")),
         ("Host", if node.simulated { "simulated: nothing is real".into() } else { String::new() }),

@@ -77,6 +77,34 @@ pub enum Error {
         /// The iface of the record that is there.
         iface: String,
     },
+    /// No HBA of the node's may be used, or none is there.
+    #[error(
+        "{}{}",
+        if has.is_empty() { "the node has no Fibre Channel HBA".into() } else { format!("the node's HBAs are {has}") },
+        if has.is_empty() { String::new() } else { format!(": initiator_target_map has none of them for this source, but {wanted}") }
+    )]
+    NoHba {
+        /// The node's HBAs.
+        has: String,
+        /// Those of the source's map.
+        wanted: String,
+    },
+    /// No target port is online to any HBA.
+    #[error("no HBA of the node sees {targets} online ({seen})")]
+    PortNotFound {
+        /// The ports.
+        targets: String,
+        /// What is seen of them, and the HBAs' states.
+        seen: String,
+    },
+    /// A connector was given another's source: a mistake of ours.
+    #[error("{source_key} is not of {transport}")]
+    OtherTransport {
+        /// The connector's.
+        transport: &'static str,
+        /// What makes the source.
+        source_key: String,
+    },
     /// There is nothing that could be expanded.
     #[error("nothing is attached for {owner}")]
     NotAttached {
@@ -266,6 +294,9 @@ impl Error {
             Self::Size(e) => e.reason(),
             Self::ReadOnly { .. } => Reason::LunReadOnly,
             Self::NoIface { .. } => Reason::IfaceNotFound,
+            Self::NoHba { .. } => Reason::NoFcHba,
+            Self::PortNotFound { .. } => Reason::FcPortNotFound,
+            Self::OtherTransport { .. } => Reason::Internal,
             Self::NotAttached { .. } => Reason::VolumeNotReady,
             Self::SourceInUse { .. } => Reason::SourceInUse,
             Self::StaleDeviceHeld { .. } => Reason::StaleDeviceHeld,

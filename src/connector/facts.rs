@@ -1,7 +1,8 @@
 //! What leases and claims say, for whoever only looks at them.
 
+use super::fc::Made as FcMade;
 use super::iscsi::Made as IscsiMade;
-use super::lease::{Claim, Claims, Lease, file_name};
+use super::lease::{Claim, Claims, Lease, Made, file_name};
 use crate::types::{Lun, VolumeKey, Wwid};
 
 /// A target's lease.
@@ -9,6 +10,8 @@ use crate::types::{Lun, VolumeKey, Wwid};
 pub struct LeaseFacts {
     /// The boot that it is of.
     pub boot_id: String,
+    /// Its transport's name.
+    pub transport: &'static str,
     /// The target's name.
     pub target: String,
     /// Who uses it.
@@ -45,9 +48,11 @@ pub struct ClaimFacts {
     pub shareable: bool,
 }
 
-/// The name of a target's lease below the run directory.
-pub fn lease_file(target: &str) -> String {
-    format!("leases/iscsi/{}", file_name(target))
+impl LeaseFacts {
+    /// The name that the lease has below the run directory.
+    pub fn file(&self) -> String {
+        format!("leases/{}/{}", self.transport, file_name(&self.target))
+    }
 }
 
 /// The name of a LUN's claims below the run directory.
@@ -57,10 +62,21 @@ pub fn claims_file(wwid: &Wwid) -> String {
 
 /// Reads a lease. Of a transport that is not known here: an error.
 pub fn read_lease(name: &str, bytes: &[u8]) -> Result<LeaseFacts, String> {
-    if !name.starts_with("leases/iscsi/") {
-        return Err("it is of a transport that this version does not know".into());
+    match name.split('/').nth(1) {
+        Some(IscsiMade::TRANSPORT) => lease_facts::<IscsiMade>(bytes, |made| {
+            made.portals().iter().map(ToString::to_string).collect()
+        }),
+        // Nothing is made of a port that logs in by itself.
+        Some(FcMade::TRANSPORT) => lease_facts::<FcMade>(bytes, |_| Vec::new()),
+        _ => Err("it is of a transport that this version does not know".into()),
     }
-    let lease: Lease<IscsiMade> = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+}
+
+fn lease_facts<M: Made>(
+    bytes: &[u8],
+    portals: impl Fn(&M) -> Vec<String>,
+) -> Result<LeaseFacts, String> {
+    let lease: Lease<M> = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
     let user = |u: super::lease::User| UserFacts {
         owner: u.owner,
         lun: u.lun,
@@ -71,9 +87,10 @@ pub fn read_lease(name: &str, bytes: &[u8]) -> Result<LeaseFacts, String> {
     };
     Ok(LeaseFacts {
         boot_id: lease.boot_id().to_owned(),
+        transport: M::TRANSPORT,
         target: lease.target,
         users: lease.users.into_iter().map(user).collect(),
-        portals: lease.made.portals().iter().map(ToString::to_string).collect(),
+        portals: portals(&lease.made),
     })
 }
 

@@ -7,6 +7,7 @@
 use super::error::Error;
 use super::scsi::Hctl;
 use crate::host::lock::RunDir;
+use crate::host::sysfs::Sysfs;
 
 fn file(hctl: Hctl) -> String {
     format!("guest-luns/{hctl}")
@@ -16,6 +17,15 @@ fn file(hctl: Hctl) -> String {
 pub(crate) async fn mark(run: &dyn RunDir, hctl: Hctl) -> Result<(), Error> {
     let file = file(hctl);
     run.store(&file, b"").await.map_err(Error::store(format!("writing {file}")))
+}
+
+/// Has udev go through its rules again for a disk that was there before its mark. That it fails changes
+/// nothing for the volume.
+pub(crate) async fn look_again(sysfs: &dyn Sysfs, block_dir: &str) {
+    let path = format!("{block_dir}/uevent");
+    if let Err(error) = sysfs.write(&path, "change").await {
+        tracing::warn!(%error, path, "udev could not be told of a guest's disk");
+    }
 }
 
 /// There is nothing of a guest's at `hctl` any more.

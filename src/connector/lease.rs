@@ -180,6 +180,12 @@ impl User {
         Some(all)
     }
 
+    /// Takes what was there before it as its own: its detach takes that away.
+    pub(crate) fn adopt(&mut self) {
+        self.paths.iter_mut().for_each(|path| path.made = true);
+        self.map.iter_mut().for_each(|map| map.made = true);
+    }
+
     /// Announces or updates a path. Whoever made it first, made it.
     pub(crate) fn set_path(&mut self, path: PathLease) {
         match self.paths.iter_mut().find(|p| p.hctl == path.hctl) {

@@ -3,13 +3,16 @@
 pub(crate) mod bounded;
 pub mod error;
 pub mod facts;
+mod fc;
 mod guestlun;
 mod health;
 mod identity;
-pub mod iscsi;
+mod iscsi;
 mod lease;
+mod lun;
 mod mapchange;
 mod multipath;
+mod san;
 mod scsi;
 pub mod settings;
 mod size;
@@ -18,7 +21,7 @@ mod wait;
 
 pub use error::Error;
 pub use health::{Health, Paths};
-pub use iscsi::IscsiConnector;
+pub use san::SanConnector;
 pub use settings::Settings;
 pub use touched::Touched;
 
@@ -29,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 use crate::spec::{DeviceStatus, MultipathPolicy, Source};
-use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, UnitSerial, VolumeKey, Wwid};
+use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, UnitSerial, VolumeKey, Wwid, Wwpn};
 
 /// What the LUN must prove to be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -74,6 +77,25 @@ pub struct Discovered {
     pub target: Iqn,
     /// The portals at which it says that it is to be had, in the order in which they were told.
     pub portals: Vec<Portal>,
+}
+
+/// A Fibre Channel HBA's port, as the kernel shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hba {
+    /// Its SCSI host's number.
+    pub host: u32,
+    /// Its port's name.
+    pub wwpn: Wwpn,
+    /// Its node's name.
+    pub wwnn: Option<Wwpn>,
+    /// `port_state`: `Online`, `Linkdown`, ...
+    pub state: String,
+    /// `speed`, e.g. `16 Gbit`.
+    pub speed: String,
+    /// The fabric's name, where it is in one.
+    pub fabric: Option<Wwpn>,
+    /// `port_type`, e.g. `NPort (fabric via point-to-point)`.
+    pub port_type: String,
 }
 
 /// The credentials of an attach, or of a discovery.
@@ -192,6 +214,11 @@ pub trait Connector: Send + Sync {
         portal: Portal,
         authentication: Authentication,
     ) -> Result<Vec<Discovered>, Error>;
+
+    /// The node's Fibre Channel HBAs, in the order of their SCSI hosts.
+    async fn hbas(&self) -> Result<Vec<Hba>, Error> {
+        Ok(Vec::new())
+    }
 
     /// How attached volumes are, in the order asked for. Cheap: no program is run, nothing is scanned
     /// or rescanned, and multipathd is asked once at most.

@@ -44,6 +44,23 @@ pub struct Settings {
     pub holders_ms: u64,
     /// iSCSI node records.
     pub iscsi: IscsiSettings,
+    /// Fibre Channel.
+    pub fc: FcSettings,
+}
+
+/// Fibre Channel's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FcSettings {
+    /// How long an attach waits for a target port to log in where none is online (default 10 000). One that
+    /// comes later is found by its event.
+    pub port_ms: u64,
+}
+
+impl Default for FcSettings {
+    fn default() -> Self {
+        Self { port_ms: 10_000 }
+    }
 }
 
 /// What our node records say. Times in seconds, as iscsid has them.
@@ -97,6 +114,7 @@ impl Default for Settings {
             next_portal_ms: 1_500,
             holders_ms: 3_000,
             iscsi: IscsiSettings::default(),
+            fc: FcSettings::default(),
         }
     }
 }

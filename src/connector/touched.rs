@@ -33,8 +33,12 @@ pub struct Touched {
     hosts: BTreeSet<u32>,
     /// SCSI addresses.
     addresses: BTreeSet<String>,
+    /// Those at which there is a new disk.
+    added: BTreeSet<String>,
     /// Disks and maps.
     numbers: BTreeSet<DevNum>,
+    /// A remote port has come: any volume may have a path by it.
+    ports: bool,
     /// SCSI addresses of LUNs that have another size, by the array's word or the kernel's.
     resized: BTreeSet<String>,
 }
@@ -53,7 +57,10 @@ impl Touched {
                 || self.numbers.contains(&p.dev)
                 || host.is_some_and(|host| self.hosts.contains(&host))
         };
-        self.any || self.numbers.contains(&volume.device.dev) || volume.paths.iter().any(path)
+        self.any
+            || self.ports
+            || self.numbers.contains(&volume.device.dev)
+            || volume.paths.iter().any(path)
     }
 
     /// Whether it says that this one's LUN has another size. Not more than a hint: the array's
@@ -64,6 +71,14 @@ impl Touched {
             Some(volume) => volume.paths.iter().any(|path| self.resized.contains(&path.hctl)),
             None => !self.resized.is_empty(),
         }
+    }
+
+    /// Whether it says that a path may have come to be that this one misses: by a port that has come, or as a
+    /// disk that is there again (a remote port that comes back sends no event of its own). `volume` is
+    /// `None` for one whose paths are not known yet.
+    pub fn brings_paths(&self, volume: Option<&Attachment>) -> bool {
+        let again = |path: &super::PathStatus| self.added.contains(&path.hctl);
+        self.any || self.ports || volume.is_some_and(|volume| volume.paths.iter().any(again))
     }
 
     fn is_empty(&self) -> bool {
@@ -95,17 +110,23 @@ impl Touched {
                     self.resized.extend(address.map(str::to_owned));
                 }
                 self.addresses.extend(address.map(str::to_owned));
+                if event.action == "add" && event.subsystem == "block" {
+                    self.added.extend(address.map(str::to_owned));
+                }
                 let number = |key: &str| event.properties.get(key).and_then(|n| n.parse().ok());
                 if let (Some(major), Some(minor)) = (number("MAJOR"), number("MINOR")) {
                     self.numbers.insert(DevNum { major, minor });
                 }
             }
             // A host that is new is nobody's yet.
-            "iscsi_session" | "iscsi_connection" | "scsi_host" if event.action != "add" => {
+            "iscsi_session" | "iscsi_connection" | "scsi_host" | "fc_host" | "fc_remote_ports"
+                if event.action != "add" =>
+            {
                 self.hosts.extend(
                     parts().find_map(|part| part.strip_prefix("host")?.parse::<u32>().ok()),
                 );
             }
+            "fc_remote_ports" | "fc_host" => self.ports = true,
             _ => {}
         }
     }
@@ -179,6 +200,7 @@ mod tests {
         const SESSION: &str = "devices/platform/host3/session1/iscsi_session/session1";
         const DISK: &str = "devices/platform/host3/session1/target3:0:0/3:0:0:1/block/sda";
         const OTHER: &str = "devices/platform/host3/session1/target3:0:0/3:0:0:11/block/sdk";
+        const PORT: &str = "devices/pci0000:00/host6/rport-6:0-1/fc_remote_ports/rport-6:0-1";
         for (notice, concerns) in [
             (event("remove", "iscsi_session", SESSION, None), true),
             (event("add", "iscsi_session", SESSION, None), false),
@@ -186,6 +208,8 @@ mod tests {
             (event("remove", "block", OTHER, Some((8, 160))), false),
             (event("change", "block", "devices/virtual/block/dm-7", Some((253, 7))), true),
             (event("change", "block", "devices/virtual/block/dm-8", Some((253, 8))), false),
+            (event("add", "fc_remote_ports", PORT, None), true),
+            (event("remove", "fc_remote_ports", PORT, None), false),
             (event("change", "net", "devices/virtual/net/host3", None), false),
             (Notice::Lost, true),
         ] {

@@ -2,6 +2,7 @@
 //!
 //! A [`Survey`] is what was seen (see [`crate::host::survey`]); [`examine`] judges it, and is pure.
 
+mod fc;
 mod hygiene;
 mod multipath;
 mod services;
@@ -31,8 +32,30 @@ pub struct Survey {
     pub lvm: Option<String>,
     /// Kernel modules, and whether they can be had.
     pub modules: Vec<(&'static str, Module)>,
+    /// Fibre Channel HBAs: name of the port, and its state.
+    pub hbas: Vec<(String, String)>,
+    /// What they see of target ports.
+    pub remote_ports: Vec<RemotePort>,
+    /// When the kernel scans by itself (`scsi_mod.scan`); empty where that is not known.
+    pub scsi_scan: String,
     /// udev's rules of the names that matter.
     pub udev_rules: Vec<PathBuf>,
+}
+
+/// A Fibre Channel target port, as one HBA sees it; all as sysfs has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RemotePort {
+    /// `rport-H:B-R`.
+    pub name: String,
+    /// Its WWPN.
+    pub wwpn: String,
+    /// `port_state`.
+    pub state: String,
+    /// After how many seconds of its absence its devices are removed.
+    pub dev_loss_tmo: String,
+    /// After how many seconds of its absence I/O by it fails, so that another path is tried; `off` where that
+    /// is not before `dev_loss_tmo`.
+    pub fast_io_fail_tmo: String,
 }
 
 /// Inode numbers of namespaces; 0 where they could not be read.
@@ -168,6 +191,7 @@ pub fn examine(survey: &Survey) -> Vec<Finding> {
     let mut findings = start(survey);
     findings.extend(services::examine(survey));
     findings.extend(multipath::examine(survey));
+    findings.extend(fc::examine(survey));
     findings.extend(hygiene::examine(survey));
     findings
 }
@@ -220,6 +244,9 @@ mod tests {
             multipath: Some(Ok("defaults {\n\tfind_multipaths \"off\"\n\tno_path_retry 12\n\tskip_kpartx \"yes\"\n}\n".into())),
             lvm: Some("global_filter=\"r|^/dev/lunplug/|\"\nfilter=[\"a|.*|\"]\nuse_devicesfile=0\n".into()),
             modules: vec![("iscsi_tcp", Module::Loaded), ("dm_multipath", Module::Available)],
+            hbas: Vec::new(),
+            remote_ports: Vec::new(),
+            scsi_scan: "sync".into(),
             udev_rules: vec!["/etc/udev/rules.d/59-lunplug.rules".into()],
         }
     }
@@ -234,7 +261,7 @@ mod tests {
         assert_eq!(complaints(&healthy()), []);
         let checks: std::collections::BTreeSet<_> =
             examine(&healthy()).iter().map(|f| f.check).collect();
-        let all = ["iscsi.service", "iscsi.version", "lvm", "modules", "multipath.config"];
+        let all = ["fc", "iscsi.service", "iscsi.version", "lvm", "modules", "multipath.config"];
         let more = ["multipath.service", "start", "udev"];
         assert_eq!(checks, all.into_iter().chain(more).collect());
     }

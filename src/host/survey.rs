@@ -11,7 +11,7 @@ use super::facts::{self, System};
 use super::multipathd::{Multipathd, MultipathdError, RealMultipathd};
 use super::place::{Pinned, Places, Root, Who, listening};
 use crate::config::Config;
-use crate::doctor::{Listener, Module, Namespaces, Process, Service, Survey};
+use crate::doctor::{Listener, Module, Namespaces, Process, RemotePort, Service, Survey};
 use crate::preflight::{self, INITIATOR_NAME};
 
 /// For each question to a program or daemon.
@@ -66,6 +66,9 @@ fn files(config: &Config) -> Survey {
         host_units: host_units(),
         modules: MODULES.map(|name| (name, module(name))).to_vec(),
         udev_rules: udev_rules(),
+        hbas: hbas(),
+        remote_ports: remote_ports(),
+        scsi_scan: attribute(Path::new("/sys/module/scsi_mod/parameters"), "scan"),
         ..Survey::default()
     }
 }
@@ -168,6 +171,36 @@ fn module(name: &str) -> Module {
 fn is_module(path: &str, name: &str) -> bool {
     let file = path.rsplit('/').next().unwrap_or_default();
     file.split('.').next().is_some_and(|stem| stem.replace('-', "_") == name)
+}
+
+fn attribute(dir: &Path, name: &str) -> String {
+    fs::read_to_string(dir.join(name)).unwrap_or_default().trim().to_owned()
+}
+
+/// The entries of a class of the kernel's, in the order of their names.
+fn class(name: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(Path::new("/sys/class").join(name)).into_iter().flatten().flatten();
+    let mut all: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    all.sort();
+    all
+}
+
+fn hbas() -> Vec<(String, String)> {
+    let hba = |dir: &PathBuf| (attribute(dir, "port_name"), attribute(dir, "port_state"));
+    class("fc_host").iter().map(hba).collect()
+}
+
+fn remote_ports() -> Vec<RemotePort> {
+    let port = |dir: &PathBuf| RemotePort {
+        name: dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        wwpn: attribute(dir, "port_name"),
+        state: attribute(dir, "port_state"),
+        dev_loss_tmo: attribute(dir, "dev_loss_tmo"),
+        fast_io_fail_tmo: attribute(dir, "fast_io_fail_tmo"),
+    };
+    // -1 where it is no target.
+    let is_target = |dir: &&PathBuf| attribute(dir, "scsi_target_id").parse::<u32>().is_ok();
+    class("fc_remote_ports").iter().filter(is_target).map(port).collect()
 }
 
 fn udev_rules() -> Vec<PathBuf> {

@@ -327,7 +327,7 @@ impl Judge<'_> {
             self.known.blind |= file.value.is_err();
             let Some(lease) = self.current(file, |l| &l.boot_id, means) else { continue };
             let place = self.file(&file.name);
-            if facts::lease_file(&lease.target) != file.name {
+            if lease.file() != file.name {
                 let problem = format!("it is of target {}", lease.target);
                 self.problem(place.clone(), problem, means, DAMAGED_RECORDS);
             }

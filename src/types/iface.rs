@@ -113,6 +113,12 @@ impl Nexus {
 /// No part has a space.
 const VIA: &str = " via ";
 
+impl AsRef<str> for Nexus {
+    fn as_ref(&self) -> &str {
+        &self.text
+    }
+}
+
 impl fmt::Display for Nexus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)

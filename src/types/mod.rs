@@ -78,6 +78,7 @@ macro_rules! text_type {
 mod chap;
 mod disk;
 mod endpoint;
+mod fc;
 mod iface;
 mod limits;
 mod names;
@@ -86,6 +87,7 @@ mod san;
 pub use chap::{Chap, Login, SecretName, SecretText};
 pub use disk::{BlockSize, Blocks, DetectZeroes, Discard, DiskType, IoMode, Tuning};
 pub use endpoint::{Endpoint, HostPort};
+pub use fc::Wwpn;
 pub use iface::{Iface, IfaceName, Nexus};
 pub use limits::IoLimits;
 pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};

@@ -23,7 +23,7 @@ impl Ways {
         key: &VolumeKey,
         source: &Source,
     ) -> Result<Authentication, Failure> {
-        let Source::Iscsi(source) = source;
+        let Some(source) = source.as_iscsi() else { return Ok(Authentication::None) };
         Ok(match &source.chap {
             None => Authentication::None,
             Some(ChapFrom::Request) => match self.effects.chap(key).await? {

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use tokio::sync::broadcast;
 
 use super::resolve::Names;
-use crate::connector::Discovered;
+use crate::connector::{Discovered, Hba};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, RemoveOptions, Revision, VmPlace, VmSpec, VolumeSpec, VolumeStatus};
 use crate::types::{
@@ -294,4 +294,6 @@ pub struct NodeInfo {
     pub max_volumes_per_vm: u32,
     /// Only volumes whose request says which identity the LUN must have.
     pub require_wwid: bool,
+    /// Its Fibre Channel HBAs.
+    pub hbas: Vec<Hba>,
 }

@@ -225,7 +225,7 @@ mod tests {
 
     fn with_lun(name: &str, lun: u64) -> VolumeSpec {
         let mut spec = volume_fixture(name);
-        let Source::Iscsi(source) = &mut spec.source;
+        let Source::Iscsi(source) = &mut spec.source else { panic!("of iSCSI") };
         source.lun = Lun::try_from(lun).unwrap();
         spec
     }
@@ -323,7 +323,7 @@ mod tests {
     fn the_same_source_by_another_portal_is_the_same_source() {
         let ready = [known(with_lun("a", 1), Phase::Ready)];
         let mut other = with_lun("b", 1);
-        let Source::Iscsi(source) = &mut other.source;
+        let Source::Iscsi(source) = &mut other.source else { panic!("of iSCSI") };
         source.portals = vec!["192.0.2.9:3260".parse().unwrap()];
         assert_eq!(denied(&ready, &other).0, Reason::SourceInUse);
     }

@@ -25,7 +25,7 @@ use super::publish::Board;
 use super::resolve::{self, Names};
 use super::ways::{Host, Ways};
 use crate::connector::bounded::bounded_rundir;
-use crate::connector::{Authentication, Discovered};
+use crate::connector::{Authentication, Discovered, Hba};
 use crate::host::lock::{LockError, LockGuard};
 use crate::host::storage::StorageDoors;
 use crate::journal::{Desired, EffectsStore};
@@ -75,6 +75,15 @@ pub struct Registry {
 }
 
 impl Registry {
+    /// Those that can be read.
+    async fn hbas(&self) -> Vec<Hba> {
+        self.host.connector.hbas().await.unwrap_or_else(|error| {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "the HBAs could not be read");
+            Vec::new()
+        })
+    }
+
     /// Takes up every VM that is stored. One that cannot be (another process serves it, its state is
     /// damaged) is told, listed, and not served; a store that cannot be read at all stops the start.
     pub async fn start(
@@ -465,6 +474,7 @@ impl Volumes for Registry {
             multipathd,
             stuck_calls: (self.storage.stuck)().saturating_add(libvirt),
             state_trouble: self.desired.trouble().await,
+            hbas: tokio::time::timeout(LOOK, self.hbas()).await.unwrap_or_default(),
             ..self.settings.node.clone()
         }
     }

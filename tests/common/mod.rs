@@ -328,6 +328,7 @@ impl Volumes for Facade {
             max_vms: 1,
             max_volumes_per_vm: 2,
             require_wwid: false,
+            hbas: Vec::new(),
         }
     }
 }

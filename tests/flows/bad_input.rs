@@ -65,7 +65,7 @@ fn what_the_san_does_not_give() {
     with(&portals(PortalState::Denied), volume("data", 1), Reason::LoginRefused);
     with(&portals(PortalState::Denied), single("data", 1), Reason::LoginRefused);
     let mut unknown = volume("data", 1);
-    let Source::Iscsi(source) = &mut unknown.source;
+    let Source::Iscsi(source) = &mut unknown.source else { panic!("of iSCSI") };
     source.target = "iqn.2026-01.org.lunplug:unknown".parse().unwrap();
     with(&|_| {}, unknown, Reason::TargetNotFound);
     let mut required = volume("data", 1);

@@ -21,7 +21,7 @@ fn right() -> Chap {
 }
 
 fn with(mut spec: VolumeSpec, from: ChapFrom) -> VolumeSpec {
-    let Source::Iscsi(source) = &mut spec.source;
+    let Source::Iscsi(source) = &mut spec.source else { panic!("of iSCSI") };
     source.chap = Some(from);
     spec
 }

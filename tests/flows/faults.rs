@@ -7,7 +7,7 @@ use lunplug::spec::{AddOptions, MultipathPolicy, Phase, RemoveOptions, Source, V
 use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{Daemon, World, key, single, split, vm, vm_spec, volume};
+use crate::world::{Daemon, World, fibre, key, single, split, vm, vm_spec, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
@@ -20,7 +20,7 @@ fn hang() -> FaultAction {
 }
 
 /// The kinds of volumes whose calls differ.
-pub(crate) fn kinds() -> [Sweep; 5] {
+pub(crate) fn kinds() -> [Sweep; 6] {
     let alone = |spec| Sweep { spec, beside: false };
     let virtio = VolumeSpec { bus: Bus::Virtio, persist: true, ..volume("data", 1) };
     [
@@ -29,6 +29,7 @@ pub(crate) fn kinds() -> [Sweep; 5] {
         alone(virtio),
         Sweep { spec: volume("data", 1), beside: true },
         alone(split("data", 1)),
+        alone(fibre("data", 1)),
     ]
 }
 
@@ -46,14 +47,13 @@ impl Sweep {
 
     /// How many paths it is to have.
     pub(crate) fn paths(&self) -> u32 {
-        let Source::Iscsi(source) = &self.spec.source;
-        match self.spec.multipath {
-            MultipathPolicy::Off => 1,
-            _ => {
-                let portals = source.targets().iter().map(|t| t.portals.len()).sum::<usize>();
-                u32::try_from(portals).unwrap()
-            }
-        }
+        let routes = match &self.spec.source {
+            _ if self.spec.multipath == MultipathPolicy::Off => 1,
+            Source::Iscsi(source) => source.targets().iter().map(|t| t.portals.len()).sum(),
+            // Each port is seen by one HBA.
+            Source::Fc(source) => source.targets.len(),
+        };
+        u32::try_from(routes).unwrap()
     }
 
     pub(crate) fn world(&self) -> World {

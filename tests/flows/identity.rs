@@ -116,7 +116,7 @@ fn two_portals_with_different_luns() {
 async fn stale(world: &World) -> lunplug::types::DevNum {
     let storage = &world.host.storage;
     storage.add_session(&target(), portal(1), "default");
-    let host = storage.list("class/scsi_host").await.unwrap()[0].clone();
+    let host = storage.list("class/iscsi_host").await.unwrap()[0].clone();
     storage.write(&format!("class/scsi_host/{host}/scan"), "0 0 1").await.unwrap();
     let number = host.trim_start_matches("host");
     let disks = format!("bus/scsi/devices/{number}:0:0:1/block");

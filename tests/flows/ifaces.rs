@@ -50,7 +50,7 @@ fn an_iface_that_the_node_has_not_is_named() {
     let world = World::new();
     world.life(async |daemon| {
         let mut spec: VolumeSpec = volume("data", 1);
-        let Source::Iscsi(source) = &mut spec.source;
+        let Source::Iscsi(source) = &mut spec.source else { panic!("of iSCSI") };
         source.iface.name = "eth7".parse().unwrap();
         daemon.want(1, &spec).await.unwrap();
         let refused = daemon.until(1, "data", |s| s.phase == Phase::Failed).await;

@@ -13,6 +13,7 @@ mod discover;
 mod disks;
 mod expand;
 mod faults;
+mod fc;
 mod force;
 mod guest;
 mod identity;

@@ -21,7 +21,7 @@ async fn by_name(daemon: &Daemon, name: &str, lun: u64) -> (VolumeSpec, Portal) 
     let names = daemon.registry.resolve(Some(&key(1, name)), &wanted).await.unwrap();
     let address = *names.values().next().unwrap();
     let mut spec = VolumeSpec { names, ..volume(name, lun) };
-    let Source::Iscsi(source) = &mut spec.source;
+    let Source::Iscsi(source) = &mut spec.source else { panic!("of iSCSI") };
     source.portals = vec![address];
     (spec, address)
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lunplug::config::Config;
 use lunplug::daemon::{self, Doors, Form};
-use lunplug::host::sim::{Fault, FaultAction, SimHost};
+use lunplug::host::sim::{Appears, Fault, FaultAction, SimHost, SimStorage};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
 use lunplug::spec::{
@@ -13,7 +13,7 @@ use lunplug::spec::{
     VolumeStatus,
 };
 use lunplug::types::{
-    Bus, CacheMode, DiskType, IoLimits, Iqn, Lun, Outcome, Portal, Tuning, VmId, VolumeKey,
+    Bus, CacheMode, DiskType, IoLimits, Iqn, Lun, Outcome, Portal, Tuning, VmId, VolumeKey, Wwpn,
 };
 use lunplug::vm::facade::{Refusal, Volumes};
 use lunplug::vm::registry::Registry;
@@ -69,12 +69,30 @@ pub(crate) fn vm_spec(number: u8) -> VmSpec {
 /// How many VMs the node has.
 const VMS: u8 = 3;
 
-/// A node with VMs and a target of 16 LUNs behind two portals, and its mirror.
+/// The n-th HBA's port, from 1.
+pub(crate) fn hba(number: u8) -> Wwpn {
+    format!("21000024ff3d2e{number:02x}").parse().unwrap()
+}
+
+/// The target port that the n-th HBA sees. It has LUN n of [`target`] as n + 200.
+pub(crate) fn port(number: u8) -> Wwpn {
+    format!("500a0982991b8d{number:02x}").parse().unwrap()
+}
+
+/// A node with VMs and a target of 16 LUNs behind two portals, its mirror, and two HBAs, each of which sees a
+/// port of it.
 pub(crate) fn node() -> SimHost {
     let host = SimHost::default();
     host.add_target(&target(), &[portal(1), portal(2)], 16);
     host.add_target(&mirror(), &[portal(3), portal(4)], 0);
     (0..16).for_each(|n| host.storage.export_lun(&target(), lun(n), &mirror(), lun(n + 100)));
+    host.storage.set_fc_scan(false);
+    for number in [1, 2] {
+        host.storage.add_hba(hba(number));
+        host.storage.zone(hba(number), port(number), Appears::AtOnce);
+        let by = SimStorage::fc_target(port(number));
+        (0..16).for_each(|n| host.storage.export_lun(&target(), lun(n), &by, lun(n + 200)));
+    }
     (1..=VMS).for_each(|n| host.add_vm(&uid(n), &domain(n)));
     host
 }
@@ -105,6 +123,12 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
     }
 }
 
+/// The same by both HBAs.
+pub(crate) fn fibre(name: &str, lun: u64) -> VolumeSpec {
+    let source = format!("fc://{},{}/{}", port(1), port(2), lun + 200);
+    VolumeSpec { source: source.parse().unwrap(), ..volume(name, lun) }
+}
+
 /// The same with two paths more, by [`mirror`].
 pub(crate) fn mirrored(name: &str, lun: u64) -> VolumeSpec {
     let spec = volume(name, lun);
@@ -122,7 +146,7 @@ pub(crate) fn split(name: &str, lun: u64) -> VolumeSpec {
 /// The same with an initiator name of its own.
 pub(crate) fn initiator(name: &str, lun: u64, number: u8) -> VolumeSpec {
     let mut spec = volume(name, lun);
-    let Source::Iscsi(source) = &mut spec.source;
+    let Source::Iscsi(source) = &mut spec.source else { panic!("of iSCSI") };
     source.iface.initiator = Some(initiator_name(number));
     spec
 }
@@ -134,7 +158,7 @@ pub(crate) fn initiator_name(number: u8) -> Iqn {
 /// The same by the first portal alone.
 pub(crate) fn single(name: &str, lun: u64) -> VolumeSpec {
     let mut spec = volume(name, lun);
-    let Source::Iscsi(source) = &mut spec.source;
+    let Source::Iscsi(source) = &mut spec.source else { panic!("of iSCSI") };
     source.portals.truncate(1);
     spec
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 
 use super::disk::wire_io_limits;
+use super::fc;
 use super::{wire_detect_zeroes, wire_discard, wire_disk_type, wire_io_mode};
 use crate::api::{names, v1};
 use crate::connector::Discovered;
@@ -111,6 +112,7 @@ pub fn wire_source(source: &Source) -> v1::Source {
             iface: s.iface.name.unless_default().into(),
             initiator_name: s.iface.initiator.as_ref().map(ToString::to_string).unwrap_or_default(),
         }),
+        Source::Fc(s) => v1::source::Kind::Fc(fc::wire_source(s)),
     };
     v1::Source { kind: Some(kind) }
 }
@@ -251,5 +253,6 @@ pub fn wire_node(node: &NodeInfo) -> v1::Node {
         stuck_calls: node.stuck_calls,
         state_trouble: node.state_trouble.clone().unwrap_or_default(),
         require_wwid: node.require_wwid,
+        hbas: node.hbas.iter().map(fc::wire_hba).collect(),
     }
 }

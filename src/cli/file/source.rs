@@ -6,13 +6,14 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::fc::FcFile;
 use super::plain;
 use super::words::word;
 use crate::api::{convert, v1};
 use crate::cli::failure::Failure;
 use crate::source::{IscsiUrl, query_of};
-use crate::spec::IscsiTarget;
-use crate::types::{Addressing, Endpoint, Iface, Lun};
+use crate::spec::{IscsiTarget, Source};
+use crate::types::{Addressing, Endpoint, Iface, Lun, Malformed};
 
 /// A source: its URL, or the fields of its kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -26,6 +27,7 @@ pub(in crate::cli) enum SourceFile {
 #[serde(rename_all = "snake_case")]
 pub(in crate::cli) enum SourceKind {
     Iscsi(IscsiFile),
+    Fc(FcFile),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +61,7 @@ pub(in crate::cli) struct TargetFile {
     lun_addressing: String,
 }
 
-const LUN_ADDRESSING: &str = "LUN_ADDRESSING_";
+pub(super) const LUN_ADDRESSING: &str = "LUN_ADDRESSING_";
 
 impl TargetFile {
     pub(in crate::cli) fn new(target: String, portals: Vec<String>, lun: u32) -> Self {
@@ -116,6 +118,11 @@ impl SourceFile {
         Self::of(IscsiFile { chap_secret, ..IscsiFile::of(first, more_targets) })
     }
 
+    /// The LUN that is to be had by Fibre Channel.
+    pub(super) fn fc(fields: FcFile) -> Self {
+        Self::Kind(SourceKind::Fc(fields))
+    }
+
     /// The same with a reference to a secret.
     pub(super) fn with_chap_secret(&self, name: &str) -> Result<Self, Failure> {
         Ok(Self::of(IscsiFile { chap_secret: name.into(), ..self.fields()? }))
@@ -133,13 +140,18 @@ impl SourceFile {
     }
 
     pub(super) fn to_wire(&self) -> Result<v1::Source, Failure> {
-        let iscsi = self.fields()?.to_wire()?;
-        Ok(v1::Source { kind: Some(v1::source::Kind::Iscsi(iscsi)) })
+        let kind = match self.as_fc()? {
+            Some(fc) => v1::source::Kind::Fc(fc.to_wire()?),
+            None => v1::source::Kind::Iscsi(self.fields()?.to_wire()?),
+        };
+        Ok(v1::Source { kind: Some(kind) })
     }
 
     pub(super) fn from_wire(kind: v1::source::Kind) -> Self {
-        let v1::source::Kind::Iscsi(iscsi) = kind;
-        Self::of(IscsiFile::from_wire(iscsi))
+        match kind {
+            v1::source::Kind::Iscsi(iscsi) => Self::of(IscsiFile::from_wire(iscsi)),
+            v1::source::Kind::Fc(fc) => Self::fc(FcFile::from_wire(fc)),
+        }
     }
 
     pub(super) fn url(&self) -> String {
@@ -151,6 +163,7 @@ impl SourceFile {
                 let more = s.more_targets.iter().map(more).collect::<String>();
                 format!("iscsi://{first}{more}{}", query_of(&s.iface()))
             }
+            Self::Kind(SourceKind::Fc(s)) => s.url(),
         }
     }
 
@@ -158,17 +171,40 @@ impl SourceFile {
         Self::Kind(SourceKind::Iscsi(fields))
     }
 
-    /// The fields, those of a URL read.
+    /// The fields where it is had by Fibre Channel, those of a URL read.
+    fn as_fc(&self) -> Result<Option<FcFile>, Failure> {
+        Ok(match self {
+            Self::Kind(SourceKind::Fc(fields)) => Some(fields.clone()),
+            Self::Url(url) if is_fc(url) => match word::<Source>("source", url)? {
+                Source::Fc(source) => Some(source.into()),
+                Source::Iscsi(_) => None,
+            },
+            Self::Kind(SourceKind::Iscsi(_)) | Self::Url(_) => None,
+        })
+    }
+
+    /// The fields of an iSCSI source, those of a URL read.
     fn fields(&self) -> Result<IscsiFile, Failure> {
         let IscsiUrl { first, more, iface } = match self {
             Self::Kind(SourceKind::Iscsi(fields)) => return Ok(fields.clone()),
-            Self::Url(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
+            Self::Url(url) if !is_fc(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
+            Self::Url(_) | Self::Kind(SourceKind::Fc(_)) => {
+                let rule =
+                    "an iscsi source: others have no credentials, iface records or initiator names";
+                let malformed = Malformed::new("source", &self.url(), rule);
+                return Err(Failure::malformed("source", &malformed));
+            }
         };
         let more = more.into_iter().map(TargetFile::from).collect();
         let initiator_name = iface.initiator.as_ref().map(ToString::to_string).unwrap_or_default();
         let iface = iface.name.unless_default().to_owned();
         Ok(IscsiFile { iface, initiator_name, ..IscsiFile::of(first.into(), more) })
     }
+}
+
+/// Whether a URL is of Fibre Channel.
+fn is_fc(url: &str) -> bool {
+    url.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("fc://"))
 }
 
 impl IscsiFile {
@@ -237,7 +273,7 @@ impl<'de> Deserialize<'de> for SourceFile {
             type Value = SourceFile;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(
-                    "a URL (iscsi://PORTAL[,PORTAL]/IQN/LUN) or iscsi: {target, portals, lun}",
+                    "a URL (iscsi://PORTAL[,PORTAL]/IQN/LUN, fc://WWPN[,WWPN]/LUN), iscsi: {target, portals, lun} or fc: {targets: [{wwpn, lun}]}",
                 )
             }
             fn visit_str<E>(self, url: &str) -> Result<SourceFile, E> {
@@ -248,10 +284,14 @@ impl<'de> Deserialize<'de> for SourceFile {
                 #[derive(Deserialize)]
                 #[serde(deny_unknown_fields)]
                 struct Kinds {
-                    iscsi: IscsiFile,
+                    iscsi: Option<IscsiFile>,
+                    fc: Option<FcFile>,
                 }
-                let kinds = Kinds::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(SourceFile::Kind(SourceKind::Iscsi(kinds.iscsi)))
+                match Kinds::deserialize(MapAccessDeserializer::new(map))? {
+                    Kinds { iscsi: Some(iscsi), fc: None } => Ok(SourceFile::of(iscsi)),
+                    Kinds { iscsi: None, fc: Some(fc) } => Ok(SourceFile::fc(fc)),
+                    Kinds { .. } => Err(serde::de::Error::custom("give one of iscsi and fc")),
+                }
             }
         }
         from.deserialize_any(Either)

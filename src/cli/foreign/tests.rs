@@ -13,8 +13,76 @@ fn of(text: &str) -> Result<(v1::VolumeSpec, Vec<String>, VolumeFile), String> {
 }
 
 fn iscsi(wire: &v1::VolumeSpec) -> v1::IscsiSource {
-    let v1::source::Kind::Iscsi(iscsi) = wire.source.clone().unwrap().kind.unwrap();
+    let Some(v1::source::Kind::Iscsi(iscsi)) = wire.source.clone().unwrap().kind else {
+        panic!("of iSCSI")
+    };
     iscsi
+}
+
+fn fc(wire: &v1::VolumeSpec) -> v1::FcSource {
+    let Some(v1::source::Kind::Fc(fc)) = wire.source.clone().unwrap().kind else {
+        panic!("of Fibre Channel")
+    };
+    fc
+}
+
+fn places(source: &v1::FcSource) -> Vec<(&str, u32)> {
+    source.targets.iter().map(|t| (t.wwpn.as_str(), t.lun)).collect()
+}
+
+const A: &str = "500a0982991b8dc5";
+const B: &str = "500a0982891b8dc5";
+
+#[test]
+fn an_fc_stanza_is_read_verbatim() {
+    let pv = format!(
+        "kind: PersistentVolume\nspec: {{fc: {{targetWWNs: ['{A}', '50:0A:09:82:89:1B:8D:C5', '0x{A}'], lun: 2, wwids: [3600508b400105e210000900000490000], readOnly: true, fsType: ext4}}}}"
+    );
+    let (wire, notes, _) = of(&pv).unwrap();
+    assert_eq!(places(&fc(&wire)), [(A, 2), (B, 2)]);
+    assert_eq!((wire.read_only, wire.wwid.as_str()), (true, "3600508b400105e210000900000490000"));
+    assert!(notes.len() == 1 && notes[0].contains("spec.fc.fsType"), "{notes:?}");
+    let (wire, _, _) = of(&format!("fc: {{targetWWNs: ['{A}'], lun: 0}}")).unwrap();
+    assert_eq!(places(&fc(&wire)), [(A, 0)]);
+    for (stanza, words) in [
+        ("{wwids: [3600508b400105e210000900000490000]}", "fc.targetWWNs and lun are missing"),
+        ("{targetWWNs: [a]}", "fc.lun is missing"),
+        ("{targetWWNs: [a], lun: 1, wwids: [a, b]}", "fc.wwids"),
+        ("{targetWWNs: [a], lun: x}", "fc.lun"),
+        ("{targetWWNs: [a], lun: 1, portals: [x]}", "fc.portals"),
+    ] {
+        let error = of(&format!("fc: {stanza}")).unwrap_err();
+        assert!(error.contains(words), "{stanza}: {error}");
+    }
+    assert!(of("kind: PersistentVolume\nspec: {nfs: {}}").unwrap_err().contains("spec.fc"));
+}
+
+#[test]
+fn cinder_may_answer_with_fibre_channel() {
+    let whole = |data: &str| format!("{{driver_volume_type: fibre_channel, data: {{{data}}}}}");
+    let data = format!(
+        "target_discovered: true, target_wwn: ['{A}', '{B}'], target_lun: 1, access_mode: ro, addressing_mode: SAM2, enable_wildcard_scan: true, initiator_target_map: {{'21000024ff3d2e5c': ['{A}'], '21000024ff3d2e5d': ['{B}'], '21000024ff3d2e5e': []}}"
+    );
+    let (wire, notes, _) = of(&whole(&data)).unwrap();
+    let source = fc(&wire);
+    assert_eq!(places(&source), [(A, 1), (B, 1)]);
+    assert_eq!((source.initiator_target_map.len(), notes.len()), (2, 0));
+    assert!(wire.read_only && source.wildcard_scan && !source.lip);
+    let (wire, ..) = of(&whole(&format!("target_wwn: '{A}', target_lun: 300"))).unwrap();
+    assert_eq!(fc(&wire).targets[0].lun_addressing(), v1::LunAddressing::Transparent);
+    let data = format!("target_wwns: ['{A}', '{B}'], target_luns: [1, 2]");
+    assert_eq!(places(&fc(&of(&whole(&data)).unwrap().0)), [(A, 1), (B, 2)]);
+    for (data, words) in [
+        ("target_lun: 1", "target_wwn is missing"),
+        ("target_wwn: a", "target_lun is missing"),
+        ("target_wwn: {a: b}, target_lun: 1", "target_wwn"),
+        ("target_wwns: [a, b], target_luns: [1, 2, 3]", "one by one"),
+        ("target_wwn: a, target_lun: 1, initiator_target_map: [x]", "initiator_target_map"),
+        ("target_wwn: a, target_lun: 1, auth_method: CHAP", "auth_method"),
+    ] {
+        let error = of(&whole(data)).unwrap_err();
+        assert!(error.contains(words), "{data}: {error}");
+    }
 }
 
 const PV: &str = "

@@ -26,7 +26,7 @@ const NOTHING: [&str; 3] = ["", "(null)", "<NULL>"];
 impl Inner {
     /// Writes the job's credentials into records of ours.
     pub(super) async fn set_chap(&self, job: &Job, portals: &[Portal]) -> Result<(), Error> {
-        let (Some(chap), target) = (&job.chap, &job.source.nexus) else { return Ok(()) };
+        let (Some(chap), target) = (&job.with.chap, &job.source.target) else { return Ok(()) };
         for &portal in portals {
             let doing = || format!("writing the credentials for {target} at {portal}");
             let unlocked = self.iscsiadm(target).unlocked().await;
@@ -54,9 +54,9 @@ impl Inner {
         mut missing: Vec<Portal>,
         need: &[Portal],
     ) -> Result<Vec<Portal>, Error> {
-        let target = &job.source.nexus;
+        let target = &job.source.target;
         let stale = |p: &&Portal| ours.contains(p) && made.chap.contains(p);
-        for &portal in need.iter().filter(stale).filter(|_| job.chap.is_none()) {
+        for &portal in need.iter().filter(stale).filter(|_| job.with.chap.is_none()) {
             if !missing.contains(&portal) {
                 self.iscsiadm(target).delete_record(Some(portal)).await?;
                 missing.push(portal);
@@ -72,12 +72,12 @@ impl Inner {
         job: &Job,
         session: &Session,
     ) -> Result<(), Error> {
-        let target = &job.source.nexus;
+        let target = &job.source.target;
         let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
         if !session.marked || !session.is_by(target) {
             return Ok(());
         }
-        let same = match &job.chap {
+        let same = match &job.with.chap {
             Some(chap) => self.is_by(session, chap).await?,
             None => !lease.made.chap.contains(&session.portal),
         };

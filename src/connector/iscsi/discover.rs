@@ -21,7 +21,7 @@ const NOTHING: i32 = 21;
 
 impl Inner {
     /// The targets that `portal` lists.
-    pub(super) async fn discover(
+    pub(super) async fn discover_at(
         self: &Arc<Self>,
         portal: Portal,
         authentication: Authentication,

@@ -17,15 +17,15 @@ use crate::types::{IfaceName, Nexus};
 impl Inner {
     /// Sees to it that there is the iface record that the job's sessions go by.
     pub(super) async fn put_iface(&self, job: &Job) -> Result<(), Error> {
-        if job.iface.is_default() {
+        if job.with.iface.is_default() {
             return Ok(());
         }
-        let name = &job.iface.name;
-        let _lock = self.iface_lock(&job.iface.record()).await?;
-        let doing = || format!("making the iface record of {}", job.source.nexus);
-        let unlocked = self.iscsiadm(&job.source.nexus).unlocked().await;
+        let name = &job.with.iface.name;
+        let _lock = self.iface_lock(&job.with.iface.record()).await?;
+        let doing = || format!("making the iface record of {}", job.source.target);
+        let unlocked = self.iscsiadm(&job.source.target).unlocked().await;
         unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
-        match self.doors.iscsidb.put_iface(&job.iface).await {
+        match self.doors.iscsidb.put_iface(&job.with.iface).await {
             Ok(_) => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let known = self.doors.iscsidb.ifaces().await.unwrap_or_default();

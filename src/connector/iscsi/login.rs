@@ -104,7 +104,7 @@ impl Inner {
         job: &Job,
         portals: &[Portal],
     ) -> Result<HashMap<Portal, Progress>, Error> {
-        let target = &job.source.nexus;
+        let target = &job.source.target;
         let _lock = self.target_lock(target).await?;
         let sessions = session::of_target(&*self.doors.sysfs, target.target()).await?;
         let mut progress = HashMap::new();
@@ -113,7 +113,7 @@ impl Inner {
             if sessions.iter().any(|s| s.portal == portal && s.is_by(target)) {
                 continue;
             }
-            match self.logins.get(target, portal) {
+            match self.state.get(target, portal) {
                 Some(under_way) => drop(progress.insert(portal, under_way)),
                 None => need.push(portal),
             }
@@ -160,7 +160,7 @@ impl Inner {
         let mut progress = HashMap::new();
         for &portal in &group {
             let (report, under_way) = watch::channel(None);
-            self.logins.lock().insert((target.clone(), portal), under_way.clone());
+            self.state.lock().insert((target.clone(), portal), under_way.clone());
             reports.insert(portal, report);
             progress.insert(portal, under_way);
         }
@@ -186,14 +186,14 @@ impl Inner {
     /// stopped, or is started anew with the request in its socket): a session that nobody waits for.
     fn watch_login(self: &Arc<Self>, target: &Nexus, portal: Portal) {
         let place = (target.clone(), portal);
-        if !self.logins.watched().insert(place.clone()) {
+        if !self.state.watched().insert(place.clone()) {
             return;
         }
         let inner = self.clone();
         let watch = async move {
             let mut wait = Wait::new(&*inner.doors.uevents, LATE_LOGIN);
             while inner.sid(&place.0, portal).await.is_none() && wait.next().await {}
-            inner.logins.watched().remove(&place);
+            inner.state.watched().remove(&place);
             if let Err(error) = inner.settle(&place.0, &[portal]).await {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(%portal, error, "a session that came late could not be undone");
@@ -301,7 +301,7 @@ impl Inner {
         if let Err(error) = &result {
             tracing::info!(%target, %portal, %error, "login failed");
         }
-        self.logins.lock().remove(&(target.clone(), portal));
+        self.state.lock().remove(&(target.clone(), portal));
         report.send_replace(Some(result.map(drop)));
     }
 

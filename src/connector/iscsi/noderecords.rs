@@ -34,7 +34,7 @@ pub(super) struct Records {
 impl Inner {
     /// Has a record of the right kind at each of `need`.
     pub(super) async fn records(&self, job: &Job, need: &[Portal]) -> Result<Records, Error> {
-        let target = &job.source.nexus;
+        let target = &job.source.target;
         self.put_iface(job).await?;
         let found = self.known_records(target).await?;
         let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
@@ -45,7 +45,7 @@ impl Inner {
         ours.extend(&missing);
         let missing = self.without_chap(job, &lease.made, &ours, missing, &need).await?;
         let mine: Vec<Portal> = need.iter().copied().filter(|p| ours.contains(p)).collect();
-        let (intent, chap) = (ours.clone(), job.chap.is_some());
+        let (intent, chap) = (ours.clone(), job.with.chap.is_some());
         self.leases
             .update::<Made, _>(target.as_str(), |l| {
                 l.made.records.extend(intent);
@@ -57,7 +57,7 @@ impl Inner {
         }
         let alone = self.configure(job, &found, &ours, &need, &mine).await?;
         self.set_chap(job, &mine).await?;
-        let given = job.chap.as_ref().map(|chap| chap.out.name.clone());
+        let given = job.with.chap.as_ref().map(|chap| chap.out.name.clone());
         let given = mine.into_iter().filter_map(|p| Some((p, given.clone()?))).collect();
         Ok(Records { alone, given, without })
     }
@@ -106,7 +106,7 @@ impl Inner {
         need: &[Portal],
         mine: &[Portal],
     ) -> Result<bool, Error> {
-        let (target, multipath) = (&job.source.nexus, job.multipath);
+        let (target, multipath) = (&job.source.target, job.multipath);
         let is_ours = |r: &Record| is_by(r, target) && ours.contains(&r.portal);
         let all_ours = found.iter().all(is_ours) && need.iter().all(|p| ours.contains(p));
         let alone = all_ours && found.iter().all(|r| need.contains(&r.portal));
@@ -131,7 +131,7 @@ impl Inner {
         missing: &mut Vec<Portal>,
         tags: &HashMap<Portal, u16>,
     ) -> Result<Vec<Portal>, Error> {
-        let target = &job.source.nexus;
+        let target = &job.source.target;
         let in_the_way =
             |r: &&Record| r.group.is_none() && !is_by(r, target) && missing.contains(&r.portal);
         let old: Vec<&Record> = found.iter().filter(in_the_way).collect();
@@ -159,7 +159,7 @@ impl Inner {
         }
         missing.retain(|portal| !without.contains(portal));
         match failed {
-            Some(error) if job.source.portals.iter().all(|p| without.contains(p)) => Err(error),
+            Some(error) if job.source.routes.iter().all(|p| without.contains(p)) => Err(error),
             _ => Ok(without),
         }
     }
@@ -187,7 +187,7 @@ impl Inner {
         found: &[Record],
         missing: &[Portal],
     ) -> Result<HashMap<Portal, u16>, Error> {
-        let target = &job.source.nexus;
+        let target = &job.source.target;
         let known = found.iter().filter_map(|r| Some((r.portal, r.group?)));
         let mut tags: HashMap<Portal, u16> = known.collect();
         let plain = *target.iface() == IfaceName::default();
@@ -203,7 +203,7 @@ impl Inner {
             tags.extend(session.group.map(|tag| (session.portal, tag)));
         }
         // One that is logged in to answers.
-        let mut ask = job.source.portals.clone();
+        let mut ask = job.source.routes.clone();
         ask.sort_by_key(|portal| !sessions.iter().any(|s| s.up && s.portal == *portal));
         for portal in ask.into_iter().take(ASKED) {
             if !lacks(&tags) {

@@ -211,7 +211,7 @@ impl Inner {
 
     /// Whether a login at that portal goes on, here or in another process.
     async fn login_goes_on(&self, target: &Nexus, portal: Portal) -> bool {
-        if self.logins.get(target, portal).is_some() {
+        if self.state.get(target, portal).is_some() {
             return true;
         }
         let name = login_lock(target, portal);

@@ -11,18 +11,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
+use crate::connector::{
+    AttachRequest, Attachment, Connector, DetachOptions, Expect, Health, Settings, settings::ms,
+};
 use crate::connector::{Authentication, PathStatus, scsi};
 use crate::host::cmd::Tool;
 use crate::host::sim::{Fault, FaultAction, Faults, PortalState, SimLun, SimStorage};
+use crate::host::storage::StorageDoors;
 use crate::reason::Reason;
 use crate::spec::IscsiSource;
+use crate::spec::{MultipathPolicy, Source};
+use crate::types::{Chap, Iface, Outcome, VolumeKey};
 use crate::types::{Iqn, Lun, Wwid};
 
 const GIB: u64 = 1 << 30;
 
 struct San {
     sim: SimStorage,
-    connector: IscsiConnector,
+    connector: Arc<Inner>,
 }
 
 fn target() -> Iqn {
@@ -77,7 +83,7 @@ impl San {
             let what = SimLun::new(wwid(u32::try_from(n).expect("small")), GIB);
             sim.add_lun(&target(), lun(n), what);
         }
-        let connector = IscsiConnector::new(StorageDoors::sim(&sim), Settings::default());
+        let connector = Arc::new(Luns::new(StorageDoors::sim(&sim), Settings::default()));
         Self { sim, connector }
     }
 
@@ -159,7 +165,7 @@ async fn one_portal_without_multipathd_is_a_single_path() {
     assert_eq!(got.device.size, GIB);
     assert_eq!(got.device.map, None);
     assert_eq!(san.sim.lun_of(got.device.dev), Some((target(), lun(1))));
-    let Source::Iscsi(s) = source(1, &[2]);
+    let Source::Iscsi(s) = source(1, &[2]) else { panic!("of iSCSI") };
     let setting = |name| san.sim.record_setting(&s.target, portal(2), name);
     assert_eq!(setting("node.session.scan").as_deref(), Some("manual"));
     assert_eq!(setting("node.session.timeo.replacement_timeout").as_deref(), Some("120"));
@@ -177,11 +183,7 @@ async fn two_portals_are_one_map_of_two_paths() {
     assert!(got.device.map.is_some());
     assert_eq!(got.device.paths, 2);
     assert_eq!(san.sim.lun_of(got.device.dev), Some((target(), lun(1))));
-    assert_eq!(
-        san.connector.inner.doors.commands.started(),
-        4,
-        "two records, one update, one login"
-    );
+    assert_eq!(san.connector.doors.commands.started(), 4, "two records, one update, one login");
     let timeout =
         san.sim.record_setting(&target(), portal(3), "node.session.timeo.replacement_timeout");
     assert_eq!(timeout.as_deref(), Some("5"));
@@ -209,11 +211,11 @@ async fn five_luns_at_once_share_the_sessions_and_the_last_one_logs_out() {
     assert!(got.iter().all(Outcome::changed));
     assert_eq!(san.count("session"), 2);
     assert_eq!(san.count("dm"), 5);
-    let started = san.connector.inner.doors.commands.started();
+    let started = san.connector.doors.commands.started();
     assert_eq!(started, 4);
     let got = san.attach(&request("v5", 256, &[2, 3])).await;
     assert_eq!(
-        san.connector.inner.doors.commands.started(),
+        san.connector.doors.commands.started(),
         started,
         "no process for a session that is there"
     );
@@ -274,7 +276,7 @@ async fn a_portal_that_does_not_let_us_in_says_why() {
     }
     let san = San::new();
     let mut r = request("a", 1, &[2]);
-    let Source::Iscsi(s) = &mut r.source;
+    let Source::Iscsi(s) = &mut r.source else { panic!("of iSCSI") };
     s.target = "iqn.2026-01.example.san:other".parse().expect("iqn");
     assert_eq!(san.refused(&r).await.reason(), Reason::TargetNotFound);
     san.sim.set_tool_missing(Tool::Iscsiadm, true);
@@ -332,7 +334,7 @@ async fn another_lun_than_before_is_refused_unless_accepted() {
 /// Leaves a device of LUN 1 behind under a session that a volume on LUN 2 keeps.
 async fn leave_stale(san: &San) -> String {
     san.attach(&request("keeper", 2, &[2])).await;
-    let doors = &san.connector.inner.doors;
+    let doors = &san.connector.doors;
     let session = session::of_target(&*doors.sysfs, &target()).await.expect("read").remove(0);
     let scan = format!("class/scsi_host/host{}/scan", session.host);
     doors.sysfs.write(&scan, "0 0 1").await.expect("scanned");
@@ -381,7 +383,7 @@ async fn a_stale_device_that_is_held_is_named_and_stays() {
         let san = San::new();
         san.sim.set_multipathd(multipathd);
         let dir = leave_stale(&san).await;
-        let disk = scsi::disk(&*san.connector.inner.doors.sysfs, &dir).await.expect("read");
+        let disk = scsi::disk(&*san.connector.doors.sysfs, &dir).await.expect("read");
         let dev = disk.expect("there").dev;
         san.sim.open(dev, "dd[4711]");
         let error = san.connector.attach(&request("a", 1, &[2])).await.expect_err("held");
@@ -466,12 +468,12 @@ async fn records_that_outlive_a_boot_are_known_again() {
     san.attach(&request("a", 1, &[2, 3])).await;
     san.sim.reboot();
     assert_eq!(san.count("record"), 2);
-    let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+    let connector = Arc::new(Luns::new(StorageDoors::sim(&san.sim), Settings::default()));
     let san = San { sim: san.sim, connector };
     assert_eq!(san.connector.owners().await.expect("read"), []);
     san.attach(&request("a", 1, &[2, 3])).await;
     san.sim.reboot();
-    let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+    let connector = Arc::new(Luns::new(StorageDoors::sim(&san.sim), Settings::default()));
     let san = San { sim: san.sim, connector };
     assert!(san.detach("a", 1, &[2, 3]).await.expect("detached").changed());
     assert_eq!((san.count("record"), san.count("run")), (0, 0));
@@ -522,7 +524,7 @@ async fn a_device_that_the_host_uses_is_not_given_away() {
     let san = San::new();
     let keeper = san.attach(&request("keeper", 2, &[2])).await;
     // LVM is on LUN 1, which somebody scanned before.
-    let doors = &san.connector.inner.doors;
+    let doors = &san.connector.doors;
     san.sim.set_multipathd(false);
     let session = session::of_target(&*doors.sysfs, &target()).await.expect("read").remove(0);
     let scan = format!("class/scsi_host/host{}/scan", session.host);

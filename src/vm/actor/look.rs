@@ -18,9 +18,9 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::{Actor, Volume};
-use crate::connector::Paths;
+use crate::connector::{Paths, Touched};
 use crate::reason::Reason;
-use crate::spec::{Phase, VolumeSpec};
+use crate::spec::{Phase, Source, VolumeSpec};
 use crate::types::VolumeName;
 use crate::vm::failure::Failure;
 use crate::vm::handler::Message;
@@ -73,12 +73,30 @@ impl Actor {
                         volumes.filter(|v| touched.announces_size(v.attachment.as_ref()));
                     announced.for_each(|v| v.growth.announced = true);
                 }
+                self.paths_came(touched);
                 let parts = |v: &Volume| v.attachment.as_ref().is_none_or(|a| touched.concerns(a));
                 if self.volumes.iter().any(|(name, v)| self.is_steady(name) && parts(v)) {
                     self.look_within(PAUSE);
                 }
             }
         }
+    }
+
+    /// Ports have come: what waits for one need not wait for its time.
+    fn paths_came(&mut self, touched: &Touched) {
+        let is_its = |v: &Volume| {
+            let is_fc = matches!(v.stored.spec.source, Source::Fc(_));
+            is_fc && touched.brings_paths(v.attachment.as_ref())
+        };
+        let its = self.volumes.values_mut().filter(|v| is_its(v));
+        its.for_each(|v| v.missing = Missing::default());
+        let waits = |name: &VolumeName, volume: &Volume| {
+            let reason = self.status(name).reason;
+            is_its(volume) && volume.timer.is_some() && reason == Some(Reason::FcPortNotFound)
+        };
+        let waiting = self.volumes.iter().filter(|(name, volume)| waits(name, volume));
+        let names: Vec<_> = waiting.map(|(name, _)| name.clone()).collect();
+        names.iter().for_each(|name| self.work(name));
     }
 
     /// Whether a volume is ready and nothing is going on with it.

@@ -237,7 +237,7 @@ impl World {
 /// A volume whose LUN is the number in its name.
 fn volume(name: &str) -> VolumeSpec {
     let mut spec = volume_fixture(name);
-    let crate::spec::Source::Iscsi(source) = &mut spec.source;
+    let crate::spec::Source::Iscsi(source) = &mut spec.source else { panic!("of iSCSI") };
     let number: u64 = name.bytes().map(u64::from).sum();
     source.lun = number.try_into().unwrap();
     spec

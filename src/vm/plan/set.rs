@@ -86,7 +86,7 @@ mod tests {
 
     fn volume(name: u64, lun: u64) -> VolumeSpec {
         let mut spec = volume_fixture(&format!("v{name}"));
-        let Source::Iscsi(source) = &mut spec.source;
+        let Source::Iscsi(source) = &mut spec.source else { panic!("of iSCSI") };
         source.lun = Lun::try_from(lun).unwrap();
         spec
     }

@@ -13,14 +13,14 @@ fn san(portals: u8) -> (San, Vec<u8>) {
     for n in 1..=2 {
         sim.add_lun(&target(), lun(n), SimLun::new(wwid(u32::try_from(n).expect("small")), GIB));
     }
-    let connector = IscsiConnector::new(StorageDoors::sim(&sim), Settings::default());
+    let connector = Arc::new(Luns::new(StorageDoors::sim(&sim), Settings::default()));
     (San { sim, connector }, ns)
 }
 
 impl San {
     /// How many programs were started since this was last asked.
     fn programs(&self, since: &mut u64) -> u64 {
-        let started = self.connector.inner.doors.commands.started();
+        let started = self.connector.doors.commands.started();
         started - std::mem::replace(since, started)
     }
 }

@@ -153,7 +153,7 @@ async fn after_a_kill_at_any_step_a_detach_leaves_nothing() {
             let ended = tokio::time::timeout(Duration::from_millis(900), attach).await;
             san.connector.settled().await;
             san.sim.faults().clear();
-            let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+            let connector = Arc::new(Luns::new(StorageDoors::sim(&san.sim), Settings::default()));
             let san = San { sim: san.sim, connector };
             san.connector.sweep().await.expect("swept");
             san.detach("a", 1, &[2, 3]).await.expect("detached");
@@ -184,7 +184,7 @@ async fn a_detach_that_was_killed_at_any_step_is_finished_by_the_next() {
                 tokio::time::timeout(Duration::from_millis(900), san.detach("a", 1, &[2, 3])).await;
             san.connector.settled().await;
             san.sim.faults().clear();
-            let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+            let connector = Arc::new(Luns::new(StorageDoors::sim(&san.sim), Settings::default()));
             let san = San { sim: san.sim, connector };
             san.detach("a", 1, &[2, 3]).await.expect("detached");
             assert_eq!(san.sim.snapshot(), before, "{point} {skip} {ended:?}");
@@ -200,7 +200,7 @@ async fn a_lun_that_the_array_took_away_or_swapped_needs_force_to_go() {
         let got = san.attach(&request("a", 1, &[2, 3])).await;
         if swapped {
             san.sim.replace_lun(&target(), lun(1), SimLun::new(wwid(99), GIB));
-            let doors = &san.connector.inner.doors;
+            let doors = &san.connector.doors;
             for path in &got.paths {
                 let rescan = format!("bus/scsi/devices/{}/rescan", path.hctl);
                 doors.sysfs.write(&rescan, "1").await.expect("rescanned");

@@ -14,7 +14,7 @@ fn by(volume: &str, n: u64, name: &Iqn) -> AttachRequest {
 
 fn by_iface(volume: &str, n: u64, iface: Iface) -> AttachRequest {
     let mut r = request(volume, n, &[2, 3]);
-    let Source::Iscsi(source) = &mut r.source;
+    let Source::Iscsi(source) = &mut r.source else { panic!("of iSCSI") };
     source.iface = iface;
     r
 }
@@ -82,10 +82,10 @@ async fn two_initiators_have_records_beside_each_other_whoever_comes_first() {
         let (own, node) = (by("own", 1, &vm_name(1)), request("node", 2, &[2, 3]));
         let (first, second) = if own_first { (&own, &node) } else { (&node, &own) };
         san.attach(first).await;
-        let since = san.connector.inner.doors.commands.started();
+        let since = san.connector.doors.commands.started();
         san.attach(second).await;
         // As beside another's records: three a portal, and the tag is known.
-        assert!(san.connector.inner.doors.commands.started() - since <= 6);
+        assert!(san.connector.doors.commands.started() - since <= 6);
         assert_eq!((san.count("session"), san.count("record")), (4, 4));
         assert!(
             san.sim.snapshot().lines().all(|l| !l.starts_with("record ") || l.contains("group"))
@@ -156,7 +156,7 @@ async fn credentials_are_written_into_the_record_of_that_initiator() {
 #[tokio::test(start_paused = true)]
 async fn it_costs_one_program_more() {
     let san = San::new();
-    let started = || san.connector.inner.doors.commands.started();
+    let started = || san.connector.doors.commands.started();
     let since = started();
     let r = by("a", 1, &vm_name(1));
     san.attach(&r).await;
@@ -190,7 +190,7 @@ async fn after_a_kill_at_any_step_nothing_is_left_of_the_record() {
             }
             san.connector.settled().await;
             san.sim.faults().clear();
-            let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+            let connector = Arc::new(Luns::new(StorageDoors::sim(&san.sim), Settings::default()));
             let san = San { sim: san.sim, connector };
             san.connector.sweep().await.expect("swept");
             leave(&san, &r).await;
@@ -212,7 +212,7 @@ async fn a_record_that_a_power_cut_left_without_its_mark_is_ours_by_its_iface() 
         let _ = tokio::time::timeout(Duration::from_millis(900), attach).await;
         san.sim.reboot();
         san.sim.faults().clear();
-        let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+        let connector = Arc::new(Luns::new(StorageDoors::sim(&san.sim), Settings::default()));
         let san = San { sim: san.sim, connector };
         san.connector.sweep().await.expect("swept");
         san.attach(&r).await;
@@ -234,7 +234,7 @@ async fn a_record_that_nobody_knows_of_any_more_is_swept() {
     let r = by("a", 1, &vm_name(1));
     san.attach(&r).await;
     san.sim.reboot();
-    let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+    let connector = Arc::new(Luns::new(StorageDoors::sim(&san.sim), Settings::default()));
     let san = San { sim: san.sim, connector };
     // Its node records still go by it.
     san.connector.sweep().await.expect("swept");
@@ -242,8 +242,8 @@ async fn a_record_that_nobody_knows_of_any_more_is_swept() {
     san.attach(&r).await;
     leave(&san, &r).await;
     assert_eq!(san.sim.snapshot(), before);
-    let Source::Iscsi(source) = &r.source;
-    let put = san.connector.inner.doors.iscsidb.put_iface(&source.iface).await.expect("put");
+    let Source::Iscsi(source) = &r.source else { panic!("of iSCSI") };
+    let put = san.connector.doors.iscsidb.put_iface(&source.iface).await.expect("put");
     assert!(put.changed());
     san.connector.sweep().await.expect("swept");
     assert_eq!(san.sim.snapshot(), before);

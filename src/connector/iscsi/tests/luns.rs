@@ -26,7 +26,7 @@ async fn a_lun_is_addressed_as_was_asked_for() {
     let mut sources = Vec::new();
     for (text, n) in others {
         let mut request = request(&format!("v{n}"), 1, &[2]);
-        let Source::Iscsi(source) = &mut request.source;
+        let Source::Iscsi(source) = &mut request.source else { panic!("of iSCSI") };
         source.lun = text.parse().expect("a LUN");
         let at = format!(":{}", source.lun.scsi());
         let got = san.attach(&request).await;

@@ -254,7 +254,7 @@ async fn records_of_all_targets_that_outlive_a_boot_are_known_again() {
     san.attach(&r).await;
     san.sim.reboot();
     assert_eq!(san.count("record"), 4);
-    let connector = IscsiConnector::new(StorageDoors::sim(&san.sim), Settings::default());
+    let connector = Arc::new(Luns::new(StorageDoors::sim(&san.sim), Settings::default()));
     let san = San { sim: san.sim, connector };
     let options = DetachOptions::default();
     assert!(san.connector.detach(&r.owner, &r.source, options).await.expect("detached").changed());

@@ -5,13 +5,29 @@ use std::io;
 use nix::libc;
 
 use super::array::{SimLun, vpd_pg80, vpd_pg83};
-use super::kernel::{Session, World, block_properties};
-use crate::types::{DevNum, Iqn};
+use super::kernel::{World, block_properties};
+use crate::types::{DevNum, Iqn, Wwpn};
+
+/// By what LUNs are scanned: a session, or a remote port.
+#[derive(Debug, Clone)]
+pub(super) struct Behind {
+    /// Its number.
+    pub(super) sid: u32,
+    pub(super) host: u32,
+    /// The target's id on that host.
+    pub(super) id: u32,
+    /// Its directory below /sys.
+    pub(super) dir: String,
+    pub(super) target: Iqn,
+    /// The target's name where it is a remote port.
+    pub(super) fc: Option<Wwpn>,
+}
 
 /// A SCSI disk as the kernel knows it, which may be behind what the array has.
 #[derive(Debug, Clone)]
 pub(super) struct ScsiDev {
     pub(super) hctl: String,
+    /// The session's or remote port's number.
     pub(super) sid: u32,
     pub(super) target: Iqn,
     pub(super) scsi_lun: u64,
@@ -41,7 +57,15 @@ impl World {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         };
         let (channel, id, lun) = (wanted(channel)?, wanted(id)?, wanted(lun)?);
-        if channel.is_some_and(|c| c != 0) || id.is_some_and(|t| t != 0) {
+        if channel.is_some_and(|c| c != 0) {
+            return Ok(());
+        }
+        if self.is_hba(host) {
+            self.scan_hba(host, id, lun);
+            self.multipathd_react();
+            return Ok(());
+        }
+        if id.is_some_and(|t| t != 0) {
             return Ok(());
         }
         let Some(session) = self.sessions.values().find(|s| s.host == host).cloned() else {
@@ -50,7 +74,14 @@ impl World {
         if session.failed {
             return Ok(());
         }
-        let Some(target) = self.targets.get(&session.target) else { return Ok(()) };
+        self.scan_behind(&session.behind(), lun);
+        self.multipathd_react();
+        Ok(())
+    }
+
+    /// Finds one LUN, or all.
+    pub(super) fn scan_behind(&mut self, behind: &Behind, lun: Option<u64>) {
+        let Some(target) = self.targets.get(&behind.target) else { return };
         let found: Vec<(u64, SimLun)> = target
             .luns
             .iter()
@@ -58,21 +89,20 @@ impl World {
             .filter(|(n, _)| lun.is_none_or(|wanted| wanted == *n))
             .collect();
         for (scsi_lun, known) in found {
-            if !self.disks.contains_key(&format!("{host}:0:0:{scsi_lun}")) {
-                self.add_disk(&session, scsi_lun, known);
+            let hctl = format!("{}:0:{}:{scsi_lun}", behind.host, behind.id);
+            if !self.disks.contains_key(&hctl) {
+                self.add_disk(behind, scsi_lun, known);
             }
         }
-        self.multipathd_react();
-        Ok(())
     }
 
-    fn add_disk(&mut self, session: &Session, scsi_lun: u64, known: SimLun) {
+    fn add_disk(&mut self, behind: &Behind, scsi_lun: u64, known: SimLun) {
         let used = |n: &u32| self.disks.values().any(|d| d.index == *n);
         let index = (0..).find(|n| !used(n)).unwrap_or(0);
         let disk = ScsiDev {
-            hctl: format!("{}:0:0:{scsi_lun}", session.host),
-            sid: session.sid,
-            target: session.target.clone(),
+            hctl: format!("{}:0:{}:{scsi_lun}", behind.host, behind.id),
+            sid: behind.sid,
+            target: behind.target.clone(),
             scsi_lun,
             index,
             name: sd_name(index),
@@ -81,9 +111,12 @@ impl World {
             online: true,
         };
         let diskseq = self.next_diskseq();
-        let target_dir = format!("{}/target{}:0:0", session.dir(), session.host);
+        let target_dir = format!("{}/target{}:0:{}", behind.dir, behind.host, behind.id);
         if self.tree.resolve(&target_dir).is_err() {
             self.tree.mkdir(&target_dir);
+            if let Some(wwpn) = behind.fc {
+                self.show_fc_target(&target_dir, wwpn);
+            }
             self.emit("add", &target_dir, "scsi", &[("DEVTYPE", "scsi_target".into())]);
         }
         self.disks.insert(disk.hctl.clone(), disk.clone());
@@ -110,6 +143,7 @@ impl World {
         tree.link(&format!("bus/scsi/devices/{hctl}"), &dir);
         tree.put(&format!("{block}/dev"), dev);
         tree.put(&format!("{block}/diskseq"), diskseq);
+        tree.put(&format!("{block}/uevent"), "DEVTYPE=disk");
         tree.put(&format!("{block}/removable"), 0);
         tree.put(&format!("{block}/queue/logical_block_size"), 512);
         tree.link(&format!("{block}/device"), &dir);
@@ -200,8 +234,11 @@ impl World {
         self.emit("remove", &block, "block", &block_properties(&disk.name, disk.dev, 0));
         self.emit("remove", &dir, "scsi", &[("DEVTYPE", "scsi_device".into())]);
         let target_dir = dir.rsplit_once('/').map_or("", |(parent, _)| parent).to_owned();
-        if self.tree.list(&target_dir).is_ok_and(|names| names.is_empty()) {
+        let device = |name: &String| name.contains(':');
+        if self.tree.list(&target_dir).is_ok_and(|names| !names.iter().any(device)) {
             self.tree.remove(&target_dir);
+            let name = target_dir.rsplit('/').next().unwrap_or_default();
+            self.tree.remove(&format!("class/fc_transport/{name}"));
             self.emit("remove", &target_dir, "scsi", &[("DEVTYPE", "scsi_target".into())]);
         }
     }

@@ -7,8 +7,9 @@ use nix::libc;
 use tokio::sync::broadcast;
 
 use super::array::{PortalState, SimTarget};
-use super::disks::ScsiDev;
+use super::disks::{Behind, ScsiDev};
 use super::dm::Dm;
+use super::fc::{RemotePort, SimHba};
 use super::iscsiadm::Records;
 use super::multipathd::MultipathModel;
 use super::tree::Tree;
@@ -33,6 +34,12 @@ pub(super) struct Session {
 }
 
 impl Session {
+    /// What LUNs are scanned by it.
+    pub(super) fn behind(&self) -> Behind {
+        let (sid, host, target) = (self.sid, self.host, self.target.clone());
+        Behind { sid, host, id: 0, dir: self.dir(), target, fc: None }
+    }
+
     /// The session's directory below /sys.
     pub(super) fn dir(&self) -> String {
         format!("devices/platform/host{}/session{}", self.host, self.sid)
@@ -55,6 +62,12 @@ pub(super) struct World {
     /// The database's lock, with the processes that may hold it: none when they are dead.
     pub(super) db_lock: Option<Vec<String>>,
     pub(super) sessions: BTreeMap<u32, Session>,
+    pub(super) hbas: Vec<SimHba>,
+    pub(super) rports: Vec<RemotePort>,
+    /// The kernel scans remote ports that log in by itself.
+    pub(super) fc_scans: bool,
+    /// How many LIPs were issued.
+    pub(super) lips: u32,
     pub(super) disks: BTreeMap<String, ScsiDev>,
     pub(super) dm: BTreeMap<u32, Dm>,
     pub(super) multipath: MultipathModel,
@@ -79,6 +92,10 @@ impl World {
             discovery_chap: None,
             db_lock: None,
             sessions: BTreeMap::new(),
+            hbas: Vec::new(),
+            rports: Vec::new(),
+            fc_scans: true,
+            lips: 0,
             disks: BTreeMap::new(),
             dm: BTreeMap::new(),
             multipath: MultipathModel::default(),
@@ -104,6 +121,7 @@ impl World {
         self.multipath.pending.clear();
         (self.last_sid, self.last_diskseq) = (0, 0);
         self.boot_tree();
+        self.boot_hbas();
     }
 
     fn boot_tree(&mut self) {
@@ -121,6 +139,9 @@ impl World {
             "class/iscsi_connection",
             "class/iscsi_host",
             "class/iscsi_session",
+            "class/fc_host",
+            "class/fc_remote_ports",
+            "class/fc_transport",
         ] {
             self.tree.mkdir(dir);
         }
@@ -177,11 +198,9 @@ impl World {
 
     /// Makes a session on a host of its own, logged in.
     pub(super) fn login(&mut self, target: &Iqn, portal: Portal, iface: &str) -> u32 {
-        let used = |n: &u32| self.sessions.values().any(|s| s.host == *n);
-        let host = (FIRST_HOST..).find(|n| !used(n)).unwrap_or(FIRST_HOST);
-        self.last_sid += 1;
+        let (host, sid) = (self.free_host(), self.next_sid());
         let session = Session {
-            sid: self.last_sid,
+            sid,
             host,
             target: target.clone(),
             portal,
@@ -189,7 +208,19 @@ impl World {
             failed: false,
         };
         self.show_session(&session);
-        self.sessions.insert(session.sid, session);
+        self.sessions.insert(sid, session);
+        sid
+    }
+
+    /// A host number that nobody has.
+    pub(super) fn free_host(&self) -> u32 {
+        let used = |n: &u32| self.sessions.values().any(|s| s.host == *n) || self.is_hba(*n);
+        (FIRST_HOST..).find(|n| !used(n)).unwrap_or(FIRST_HOST)
+    }
+
+    /// The next number of a session or remote port.
+    pub(super) fn next_sid(&mut self) -> u32 {
+        self.last_sid += 1;
         self.last_sid
     }
 
@@ -321,6 +352,14 @@ impl World {
         match name {
             "scan" => match owner.strip_prefix("host").and_then(|n| n.parse().ok()) {
                 Some(host) => self.scan(host, value),
+                None => errno(libc::EACCES),
+            },
+            "uevent" if dir.contains("/block/") => {
+                self.emit(value.trim(), dir, "block", &[("SYNTH_UUID", "0".into())]);
+                Ok(())
+            }
+            "issue_lip" => match owner.strip_prefix("host").and_then(|n| n.parse().ok()) {
+                Some(host) => self.issue_lip(host),
                 None => errno(libc::EACCES),
             },
             "delete" | "rescan" if self.disks.contains_key(&owner) => {

@@ -28,6 +28,7 @@ mod array;
 mod disks;
 mod dm;
 mod doors;
+mod fc;
 mod iscsiadm;
 mod iscsidb;
 mod kernel;
@@ -44,6 +45,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use array::{PortalState, SimLun};
+pub use fc::Appears;
 use kernel::World;
 pub use multipathd::FindMultipaths;
 use rundir::{RunState, SimRunDir};
@@ -522,6 +524,7 @@ impl SimStorage {
             let whose = if ours.is_some() { "lunplug" } else { "somebody" };
             line("discovery", format!("{portal} {whose}"));
         }
+        let fc = world.fc_lines();
         if world.db_lock.is_some() {
             line("lock", "of the records".into());
         }
@@ -547,6 +550,7 @@ impl SimStorage {
         for (name, bytes) in lock(&run).files() {
             line("run", format!("{name} {}", String::from_utf8_lossy(bytes)));
         }
+        lines.extend(fc);
         // Not in the order of their making, which may differ where the result does not.
         lines.sort();
         lines.concat()

@@ -4,39 +4,40 @@ use std::sync::Arc;
 
 use tracing::Instrument;
 
-use super::access::Access;
-use super::attach::ways;
+use super::Luns;
+use super::access::{note_route, ways};
 use super::base::agree;
 use super::gather::Late;
-use super::login::Made;
 use super::scan::Proven;
-use super::session::Session;
-use super::{Inner, Job};
+use super::transport::{Job, Transport, Way as _};
 use crate::connector::error::Error;
 use crate::connector::lease::{Lease, PathLease, User};
 use crate::connector::scsi::ScsiPath;
-use crate::connector::{AttachRequest, Attachment, DetachOptions, Expect, multipath, scsi};
-use crate::spec::IscsiSource;
-use crate::types::Portal;
+use crate::connector::{
+    AttachRequest, Attachment, DetachOptions, Expect, guestlun, multipath, scsi,
+};
 
-impl Inner {
-    /// Begins the login again at portals that an attached volume has no path by; what comes joins
+impl<T: Transport> Luns<T> {
+    /// Begins the login again at routes that an attached volume has no path by; what comes joins
     /// in the background. That it fails changes nothing for the volume.
     pub(super) async fn heal(
         self: &Arc<Self>,
         request: &AttachRequest,
-        source: &IscsiSource,
+        source: &T::Source,
         found: &Attachment,
     ) {
-        let targets = Access::of(source);
-        if found.device.map.is_none() || found.paths.len() >= ways(&targets) {
+        if found.device.map.is_none() {
             return;
         }
         let begun = async {
+            let targets = T::routes(self, source, T::targets(source)).await?;
+            if found.paths.len() >= ways(&targets) {
+                return Ok(());
+            }
             for job in self.job(request, source, targets).await?.parts() {
                 // One target's trouble keeps none of the others.
                 if let Err(error) = self.heal_at(&job, found).await {
-                    let (target, error) = (&job.source.nexus, &error as &dyn std::error::Error);
+                    let (target, error) = (&job.source.target, &error as &dyn std::error::Error);
                     tracing::warn!(%target, error, "missing paths could not be tried again");
                 }
             }
@@ -48,34 +49,33 @@ impl Inner {
         }
     }
 
-    async fn heal_at(self: &Arc<Self>, job: &Job, found: &Attachment) -> Result<(), Error> {
+    async fn heal_at(self: &Arc<Self>, job: &Job<T>, found: &Attachment) -> Result<(), Error> {
         let missing = self.missing(job, found).await?;
         if missing.is_empty() {
             return Ok(());
         }
-        let mut progress = self.log_in(job, &missing).await?;
-        let late = |portal| Late { job: job.clone(), portal, progress: progress.remove(&portal) };
+        let mut begun = T::reach(self, job, &missing).await?;
+        let late = |route| Late::<T> { job: job.clone(), route, begun: begun.remove(&route) };
         self.claim_late(missing.into_iter().map(late).collect(), found);
         Ok(())
     }
 
-    /// The portals by which there is no path.
-    async fn missing(&self, job: &Job, found: &Attachment) -> Result<Vec<Portal>, Error> {
-        let sessions =
-            super::session::of_target(&*self.doors.sysfs, job.source.nexus.target()).await?;
+    /// The routes by which there is no path.
+    async fn missing(&self, job: &Job<T>, found: &Attachment) -> Result<Vec<T::Route>, Error> {
+        let ways = T::ways(self, job).await?;
         let lun = job.source.lun.scsi();
-        let has = |p: &Portal| {
-            sessions.iter().filter(|s| s.portal == *p).any(|s| {
-                let hctl = s.hctl(lun).to_string();
+        let has = |p: &T::Route| {
+            ways.iter().filter(|way| way.route() == *p).any(|way| {
+                let hctl = way.hctl(lun).to_string();
                 found.paths.iter().any(|path| path.hctl == hctl)
             })
         };
-        Ok(job.source.portals.iter().copied().filter(|p| !has(p)).collect())
+        Ok(job.source.routes.iter().copied().filter(|p| !has(p)).collect())
     }
 
-    /// Goes on waiting for portals that did not come in time; what they bring joins the map.
-    pub(super) fn claim_late(self: &Arc<Self>, late: Vec<Late>, found: &Attachment) {
-        for Late { mut job, portal, progress } in late.into_iter().filter(|l| l.job.multipath) {
+    /// Goes on waiting for routes that did not come in time; what they bring joins the map.
+    pub(super) fn claim_late(self: &Arc<Self>, late: Vec<Late<T>>, found: &Attachment) {
+        for Late::<T> { mut job, route, begun } in late.into_iter().filter(|l| l.job.multipath) {
             let inner = self.clone();
             let wwid = found.device.wwid.clone();
             job.expect = Expect {
@@ -84,11 +84,11 @@ impl Inner {
                 size: Some(found.device.size),
                 ..Expect::default()
             };
-            let span = tracing::info_span!("late", %portal, owner = %job.owner);
+            let span = tracing::info_span!("late", %route, owner = %job.owner);
             let late = async move {
-                let waited = inner.await_session(&job.source.nexus, portal, progress).await;
-                let Ok(session) = waited else { return };
-                if let Err(error) = inner.late_path(&job, portal, &session).await {
+                let waited = T::await_way(&inner, &job, route, begun).await;
+                let Ok(way) = waited else { return };
+                if let Err(error) = inner.late_path(&job, &way).await {
                     let error = &error as &dyn std::error::Error;
                     tracing::warn!(error, "a late path was not taken");
                 }
@@ -97,38 +97,34 @@ impl Inner {
         }
     }
 
-    /// The path of a late session, if the volume is still there; undone if it is not the LUN.
-    async fn late_path(
-        self: &Arc<Self>,
-        job: &Job,
-        portal: Portal,
-        session: &Session,
-    ) -> Result<(), Error> {
+    /// The path of a late way, if the volume is still there; undone if it is not the LUN.
+    async fn late_path(self: &Arc<Self>, job: &Job<T>, way: &T::Way) -> Result<(), Error> {
         let _lun = self.lun_lock(&job.whole).await?;
         if self.attached(job).await?.is_none() {
             return Ok(());
         }
-        let added = match self.path(job, session).await {
+        let added = match self.path(job, way).await {
             Ok(proven) => match self.refuse_unlike(job, &proven).await {
-                Ok(()) => self.add_path(job, portal, proven).await,
+                Ok(()) => self.add_path(job, way.route(), proven).await,
                 Err(e) => Err(e),
             },
             Err(e) => Err(e),
         };
         let Err(cause) = added else { return Ok(()) };
-        match self.drop_path(job, session.hctl(job.source.lun.scsi())).await {
+        match self.drop_path(job, way.hctl(job.source.lun.scsi())).await {
             Ok(()) => Err(cause),
             Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
         }
     }
 
-    /// Takes a path that was walked to its end after the attach went on without it.
+    /// Takes a path that was walked to its end after the attach went on without it. What was `kept` for its
+    /// having been there is left where there is no volume.
     pub(super) async fn take_late(
         &self,
-        job: &Job,
-        portal: Portal,
-        session: &Session,
+        job: &Job<T>,
+        way: &T::Way,
         proven: Proven,
+        kept: bool,
     ) -> Result<(), Error> {
         let lun = self.lun_lock(&job.whole).await?;
         match self.attached(job).await? {
@@ -137,28 +133,29 @@ impl Inner {
                     && found.device.wwid == proven.path.identity.wwid
                     && self.refuse_unlike(job, &proven).await.is_ok() =>
             {
-                self.add_path(job, portal, proven).await
+                self.add_path(job, way.route(), proven).await
             }
             Some(_) => {
                 self.drop_path(job, proven.path.hctl).await?;
                 drop(lun);
-                self.settle(&job.source.nexus, &[portal]).await.map(drop)
+                T::settle(self, &job.source.target, &[way.route()]).await.map(drop)
             }
+            None if kept => Ok(()),
             None => {
                 drop(lun);
-                self.reclaim(job, session).await
+                self.reclaim(job, way).await
             }
         }
     }
 
     /// What the owner has now, by the lease.
-    async fn attached(&self, job: &Job) -> Result<Option<Attachment>, Error> {
+    async fn attached(&self, job: &Job<T>) -> Result<Option<Attachment>, Error> {
         let held = self.held(&job.owner, &job.whole).await?;
         Ok(held.and_then(|u| u.attachment))
     }
 
     /// A late path must say the same of itself as those that the volume has.
-    async fn refuse_unlike(&self, job: &Job, late: &Proven) -> Result<(), Error> {
+    async fn refuse_unlike(&self, job: &Job<T>, late: &Proven) -> Result<(), Error> {
         let sysfs = &*self.doors.sysfs;
         let Some(held) = self.held(&job.owner, &job.whole).await? else { return Ok(()) };
         let mut paths = vec![late.path.clone()];
@@ -182,11 +179,11 @@ impl Inner {
 
     /// Removes what a scan brought after nobody waited for it any more, unless it is somebody's by
     /// now; then what was kept for it.
-    pub(super) async fn reclaim(&self, job: &Job, session: &Session) -> Result<(), Error> {
-        let hctl = session.hctl(job.source.lun.scsi());
+    pub(super) async fn reclaim(&self, job: &Job<T>, way: &T::Way) -> Result<(), Error> {
+        let hctl = way.hctl(job.source.lun.scsi());
         {
             let _lun = self.lun_lock(&job.whole).await?;
-            let lease: Lease<Made> = self.leases.load(job.source.nexus.as_str()).await?;
+            let lease: Lease<T::Made> = self.leases.load(job.source.lease()).await?;
             for user in lease.users.iter().filter(|u| u.lun == job.source.lun) {
                 let used = user.paths.iter().any(|p| p.hctl == hctl && p.seen.is_some());
                 // A later attach of the same LUN sees to it itself.
@@ -194,15 +191,15 @@ impl Inner {
                     return Ok(());
                 }
             }
-            let dir = session.device_dir(hctl);
+            let dir = way.device_dir(hctl);
             self.remove_path(job, &PathLease { hctl, dir, made: true, seen: None }).await?;
         }
-        self.settle(&job.source.nexus, &[session.portal]).await.map(drop)
+        T::settle(self, &job.source.target, &[way.route()]).await.map(drop)
     }
 
     /// Removes one path from the host and from the owner's lease.
-    async fn drop_path(&self, job: &Job, hctl: scsi::Hctl) -> Result<(), Error> {
-        let lease: Lease<Made> = self.leases.load(job.source.nexus.as_str()).await?;
+    async fn drop_path(&self, job: &Job<T>, hctl: scsi::Hctl) -> Result<(), Error> {
+        let lease: Lease<T::Made> = self.leases.load(job.source.lease()).await?;
         let user = lease.user(&job.owner, job.source.lun);
         let path = user.and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
         if let Some(path) = path.filter(|p| p.made) {
@@ -213,14 +210,14 @@ impl Inner {
     }
 
     /// Removes one path, with a map that multipathd made above it alone.
-    async fn remove_path(&self, job: &Job, path: &PathLease) -> Result<(), Error> {
+    async fn remove_path(&self, job: &Job<T>, path: &PathLease) -> Result<(), Error> {
         let mut user = job.user();
         user.paths.push(path.clone());
         self.remove_device(&user, DetachOptions { force: true, ..DetachOptions::default() }).await
     }
 
     /// Makes a late path part of the volume.
-    async fn add_path(&self, job: &Job, portal: Portal, late: Proven) -> Result<(), Error> {
+    async fn add_path(&self, job: &Job<T>, route: T::Route, late: Proven) -> Result<(), Error> {
         let status = late.path.status();
         let note = |user: &mut User| {
             if let Some(found) = &mut user.attachment {
@@ -230,8 +227,21 @@ impl Inner {
             }
         };
         self.change(&job.owner, job.first(), note).await?;
+        let hctl = late.path.hctl;
+        if T::SCANNED_BY_KERNEL {
+            guestlun::mark(&*self.doors.rundir, hctl).await?;
+            let block = format!("{}/block/{}", late.path.dir, late.path.disk.name);
+            guestlun::look_again(&*self.doors.sysfs, &block).await;
+        }
+        let routed = |user: &mut User| {
+            note_route::<T>(user, &job.source.routes, route);
+            if T::SCANNED_BY_KERNEL {
+                user.paths.iter_mut().filter(|p| p.hctl == hctl).for_each(|p| p.made = true);
+            }
+        };
+        self.change(&job.owner, &job.source, routed).await?;
         multipath::nudge(&*self.doors.multipathd, &[late.path]).await?;
-        tracing::info!(%portal, "a late path joined");
+        tracing::info!(%route, "a late path joined");
         Ok(())
     }
 }

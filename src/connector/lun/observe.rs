@@ -1,6 +1,7 @@
 //! What is attached, read again.
 
-use super::Inner;
+use super::Luns;
+use super::transport::Transport;
 use crate::connector::error::Error;
 use crate::connector::health::Checked;
 use crate::connector::identity::{Identity, Unit, judge};
@@ -8,7 +9,7 @@ use crate::connector::lease::User;
 use crate::connector::{Attachment, Expect, Health, Paths, multipath, scsi};
 use crate::host::sysfs::is_gone;
 
-impl Inner {
+impl<T: Transport> Luns<T> {
     /// The attachment if it is still there and is what is expected of it.
     pub(super) async fn still_right(
         &self,

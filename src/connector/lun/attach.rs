@@ -2,32 +2,32 @@
 
 use std::sync::Arc;
 
-use super::access::Access;
+use super::Luns;
+use super::access::{Access, note_route, ways};
 use super::base::describe;
 use super::gather::Gathered;
-use super::login::Made;
-use super::{Inner, Job};
+use super::transport::{Job, Transport};
 use crate::connector::error::Error;
 use crate::connector::identity::Identity;
 use crate::connector::lease::{Claim, Lease, Made as _, MapLease, User};
-use crate::connector::mapchange;
 use crate::connector::multipath::{self, Above, Map};
 use crate::connector::scsi::{self, ScsiPath};
-use crate::connector::{AttachRequest, Attachment, Authentication, DetachOptions};
+use crate::connector::{AttachRequest, Attachment, DetachOptions};
+use crate::connector::{guestlun, mapchange};
 use crate::host::multipathd::MultipathdError;
 use crate::reason::Reason;
-use crate::spec::{IscsiSource, MultipathPolicy};
+use crate::spec::MultipathPolicy;
 use crate::step::Step;
-use crate::types::Outcome;
+use crate::types::{Outcome, VolumeKey};
 
-impl Inner {
+impl<T: Transport> Luns<T> {
     /// Attaches a LUN, or finds it attached; what this attach made is undone when it fails.
     pub(super) async fn attach(
         self: &Arc<Self>,
         request: &AttachRequest,
-        source: &IscsiSource,
+        source: &T::Source,
     ) -> Result<Outcome<Attachment>, Error> {
-        let targets = Access::of(source);
+        let targets = T::targets(source);
         let _lun = self.lun_lock(&targets).await?;
         self.await_walks(&request.owner).await;
         let before = self.held(&request.owner, &targets).await?;
@@ -44,6 +44,7 @@ impl Inner {
         }
         // What a guest may have in use is not undone because looking at it again failed.
         let in_use = before.as_ref().is_some_and(|u| u.attachment.is_some());
+        let targets = T::routes(self, source, targets).await?;
         let job = self.job(request, source, targets).await?;
         match self.build(&job).await {
             Ok(attachment) => Ok(Outcome::Done(attachment)),
@@ -59,7 +60,7 @@ impl Inner {
     }
 
     /// The attach proper; each step is in the lease before it is made.
-    async fn build(self: &Arc<Self>, job: &Job) -> Result<Attachment, Error> {
+    async fn build(self: &Arc<Self>, job: &Job<T>) -> Result<Attachment, Error> {
         let tracker = &self.doors.tracker;
         tracker.run(Step::Lease, self.intend(job)).await?;
         let gathered = self.gather(&job.parts()).await?;
@@ -79,14 +80,10 @@ impl Inner {
     pub(super) async fn job(
         &self,
         request: &AttachRequest,
-        source: &IscsiSource,
-        targets: Vec<Access>,
-    ) -> Result<Job, Error> {
-        let chap = match &request.authentication {
-            Authentication::None => None,
-            Authentication::Chap(chap) => Some(chap.clone()),
-            Authentication::Lost(why) => return Err(Error::SecretUnavailable(why.clone())),
-        };
+        source: &T::Source,
+        targets: Vec<Access<T>>,
+    ) -> Result<Job<T>, Error> {
+        let with = T::with(request, source)?;
         let alive = multipath::alive(&*self.doors.multipathd).await;
         if let Err(silent @ MultipathdError::TimedOut { .. }) = alive {
             // It runs, and would put a map over a path that was given away without one.
@@ -114,17 +111,16 @@ impl Inner {
             policy: request.multipath,
             shareable: request.shareable,
             read_only: request.read_only,
-            chap,
-            iface: source.iface.clone(),
+            with,
             multipath,
             called_off: Arc::default(),
         })
     }
 
     /// Enters the owner into the lease of each target; what an earlier try made stays known.
-    async fn intend(&self, job: &Job) -> Result<(), Error> {
+    async fn intend(&self, job: &Job<T>) -> Result<(), Error> {
         for part in job.parts() {
-            let enter = |lease: &mut Lease<Made>| {
+            let enter = |lease: &mut Lease<T::Made>| {
                 let intent = part.user();
                 match lease.user_mut(&part.owner, part.source.lun) {
                     Some(user) => {
@@ -135,18 +131,18 @@ impl Inner {
                     None => lease.users.push(intent),
                 }
             };
-            self.leases.update::<Made, _>(part.source.nexus.as_str(), enter).await?;
+            self.leases.update::<T::Made, _>(part.source.lease(), enter).await?;
         }
         Ok(())
     }
 
     /// Claims the LUN's identity for the owner: the same LUN may come by another name.
-    async fn claim(&self, job: &Job, identity: &Identity) -> Result<(), Error> {
+    async fn claim(&self, job: &Job<T>, identity: &Identity) -> Result<(), Error> {
         let wwid = &identity.wwid;
         let claim = Claim {
             owner: job.owner.clone(),
-            transport: Made::TRANSPORT.into(),
-            target: job.first().nexus.to_string(),
+            transport: <T::Made>::TRANSPORT.into(),
+            target: job.first().target.to_string(),
             shareable: job.shareable,
         };
         // In the lease first, so that a detach finds the claim whatever happens in between.
@@ -162,9 +158,9 @@ impl Inner {
     }
 
     /// The map above the paths where there is to be one. With policy `off` a map that multipathd
-    /// made by itself is taken off again; with one portal and `preferred` it is used: multipathd
+    /// made by itself is taken off again; with one route and `preferred` it is used: multipathd
     /// would come back to it, and two ways to the same data are one too many.
-    async fn map(&self, job: &Job, gathered: &Gathered) -> Result<Option<Map>, Error> {
+    async fn map(&self, job: &Job<T>, gathered: &Gathered<T>) -> Result<Option<Map>, Error> {
         let paths = &gathered.paths;
         let note = async |map: &Map| {
             let made = !gathered.had_map;
@@ -195,7 +191,7 @@ impl Inner {
             Above::Partial(map) | Above::Whole(map) => {
                 note(&map).await?;
                 if job.policy == MultipathPolicy::Off {
-                    if gathered.had_map {
+                    if gathered.had_map && !T::SCANNED_BY_KERNEL {
                         let device = paths[0].disk.name.clone();
                         return Err(Error::DeviceHeld { device, holder: map.name });
                     }
@@ -212,7 +208,7 @@ impl Inner {
     /// were; such a one is reloaded.
     async fn refuse_protected(
         &self,
-        job: &Job,
+        job: &Job<T>,
         paths: &[ScsiPath],
         map: Option<&Map>,
     ) -> Result<(), Error> {
@@ -238,7 +234,7 @@ impl Inner {
     /// on it even then.
     async fn refuse_holders(
         &self,
-        job: &Job,
+        job: &Job<T>,
         paths: &[ScsiPath],
         map: Option<&Map>,
     ) -> Result<(), Error> {
@@ -269,30 +265,39 @@ impl Inner {
         Ok(())
     }
 
-    /// Writes down that it is attached; a single path needs no other portal any more.
+    /// Writes down that it is attached; a single path needs no other route any more.
     async fn complete(
         &self,
-        job: &Job,
-        gathered: &Gathered,
+        job: &Job<T>,
+        gathered: &Gathered<T>,
         found: &Attachment,
     ) -> Result<(), Error> {
         // The first last: it says that all is done.
         for part in job.parts().into_iter().rev() {
             let is_first = part.source == *job.first();
             let mine = gathered.used.iter().filter(|(key, _)| *key == part.source.key());
-            let used: Vec<String> = mine.map(|(_, portal)| portal.to_string()).collect();
+            let used: Vec<T::Route> = mine.map(|(_, route)| *route).collect();
+            if T::SCANNED_BY_KERNEL {
+                self.mark(&job.owner, &part.source).await?;
+            }
             let note = |user: &mut User| {
+                if T::SCANNED_BY_KERNEL {
+                    user.adopt();
+                }
                 user.attachment = is_first.then(|| found.clone());
                 user.step = Some(Step::Remember);
                 if !job.multipath {
-                    user.routes = used;
+                    user.routes = used.iter().map(ToString::to_string).collect();
+                } else {
+                    let routes = &part.source.routes;
+                    used.iter().for_each(|came| note_route::<T>(user, routes, *came));
                 }
             };
             self.change(&job.owner, &part.source, note).await?;
         }
         if !job.multipath {
             for at in job.whole.iter() {
-                match self.settle(&at.nexus, &at.portals).await {
+                match T::settle(self, &at.target, &at.routes).await {
                     // What was tried and is not needed stays until the volume goes.
                     Err(error) if error.reason() == Reason::IscsidUnavailable => {
                         tracing::warn!(error = &error as &dyn std::error::Error, "not tidied up");
@@ -303,9 +308,18 @@ impl Inner {
         }
         Ok(())
     }
-}
 
-/// How many portals there are to a LUN.
-pub(super) fn ways(targets: &[Access]) -> usize {
-    targets.iter().map(|t| t.portals.len()).sum()
+    /// Tells udev that the paths at a target are guests', and has it look again at those that were there
+    /// before.
+    async fn mark(&self, owner: &VolumeKey, at: &Access<T>) -> Result<(), Error> {
+        let lease: Lease<T::Made> = self.leases.load(at.lease()).await?;
+        for path in lease.user(owner, at.lun).iter().flat_map(|user| &user.paths) {
+            guestlun::mark(&*self.doors.rundir, path.hctl).await?;
+            if let Some(seen) = path.seen.as_ref().filter(|_| !path.made) {
+                let block = format!("{}/block/{}", path.dir, seen.name);
+                guestlun::look_again(&*self.doors.sysfs, &block).await;
+            }
+        }
+        Ok(())
+    }
 }

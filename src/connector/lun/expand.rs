@@ -1,26 +1,25 @@
 //! An attached volume whose LUN has grown: its paths measured, its map grown.
 
-use super::Inner;
-use super::access::Access;
+use super::Luns;
+use super::transport::Transport;
 use crate::connector::error::Error;
 use crate::connector::lease::User;
 use crate::connector::mapchange;
 use crate::connector::multipath::Map;
 use crate::connector::size::{self, Member, PathName};
 use crate::connector::{Attachment, Measured, health, scsi};
-use crate::spec::IscsiSource;
 use crate::step::Step;
 use crate::types::{Outcome, VolumeKey};
 
-impl Inner {
+impl<T: Transport> Luns<T> {
     /// See [`crate::connector::Connector::measure`].
     pub(super) async fn measure(
         &self,
         owner: &VolumeKey,
-        source: &IscsiSource,
+        source: &T::Source,
         expected: Option<u64>,
     ) -> Result<Measured, Error> {
-        let _lun = self.lun_lock(&Access::of(source)).await?;
+        let _lun = self.lun_lock(&T::targets(source)).await?;
         let (user, attachment) = self.attached_to(owner, source).await?;
         let (map, members) = self.members(&user, &attachment).await?;
         let measure = async {
@@ -43,10 +42,10 @@ impl Inner {
     pub(super) async fn grow(
         &self,
         owner: &VolumeKey,
-        source: &IscsiSource,
+        source: &T::Source,
         size: u64,
     ) -> Result<Outcome<Attachment>, Error> {
-        let _lun = self.lun_lock(&Access::of(source)).await?;
+        let _lun = self.lun_lock(&T::targets(source)).await?;
         let (user, attachment) = self.attached_to(owner, source).await?;
         let (map, members) = self.members(&user, &attachment).await?;
         self.doors
@@ -58,7 +57,7 @@ impl Inner {
     async fn grown(
         &self,
         owner: &VolumeKey,
-        source: &IscsiSource,
+        source: &T::Source,
         attachment: &Attachment,
         map: Option<Map>,
         members: &[Member],
@@ -83,7 +82,7 @@ impl Inner {
             let before = std::mem::replace(&mut attachment.device.size, size);
             Some((attachment.clone(), before != size))
         };
-        let noted = self.change(owner, &Access::of(source)[0], note).await?.flatten();
+        let noted = self.change(owner, &T::targets(source)[0], note).await?.flatten();
         let Some((attachment, noted)) = noted else { return Err(not_attached(owner)) };
         Ok(if changed || noted { Outcome::Done(attachment) } else { Outcome::Already(attachment) })
     }
@@ -91,9 +90,9 @@ impl Inner {
     async fn attached_to(
         &self,
         owner: &VolumeKey,
-        source: &IscsiSource,
+        source: &T::Source,
     ) -> Result<(User, Attachment), Error> {
-        let user = self.held(owner, &Access::of(source)).await?;
+        let user = self.held(owner, &T::targets(source)).await?;
         let found = user.and_then(|user| user.attachment.clone().map(|found| (user, found)));
         found.ok_or_else(|| not_attached(owner))
     }

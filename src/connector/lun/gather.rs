@@ -1,4 +1,4 @@
-//! Gathers the paths of a LUN: every portal of every target on its own, the first one sets the pace.
+//! Gathers the paths of a LUN: every route to every target on its own, the first one sets the pace.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -10,73 +10,79 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tracing::Instrument;
 
+use super::Luns;
 use super::base::agree;
-use super::login::Progress;
 use super::scan::Proven;
-use super::session::{self, Session};
-use super::verdict::LoginError;
-use super::{Inner, Job};
+use super::transport::{Job, Transport, Way as _};
 use crate::connector::error::Error;
 use crate::connector::scsi::ScsiPath;
 use crate::connector::settings::ms;
-use crate::types::{Chap, Portal};
 
 /// What came together in time.
-pub(super) struct Gathered {
+pub(super) struct Gathered<T: Transport> {
     /// The verified paths, at least one; they agree.
     pub(super) paths: Vec<ScsiPath>,
-    /// The targets ([`key`](super::access::Access::key)) and portals that they go through.
-    pub(super) used: Vec<(String, Portal)>,
+    /// The targets ([`key`](super::access::Access<T>::key)) and routes that they go through.
+    pub(super) used: Vec<(String, T::Route)>,
     /// One of them was there before, with a map above it.
     pub(super) had_map: bool,
     /// Portals that may still come.
-    pub(super) late: Vec<Late>,
+    pub(super) late: Vec<Late<T>>,
 }
 
-/// A portal that may still come.
-pub(super) struct Late {
+/// A route that may still come.
+pub(super) struct Late<T: Transport> {
     /// At which of the volume's targets.
-    pub(super) job: Job,
-    pub(super) portal: Portal,
-    /// Its login, where one was begun.
-    pub(super) progress: Option<Progress>,
+    pub(super) job: Job<T>,
+    pub(super) route: T::Route,
+    /// That it is being made usable, where that was begun.
+    pub(super) begun: Option<T::Begun>,
 }
 
-/// A portal of one of the targets, by the number of that.
-type Place = (usize, Portal);
-type Came = (Place, Result<Session, LoginError>);
-type Walked = (Place, Session, Result<Proven, Error>);
+/// A route to one of the targets, by the number of that.
+type Place<T> = (usize, <T as Transport>::Route);
+type Came<T> = (Place<T>, Result<<T as Transport>::Way, <T as Transport>::Refused>);
+type Walked<T> = (Place<T>, Walk<T>, Result<Proven, Error>);
+
+/// A way that is being walked.
+#[derive(Clone)]
+struct Walk<T: Transport> {
+    way: T::Way,
+    /// The kernel had a device there, which is nobody's before the volume is attached.
+    kept: bool,
+}
 
 /// The state of one gathering.
-struct Gathering {
+struct Gathering<T: Transport> {
     /// Pure waits: may be dropped at any time.
-    sessions: JoinSet<Came>,
+    ways: JoinSet<Came<T>>,
     /// Effects under way. Each goes on to its end, also when this gathering is called off, and undoes
     /// then what nobody waits for any more.
     walks: usize,
-    walked: (mpsc::UnboundedSender<Walked>, mpsc::UnboundedReceiver<Walked>),
+    walked: (mpsc::UnboundedSender<Walked<T>>, mpsc::UnboundedReceiver<Walked<T>>),
     /// Portals not yet tried.
-    queue: VecDeque<Place>,
-    progress: HashMap<Place, Progress>,
-    waiting: Vec<Place>,
-    proven: Vec<(Place, Proven)>,
-    refused: Vec<(usize, LoginError)>,
+    queue: VecDeque<Place<T>>,
+    begun: HashMap<Place<T>, T::Begun>,
+    waiting: Vec<Place<T>>,
+    /// With the routes that came up.
+    proven: Vec<(Place<T>, Proven)>,
+    refused: Vec<(usize, T::Refused)>,
     missing: Option<Error>,
     /// What makes the whole attach fail, whatever else comes.
     fatal: Option<Error>,
 }
 
-impl Inner {
+impl<T: Transport> Luns<T> {
     /// The paths to the LUN: all that come within a short time of the first one. `parts` are the job at each
     /// of the volume's targets.
-    pub(super) async fn gather(self: &Arc<Self>, parts: &[Job]) -> Result<Gathered, Error> {
+    pub(super) async fn gather(self: &Arc<Self>, parts: &[Job<T>]) -> Result<Gathered<T>, Error> {
         let multipath = parts[0].multipath;
         let mut all = Gathering {
-            sessions: JoinSet::new(),
+            ways: JoinSet::new(),
             walks: 0,
             walked: mpsc::unbounded_channel(),
             queue: self.order(parts).await?.into(),
-            progress: HashMap::new(),
+            begun: HashMap::new(),
             waiting: Vec::new(),
             proven: Vec::new(),
             refused: Vec::new(),
@@ -85,7 +91,7 @@ impl Inner {
         };
         let mut next = self.begin(parts, &mut all).await?;
         loop {
-            let idle = all.sessions.is_empty() && all.walks == 0;
+            let idle = all.ways.is_empty() && all.walks == 0;
             if idle && all.queue.is_empty() || all.fatal.is_some() {
                 break;
             }
@@ -93,7 +99,7 @@ impl Inner {
                 break;
             }
             tokio::select! {
-                Some(Ok(came)) = all.sessions.join_next() => self.came(parts, &mut all, came),
+                Some(Ok(came)) = all.ways.join_next() => self.came(parts, &mut all, came),
                 Some(walked) = all.walked.1.recv() => {
                     if all.take(walked) && multipath {
                         next = Instant::now() + ms(self.settings.straggler_ms);
@@ -106,96 +112,66 @@ impl Inner {
                     next = self.begin(parts, &mut all).await?;
                 }
             }
-            let stuck = all.sessions.is_empty() && all.walks == 0 && all.proven.is_empty();
+            let stuck = all.ways.is_empty() && all.walks == 0 && all.proven.is_empty();
             if stuck && !all.queue.is_empty() && all.fatal.is_none() {
                 next = self.begin(parts, &mut all).await?;
             }
         }
-        all.sessions.abort_all();
+        all.ways.abort_all();
         self.finish_walks(multipath, &mut all).await;
-        match all.result(parts) {
-            Err(Error::NoSession { target, source }) => {
-                let job = parts.iter().find(|job| job.source.nexus.as_str() == target);
-                let source = self.diagnose(job.unwrap_or(&parts[0]), source).await;
-                Err(Error::NoSession { target, source })
-            }
-            other => other,
+        if all.is_unreached() {
+            return Err(T::unreached(self, parts, all.refused).await);
         }
+        all.result(parts)
     }
 
-    /// Some targets (LIO) answer a login to an unknown name like one to a service that is down, so
-    /// that iscsid tries until its time is over. The portal itself knows better.
-    /// And iscsid itself ends a login with credentials, as one at an unknown target, when the target
-    /// did not go through with it: it asked for none, or could not prove itself.
-    async fn diagnose(&self, job: &Job, error: LoginError) -> LoginError {
-        let portal = match error {
-            LoginError::Unreachable { portal, .. } => portal,
-            LoginError::NotFound { portal, .. } if job.chap.is_some() => portal,
-            other => return other,
-        };
-        let mutual = job.chap.as_ref().is_some_and(Chap::is_mutual);
-        match (self.iscsiadm(&job.source.nexus).is_exported(portal).await, error) {
-            (Some(false), _) => {
-                let detail = "it answers, but does not list it among its targets".into();
-                LoginError::NotFound { portal, detail }
-            }
-            (Some(true) | None, LoginError::NotFound { portal, detail }) if mutual => {
-                LoginError::Unproven { portal, detail }
-            }
-            (Some(true) | None, LoginError::NotFound { portal, detail }) => {
-                LoginError::Unasked { portal, detail }
-            }
-            (Some(true) | None, error) => error,
-        }
-    }
-
-    /// The portals in the order of trying: those with a session first.
-    async fn order(&self, parts: &[Job]) -> Result<Vec<Place>, Error> {
+    /// The routes in the order of trying: those with a way first.
+    async fn order(&self, parts: &[Job<T>]) -> Result<Vec<Place<T>>, Error> {
         let mut places = Vec::new();
         for (n, job) in parts.iter().enumerate() {
-            let sessions =
-                session::of_target(&*self.doors.sysfs, job.source.nexus.target()).await?;
-            let usable = |p: &Portal| {
-                sessions.iter().any(|s| s.up && s.is_by(&job.source.nexus) && s.portal == *p)
-            };
-            places.extend(job.source.portals.iter().map(|p| (!usable(p), (n, *p))));
+            let ways = T::ways(self, job).await?;
+            let usable = |p: &T::Route| ways.iter().any(|way| way.is_up() && way.route() == *p);
+            places.extend(job.source.routes.iter().map(|p| (!usable(p), (n, *p))));
         }
         places.sort_by_key(|(unusable, _)| *unusable);
         Ok(places.into_iter().map(|(_, place)| place).collect())
     }
 
-    /// Begins with the next portal, or with all when there is to be a map; says when to come back.
-    async fn begin(self: &Arc<Self>, parts: &[Job], all: &mut Gathering) -> Result<Instant, Error> {
+    /// Begins with the next route, or with all when there is to be a map; says when to come back.
+    async fn begin(
+        self: &Arc<Self>,
+        parts: &[Job<T>],
+        all: &mut Gathering<T>,
+    ) -> Result<Instant, Error> {
         let how_many = if parts[0].multipath { all.queue.len() } else { all.queue.len().min(1) };
-        let places: Vec<Place> = all.queue.drain(..how_many).collect();
-        let at = |n: usize| -> Vec<Portal> {
-            places.iter().filter(|(part, _)| *part == n).map(|(_, portal)| *portal).collect()
+        let places: Vec<Place<T>> = all.queue.drain(..how_many).collect();
+        let at = |n: usize| -> Vec<T::Route> {
+            places.iter().filter(|(part, _)| *part == n).map(|(_, route)| *route).collect()
         };
-        let logins = parts.iter().enumerate().map(async |(n, job)| match at(n) {
-            portals if portals.is_empty() => Ok(HashMap::new()),
-            portals => self.log_in(job, &portals).await,
+        let begun = parts.iter().enumerate().map(async |(n, job)| match at(n) {
+            routes if routes.is_empty() => Ok(HashMap::new()),
+            routes => T::reach(self, job, &routes).await,
         });
         let mut failed = Vec::new();
-        for (n, begun) in join_all(logins).await.into_iter().enumerate() {
+        for (n, begun) in join_all(begun).await.into_iter().enumerate() {
             match begun {
-                Ok(begun) => all.progress.extend(begun.into_iter().map(|(p, how)| ((n, p), how))),
+                Ok(begun) => all.begun.extend(begun.into_iter().map(|(p, how)| ((n, p), how))),
                 Err(error) if parts.len() == 1 => return Err(error),
                 // One target's trouble keeps none of the others.
                 Err(error) => {
-                    let target = &parts[n].source.nexus;
-                    tracing::warn!(%target, error = &error as &dyn std::error::Error, "no login");
+                    let target = &parts[n].source.target;
+                    tracing::warn!(%target, error = &error as &dyn std::error::Error, "no route");
                     all.missing.get_or_insert(error);
                     failed.push(n);
                 }
             }
         }
         for place in places.into_iter().filter(|(n, _)| !failed.contains(n)) {
-            let (inner, target) = (self.clone(), parts[place.0].source.nexus.clone());
-            let progress = all.progress.get(&place).cloned();
+            let (inner, job) = (self.clone(), parts[place.0].clone());
+            let begun = all.begun.get(&place).cloned();
             all.waiting.push(place);
-            let wait =
-                async move { (place, inner.await_session(&target, place.1, progress).await) };
-            all.sessions.spawn(wait.in_current_span());
+            let wait = async move { (place, T::await_way(&inner, &job, place.1, begun).await) };
+            all.ways.spawn(wait.in_current_span());
         }
         let pause = if all.queue.is_empty() {
             Duration::from_secs(3600)
@@ -205,22 +181,25 @@ impl Inner {
         Ok(Instant::now() + pause)
     }
 
-    fn came(self: &Arc<Self>, parts: &[Job], all: &mut Gathering, (place, session): Came) {
+    fn came(self: &Arc<Self>, parts: &[Job<T>], all: &mut Gathering<T>, (place, way): Came<T>) {
         all.waiting.retain(|p| *p != place);
-        let (part, portal) = place;
-        match session {
+        let (part, route) = place;
+        match way {
             Err(error) => all.refused.push((part, error)),
-            Ok(session) => {
+            Ok(way) => {
                 let (inner, mut job) = (self.clone(), parts[part].clone());
                 job.called_off = Arc::default();
-                let span = tracing::info_span!("path", %portal, host = session.host);
+                let span =
+                    tracing::info_span!("path", %route, way = %way.hctl(job.source.lun.scsi()));
                 let report = all.walked.0.clone();
                 all.walks += 1;
                 let walking = self.walking(&job);
                 let walk = async move {
-                    let walked = inner.path(&job, &session).await;
+                    let kept = inner.is_kept(&job, &way).await;
+                    let walked = inner.path(&job, &way).await;
                     drop(walking);
-                    if let Err(unread) = report.send((place, session, walked)) {
+                    let walk = Walk { way, kept };
+                    if let Err(unread) = report.send((place, walk, walked)) {
                         inner.take_unawaited(&job, unread.0).await;
                     }
                 };
@@ -231,7 +210,7 @@ impl Inner {
 
     /// A scan that hangs on one host does not hold up the other path: it goes on in the background,
     /// where what it brings is left to the lease that announces it.
-    async fn finish_walks(&self, multipath: bool, all: &mut Gathering) {
+    async fn finish_walks(&self, multipath: bool, all: &mut Gathering<T>) {
         // Long enough for one that has found a stale device to see whether somebody holds it: that
         // must fail the attach. A single path needs no second one.
         let patience = if multipath {
@@ -255,28 +234,30 @@ impl Inner {
     }
 
     /// A path was walked to its end after its gathering had ended, or was called off.
-    async fn take_unawaited(&self, job: &Job, ((_, portal), session, walked): Walked) {
+    async fn take_unawaited(&self, job: &Job<T>, ((_, route), walk, walked): Walked<T>) {
+        let Walk { way, kept } = walk;
         let taken = match walked {
-            Ok(proven) => self.take_late(job, portal, &session, proven).await,
-            Err(cause) => self.reclaim(job, &session).await.and(Err(cause)),
+            Ok(proven) => self.take_late(job, &way, proven, kept).await,
+            Err(cause) if kept => Err(cause),
+            Err(cause) => self.reclaim(job, &way).await.and(Err(cause)),
         };
         if let Err(error) = taken {
-            tracing::warn!(%portal, error = &error as &dyn std::error::Error, "a path did not come");
+            tracing::warn!(%route, error = &error as &dyn std::error::Error, "a path did not come");
         }
     }
 }
 
-impl Gathering {
+impl<T: Transport> Gathering<T> {
     /// Files what came of a path; `true` for the first that was proven.
-    fn take(&mut self, (place, _, walked): Walked) -> bool {
+    fn take(&mut self, (place, walk, walked): Walked<T>) -> bool {
         self.walks -= 1;
         match walked {
             Ok(proven) => {
-                self.proven.push((place, proven));
+                self.proven.push(((place.0, walk.way.route()), proven));
                 return self.proven.len() == 1;
             }
             Err(e) if is_local(&e) => {
-                tracing::warn!(portal = %place.1, error = &e as &dyn std::error::Error, "no path");
+                tracing::warn!(route = %place.1, error = &e as &dyn std::error::Error, "no path");
                 self.missing.get_or_insert(e);
             }
             Err(e) => {
@@ -286,30 +267,29 @@ impl Gathering {
         false
     }
 
-    fn result(self, parts: &[Job]) -> Result<Gathered, Error> {
+    /// No route came up, and nothing worse is known.
+    fn is_unreached(&self) -> bool {
+        self.proven.is_empty() && self.fatal.is_none() && self.missing.is_none()
+    }
+
+    fn result(self, parts: &[Job<T>]) -> Result<Gathered<T>, Error> {
         if let Some(fatal) = self.fatal {
             return Err(fatal);
         }
-        if self.proven.is_empty() {
-            if let Some(missing) = self.missing {
-                return Err(missing);
-            }
-            let portal = parts[0].source.portals[0];
-            let worst = self.refused.into_iter().max_by_key(|(_, error)| error.weight());
-            let (part, source) = worst.unwrap_or((0, LoginError::TimedOut { portal }));
-            return Err(Error::NoSession { target: parts[part].source.nexus.to_string(), source });
+        if let (true, Some(missing)) = (self.proven.is_empty(), self.missing) {
+            return Err(missing);
         }
         let had_map = self.proven.iter().any(|(_, p)| p.had_map);
-        let used = |((part, portal), _): &(Place, Proven)| (parts[*part].source.key(), *portal);
+        let used = |((part, route), _): &(Place<T>, Proven)| (parts[*part].source.key(), *route);
         let used = self.proven.iter().map(used).collect();
         let mut paths: Vec<ScsiPath> = self.proven.into_iter().map(|(_, p)| p.path).collect();
         paths.sort_by_key(|p| p.hctl);
         agree(&paths)?;
-        let mut progress = self.progress;
-        let late = |place: Place| Late {
+        let mut begun = self.begun;
+        let late = |place: Place<T>| Late {
             job: parts[place.0].clone(),
-            portal: place.1,
-            progress: progress.remove(&place),
+            route: place.1,
+            begun: begun.remove(&place),
         };
         let late = self.waiting.into_iter().map(late).collect();
         Ok(Gathered { paths, used, had_map, late })
@@ -330,6 +310,9 @@ fn is_local(error: &Error) -> bool {
         | Error::ReadOnly { .. }
         | Error::NoIface { .. }
         | Error::RecordInTheWay { .. }
+        | Error::NoHba { .. }
+        | Error::PortNotFound { .. }
+        | Error::OtherTransport { .. }
         | Error::NotAttached { .. }
         | Error::SourceInUse { .. }
         | Error::StaleDeviceHeld { .. }

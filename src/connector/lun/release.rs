@@ -1,21 +1,20 @@
-//! The way back: device, lease, sessions, records. Also the undoing of a failed attach.
+//! The way back: device, lease, ways, records. Also the undoing of a failed attach.
 
-use super::Inner;
+use super::Luns;
 use super::access::Access;
-use super::login::Made;
+use super::transport::Transport;
 use crate::connector::DetachOptions;
 use crate::connector::error::Error;
 use crate::connector::lease::{Claim, Lease, Made as _, User};
-use crate::host::place::is_place_error;
 use crate::step::Step;
-use crate::types::{Outcome, Portal, VolumeKey};
+use crate::types::{Outcome, VolumeKey};
 
-impl Inner {
+impl<T: Transport> Luns<T> {
     /// Lets go of whatever is there in the owner's name. The LUN's lock is held by the caller.
     pub(super) async fn release(
         &self,
         owner: &VolumeKey,
-        targets: &[Access],
+        targets: &[Access<T>],
         options: DetachOptions<'_>,
     ) -> Result<Outcome, Error> {
         let user = self.held(owner, targets).await?;
@@ -27,8 +26,8 @@ impl Inner {
             }
             // The first one knows the whole, so it is left last.
             for at in targets.iter().rev() {
-                let leave = |lease: &mut Lease<Made>| lease.remove_user(owner, at.lun);
-                let leave = self.leases.update::<Made, _>(at.nexus.as_str(), leave);
+                let leave = |lease: &mut Lease<T::Made>| lease.remove_user(owner, at.lun);
+                let leave = self.leases.update::<T::Made, _>(at.lease(), leave);
                 tracker.run(Step::Unlease, leave).await?;
             }
         }
@@ -36,7 +35,7 @@ impl Inner {
         let mut failed = None;
         for at in targets {
             // One target's trouble must not keep what is left at the others.
-            match self.leave(at).await {
+            match T::leave(self, at).await {
                 Ok(settled) => changed |= settled,
                 Err(error) => drop(failed.get_or_insert(error)),
             }
@@ -52,13 +51,13 @@ impl Inner {
     async fn let_go(
         &self,
         user: &User,
-        targets: &[Access],
+        targets: &[Access<T>],
         options: DetachOptions<'_>,
     ) -> Result<(), Error> {
         let owner = &user.owner;
         let (mut alone, mut spare, mut shared) = (Vec::new(), Vec::new(), false);
         for at in targets {
-            let lease: Lease<Made> = self.leases.load(at.nexus.as_str()).await?;
+            let lease: Lease<T::Made> = self.leases.load(at.lease()).await?;
             let mine = lease.user(owner, at.lun).cloned();
             if lease.other(owner, at.lun).is_none() {
                 alone.extend(mine);
@@ -91,55 +90,20 @@ impl Inner {
 
     /// Leaves the map to one of those who have the LUN too; the last of them removes it.
     async fn pass_map(&self, user: &User, sharers: &[Claim]) -> Result<(), Error> {
-        let Some(heir) = sharers.iter().find(|c| c.transport == Made::TRANSPORT) else {
+        let Some(heir) = sharers.iter().find(|c| c.transport == <T::Made>::TRANSPORT) else {
             return Ok(());
         };
-        let take = |lease: &mut Lease<Made>| {
+        let take = |lease: &mut Lease<T::Made>| {
             if let Some(heir) = lease.users.iter_mut().find(|u| u.owner == heir.owner) {
                 heir.take_map(user.map.as_ref());
             }
         };
-        self.leases.update::<Made, _>(&heir.target, take).await
-    }
-
-    /// Undoes what was made at a target and that nobody wants there any more.
-    async fn leave(&self, at: &Access) -> Result<bool, Error> {
-        let lease: Lease<Made> = self.leases.load(at.nexus.as_str()).await?;
-        self.adopt(at, &lease).await?;
-        let lease: Lease<Made> = self.leases.load(at.nexus.as_str()).await?;
-        let mut portals = at.portals.clone();
-        portals.extend(lease.made.portals());
-        portals.sort();
-        portals.dedup();
-        self.settle(&at.nexus, &portals).await
-    }
-
-    /// Records of ours that a boot outlived its lease are known by their mark or their iface.
-    async fn adopt(&self, source: &Access, lease: &Lease<Made>) -> Result<(), Error> {
-        let records = match self.doors.iscsidb.records(source.nexus.target()).await {
-            // Where there is something to undo, it fails by that.
-            Err(e) if is_place_error(&e) => return Ok(()),
-            records => records,
-        };
-        let records =
-            records.map_err(Error::io(format!("reading the records of {}", source.nexus)))?;
-        for record in records {
-            let portal: Portal = record.portal;
-            let unknown = record.iface == source.nexus.iface().as_str()
-                && !record.corrupt
-                && source.portals.contains(&portal)
-                && !lease.made.records.contains(&portal);
-            if unknown && self.is_ours(&source.nexus, portal).await? {
-                let target = source.nexus.as_str();
-                self.leases.update::<Made, _>(target, |l| l.made.records.insert(portal)).await?;
-            }
-        }
-        Ok(())
+        self.leases.update::<T::Made, _>(&heir.target, take).await
     }
 
     /// Enters a map that multipathd made above our paths into the lease: once it and they are gone, it
     /// alone tells a successor what multipath has yet to forget.
-    async fn note_map(&self, first: &Access, user: &mut User) -> Result<(), Error> {
+    async fn note_map(&self, first: &Access<T>, user: &mut User) -> Result<(), Error> {
         if user.map.is_none() {
             user.map = self.map_above(user).await?;
         }

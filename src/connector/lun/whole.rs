@@ -2,32 +2,19 @@
 
 use std::collections::HashMap;
 
+use super::Luns;
 use super::access::Access;
-use super::login::Made;
-use super::{Inner, Job};
+use super::transport::Transport;
 use crate::connector::error::Error;
 use crate::connector::lease::{Claim, Lease, Made as _, User};
-use crate::types::{Lun, Nexus, VolumeKey, Wwid};
+use crate::types::{Lun, VolumeKey, Wwid};
 
-impl Job {
-    /// The target whose lease has what is of the whole.
-    pub(super) fn first(&self) -> &Access {
-        &self.whole[0]
-    }
-
-    /// The same for each of the volume's targets.
-    pub(super) fn parts(&self) -> Vec<Self> {
-        let part = |target: &Access| Self { source: target.clone(), ..self.clone() };
-        self.whole.iter().map(part).collect()
-    }
-}
-
-impl Inner {
+impl<T: Transport> Luns<T> {
     /// What is held in the owner's name at all of `targets`, as one.
     pub(super) async fn held(
         &self,
         owner: &VolumeKey,
-        targets: &[Access],
+        targets: &[Access<T>],
     ) -> Result<Option<User>, Error> {
         self.held_now(owner, targets, &mut HashMap::new()).await
     }
@@ -36,40 +23,41 @@ impl Inner {
     pub(super) async fn held_now(
         &self,
         owner: &VolumeKey,
-        targets: &[Access],
-        leases: &mut HashMap<Nexus, Lease<Made>>,
+        targets: &[Access<T>],
+        leases: &mut HashMap<T::Target, Lease<T::Made>>,
     ) -> Result<Option<User>, Error> {
         for at in targets {
-            if !leases.contains_key(&at.nexus) {
-                let lease = self.leases.load(at.nexus.as_str()).await?;
-                leases.insert(at.nexus.clone(), lease);
+            if !leases.contains_key(&at.target) {
+                let lease = self.leases.load(at.lease()).await?;
+                leases.insert(at.target.clone(), lease);
             }
         }
-        Ok(User::joined(targets.iter().filter_map(|at| leases[&at.nexus].user(owner, at.lun))))
+        Ok(User::joined(targets.iter().filter_map(|at| leases[&at.target].user(owner, at.lun))))
     }
 
     /// Changes what the owner has at the first of its targets; `None` where it has nothing there.
     pub(super) async fn change<R>(
         &self,
         owner: &VolumeKey,
-        at: &Access,
+        at: &Access<T>,
         change: impl FnOnce(&mut User) -> R + Send,
     ) -> Result<Option<R>, Error> {
-        let update = |lease: &mut Lease<Made>| lease.user_mut(owner, at.lun).map(change);
-        self.leases.update::<Made, _>(at.nexus.as_str(), update).await
+        let update = |lease: &mut Lease<T::Made>| lease.user_mut(owner, at.lun).map(change);
+        self.leases.update::<T::Made, _>(at.lease(), update).await
     }
 
     /// A LUN at one of `targets` that the owner has and that is none of theirs.
     pub(super) async fn other_lun(
         &self,
         owner: &VolumeKey,
-        targets: &[Access],
+        targets: &[Access<T>],
     ) -> Result<Option<(String, Lun)>, Error> {
         for at in targets {
-            let lease: Lease<Made> = self.leases.load(at.nexus.as_str()).await?;
-            let known = |u: &&User| !targets.iter().any(|t| t.nexus == at.nexus && t.lun == u.lun);
+            let lease: Lease<T::Made> = self.leases.load(at.lease()).await?;
+            let known =
+                |u: &&User| !targets.iter().any(|t| t.target == at.target && t.lun == u.lun);
             if let Some(other) = lease.users_of(owner).find(known) {
-                return Ok(Some((at.nexus.to_string(), other.lun)));
+                return Ok(Some((at.target.to_string(), other.lun)));
             }
         }
         Ok(None)
@@ -79,7 +67,7 @@ impl Inner {
     pub(super) async fn has_volume(&self, user: &User) -> Result<bool, Error> {
         match &user.first {
             Some(first) if user.attachment.is_none() => {
-                let lease: Lease<Made> = self.leases.load(first).await?;
+                let lease: Lease<T::Made> = self.leases.load(first).await?;
                 Ok(lease.users_of(&user.owner).any(|u| u.attachment.is_some()))
             }
             _ => Ok(user.attachment.is_some()),
@@ -90,10 +78,10 @@ impl Inner {
     /// detach that was cut short.
     pub(super) async fn is_live(&self, claim: &Claim, wwid: &Wwid) -> Result<bool, Error> {
         // Only this transport's leases can be read here; others' claims count as they are.
-        if claim.transport != Made::TRANSPORT {
+        if claim.transport != <T::Made>::TRANSPORT {
             return Ok(true);
         }
-        let lease: Lease<Made> = self.leases.load(&claim.target).await?;
+        let lease: Lease<T::Made> = self.leases.load(&claim.target).await?;
         let mut users = lease.users_of(&claim.owner);
         Ok(users.any(|u| u.wwid.as_ref().is_none_or(|w| w == wwid)))
     }

@@ -1,12 +1,11 @@
-//! One path: the LUN's SCSI device under one session, scanned for exactly, and proven.
+//! One path: the LUN's SCSI device under one way to the target, scanned for exactly, and proven.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::login::Made;
-use super::session::Session;
-use super::{Inner, Job};
+use super::Luns;
+use super::transport::{Job, Transport, Way as _};
 use crate::connector::error::Error;
 use crate::connector::guestlun;
 use crate::connector::identity::judge;
@@ -29,25 +28,25 @@ pub(super) struct Proven {
     pub(super) had_map: bool,
 }
 
-impl Inner {
-    /// The verified path to the LUN through `session`. What it makes is in the lease before.
+impl<T: Transport> Luns<T> {
+    /// The verified path to the LUN through `way`. What it makes is in the lease before.
     pub(super) async fn path(
         self: &Arc<Self>,
-        job: &Job,
-        session: &Session,
+        job: &Job<T>,
+        way: &T::Way,
     ) -> Result<Proven, Error> {
-        self.refuse_other_chap(job, session).await?;
-        let hctl = session.hctl(job.source.lun.scsi());
-        let dir = session.device_dir(hctl);
+        T::admit(self, job, way).await?;
+        let hctl = way.hctl(job.source.lun.scsi());
+        let dir = way.device_dir(hctl);
         if self.is_there(&dir).await? {
-            let existing = self.existing(job, session, hctl, &dir);
+            let existing = self.existing(job, way, hctl, &dir);
             if let Some(proven) = self.doors.tracker.run(Step::Identity, existing).await? {
                 return Ok(proven);
             }
         }
         match self.scan(job, hctl, &dir).await {
             Err(Error::Io { doing, source }) if source.kind() == std::io::ErrorKind::TimedOut => {
-                self.watch_late(job, session);
+                self.watch_late(job, way);
                 Err(Error::Io { doing, source })
             }
             other => other,
@@ -55,9 +54,9 @@ impl Inner {
     }
 
     /// The kernel may end a scan long after it was given up: what it brings then is removed.
-    fn watch_late(self: &Arc<Self>, job: &Job, session: &Session) {
-        let (inner, job, session) = (self.clone(), job.clone(), session.clone());
-        let dir = session.device_dir(session.hctl(job.source.lun.scsi()));
+    fn watch_late(self: &Arc<Self>, job: &Job<T>, way: &T::Way) {
+        let (inner, job, way) = (self.clone(), job.clone(), way.clone());
+        let dir = way.device_dir(way.hctl(job.source.lun.scsi()));
         self.background(async move {
             let mut wait = Wait::new(&*inner.doors.uevents, LATE_SCAN);
             while !inner.is_there(&dir).await.unwrap_or(false) {
@@ -65,11 +64,17 @@ impl Inner {
                     return;
                 }
             }
-            if let Err(error) = inner.reclaim(&job, &session).await {
+            if let Err(error) = inner.reclaim(&job, &way).await {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(%dir, error, "a device that came late could not be removed");
             }
         });
+    }
+
+    /// Whether there is something that the kernel has scanned by itself, or may have.
+    pub(super) async fn is_kept(&self, job: &Job<T>, way: &T::Way) -> bool {
+        let dir = way.device_dir(way.hctl(job.source.lun.scsi()));
+        T::SCANNED_BY_KERNEL && self.is_there(&dir).await.unwrap_or(true)
     }
 
     async fn is_there(&self, dir: &str) -> Result<bool, Error> {
@@ -81,19 +86,19 @@ impl Inner {
     /// A device that is there already is read anew. `None`: it was stale, unheld, and is gone.
     async fn existing(
         &self,
-        job: &Job,
-        session: &Session,
+        job: &Job<T>,
+        way: &T::Way,
         hctl: Hctl,
         dir: &str,
     ) -> Result<Option<Proven>, Error> {
         let sysfs = &*self.doors.sysfs;
-        let lease: Lease<Made> = self.leases.load(job.source.nexus.as_str()).await?;
+        let lease: Lease<T::Made> = self.leases.load(job.source.lease()).await?;
         let others = lease.other(&job.owner, job.source.lun).is_some();
         let mine = lease.user(&job.owner, job.source.lun);
         let known = mine.and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
-        // A session of ours scans nothing by itself, so what is under it is ours or left by us.
+        // Where nobody else scans, what is under the way is ours or left by us.
         let ours = !others
-            && (known.is_some_and(|p| p.made) || lease.made.has(&job.source.nexus, session));
+            && (known.is_some_and(|p| p.made) || T::is_ours(&lease, &job.source.target, way));
         let mut leftover = false;
         let before = scsi::raw_wwid(sysfs, dir).await?;
         scsi::rescan(sysfs, dir).await?;
@@ -109,7 +114,11 @@ impl Inner {
                     let path = ScsiPath { hctl, dir: dir.into(), disk, raw_wwid, identity };
                     // A leftover is not used even if it is right now: udev and multipathd may
                     // still know it as what it was when they saw it last.
-                    leftover = ours && known.and_then(|p| p.seen.as_ref()) != Some(&path.seen());
+                    // Where the kernel scans, it is one that has come back.
+                    let seen = known.and_then(|p| p.seen.as_ref());
+                    let back =
+                        T::SCANNED_BY_KERNEL && seen.is_none_or(|seen| seen.wwid == path.raw_wwid);
+                    leftover = ours && !back && seen != Some(&path.seen());
                     if !leftover {
                         let above = multipath::above(sysfs, std::slice::from_ref(&path)).await?;
                         self.announce(job, hctl, dir, ours, Some(path.seen())).await?;
@@ -117,7 +126,7 @@ impl Inner {
                         return Ok(Some(Proven { path, had_map }));
                     }
                 }
-                // It was just read anew and is under somebody's else session: no leftover.
+                // It was just read anew and is under somebody else's way: no leftover.
                 Err(e) if !ours => return Err(e.into()),
                 Err(_) => {}
             }
@@ -135,8 +144,8 @@ impl Inner {
     /// Removes a device that is not what its address shows now, if nobody holds it.
     async fn remove_stale(
         &self,
-        job: &Job,
-        lease: &Lease<Made>,
+        job: &Job<T>,
+        lease: &Lease<T::Made>,
         hctl: Hctl,
         dir: &str,
         before: &str,
@@ -176,7 +185,7 @@ impl Inner {
 
     /// Takes a stale path out of a multipath map that nobody uses. A map that it is the last path of goes
     /// too, and is in the lease before: without its path nothing else would tell of it.
-    async fn leave_map(&self, job: &Job, name: &str, block: &str) -> Result<(), Error> {
+    async fn leave_map(&self, job: &Job<T>, name: &str, block: &str) -> Result<(), Error> {
         let sysfs = &*self.doors.sysfs;
         let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.map_ms));
         for holder in scsi::holders(sysfs, block).await? {
@@ -214,16 +223,16 @@ impl Inner {
     }
 
     /// Scans for the LUN, and for it alone.
-    async fn scan(&self, job: &Job, hctl: Hctl, dir: &str) -> Result<Proven, Error> {
+    async fn scan(&self, job: &Job<T>, hctl: Hctl, dir: &str) -> Result<Proven, Error> {
         let tracker = &self.doors.tracker;
         let disk = tracker.run(Step::Scan, self.find(job, hctl, dir)).await?;
         tracker.run(Step::Identity, self.identify(job, hctl, dir, disk)).await
     }
 
     /// Has the kernel look at that address, and waits for the disk there.
-    async fn find(&self, job: &Job, hctl: Hctl, dir: &str) -> Result<Disk, Error> {
+    async fn find(&self, job: &Job<T>, hctl: Hctl, dir: &str) -> Result<Disk, Error> {
         let sysfs = &*self.doors.sysfs;
-        let target = job.source.nexus.to_string();
+        let target = job.source.target.to_string();
         let lun = job.source.lun;
         self.announce(job, hctl, dir, true, None).await?;
         guestlun::mark(&*self.doors.rundir, hctl).await?;
@@ -251,7 +260,7 @@ impl Inner {
     /// Proves what was found.
     async fn identify(
         &self,
-        job: &Job,
+        job: &Job<T>,
         hctl: Hctl,
         dir: &str,
         disk: Disk,
@@ -274,7 +283,7 @@ impl Inner {
     /// Writes a path into the owner's lease.
     async fn announce(
         &self,
-        job: &Job,
+        job: &Job<T>,
         hctl: Hctl,
         dir: &str,
         made: bool,

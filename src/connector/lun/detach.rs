@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use tokio::time::Instant;
 
-use super::Inner;
+use super::Luns;
 use super::held::flush_lost;
+use super::transport::Transport;
 use crate::connector::error::Error;
 use crate::connector::guestlun;
 use crate::connector::lease::{MapLease, PathLease, Seen, User};
@@ -17,7 +18,7 @@ use crate::host::sysfs::is_gone;
 use crate::step::Step;
 use crate::types::{DevNum, Wwid};
 
-impl Inner {
+impl<T: Transport> Luns<T> {
     /// Flushes and removes the map and the paths that are ours.
     pub(super) async fn remove_device(
         &self,

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{oneshot, watch};
 use tracing::Instrument;
 
+use super::Luns;
 use super::access::Access;
-use super::{Inner, Job};
+use super::transport::{Job, Transport};
 use crate::connector::Attachment;
 use crate::connector::error::Error;
 use crate::connector::identity::IdentityError;
@@ -19,16 +20,16 @@ use crate::connector::scsi::ScsiPath;
 use crate::connector::settings::ms;
 use crate::host::lock::LockGuard;
 use crate::spec::DeviceStatus;
-use crate::types::{Nexus, VolumeKey};
+use crate::types::VolumeKey;
 
-impl Inner {
+impl<T: Transport> Luns<T> {
     /// One attach or detach at a time for a LUN, at all targets where it is to be had: in the order of
     /// their names, so that two volumes with some of them in common do not wait for each other.
     pub(super) async fn lun_lock(
         &self,
-        targets: &[Access],
+        targets: &[Access<T>],
     ) -> Result<Vec<Box<dyn LockGuard>>, Error> {
-        let name = |t: &Access| file_name(&format!("{} {}", t.nexus.target(), t.lun));
+        let name = |t: &Access<T>| file_name(&format!("{} {}", T::lock_name(&t.target), t.lun));
         let names: BTreeSet<String> = targets.iter().map(name).collect();
         let mut locks = Vec::new();
         for name in names {
@@ -38,14 +39,8 @@ impl Inner {
         Ok(locks)
     }
 
-    /// For records and logouts of a target, by whatever iface; held shortly.
-    pub(super) async fn target_lock(&self, target: &Nexus) -> Result<Box<dyn LockGuard>, Error> {
-        let name = format!("targets/{}", file_name(target.target().as_str()));
-        Ok(self.doors.rundir.lock(&name, ms(self.settings.lock_ms)).await?)
-    }
-
     /// Notes that a path is being looked for, until what is returned is dropped.
-    pub(super) fn walking(&self, job: &Job) -> impl Drop + Send + use<> {
+    pub(super) fn walking(&self, job: &Job<T>) -> impl Drop + Send + use<T> {
         struct Walking(watch::Sender<Vec<(VolumeKey, Arc<AtomicBool>)>>, Arc<AtomicBool>);
         impl Drop for Walking {
             fn drop(&mut self) {
@@ -71,10 +66,10 @@ impl Inner {
     }
 
     /// Waits for work that goes on to its end also when nobody waits for it any more.
-    pub(super) async fn to_its_end<T: Send + 'static>(
+    pub(crate) async fn to_its_end<R: Send + 'static>(
         &self,
-        work: impl Future<Output = Result<T, Error>> + Send + 'static,
-    ) -> Result<T, Error> {
+        work: impl Future<Output = Result<R, Error>> + Send + 'static,
+    ) -> Result<R, Error> {
         let (report, ended) = oneshot::channel();
         let task = async move {
             let result = work.await;
@@ -89,7 +84,7 @@ impl Inner {
     }
 
     /// Runs a task that outlives the call that begins it.
-    pub(super) fn background(&self, task: impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn background(&self, task: impl Future<Output = ()> + Send + 'static) {
         struct Running(watch::Sender<usize>);
         impl Drop for Running {
             fn drop(&mut self) {

@@ -1,6 +1,7 @@
 //! Devices that somebody does not let go of, or that do not answer any more: made harmless, and told.
 
-use super::Inner;
+use super::Luns;
+use super::transport::Transport;
 use crate::connector::error::Error;
 use crate::connector::lease::{PathLease, Seen, User};
 use crate::connector::multipath::Map;
@@ -14,7 +15,7 @@ pub(super) fn flush_lost(dev: DevNum, error: &std::io::Error) -> String {
     format!("the flush of {dev} failed: {error}: what the host's cache had of it may be lost")
 }
 
-impl Inner {
+impl<T: Transport> Luns<T> {
     /// Makes a path harmless that was a guest's without a map and that a process still has open: it only
     /// gives errors from now on, but its address stays taken, so it is nobody else's. iscsid sets a
     /// session's devices running again when it comes back from a failure; so does the next try set it

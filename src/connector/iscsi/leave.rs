@@ -1,0 +1,53 @@
+//! A target is left: what was made at it, also by an earlier boot, and its lock.
+
+use super::login::Made;
+use super::{Access, Inner};
+use crate::connector::error::Error;
+use crate::connector::lease::{Lease, file_name};
+use crate::connector::settings::ms;
+use crate::host::lock::LockGuard;
+use crate::host::place::is_place_error;
+use crate::types::{Nexus, Portal};
+
+impl Inner {
+    /// For records and logouts of a target, by whatever iface; held shortly.
+    pub(super) async fn target_lock(&self, target: &Nexus) -> Result<Box<dyn LockGuard>, Error> {
+        let name = format!("targets/{}", file_name(target.target().as_str()));
+        Ok(self.doors.rundir.lock(&name, ms(self.settings.lock_ms)).await?)
+    }
+
+    /// Undoes what was made at a target and that nobody wants there any more.
+    pub(super) async fn leave(&self, at: &Access) -> Result<bool, Error> {
+        let lease: Lease<Made> = self.leases.load(at.lease()).await?;
+        self.adopt(at, &lease).await?;
+        let lease: Lease<Made> = self.leases.load(at.lease()).await?;
+        let mut portals = at.routes.clone();
+        portals.extend(lease.made.portals());
+        portals.sort();
+        portals.dedup();
+        self.settle(&at.target, &portals).await
+    }
+
+    /// Records of ours that a boot outlived its lease are known by their mark or their iface.
+    async fn adopt(&self, source: &Access, lease: &Lease<Made>) -> Result<(), Error> {
+        let records = match self.doors.iscsidb.records(source.target.target()).await {
+            // Where there is something to undo, it fails by that.
+            Err(e) if is_place_error(&e) => return Ok(()),
+            records => records,
+        };
+        let records =
+            records.map_err(Error::io(format!("reading the records of {}", source.target)))?;
+        for record in records {
+            let portal: Portal = record.portal;
+            let unknown = record.iface == source.target.iface().as_str()
+                && !record.corrupt
+                && source.routes.contains(&portal)
+                && !lease.made.records.contains(&portal);
+            if unknown && self.is_ours(&source.target, portal).await? {
+                let target = source.lease();
+                self.leases.update::<Made, _>(target, |l| l.made.records.insert(portal)).await?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -18,6 +18,7 @@ mod disks;
 mod doctor;
 mod emulation;
 mod expand;
+mod fc;
 mod gone;
 mod grant;
 mod guest;

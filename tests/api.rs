@@ -38,6 +38,14 @@ fn iscsi(change: impl FnOnce(&mut v1::IscsiSource)) -> Option<v1::Source> {
     Some(source)
 }
 
+fn fc(change: impl FnOnce(&mut v1::FcSource)) -> Option<v1::Source> {
+    let url = "fc://500a0982991b8dc5,500a0982891b8dc5/7?map=21000024ff3d2e5c/500a0982991b8dc5";
+    let mut source = wire_source(&url.parse::<Source>().unwrap());
+    let Some(v1::source::Kind::Fc(fc)) = &mut source.kind else { unreachable!() };
+    change(fc);
+    Some(source)
+}
+
 fn addition(vm_name: &str, change: impl FnOnce(&mut v1::VolumeSpec)) -> v1::AddVolumeRequest {
     let mut volume =
         v1::VolumeSpec { name: "data".into(), source: iscsi(|_| {}), ..v1::VolumeSpec::default() };
@@ -130,6 +138,51 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
             addition("a", |v| v.source = iscsi(|s| s.initiator_name = "vm".into())),
             Reason::InvalidIqn,
             "volume.source.iscsi.initiator_name",
+        ),
+        (
+            addition("a", |v| v.source = fc(|s| s.targets.clear())),
+            Reason::InvalidWwpn,
+            "volume.source.fc.targets",
+        ),
+        (
+            addition("a", |v| v.source = fc(|s| s.targets[1].wwpn = "500a".into())),
+            Reason::InvalidWwpn,
+            "volume.source.fc.targets[1].wwpn",
+        ),
+        (
+            addition("a", |v| v.source = fc(|s| s.targets[1] = s.targets[0].clone())),
+            Reason::InvalidWwpn,
+            "volume.source.fc.targets",
+        ),
+        (
+            addition("a", |v| v.source = fc(|s| s.targets[0].lun = 16384)),
+            Reason::InvalidLun,
+            "volume.source.fc.targets[0].lun",
+        ),
+        (
+            addition("a", |v| v.source = fc(|s| s.initiator_target_map[0].wwpn.clear())),
+            Reason::InvalidWwpn,
+            "volume.source.fc.initiator_target_map[0].wwpn",
+        ),
+        (
+            addition("a", |v| v.source = fc(|s| s.initiator_target_map[0].targets.clear())),
+            Reason::InvalidWwpn,
+            "volume.source.fc.initiator_target_map[0].targets",
+        ),
+        (
+            addition("a", |v| {
+                v.source = fc(|s| s.initiator_target_map[0].targets[0].replace_range(..1, "6"));
+            }),
+            Reason::InvalidOption,
+            "volume.source.fc.initiator_target_map",
+        ),
+        (
+            v1::AddVolumeRequest {
+                chap: Some(v1::ChapCredentials::default()),
+                ..addition("a", |v| v.source = fc(|_| {}))
+            },
+            Reason::InvalidOption,
+            "chap",
         ),
         (addition("a", |v| v.serial = "a b".into()), Reason::InvalidSerial, "volume.serial"),
         (addition("a", |v| v.serial = long.clone()), Reason::InvalidSerial, "volume.serial"),

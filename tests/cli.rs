@@ -188,6 +188,8 @@ async fn what_is_wrong_is_said_with_reason_and_exit_code() {
 async fn node_and_vms_are_shown_and_a_daemon_that_is_not_there() {
     let server = with_vm().await;
     let (_, out, _) = server.run("node").await;
+    let hba = "21000024ff3d2e5c (host6) Online, 16 Gbit, fabric 100000051e0a1234";
+    assert!(out.contains(hba), "{out}");
     assert!(out.contains("cgroup2-override") && out.contains("nothing is real"), "{out}");
     let (_, out, _) = server.run("vm list -o json").await;
     let vms: serde_json::Value = serde_json::from_str(&out).unwrap();

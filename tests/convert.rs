@@ -62,7 +62,7 @@ prop_compose! {
         blocks in proptest::option::of(1..u64::MAX / 512),
         lun in 0..16384u32,
         (by_name, serial_expected, iface, initiator) in any::<(bool, bool, bool, bool)>(),
-        more in 0..3u32,
+        (more, fc, map) in (0..3u32, any::<bool>(), any::<bool>()),
     ) -> VolumeSpec {
         let resolved = ("san-1:99".parse().unwrap(), "[fd00::1]:99".parse().unwrap());
         let names: Names = if by_name { [resolved].into() } else { Names::new() };
@@ -83,7 +83,13 @@ prop_compose! {
             (false, true) => "?initiator=iqn.2001-04.com.example:vm",
             (true, true) => "?iface=iser&initiator=iqn.2001-04.com.example:vm",
         };
-        let url = url + query;
+        let url = if fc {
+            let wwpn = "500a0982991b8dc5";
+            let map = if map { format!("map=21000024ff3d2e5c/{wwpn}&lip") } else { "wildcard_scan".into() };
+            format!("fc://{wwpn},500a0982891b8dc5/{lun}+500a0982891b8dc6/flat:7?{map}")
+        } else {
+            url + query
+        };
         VolumeSpec {
             name: name.parse().unwrap(),
             source: url.parse::<Source>().unwrap(),

@@ -56,14 +56,32 @@ impl SanConnector {
     }
 
     fn of(&self, source: &Source) -> &dyn Connector {
-        match source {
-            Source::Iscsi(_) => &self.iscsi,
-            Source::Fc(_) => &self.fc,
-        }
+        self.by(Kind::of(source))
     }
 
-    fn all(&self) -> [&dyn Connector; 2] {
-        [&self.iscsi, &self.fc]
+    fn by(&self, kind: Kind) -> &dyn Connector {
+        match kind {
+            Kind::Iscsi => &self.iscsi,
+            Kind::Fc => &self.fc,
+        }
+    }
+}
+
+/// The kinds of sources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Iscsi,
+    Fc,
+}
+
+impl Kind {
+    const ALL: [Self; 2] = [Self::Iscsi, Self::Fc];
+
+    fn of(source: &Source) -> Self {
+        match source {
+            Source::Iscsi(_) => Self::Iscsi,
+            Source::Fc(_) => Self::Fc,
+        }
     }
 }
 
@@ -96,20 +114,18 @@ impl Connector for SanConnector {
     }
 
     async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>> {
+        // Each transport is asked once; the answers are in the order asked for.
         let mut found: Vec<Option<Result<Health, Error>>> = volumes.iter().map(|_| None).collect();
-        for connector in self.all() {
-            // In the order asked for; each transport is asked once.
-            let is_its =
-                |(_, source): &&(VolumeKey, Source)| std::ptr::addr_eq(self.of(source), connector);
-            let its: Vec<_> = volumes.iter().filter(is_its).cloned().collect();
+        for kind in Kind::ALL {
+            let its = |(_, (_, source)): &(usize, &(VolumeKey, Source))| Kind::of(source) == kind;
+            let (places, its): (Vec<usize>, Vec<(VolumeKey, Source)>) =
+                volumes.iter().enumerate().filter(its).map(|(n, v)| (n, v.clone())).unzip();
             if its.is_empty() {
                 continue;
             }
-            let mut healths = connector.inspect(&its).await.into_iter();
-            for (place, volume) in found.iter_mut().zip(volumes) {
-                if is_its(&volume) {
-                    *place = healths.next();
-                }
+            let healths = self.by(kind).inspect(&its).await;
+            for (place, health) in places.into_iter().zip(healths) {
+                found[place] = Some(health);
             }
         }
         found.into_iter().flatten().collect()
@@ -152,8 +168,8 @@ impl Connector for SanConnector {
 
     async fn owners(&self) -> Result<Vec<VolumeKey>, Error> {
         let mut owners = BTreeSet::new();
-        for connector in self.all() {
-            owners.extend(connector.owners().await?);
+        for kind in Kind::ALL {
+            owners.extend(self.by(kind).owners().await?);
         }
         Ok(owners.into_iter().collect())
     }

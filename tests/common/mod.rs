@@ -13,7 +13,7 @@ use lunplug::api::auth::AllowedPeers;
 use lunplug::api::server;
 use lunplug::api::v1::lunplug_service_client::LunplugServiceClient;
 use lunplug::cli::{self, Cli, Screen};
-use lunplug::connector::Discovered;
+use lunplug::connector::{Discovered, Hba};
 use lunplug::host::listen::Socket;
 use lunplug::reason::Reason;
 use lunplug::spec::*;
@@ -328,7 +328,15 @@ impl Volumes for Facade {
             max_vms: 1,
             max_volumes_per_vm: 2,
             require_wwid: false,
-            hbas: Vec::new(),
+            hbas: vec![Hba {
+                host: 6,
+                wwpn: "21000024ff3d2e5c".parse().unwrap(),
+                wwnn: None,
+                state: "Online".into(),
+                speed: "16 Gbit".into(),
+                fabric: "100000051e0a1234".parse().ok(),
+                port_type: String::new(),
+            }],
         }
     }
 }

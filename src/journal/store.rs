@@ -52,12 +52,18 @@ const FIRST: &str = "
     ) STRICT;";
 
 /// What each later schema has more than the one before it.
-const STEPS: [&str; 1] = ["
+const STEPS: [&str; 2] = [
+    "
     CREATE TABLE revisions (
         vm TEXT PRIMARY KEY REFERENCES vms(vm),
         revision INTEGER NOT NULL,
         asked BLOB NOT NULL
-    ) STRICT;"];
+    ) STRICT;",
+    // A version that knows only iSCSI would take the volume's value for damage.
+    "
+    -- 3: a volume's source may be by Fibre Channel
+    ",
+];
 
 /// Brings a database from a schema (0: an empty one) to [`SCHEMA`], as a whole or not at all.
 fn upgrade(connection: &Connection, from: i64) -> Result<(), rusqlite::Error> {

@@ -1,5 +1,5 @@
 //! Fibre Channel: which of the node's HBAs see a target port, and at which address. What follows from the scan
-//! on is [`lun`](super::lun)'s.
+//! on is [`lun`]'s.
 //!
 //! ```text
 //! routes:  HBA -> target port, as sysfs has them; as the request's initiator_target_map limits them

@@ -1,5 +1,5 @@
 //! iSCSI: how a target's portals become sessions by which LUNs are scanned, and how sessions and node
-//! records go again. What follows from the scan on is [`lun`](super::lun)'s.
+//! records go again. What follows from the scan on is [`lun`]'s.
 //!
 //! ```text
 //! reach:   records -> logins, side by side, in the background -> sessions, as sysfs shows them

@@ -80,7 +80,7 @@ async fn landed(at: &At<'_>, alias: &str, calls: Calls) -> Result<(), Error> {
 }
 
 /// Looks once more, after a detach, when QEMU can no longer open the device: whatever put the disk into
-/// the domain meanwhile is undone.
+/// the domain meanwhile is undone; `definition` as in [`detach`].
 ///
 /// This ends what nobody's word can: a libvirtd that hung, or that went on after its client was killed,
 /// may carry out an old attach at any time. One that opened the device before that became impossible
@@ -90,6 +90,7 @@ pub async fn confirm_gone(
     connection: &dyn Connection,
     domain: &str,
     volume: &VolumeName,
+    definition: bool,
     deadline: Duration,
 ) -> Result<Detached, Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
@@ -99,7 +100,7 @@ pub async fn confirm_gone(
         Ok(Requested::NoDomain) => Ok(Detached::DomainGone),
         Ok(Requested::Asked) | Err(Error::GuestRefused { .. }) => {
             tracing::warn!(alias, "an old attach came to the guest late: it is undone");
-            detach(connection, domain, volume, false, at.left()).await
+            detach(connection, domain, volume, definition, at.left()).await
         }
         Err(error) => Err(error),
     }

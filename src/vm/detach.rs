@@ -112,15 +112,15 @@ pub(super) async fn unwind(
 ) -> Result<(), Failure> {
     let reached_guest = effects.disk.is_some();
     let tracker = &ways.host.tracker;
+    // Whose definition it is decides: what is asked for with the volume goes with it, and what somebody
+    // wrote there who starts the VM by it stays, until the volume is wanted no more.
+    let definition = matches!(why, Unwind::Removed(..)) || effects.spec.persist;
     if reached_guest {
-        // Whose definition it is decides: what is asked for with the volume goes with it, and what somebody
-        // wrote there who starts the VM by it stays, until the volume is wanted no more.
-        let definition = matches!(why, Unwind::Removed(..)) || effects.spec.persist;
         tracker.run(Step::Unplug, disk(ways, key, effects, definition)).await?;
     }
     leave_pod(ways, key, effects).await?;
     if reached_guest {
-        tracker.run(Step::Confirm, no_disk(ways, key, effects)).await?;
+        tracker.run(Step::Confirm, no_disk(ways, key, effects, definition)).await?;
     }
     if let Unwind::Removed(..) = why {
         ways.board.phase(key, Step::Confirm.phase());
@@ -173,15 +173,20 @@ async fn disk(
 }
 
 /// Nothing came to the guest since, and nothing can any more.
-async fn no_disk(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
+async fn no_disk(
+    ways: &Ways,
+    key: &VolumeKey,
+    effects: &mut Effects,
+    definition: bool,
+) -> Result<(), Failure> {
     if effects.disk.is_none() {
         return Ok(());
     }
     match ways.libvirt().await {
         Ok(connection) => {
             let limit = ways.settings().guest_unplug;
-            let disk = &effects.spec.disk;
-            domain::confirm_gone(&*connection, &ways.vm.domain, disk, limit).await?;
+            let (name, disk) = (&ways.vm.domain, &effects.spec.disk);
+            domain::confirm_gone(&*connection, name, disk, definition, limit).await?;
         }
         Err(failure) => no_qemu(ways, failure).await?,
     }

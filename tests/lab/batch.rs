@@ -47,21 +47,21 @@ fn a_set_is_made_so_whatever_one_portal_does_and_outlives_a_kill() {
     let first = vm_info(VM)["revision"].as_u64().expect("a number") + 1;
 
     let dead = Fault::dead("127.0.0.3");
-    let set = [("one", 2, one), ("dead", 3, four), ("two", 2, two)];
+    let set = [("set-one", 2, one), ("set-dead", 3, four), ("set-two", 2, two)];
     sync(first, &set, &["--no-wait"]).ok();
-    guest_serials(&["one", "two"]);
-    assert_ne!(volume("dead")["phase"], "Ready");
+    guest_serials(&["set-one", "set-two"]);
+    assert_ne!(volume("set-dead")["phase"], "Ready");
     dead.end();
     until("the third volume comes when its portal does", Duration::from_secs(180), || {
-        volume("dead")["phase"] == "Ready"
+        volume("set-dead")["phase"] == "Ready"
     });
-    guest_serials(&["dead", "one", "two"]);
+    guest_serials(&["set-dead", "set-one", "set-two"]);
     let told = sync(first, &set, &["-o", "json"]).ok();
     let told: Vec<Value> = serde_json::from_str(&told).expect("JSON");
     assert!(told.iter().all(|part| part["changed"] == false), "{told:?}");
 
     let daemon = Killable::begin();
-    let next = [("two", 2, two), ("three", 2, three)];
+    let next = [("set-two", 2, two), ("set-three", 2, three)];
     // What the daemon is asked for then is written by a dry run, which it outlives.
     sync(first + 1, &next, &["--dry-run"]).ok();
     let revision = (first + 1).to_string();
@@ -71,14 +71,14 @@ fn a_set_is_made_so_whatever_one_portal_does_and_outlives_a_kill() {
     refused(sync(first, &set, &[]), "REVISION_OUTDATED");
     refused(sync(first + 1, &set, &[]), "REVISION_REUSED");
     sync(first + 1, &next, &[]).ok();
-    guest_serials(&["three", "two"]);
+    guest_serials(&["set-three", "set-two"]);
     drop(daemon);
 
     // By hand, until the next set.
-    remove("three", &[]).ok();
+    remove("set-three", &[]).ok();
     guest_has(1);
     sync(first + 1, &next, &[]).ok();
-    guest_serials(&["three", "two"]);
+    guest_serials(&["set-three", "set-two"]);
     sync(first + 2, &[], &[]).ok();
     guest_has(0);
     story.nothing_left();

@@ -71,11 +71,23 @@ impl Actor {
         name: &VolumeName,
         result: Result<Came, AttachFailure>,
     ) {
-        self.arrived(Some(name));
-        let key = self.key(name);
+        let starting = self.is_starting();
         let Some(volume) = self.volumes.get_mut(name) else { return };
         volume.working = false;
         volume.cancel = None;
+        let off = matches!(&result, Err(f) if f.failure.reason == Reason::VmNotRunning);
+        if off && starting && volume.again && volume.removing.is_none() {
+            // It had set out before the VM's start was announced.
+            return self.work(name);
+        }
+        self.came(name, result).await;
+        self.arrived(Some(name));
+    }
+
+    /// What becomes of a volume whose attach has ended.
+    async fn came(&mut self, name: &VolumeName, result: Result<Came, AttachFailure>) {
+        let key = self.key(name);
+        let Some(volume) = self.volumes.get_mut(name) else { return };
         if volume.removing.is_some() {
             self.tools.board.phase(&key, Phase::Detaching);
             return self.work(name);

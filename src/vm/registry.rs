@@ -260,10 +260,7 @@ impl Volumes for Registry {
                 drop(changing);
                 return Ok(Outcome::Already(served.info().await));
             }
-            if served.incoming.lock().await.is_some() {
-                let message = format!("VM {} is about to move to another pod", spec.id);
-                return Err(Refusal::new(Reason::VmMigrating, message).field("vm"));
-            }
+            served.stays()?;
             has_volumes = served.handler.count().await? > 0;
             if has_volumes {
                 may_take_over(&served.ways, &spec).await?;
@@ -308,10 +305,7 @@ impl Volumes for Registry {
             }
             Err(refusal) => return Err(refusal),
         };
-        if served.incoming.lock().await.is_some() {
-            let message = format!("VM {id} is about to move to another pod");
-            return Err(Refusal::new(Reason::VmMigrating, message).field("vm"));
-        }
+        served.stays()?;
         let volumes = served.handler.count().await?;
         if volumes > 0 {
             let message = format!("VM {id} still has volumes: {volumes}");

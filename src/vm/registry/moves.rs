@@ -34,9 +34,7 @@ impl Registry {
         within: Duration,
     ) -> Result<Parts, Refusal> {
         let served = self.served(id)?;
-        if served.incoming.lock().await.is_some() {
-            return Err(migrating(id));
-        }
+        served.stays()?;
         let before = self.board.list(Some(id));
         served.handler.prepare(within).await?;
         let part = |status: VolumeStatus| {
@@ -113,20 +111,22 @@ impl Registry {
     }
 
     pub(super) async fn finish_move(&self, id: &VmId) -> Result<Parts, Refusal> {
-        let changing = self.changing.lock().await;
         let served = self.served(id)?;
         let to = served.incoming.lock().await.clone();
         if runs(&served.ways).await? {
             let message = format!("VM {id} still runs in {}", place_name(served.ways.spec()));
             return Err(Refusal::new(Reason::VmRunning, message).field("vm"));
         }
-        let Some(to) = to else {
-            drop(changing);
-            return self.leave(&served).await;
-        };
+        let Some(to) = to else { return self.leave(&served).await };
         if !runs(&to).await? {
             let message = format!("VM {id} does not run in {}", place_name(to.spec()));
             return Err(Refusal::new(Reason::VmNotRunning, message).field("vm"));
+        }
+        // Not before the libvirts have answered: other VMs are registered meanwhile.
+        let _changing = self.changing.lock().await;
+        if !Arc::ptr_eq(&served, &self.served(id)?) {
+            let message = format!("the move of VM {id} was finished by another request");
+            return Err(Refusal::new(Reason::Cancelled, message).field("vm"));
         }
         // From here on the VM is in the other pod, and its volumes go over one by one.
         self.desired.put_vm(to.spec()).await.map_err(Failure::from)?;
@@ -229,11 +229,6 @@ fn place_name(spec: &VmSpec) -> String {
         VmPlace::Pod { uid, .. } => format!("pod {uid}"),
         VmPlace::Host { .. } => "this host's libvirt".into(),
     }
-}
-
-fn migrating(id: &VmId) -> Refusal {
-    let message = format!("VM {id} is about to move to another pod");
-    Refusal::new(Reason::VmMigrating, message).field("vm")
 }
 
 /// Whether a volume is there for its VM to start with.

@@ -62,6 +62,16 @@ pub(super) fn unserved_info((spec, failure, since): &(VmSpec, Failure, Timestamp
 }
 
 impl Served {
+    /// Refuses what may not be done while the VM is about to move, also while that is being prepared or
+    /// undone: nobody waits for it who holds up other VMs.
+    pub(super) fn stays(&self) -> Result<(), Refusal> {
+        if self.incoming.try_lock().is_ok_and(|incoming| incoming.is_none()) {
+            return Ok(());
+        }
+        let message = format!("VM {} is about to move to another pod", self.ways.spec().id);
+        Err(Refusal::new(Reason::VmMigrating, message).field("vm"))
+    }
+
     pub(super) async fn info(&self) -> VmInfo {
         let looked = tokio::time::timeout(LOOK, self.ways.look()).await.ok();
         let failure = match &looked {

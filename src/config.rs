@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::connector::settings as connector;
 use crate::types::VmId;
+use crate::vm::plan::fc::AfterLast;
 
 pub use layers::{DEFAULT_PATH, Error, Layers, Loaded};
 
@@ -47,6 +48,9 @@ pub struct Config {
     /// The socket of qemu-pr-helper as QEMU sees it (in a pod: in its mounts), for persistent reservations;
     /// empty: there is none.
     pub pr_helper_socket: PathBuf,
+    /// What becomes of the mark of a VM that was made able to have Fibre Channel volumes, once the last of
+    /// them is gone.
+    pub fc_mark_after_last: AfterLast,
     /// Where metrics are served for Prometheus over HTTP, as `127.0.0.1:9464`; empty: nowhere.
     pub metrics_listen: String,
     /// Logs.
@@ -77,6 +81,7 @@ impl Default for Config {
             guest_unproven: GuestUnproven::default(),
             require_wwid: false,
             pr_helper_socket: PathBuf::new(),
+            fc_mark_after_last: AfterLast::default(),
             metrics_listen: String::new(),
             log: Log::default(),
             deadlines: Deadlines::default(),

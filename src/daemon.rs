@@ -206,6 +206,7 @@ pub async fn compose(
         node: node_info(config, form, &storage, mechanisms),
         look_interval: config.reconcile.interval,
         auto_expand: config.expand.auto,
+        after_last_fc: config.fc_mark_after_last,
         reservations: !config.pr_helper_socket.as_os_str().is_empty(),
         backoff: Backoff { first: Duration::from_secs(2), cap: Duration::from_secs(60) },
         start: config.deadlines.start,

@@ -116,6 +116,8 @@ reasons! {
     VmRunning = "VM_RUNNING", Precondition, "Wait until the VM has ended there, then ask again.";
     /// The VM is about to move to another pod.
     VmMigrating = "VM_MIGRATING", Conflict, "Say how the migration went first: lunplug migration finish, or cancel.";
+    /// The VM runs, and was registered as one that cannot have Fibre Channel volumes.
+    FcNotSupported = "FC_NOT_SUPPORTED", Precondition, "Power the VM off, add the volume, and have its pod scheduled with an HBA; or register it with --fc supported where it has one.";
     /// The guest is paused because one of its I/Os failed; only told of a VM that is served.
     VmPausedIoError = "VM_PAUSED_IO_ERROR", Precondition, "Mend the disk's paths or space, then resume the VM (virsh resume); lunplug does not.";
     /// The pod's directory is gone.

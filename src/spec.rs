@@ -4,8 +4,7 @@
 //! them as JSON.
 
 mod source;
-
-use std::path::PathBuf;
+mod vm;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -13,49 +12,12 @@ use serde::{Deserialize, Serialize};
 use crate::reason::Reason;
 use crate::types::{
     Bus, CacheMode, Chap, DevNum, DiskType, ErrorPolicy, IoLimits, Malformed, Serial, Tuning,
-    UnitSerial, VmId, VolumeKey, VolumeName, Wwid,
+    UnitSerial, VolumeKey, VolumeName, Wwid,
 };
 use crate::vm::resolve::Names;
 
 pub use source::{ChapFrom, FcSource, FcTarget, IscsiSource, IscsiTarget, Source};
-
-/// Where the VM's QEMU and its libvirt are to be found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum VmPlace {
-    /// In a Kubernetes pod, found from the pod's UID in kubelet's directory layout.
-    Pod {
-        /// The pod's UID as kubelet writes it.
-        uid: String,
-        /// The container's cgroup directory, absolute; found by way of QEMU where `None`.
-        cgroup: Option<PathBuf>,
-        /// Directory of the hotplug volume relative to the pod's kubelet directory;
-        /// `volumes/kubernetes.io~empty-dir/hotplug-disks` where `None`.
-        hotplug_dir: Option<PathBuf>,
-        /// The same directory as QEMU sees it; `/var/run/kubevirt/hotplug-disks` where `None`.
-        hotplug_dir_in_pod: Option<PathBuf>,
-        /// libvirt's socket relative to the pod's kubelet directory;
-        /// `volumes/kubernetes.io~empty-dir/libvirt-runtime/libvirt-sock` where `None`.
-        libvirt_socket: Option<PathBuf>,
-    },
-    /// Straight on a libvirt host: libvirt itself makes the node in QEMU's private `/dev` and sets
-    /// its cgroup, so lunplug does neither.
-    Host {
-        /// libvirt's socket; `/run/libvirt/libvirt-sock` where `None`.
-        libvirt_socket: Option<PathBuf>,
-    },
-}
-
-/// A VM as it was registered.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmSpec {
-    /// Its name on this node.
-    pub id: VmId,
-    /// libvirt's name of the domain; `NAMESPACE_NAME` (as KubeVirt has it) unless given.
-    pub domain: String,
-    /// Where it runs.
-    pub place: VmPlace,
-}
+pub use vm::{FcSupport, VmPlace, VmSpec};
 
 /// How many paths a volume must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -296,6 +258,9 @@ pub struct VolumeStatus {
     pub target: Option<String>,
     /// What its removal gave up on, in words.
     pub gave_up: Vec<String>,
+    /// It is had by Fibre Channel, and its VM was marked for that: the VM's pod must be scheduled to where
+    /// there is an HBA for it before it starts.
+    pub vm_needs_hba: bool,
     /// Counts changes of this volume; an older one never follows a newer.
     pub generation: u64,
 }

@@ -28,7 +28,9 @@ fn pod() -> v1::PodPlace {
 
 fn registration(name: &str, pod: v1::PodPlace) -> v1::RegisterVmRequest {
     let place = Some(v1::vm_spec::Place::Pod(pod));
-    v1::RegisterVmRequest { vm: Some(v1::VmSpec { id: vm(name), domain: String::new(), place }) }
+    v1::RegisterVmRequest {
+        vm: Some(v1::VmSpec { id: vm(name), domain: String::new(), place, fc: 0 }),
+    }
 }
 
 fn iscsi(change: impl FnOnce(&mut v1::IscsiSource)) -> Option<v1::Source> {
@@ -316,6 +318,7 @@ async fn every_wrong_vm_is_refused_with_its_reason_and_field() {
     let mut client = server.client().await;
     let host = |socket: &str| v1::RegisterVmRequest {
         vm: Some(v1::VmSpec {
+            fc: 0,
             id: vm("a"),
             domain: String::new(),
             place: Some(v1::vm_spec::Place::Host(v1::HostPlace { libvirt_socket: socket.into() })),

@@ -154,7 +154,7 @@ proptest! {
         let pod = v1::PodPlace { uid, hotplug_dir: path.clone(), ..Default::default() };
         let id = Some(v1::VmId { namespace: String::new(), name: "a".into() });
         let place = Some(v1::vm_spec::Place::Pod(pod));
-        let spec = vm_spec(Some(v1::VmSpec { id, domain: String::new(), place }));
+        let spec = vm_spec(Some(v1::VmSpec { id, domain: String::new(), place, fc: 0 }));
         if path.starts_with('/') || path.split('/').any(|part| part == "..") {
             prop_assert!(spec.is_err());
         }

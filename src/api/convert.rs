@@ -17,6 +17,7 @@ use super::status::malformed;
 use super::v1;
 use crate::reason::Reason;
 use crate::source::{portals_of, source_of};
+use crate::spec::FcSupport;
 use crate::spec::{
     ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec, VolumeSpec,
 };
@@ -66,7 +67,13 @@ pub fn vm_spec(spec: Option<v1::VmSpec>) -> Result<VmSpec, Refusal> {
         Some(v1::vm_spec::Place::Host(host)) => host_place("vm.host", host)?,
         None => return Err(no_place("vm.place", "vm.pod (--pod-uid) or vm.host (--host)")),
     };
-    Ok(VmSpec { id, domain, place })
+    let fc = match v1::FcSupport::try_from(spec.fc) {
+        Ok(v1::FcSupport::Unspecified) => FcSupport::Unspecified,
+        Ok(v1::FcSupport::Supported) => FcSupport::Supported,
+        Ok(v1::FcSupport::Unsupported) => FcSupport::Unsupported,
+        Err(_) => return Err(unknown_value("vm.fc", spec.fc, "supported (1) or unsupported (2)")),
+    };
+    Ok(VmSpec { id, domain, place, fc })
 }
 
 fn domain_name(name: String) -> Result<String, Refusal> {

@@ -165,9 +165,11 @@ fn dump(found: &Found, screen: &mut Screen<'_>) -> io::Result<()> {
         let title = format!("VMs in {} ({state})", store.path.display());
         let vm = |vm: &inspect::VmRow| {
             let spec = shown(&vm.spec);
-            vec![vm.vm.clone(), text(&spec, &["domain"]), text(&spec, &["place"])]
+            let marked = if vm.fc_marked { "marked" } else { "" };
+            let shown = [text(&spec, &["domain"]), text(&spec, &["place"]), marked.to_owned()];
+            std::iter::once(vm.vm.clone()).chain(shown).collect()
         };
-        section(&title, &["VM", "DOMAIN", "PLACE"], store.vms.iter().map(vm).collect())?;
+        section(&title, &["VM", "DOMAIN", "PLACE", "FC"], store.vms.iter().map(vm).collect())?;
         let volume = |v: &inspect::VolumeRow| {
             let wish = match v.removing.as_ref().map(shown) {
                 None => "wanted",

@@ -113,6 +113,8 @@ pub(super) struct VolumeView {
     pub(super) device: Option<DeviceView>,
     pub(super) generation: u64,
     pub(super) gave_up: Vec<String>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(super) vm_needs_hba: bool,
     pub(super) spec: VolumeFile,
     /// What portals that were given by name were resolved to.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -162,6 +164,7 @@ impl From<&v1::Volume> for VolumeView {
             }),
             generation: volume.generation,
             gave_up: volume.gave_up.clone(),
+            vm_needs_hba: volume.vm_needs_hba,
             resolved_portals: volume
                 .spec
                 .as_ref()
@@ -171,6 +174,10 @@ impl From<&v1::Volume> for VolumeView {
         }
     }
 }
+
+/// What a volume says whose VM is marked for Fibre Channel.
+pub(super) const NEEDS_HBA: &str =
+    "its VM must be scheduled with an HBA before it starts, and registered with --fc supported";
 
 /// A phase's name, as users of the peers know it.
 pub(super) fn phase(phase: v1::Phase) -> &'static str {
@@ -241,6 +248,7 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Message", of(|t| t.message.clone())),
         ("What to do", of(|t| t.remedy.clone())),
         ("Gave up", v.gave_up.join("; ")),
+        ("VM", if v.vm_needs_hba { NEEDS_HBA.into() } else { String::new() }),
         ("Next try", of(|t| t.retry_at.map(|at| at.to_string()).unwrap_or_default())),
         ("Target", v.target.clone()),
         ("Device", on(|d| d.dev.clone())),
@@ -291,6 +299,8 @@ struct VmView {
     hotplug_dir: String,
     hotplug_dir_in_pod: String,
     libvirt_socket: String,
+    /// supported, unsupported, marked, or nothing.
+    fc: String,
     reason: String,
     message: String,
 }
@@ -298,6 +308,7 @@ struct VmView {
 impl From<&v1::Vm> for VmView {
     fn from(vm: &v1::Vm) -> Self {
         let spec = vm.spec.clone().unwrap_or_default();
+        let fc = plain(spec.fc().as_str_name(), "FC_SUPPORT_");
         let (pod_uid, libvirt_socket) = match spec.place {
             Some(v1::vm_spec::Place::Pod(pod)) => (pod.uid, pod.libvirt_socket),
             Some(v1::vm_spec::Place::Host(host)) => (String::new(), host.libvirt_socket),
@@ -319,6 +330,7 @@ impl From<&v1::Vm> for VmView {
             hotplug_dir: vm.hotplug_dir.clone(),
             hotplug_dir_in_pod: vm.hotplug_dir_in_pod.clone(),
             libvirt_socket,
+            fc: if vm.fc_marked { "marked".into() } else { fc },
             reason: vm.reason.clone(),
             message: vm.message.clone(),
         }
@@ -339,11 +351,12 @@ pub(super) fn vms(format: Format, vms: &[v1::Vm], to: &mut dyn Write) -> io::Res
             v.state.clone(),
             v.volumes.to_string(),
             place.to_owned(),
+            v.fc.clone(),
             age(v.since),
             v.reason.clone(),
         ]
     });
-    let header = ["VM", "DOMAIN", "STATE", "VOLUMES", "POD", "SINCE", "REASON"];
+    let header = ["VM", "DOMAIN", "STATE", "VOLUMES", "POD", "FC", "SINCE", "REASON"];
     table(&header, rows.collect(), to)
 }
 

@@ -31,6 +31,16 @@ pub(super) struct Register {
     /// libvirt's name of the domain [default: NAMESPACE_NAME].
     #[arg(long, value_name = "NAME")]
     domain: Option<String>,
+    /// Whether it may have Fibre Channel volumes: whether its pod is on a node with an HBA for it
+    /// [default: what the node's HBAs see decides].
+    #[arg(long, value_enum)]
+    fc: Option<Fc>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Fc {
+    Supported,
+    Unsupported,
 }
 
 #[derive(Debug, clap::Args)]
@@ -49,6 +59,12 @@ impl Register {
             id: Some(wire_vm_id(&self.vm.id()?)),
             domain: self.domain.clone().unwrap_or_default(),
             place: Some(place),
+            fc: match self.fc {
+                None => v1::FcSupport::Unspecified,
+                Some(Fc::Supported) => v1::FcSupport::Supported,
+                Some(Fc::Unsupported) => v1::FcSupport::Unsupported,
+            }
+            .into(),
         })
     }
 }

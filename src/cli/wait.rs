@@ -59,7 +59,7 @@ fn judge(goal: Goal, volume: Option<&v1::Volume>) -> Verdict {
 
 /// Whether it is the VM's being off that keeps a volume from its guest.
 fn is_off(trouble: &v1::Trouble) -> bool {
-    trouble.reason == Reason::VmNotRunning.code()
+    [Reason::VmNotRunning, Reason::PodGone].iter().any(|off| trouble.reason == off.code())
 }
 
 fn called_off() -> Verdict {
@@ -153,11 +153,21 @@ struct One {
     shown: Option<(v1::Phase, String)>,
     /// How much of what was given up was told.
     gave_up: usize,
+    /// That its VM needs an HBA was told.
+    told_hba: bool,
 }
 
 impl One {
     fn new((goal, last): (Goal, v1::Volume)) -> Self {
-        Self { goal, floor: last.generation, last, end: None, shown: None, gave_up: 0 }
+        Self {
+            goal,
+            floor: last.generation,
+            last,
+            end: None,
+            shown: None,
+            gave_up: 0,
+            told_hba: false,
+        }
     }
 
     fn name(&self) -> &str {
@@ -288,6 +298,10 @@ impl<'a, 'b> Shown<'a, 'b> {
             self.note(&format!("{of}gave up: {what}"))?;
         }
         one.gave_up = one.gave_up.max(volume.gave_up.len());
+        if volume.vm_needs_hba && !one.told_hba {
+            self.note(&format!("{of}{}", output::NEEDS_HBA))?;
+        }
+        one.told_hba |= volume.vm_needs_hba;
         let reason = volume.trouble.as_ref().map(|t| t.reason.clone()).unwrap_or_default();
         let now = (volume.phase(), reason);
         if one.shown.as_ref() == Some(&now) {

@@ -104,6 +104,26 @@ impl Desired {
         .map(drop)
     }
 
+    /// Whether a VM is marked: it is to be able to have Fibre Channel volumes ([`crate::vm::plan::fc`]).
+    pub async fn fc_marked(&self, vm: &VmId) -> Result<bool, Error> {
+        let vm = vm.to_string();
+        let marked = self
+            .read(move |c| {
+                c.query_row("SELECT fc_marked FROM vms WHERE vm = ?1", [vm], |r| r.get(0))
+                    .optional()
+            })
+            .await?;
+        Ok(marked.unwrap_or(false))
+    }
+
+    /// Takes the mark from a VM.
+    pub async fn unmark_fc(&self, vm: &VmId) -> Result<(), Error> {
+        let vm = vm.to_string();
+        self.write(move |c| c.execute("UPDATE vms SET fc_marked = 0 WHERE vm = ?1", [vm]))
+            .await
+            .map(drop)
+    }
+
     /// Forgets a VM, its volumes, their identities and its revision.
     pub async fn delete_vm(&self, vm: &VmId) -> Result<(), Error> {
         let vm = vm.to_string();
@@ -146,11 +166,17 @@ impl Desired {
 
     /// Stores a volume; a new one goes behind the others.
     pub async fn put_volume(&self, vm: &VmId, volume: &StoredVolume) -> Result<(), Error> {
-        self.put_volumes(vm, std::slice::from_ref(volume)).await
+        self.put_volumes(vm, std::slice::from_ref(volume), false).await
     }
 
-    /// Stores volumes of a VM, all of them or none; new ones go behind the others in their order.
-    pub async fn put_volumes(&self, vm: &VmId, volumes: &[StoredVolume]) -> Result<(), Error> {
+    /// Stores volumes of a VM, all of them or none; new ones go behind the others in their order. With
+    /// `mark_fc` the VM is marked, too.
+    pub async fn put_volumes(
+        &self,
+        vm: &VmId,
+        volumes: &[StoredVolume],
+        mark_fc: bool,
+    ) -> Result<(), Error> {
         let vm = vm.to_string();
         let row = |volume: &StoredVolume| {
             let removing = volume.removing.as_ref().map(render).transpose()?;
@@ -160,6 +186,9 @@ impl Desired {
         let rows = volumes.iter().map(row).collect::<Result<Vec<_>, Error>>()?;
         self.write(move |c| {
             let tx = c.transaction()?;
+            if mark_fc {
+                tx.execute("UPDATE vms SET fc_marked = 1 WHERE vm = ?1", [&vm])?;
+            }
             for (name, json, accept, removing) in rows {
                 tx.execute(
                     "INSERT INTO volumes (vm, volume, position, spec, accept_new_identity, removing)

@@ -69,6 +69,8 @@ pub struct VmRow {
     pub vm: String,
     /// Its value, as it is.
     pub spec: Json,
+    /// It is to be able to have Fibre Channel volumes.
+    pub fc_marked: bool,
 }
 
 /// A row of `volumes`.
@@ -265,8 +267,12 @@ fn rows(c: &Connection, found: &mut StoreFound) -> Result<(), rusqlite::Error> {
         found.damage.push(newer);
         return Ok(());
     }
-    let vm = |r: &rusqlite::Row<'_>| Ok(VmRow { vm: r.get(0)?, spec: Json(r.get(1)?) });
-    for row in c.prepare("SELECT vm, spec FROM vms ORDER BY vm")?.query_map([], vm)? {
+    let vm = |r: &rusqlite::Row<'_>| {
+        Ok(VmRow { vm: r.get(0)?, spec: Json(r.get(1)?), fc_marked: r.get(2)? })
+    };
+    let marked = if schema < 4 { "0" } else { "fc_marked" };
+    let select = format!("SELECT vm, spec, {marked} FROM vms ORDER BY vm");
+    for row in c.prepare(&select)?.query_map([], vm)? {
         found.vms.push(row?);
     }
     let volume = |r: &rusqlite::Row<'_>| {

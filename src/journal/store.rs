@@ -52,7 +52,7 @@ const FIRST: &str = "
     ) STRICT;";
 
 /// What each later schema has more than the one before it.
-const STEPS: [&str; 2] = [
+const STEPS: [&str; 3] = [
     "
     CREATE TABLE revisions (
         vm TEXT PRIMARY KEY REFERENCES vms(vm),
@@ -63,6 +63,8 @@ const STEPS: [&str; 2] = [
     "
     -- 3: a volume's source may be by Fibre Channel
     ",
+    "
+    ALTER TABLE vms ADD COLUMN fc_marked INTEGER NOT NULL DEFAULT 0;",
 ];
 
 /// Brings a database from a schema (0: an empty one) to [`SCHEMA`], as a whole or not at all.

@@ -147,6 +147,11 @@ impl Source {
         }
     }
 
+    /// Whether it is had by Fibre Channel.
+    pub fn is_fc(&self) -> bool {
+        matches!(self, Self::Fc(_))
+    }
+
     /// What its URL begins with.
     fn scheme(&self) -> &'static str {
         match self {

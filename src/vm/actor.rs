@@ -26,6 +26,7 @@ use crate::step::Tracker;
 use crate::types::{VmId, VolumeKey, VolumeName};
 
 mod expand;
+mod fc;
 mod limits;
 mod look;
 mod moving;
@@ -115,6 +116,8 @@ pub(super) struct Actor {
     volumes: BTreeMap<VolumeName, Volume>,
     /// The whole set of volumes that was accepted last, as the durable store has it.
     revision: Option<Revision>,
+    /// The VM is to be able to have Fibre Channel volumes, as the durable store has it.
+    fc_marked: bool,
     tasks: JoinSet<()>,
     looks: look::Looks,
     moving: moving::Moving,
@@ -245,8 +248,20 @@ impl Actor {
         let start = tools.effects.start(&vm).await?;
         let (tasks, looks) = (JoinSet::new(), look::Looks::default());
         let moving = moving::Moving::new(tools.moving);
-        let mut actor =
-            Self { vm, tools, volumes, revision, tasks, looks, moving, watcher: None, messages };
+        let fc_marked = tools.desired.fc_marked(&vm).await?;
+        let mut actor = Self {
+            vm,
+            tools,
+            volumes,
+            revision,
+            fc_marked,
+            tasks,
+            looks,
+            moving,
+            watcher: None,
+            messages,
+        };
+        actor.tell_who_needs_hbas();
         if let Some(until) = start {
             let left = Duration::try_from(until.duration_since(Timestamp::now()));
             actor.starts_within(left.unwrap_or_default());

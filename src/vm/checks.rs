@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::attach::desired_disk;
 use super::facade::Refusal;
 use super::failure::Failure;
+use super::plan::fc::Power;
 use super::ways::Ways;
 use crate::domain::{self, InGuest, Usage};
 use crate::host::libvirt::{Definition, DomainState};
@@ -14,10 +15,14 @@ use crate::types::{Bus, VolumeName};
 
 /// Whether the domain could take the disk: its place is proven, its XML is understood, there is a free
 /// address also with all that were taken on before, and nothing there has the name or the serial. Of one that
-/// does not run nothing is known: the volume is wanted for when it does.
-pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
+/// does not run nothing is known: the volume is wanted for when it does. Returns whether it runs.
+pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<Power, Refusal> {
     let place = match ways.place().await {
-        Err(failure) if failure.reason == Reason::VmNotRunning => return Ok(()),
+        Err(failure) if failure.reason == Reason::VmNotRunning => return Ok(Power::Off),
+        // A VM that is off has no pod, mostly.
+        Err(failure) if failure.reason == Reason::PodGone && ways.has_ended().await? => {
+            return Ok(Power::Off);
+        }
         place => place?,
     };
     let source = match &place.pod {
@@ -33,6 +38,7 @@ pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
     let name = &ways.vm.domain;
     domain::check(&*connection, name, &desired, spec.persist, &leaving, &ahead, limit)
         .await
+        .map(|()| Power::On)
         .map_err(|error| Refusal::from(Failure::from(error)))
 }
 

@@ -239,6 +239,8 @@ pub enum VmState {
 /// A VM as it was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmInfo {
+    /// It is to be able to have Fibre Channel volumes ([`crate::vm::plan::fc`]).
+    pub fc_marked: bool,
     /// As registered.
     pub spec: VmSpec,
     /// How it is.

@@ -10,6 +10,7 @@ use tracing::{Instrument, Span};
 use super::actor::{Actor, Tools};
 use super::facade::{Answer, Expanded, Refusal, Set, Synced, Wish};
 use super::failure::Failure;
+use super::plan::fc::Power;
 use super::steps::{AttachFailure, Came, ExpandFailure, Grown, Sight, Stir};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
@@ -79,7 +80,7 @@ pub(super) enum Message {
         reply: oneshot::Sender<Result<Promises, Refusal>>,
     },
     AddsChecked {
-        checked: Vec<(Add, Result<(), Refusal>)>,
+        checked: Vec<(Add, Result<Power, Refusal>)>,
         /// The revision that they belong to.
         of: Option<i64>,
     },

@@ -8,11 +8,12 @@
 //! Detaching..   deny: being removed            deny: being removed         ignore (force: accept)
 //! ```
 
+pub mod fc;
 pub mod set;
 
 use super::facade::Refusal;
 use crate::reason::Reason;
-use crate::spec::{Phase, RemoveOptions, VolumeSpec};
+use crate::spec::{FcSupport, Phase, RemoveOptions, VolumeSpec};
 
 /// What admission knows of a volume.
 #[derive(Debug, Clone)]
@@ -41,6 +42,10 @@ pub struct Rules {
     pub require_wwid: bool,
     /// There is a qemu-pr-helper for persistent reservations.
     pub reservations: bool,
+    /// What was said of the VM and Fibre Channel.
+    pub fc: FcSupport,
+    /// What becomes of its mark.
+    pub after_last_fc: fc::AfterLast,
 }
 
 /// What to do with a request that was not denied.
@@ -236,7 +241,13 @@ mod tests {
         Known { spec, phase, removing }
     }
 
-    const RULES: Rules = Rules { max_volumes: 256, require_wwid: false, reservations: false };
+    pub(super) const RULES: Rules = Rules {
+        max_volumes: 256,
+        require_wwid: false,
+        reservations: false,
+        fc: FcSupport::Unspecified,
+        after_last_fc: fc::AfterLast::Keep,
+    };
 
     fn denied(known: &[Known], spec: &VolumeSpec) -> (Reason, Option<String>) {
         let refusal = admit_add(known, spec, RULES).unwrap_err();

@@ -156,6 +156,7 @@ pub fn blank(key: &VolumeKey, spec: &VolumeSpec) -> VolumeStatus {
         device: None,
         target: None,
         gave_up: Vec::new(),
+        vm_needs_hba: false,
         generation: 0,
     }
 }

@@ -21,6 +21,7 @@ use super::facade::{
 use super::failure::Failure;
 use super::handler::Handler;
 use super::plan::Rules;
+use super::plan::fc::AfterLast;
 use super::publish::Board;
 use super::resolve::{self, Names};
 use super::ways::{Host, Ways};
@@ -45,6 +46,8 @@ pub struct RegistrySettings {
     pub auto_expand: bool,
     /// There is a qemu-pr-helper for persistent reservations.
     pub reservations: bool,
+    /// What becomes of a VM's mark once its last Fibre Channel volume is gone.
+    pub after_last_fc: AfterLast,
     /// When a volume in trouble is tried again.
     pub backoff: Backoff,
     /// How long an announced start of a VM is waited for, unless the request says.
@@ -200,6 +203,8 @@ impl Registry {
                 max_volumes: self.settings.node.max_volumes_per_vm as usize,
                 require_wwid: self.settings.node.require_wwid,
                 reservations: self.settings.reservations,
+                fc: ways.spec().fc,
+                after_last_fc: self.settings.after_last_fc,
             },
             moving: incoming.is_some(),
         };

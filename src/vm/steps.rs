@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use super::facade::Refusal;
 use super::failure::Failure;
 use super::plan::Left;
+use super::plan::fc::Power;
 use crate::connector::{Attachment, Paths, Touched};
 use crate::journal::StoredVolume;
 use crate::spec::{RemoveOptions, VolumeSpec};
@@ -17,8 +18,8 @@ use crate::types::{Outcome, VolumeName};
 /// What the handler has done for it: the way of an attach and back.
 #[async_trait]
 pub trait Steps: Send + Sync + 'static {
-    /// Checks an addition against the pod and the domain; changes nothing.
-    async fn check_add(&self, spec: &VolumeSpec) -> Result<(), Refusal>;
+    /// Checks an addition against the pod and the domain; changes nothing. Returns whether the VM runs.
+    async fn check_add(&self, spec: &VolumeSpec) -> Result<Power, Refusal>;
 
     /// Checks a removal against the domain and the guest; changes nothing. `known` is `None` for a
     /// name that the handler does not know: the refusal then says what is in the domain. Returns what

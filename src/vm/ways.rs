@@ -13,6 +13,7 @@ use super::discover::{self, Place, Wanted};
 use super::facade::{Refusal, VmState};
 use super::failure::Failure;
 use super::order::Order;
+use super::plan::fc::Power;
 use super::publish::Board;
 use super::steps::{AttachFailure, Came, Circumstances, ExpandFailure, Grown, Sight, Steps, Stir};
 use super::{attach, checks, detach, expand, limits, look};
@@ -376,7 +377,7 @@ pub struct Looked {
 
 #[async_trait]
 impl Steps for Ways {
-    async fn check_add(&self, spec: &VolumeSpec) -> Result<(), Refusal> {
+    async fn check_add(&self, spec: &VolumeSpec) -> Result<Power, Refusal> {
         within(self.settings().check, "the check", checks::add(self, spec)).await
     }
 

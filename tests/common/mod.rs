@@ -343,6 +343,7 @@ impl Volumes for Facade {
 
 fn info(spec: &VmSpec) -> VmInfo {
     VmInfo {
+        fc_marked: false,
         spec: spec.clone(),
         state: VmState::Running,
         since: Timestamp::now(),
@@ -359,6 +360,7 @@ fn info(spec: &VmSpec) -> VmInfo {
 
 fn status(key: VolumeKey, spec: VolumeSpec) -> VolumeStatus {
     VolumeStatus {
+        vm_needs_hba: false,
         gave_up: Vec::new(),
         key,
         spec,

@@ -14,6 +14,7 @@ mod disks;
 mod expand;
 mod faults;
 mod fc;
+mod fc_ability;
 mod force;
 mod guest;
 mod identity;

@@ -4,7 +4,7 @@ use lunplug::host::grants::{Access, Hierarchy};
 use lunplug::host::libvirt::Definition;
 use lunplug::host::sim::domain::SimDomain;
 use lunplug::journal::Desired;
-use lunplug::spec::{AddOptions, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec};
+use lunplug::spec::{AddOptions, FcSupport, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec};
 use lunplug::types::{Bus, Outcome};
 use lunplug::vm::facade::Volumes;
 
@@ -159,7 +159,8 @@ fn a_vm_straight_on_a_libvirt_host_needs_no_node_and_no_grant() {
     world.life(async |daemon| {
         let id: lunplug::types::VmId = "default/plain".parse().unwrap();
         let place = VmPlace::Host { libvirt_socket: None };
-        let spec = VmSpec { id: id.clone(), domain: "plain".into(), place };
+        let spec =
+            VmSpec { id: id.clone(), domain: "plain".into(), place, fc: FcSupport::default() };
         daemon.registry.register_vm(spec).await.unwrap();
         let mut changes = daemon.registry.watch();
         let spec = volume("data", 1);

@@ -9,8 +9,8 @@ use lunplug::host::sim::{Appears, Fault, FaultAction, SimHost, SimStorage};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
 use lunplug::spec::{
-    AddOptions, MultipathPolicy, Phase, RemoveOptions, Source, VmPlace, VmSpec, VolumeSpec,
-    VolumeStatus,
+    AddOptions, FcSupport, MultipathPolicy, Phase, RemoveOptions, Source, VmPlace, VmSpec,
+    VolumeSpec, VolumeStatus,
 };
 use lunplug::types::{
     Bus, CacheMode, DiskType, IoLimits, Iqn, Lun, Outcome, Portal, Tuning, VmId, VolumeKey, Wwpn,
@@ -63,7 +63,7 @@ pub(crate) fn vm_spec(number: u8) -> VmSpec {
         hotplug_dir_in_pod: None,
         libvirt_socket: None,
     };
-    VmSpec { id: vm(number), domain: domain(number), place }
+    VmSpec { id: vm(number), domain: domain(number), place, fc: FcSupport::default() }
 }
 
 /// How many VMs the node has.

@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::node::{
-    Lab, Lun, Story, add, guest_disk, guest_has, in_guest, lunplug, reason, refused, remove, sh,
-    until, volume,
+    DOMAIN, Lab, Lun, Ran, Story, add, guest_disk, guest_has, in_guest, lunplug, reason, refused,
+    remove, sh, until, volume,
 };
 
 const LONG: Duration = Duration::from_secs(120);
@@ -100,6 +100,52 @@ fn a_port_that_no_hba_sees_is_named_and_the_other_does() {
     assert_eq!(volume("fc")["device"]["wwid"], fabric.lun.wwid.as_str());
     guest_disk("fc");
     remove("fc", &[]).ok();
+    guest_has(0);
+    story.nothing_left();
+}
+
+/// The guest's VM is registered as it was when the story ends, whatever came of it.
+struct Registered;
+
+impl Registered {
+    #[track_caller]
+    fn with(fc: &'static str) -> Self {
+        register(fc).ok();
+        Self
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        register("");
+    }
+}
+
+fn register(fc: &str) -> Ran {
+    let lab = Lab::get();
+    let mut args = vec!["vm", "register", "vm", "--pod-uid", lab.uid(), "--domain", DOMAIN];
+    if !fc.is_empty() {
+        args.extend(["--fc", fc]);
+    }
+    lunplug(&args)
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_vm_without_support_is_to_be_powered_off_first() {
+    Lab::get();
+    let fabric = Fabric::up("fc", 9);
+    let story = Story::begin();
+    let registered = Registered::with("unsupported");
+    refused(add("able", &fabric.source(), &[]), "FC_NOT_SUPPORTED");
+    assert!(lunplug(&["vm", "list"]).ok().contains("unsupported"));
+    register("supported").ok();
+    add("able", &fabric.source(), &[]).ok();
+    guest_disk("able");
+    register("unsupported").ok();
+    until("it is looked at again", LONG, || volume("able")["phase"] == "Ready");
+    remove("able", &[]).ok();
+    drop(registered);
     guest_has(0);
     story.nothing_left();
 }

@@ -9,6 +9,7 @@ use super::fc;
 use super::{wire_detect_zeroes, wire_discard, wire_disk_type, wire_io_mode};
 use crate::api::{names, v1};
 use crate::connector::Discovered;
+use crate::spec::FcSupport;
 use crate::spec::{
     ChapFrom, DeviceStatus, IscsiTarget, MultipathPolicy, Phase, Source, VmPlace, VolumeSpec,
     VolumeStatus,
@@ -75,7 +76,14 @@ pub fn wire_vm(vm: &VmInfo) -> v1::Vm {
             id: Some(wire_vm_id(&vm.spec.id)),
             domain: vm.spec.domain.clone(),
             place: Some(place),
+            fc: match vm.spec.fc {
+                FcSupport::Unspecified => v1::FcSupport::Unspecified,
+                FcSupport::Supported => v1::FcSupport::Supported,
+                FcSupport::Unsupported => v1::FcSupport::Unsupported,
+            }
+            .into(),
         }),
+        fc_marked: vm.fc_marked,
         state: match vm.state {
             VmState::Unknown => v1::VmState::Unspecified,
             VmState::Running => v1::VmState::Running,
@@ -221,6 +229,7 @@ pub fn wire_volume(volume: &VolumeStatus) -> v1::Volume {
         target: volume.target.clone().unwrap_or_default(),
         generation: volume.generation,
         gave_up: volume.gave_up.clone(),
+        vm_needs_hba: volume.vm_needs_hba,
     }
 }
 

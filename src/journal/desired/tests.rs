@@ -1,6 +1,7 @@
 //! What is kept, in which order, and what goes with what.
 
 use super::*;
+use crate::spec::FcSupport;
 use crate::spec::{VmPlace, volume_fixture};
 
 fn vm(name: &str) -> VmSpec {
@@ -8,6 +9,7 @@ fn vm(name: &str) -> VmSpec {
         id: VmId::new("prod", name).unwrap(),
         domain: format!("prod_{name}"),
         place: VmPlace::Host { libvirt_socket: None },
+        fc: FcSupport::default(),
     }
 }
 
@@ -83,13 +85,28 @@ async fn many_volumes_are_stored_in_their_order_all_or_none() {
     let names = |volumes: Vec<StoredVolume>| {
         volumes.iter().map(|v| v.spec.name.to_string()).collect::<Vec<_>>()
     };
-    store.put_volumes(&vm("a").id, &["c", "a", "b"].map(stored)).await.unwrap();
+    store.put_volumes(&vm("a").id, &["c", "a", "b"].map(stored), false).await.unwrap();
     assert_eq!(names(store.volumes(&vm("a").id).await.unwrap()), ["c", "a", "b"]);
     let full = "CREATE TRIGGER full BEFORE INSERT ON volumes WHEN NEW.volume = 'e'
                 BEGIN SELECT RAISE(ABORT, 'no room'); END";
     store.write(move |c| c.execute_batch(full)).await.unwrap();
-    store.put_volumes(&vm("a").id, &["d", "e"].map(stored)).await.unwrap_err();
+    store.put_volumes(&vm("a").id, &["d", "e"].map(stored), true).await.unwrap_err();
     assert_eq!(names(store.volumes(&vm("a").id).await.unwrap()), ["c", "a", "b"]);
+    assert!(!store.fc_marked(&vm("a").id).await.unwrap(), "nor is the VM marked for them");
+}
+
+#[tokio::test]
+async fn a_mark_comes_with_volumes_and_outlives_a_registration_anew() {
+    let store = Desired::in_memory().unwrap();
+    for name in ["a", "b"] {
+        store.put_vm(&vm(name)).await.unwrap();
+    }
+    store.put_volumes(&vm("a").id, &[stored("x")], true).await.unwrap();
+    store.put_vm(&VmSpec { fc: FcSupport::Unsupported, ..vm("a") }).await.unwrap();
+    assert!(store.fc_marked(&vm("a").id).await.unwrap());
+    assert!(!store.fc_marked(&vm("b").id).await.unwrap());
+    store.unmark_fc(&vm("a").id).await.unwrap();
+    assert!(!store.fc_marked(&vm("a").id).await.unwrap());
 }
 
 #[tokio::test]
@@ -125,7 +142,7 @@ async fn a_newer_schema_is_refused_and_left_as_it_is() {
 async fn a_damaged_value_is_named_not_reset_and_is_that_vms_alone() {
     let store = Desired::in_memory().unwrap();
     store.put_vm(&vm("b")).await.unwrap();
-    store.write(|c| c.execute("INSERT INTO vms VALUES ('prod/a', '{')", [])).await.unwrap();
+    store.write(|c| c.execute("INSERT INTO vms (vm, spec) VALUES ('prod/a', '{')", [])).await.unwrap();
     let vms = store.vms().await.unwrap();
     let (name, error) = vms[0].as_ref().unwrap_err();
     assert_eq!((name.as_str(), error.reason()), ("prod/a", Reason::RecordCorrupt));

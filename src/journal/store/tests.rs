@@ -11,7 +11,7 @@ fn count(store: &Store) -> i64 {
 
 fn put(store: &Store, vm: &str) -> Result<usize, Error> {
     let vm = vm.to_owned();
-    store.write(move |c| c.execute("INSERT INTO vms VALUES (?1, '{}')", [vm]))
+    store.write(move |c| c.execute("INSERT INTO vms (vm, spec) VALUES (?1, '{}')", [vm]))
 }
 
 /// A store with some VMs in it, and its file.
@@ -126,7 +126,7 @@ fn a_creation_that_was_cut_short_is_begun_anew() {
 /// A database of schema 1, with a VM in it.
 fn of_schema_1(path: &Path) {
     let raw = Connection::open(path).unwrap();
-    let vm = "INSERT INTO vms VALUES ('ns/old', '{}'); PRAGMA user_version = 1;";
+    let vm = "INSERT INTO vms (vm, spec) VALUES ('ns/old', '{}'); PRAGMA user_version = 1;";
     raw.execute_batch(&format!("PRAGMA journal_mode = WAL; {FIRST} {vm}")).unwrap();
 }
 

@@ -21,6 +21,7 @@ use crate::types::{Outcome, VolumeName};
 use crate::vm::facade::{Answer, Refusal, Wish};
 use crate::vm::failure::Failure;
 use crate::vm::handler::{Add, Asked, Message};
+use crate::vm::plan::fc::Power;
 use crate::vm::plan::{self, Admission, Known, set};
 use crate::vm::publish;
 
@@ -95,48 +96,60 @@ impl Actor {
     /// Takes on what may be, in its order.
     pub(super) async fn adds_checked(
         &mut self,
-        checked: Vec<(Add, Result<(), Refusal>)>,
+        checked: Vec<(Add, Result<Power, Refusal>)>,
         of: Option<i64>,
     ) {
         let current = set::admit_of(self.revision.as_ref(), of);
         // Other requests may have been taken since these were sent off to be checked; and each of these
         // counts for those after it.
         let mut known = self.known();
-        let mut taken = Vec::new();
+        let (mut taken, mut marks) = (Vec::new(), false);
         for (add, checked) in checked {
-            let admitted = current.clone().and(checked);
-            match admitted.and_then(|()| plan::admit_add(&known, &add.spec, self.tools.rules)) {
+            let admitted = current.clone().and(checked).and_then(|power| {
+                let admission = plan::admit_add(&known, &add.spec, self.tools.rules)?;
+                Ok((admission, self.admit_fc(&add.spec, power)?))
+            });
+            match admitted {
                 Err(refusal) => add.asker.answer(Err(refusal)),
-                Ok(Admission::Ignore) => {
+                Ok((Admission::Ignore, _)) => {
                     let again = self.again(&add.spec, add.options).await;
                     add.asker.answer(again);
                 }
-                Ok(Admission::Accept | Admission::Forget) => {
+                Ok((Admission::Accept | Admission::Forget, marks_vm)) => {
                     let (spec, phase) = ((*add.spec).clone(), Phase::Pending);
                     if add.options.dry_run {
-                        let status = publish::blank(&self.key(&spec.name), &spec);
+                        let vm_needs_hba = marks_vm || self.needs_hba(&spec);
+                        let blank = publish::blank(&self.key(&spec.name), &spec);
+                        let status = VolumeStatus { vm_needs_hba, ..blank };
                         add.asker.answer(Ok(Outcome::Already(status)));
                     } else if let Err(failure) = self.keep(&spec.name, &add.options).await {
                         add.asker.answer(Err(failure.into()));
                         continue;
                     } else {
+                        marks |= marks_vm;
                         taken.push(add);
                     }
                     known.push(Known { spec, phase, removing: None });
                 }
             }
         }
-        self.take_on(taken).await;
+        self.take_on(taken, marks).await;
     }
 
-    /// Makes additions durable, in one transaction, and sets their work going.
-    async fn take_on(&mut self, adds: Vec<Add>) {
+    /// Makes additions durable, in one transaction, and the VM's mark for Fibre Channel with them, and sets
+    /// their work going.
+    async fn take_on(&mut self, adds: Vec<Add>, marks: bool) {
         if adds.is_empty() {
             return;
         }
         let stored: Vec<StoredVolume> = adds.iter().map(to_store).collect();
-        let store = async { Ok(self.tools.desired.put_volumes(&self.vm, &stored).await?) };
+        let store = async { Ok(self.tools.desired.put_volumes(&self.vm, &stored, marks).await?) };
         let stored_now: Result<(), Failure> = self.tools.tracker.run(Step::Intent, store).await;
+        if marks && stored_now.is_ok() {
+            info!("the VM must be scheduled to a node with an HBA before it starts");
+            self.fc_marked = true;
+            self.tell_who_needs_hbas();
+        }
         for (Add { spec, options: _, asker }, stored) in adds.into_iter().zip(stored) {
             let answer = match &stored_now {
                 Ok(()) => Ok(Outcome::Done(self.begin(stored, &asker.span))),
@@ -155,9 +168,12 @@ impl Actor {
     fn begin(&mut self, stored: StoredVolume, cause: &Span) -> VolumeStatus {
         let key = self.key(&stored.spec.name);
         info!(volume = %key.volume, source = stored.spec.source.key(), "volume wanted");
-        let status = self.tools.board.open(&key, &stored.spec);
+        self.tools.board.open(&key, &stored.spec);
+        let needs = self.needs_hba(&stored.spec);
+        self.tools.board.update(&key, |status| status.vm_needs_hba = needs);
         let volume = Volume { cause: cause.clone(), ..Volume::new(stored, None) };
         self.volumes.insert(key.volume.clone(), volume);
+        let status = self.status(&key.volume);
         self.work(&key.volume);
         status
     }

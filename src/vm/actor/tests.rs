@@ -10,6 +10,7 @@ use crate::connector::Paths;
 use crate::host::sim::{Fault, FaultAction, Faults, SimStorage};
 use crate::journal::Effects;
 use crate::reason::Reason;
+use crate::spec::FcSupport;
 use crate::spec::{
     AddOptions, DeviceStatus, Phase, RemoveOptions, VmPlace, VmSpec, VolumeSpec, VolumeStatus,
     volume_fixture,
@@ -18,12 +19,14 @@ use crate::types::Outcome;
 use crate::vm::facade::Refusal;
 use crate::vm::failure::Failure;
 use crate::vm::handler::Handler;
+use crate::vm::plan::fc::{AfterLast, Power};
 use crate::vm::plan::{Left, Rules};
 use crate::vm::steps::{AttachFailure, Came, Circumstances, ExpandFailure, Grown, Sight, Stir};
 
 /// Steps that do what they are told, and tell what they did.
 #[derive(Default)]
 struct Script {
+    off: Mutex<bool>,
     attaches: Mutex<VecDeque<Result<Came, AttachFailure>>>,
     detaches: Mutex<VecDeque<Result<(), Failure>>>,
     refuse_remove: Mutex<Option<Refusal>>,
@@ -52,13 +55,13 @@ impl Script {
 
 #[async_trait]
 impl Steps for Script {
-    async fn check_add(&self, spec: &VolumeSpec) -> Result<(), Refusal> {
+    async fn check_add(&self, spec: &VolumeSpec) -> Result<Power, Refusal> {
         let slow = self.slow_checks.lock().unwrap().remove(spec.name.as_str());
         if let Some(goes_on) = slow {
             goes_on.notified().await;
         }
         assert_ne!(spec.name.as_str(), "check-panics", "told to");
-        Ok(())
+        Ok(if *self.off.lock().unwrap() { Power::Off } else { Power::On })
     }
 
     async fn check_remove(
@@ -180,7 +183,10 @@ impl World {
         let sim = SimStorage::new(Arc::new(Faults::default()));
         let desired = Desired::in_memory().unwrap();
         let place = VmPlace::Host { libvirt_socket: None };
-        desired.put_vm(&VmSpec { id: vm(), domain: "a".into(), place }).await.unwrap();
+        desired
+            .put_vm(&VmSpec { id: vm(), domain: "a".into(), place, fc: FcSupport::default() })
+            .await
+            .unwrap();
         let tools = Tools {
             tracker: Tracker::new(sim.faults().clone()),
             steps: script.clone(),
@@ -190,7 +196,13 @@ impl World {
             backoff: Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) },
             look_interval: Duration::from_secs(60),
             auto_expand: false,
-            rules: Rules { max_volumes: 8, require_wwid: false, reservations: false },
+            rules: Rules {
+                max_volumes: 8,
+                require_wwid: false,
+                reservations: false,
+                fc: FcSupport::default(),
+                after_last_fc: AfterLast::default(),
+            },
             moving: false,
         };
         Self { script, tools, sim }

@@ -115,7 +115,7 @@ impl Actor {
             }
             Next::GiveUp => {
                 self.volumes.entry(name.clone()).and_modify(|v| v.failed = true);
-                let deleted = match self.tools.desired.delete_volume(&key).await {
+                let deleted = match self.disown(&key).await {
                     Ok(()) => self.tools.effects.delete_chap(&key).await,
                     error => error,
                 };
@@ -148,8 +148,9 @@ impl Actor {
         let Some(volume) = self.volumes.get_mut(name) else { return };
         volume.working = false;
         let gave_up = self.status(name).gave_up;
+        let tracker = self.tools.tracker.clone();
         let failure = match result {
-            Ok(()) => match self.tools.tracker.run(Step::Gone, self.forget(&key)).await {
+            Ok(()) => match tracker.run(Step::Gone, self.forget(&key)).await {
                 Ok(()) => {
                     self.volumes.remove(name);
                     self.tools.board.close(&key);
@@ -176,8 +177,8 @@ impl Actor {
     }
 
     /// Forgets a volume in both stores, the mark of its removal last.
-    pub(super) async fn forget(&self, key: &VolumeKey) -> Result<(), Failure> {
-        self.tools.desired.delete_volume(key).await?;
+    pub(super) async fn forget(&mut self, key: &VolumeKey) -> Result<(), Failure> {
+        self.disown(key).await?;
         self.tools.effects.delete_chap(key).await?;
         self.tools.effects.delete(key).await?;
         Ok(self.tools.effects.delete_removal(key).await?)

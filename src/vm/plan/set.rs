@@ -82,7 +82,7 @@ mod tests {
         }
     }
 
-    const RULES: Rules = Rules { max_volumes: 64, require_wwid: false, reservations: false };
+    const RULES: Rules = Rules { max_volumes: 64, ..crate::vm::plan::tests::RULES };
 
     fn volume(name: u64, lun: u64) -> VolumeSpec {
         let mut spec = volume_fixture(&format!("v{name}"));

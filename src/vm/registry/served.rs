@@ -26,9 +26,12 @@ pub(super) struct Served {
 }
 
 /// Whether a VM's volumes may go over to its registration as `new`: to another pod of the same name,
-/// once the guest in the one before has ended.
+/// once the guest in the one before has ended; or to the same place, of which something else is said now.
 pub(super) async fn may_take_over(old: &Ways, new: &VmSpec) -> Result<(), Refusal> {
     let (id, known) = (&new.id, old.spec());
+    if *new == (VmSpec { fc: new.fc, ..known.clone() }) {
+        return Ok(());
+    }
     let refusal = |message| Err(Refusal::new(Reason::VmExists, message).field("vm"));
     let (VmPlace::Pod { uid, .. }, VmPlace::Pod { uid: other, .. }) = (&known.place, &new.place)
     else {
@@ -47,6 +50,7 @@ pub(super) async fn may_take_over(old: &Ways, new: &VmSpec) -> Result<(), Refusa
 /// What is told of a VM that could not be taken up.
 pub(super) fn unserved_info((spec, failure, since): &(VmSpec, Failure, Timestamp)) -> VmInfo {
     VmInfo {
+        fc_marked: false,
         spec: spec.clone(),
         state: VmState::Unknown,
         since: *since,
@@ -92,8 +96,10 @@ impl Served {
         };
         let volumes = self.handler.count().await.unwrap_or(0);
         let revision = self.handler.revision().await.unwrap_or_default();
+        let spec = self.ways.spec().clone();
         VmInfo {
-            spec: self.ways.spec().clone(),
+            fc_marked: self.ways.desired.fc_marked(&spec.id).await.unwrap_or_default(),
+            spec,
             state,
             since,
             volumes: u32::try_from(volumes).unwrap_or(u32::MAX),

@@ -7,7 +7,7 @@ use super::service::{Service, split};
 use super::status::malformed;
 use super::{convert, v1};
 use crate::types::{Malformed, VolumeName};
-use crate::vm::facade::{Answer, Refusal};
+use crate::vm::facade::{Answer, Refusal, Start};
 
 impl Service {
     pub(super) async fn prepare(
@@ -16,7 +16,8 @@ impl Service {
     ) -> Result<v1::PrepareStartResponse, Refusal> {
         let vm = convert::vm_id("vm", request.vm.as_ref())?;
         let within = within(request.within)?;
-        let parts = self.volumes.prepare_start(&vm, within).await?;
+        let domain = Some(request.domain).filter(|domain| !domain.is_empty());
+        let parts = self.volumes.prepare_start(&vm, Start { within, domain }).await?;
         Ok(v1::PrepareStartResponse { results: results(parts) })
     }
 

@@ -12,6 +12,7 @@ mod expand;
 mod failure;
 mod file;
 mod foreign;
+mod hook;
 mod iolimits;
 mod journal;
 mod list;
@@ -105,6 +106,9 @@ enum Command {
     /// Make a VM's volumes ready for its start: disks of its definition, too, are there before QEMU is.
     #[command(after_help = EXIT_CODES)]
     Preparestart(moves::Start),
+    /// What libvirt's qemu hook runs on a plain host: makes a VM's volumes ready when libvirt starts it.
+    #[command(after_help = EXIT_CODES)]
+    LibvirtHook(hook::Args),
     /// Follow a VM's live migration, to or from another node or between two pods of this one.
     #[command(subcommand, after_help = EXIT_CODES)]
     Migration(moves::Migration),
@@ -193,6 +197,7 @@ async fn dispatch(cli: Cli, screen: &mut Screen<'_>) -> Result<(), Failure> {
         Command::Describe(args) => describe::run(args, &socket, format, screen).await,
         Command::Vm(command) => vm::run(command, &socket, format, screen).await,
         Command::Preparestart(args) => moves::start(args, &socket, format, screen).await,
+        Command::LibvirtHook(args) => hook::run(args, &socket, screen).await,
         Command::Migration(command) => moves::migration(command, &socket, format, screen).await,
         Command::Discover(args) => discover::run(args, &socket, format, screen).await,
         Command::Node => node::run(&socket, format, screen).await,

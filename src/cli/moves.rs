@@ -78,7 +78,7 @@ pub(super) async fn start(
     screen: &mut Screen<'_>,
 ) -> Result<(), Failure> {
     let vm = Some(wire_vm_id(&args.vm.id()?));
-    let request = v1::PrepareStartRequest { vm, within: wire(args.within) };
+    let request = v1::PrepareStartRequest { vm, within: wire(args.within), domain: String::new() };
     let mut client = connect(socket).await?;
     let answer = client.prepare_start(timed_for(args.waiting.timeout, request)).await?;
     batch::told(answer.into_inner().results, "prepare", format, screen)

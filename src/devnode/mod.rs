@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 pub use crate::host::nodes::{NODE_MODE, NodeOwner};
 use crate::host::nodes::{NodeError, Nodes, Seen};
-pub use crate::host::poddir::HotplugDir;
 use crate::host::poddir::PathError;
+pub use crate::host::poddir::{HotplugDir, host_node};
 use crate::reason::Reason;
 use crate::types::{DevNum, Outcome, VolumeName};
 
@@ -76,6 +76,20 @@ impl DevNodes {
         owner: NodeOwner,
     ) -> Result<Outcome> {
         self.door.ensure(dir, volume, dev, owner).await.map_err(|e| error(volume, e))
+    }
+
+    /// The same for a VM on the host's own libvirt. Whose the node is, is libvirt's affair: where QEMU has no
+    /// /dev of its own, libvirt gives it to QEMU's user.
+    pub async fn ensure_on_host(
+        &self,
+        dir: &HotplugDir,
+        volume: &VolumeName,
+        dev: DevNum,
+    ) -> Result<Outcome> {
+        if self.observe(dir, volume).await? == Some(dev) {
+            return Ok(Outcome::Already(()));
+        }
+        self.ensure(dir, volume, dev, NodeOwner { uid: 0, gid: 0 }).await
     }
 
     /// Removes the volume's node; with `expect` only one of that device. What is there and is not

@@ -5,10 +5,10 @@
 //! again beneath the pod's root, without following a symlink, and compares.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,6 +18,11 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
 use super::blocking::blocking;
 use super::libvirt::{Endpoint, Instance};
+use crate::types::{VmId, VolumeName};
+
+/// Where the nodes of VMs on the host's own libvirt are, a directory for each VM: a devtmpfs, so nodes can be
+/// opened there, and libvirt takes what lies beneath /dev over into a private /dev of QEMU's.
+pub const HOST_NODES: &str = "/dev/lunplug";
 
 /// A path beneath a pod is not what it must be.
 #[derive(Debug, thiserror::Error)]
@@ -193,6 +198,10 @@ pub trait PodDirs: Send + Sync {
     /// A directory beneath it.
     async fn hotplug(&self, pod: &PodDir, path: &Path) -> Result<HotplugDir>;
 
+    /// The directory for the nodes of a VM on the host's own libvirt, in [`HOST_NODES`]; made where it is
+    /// missing if `make`.
+    async fn host_nodes(&self, vm: &VmId, make: bool) -> Result<HotplugDir>;
+
     /// A libvirt socket beneath it.
     async fn socket(&self, pod: &PodDir, path: &Path) -> Result<LibvirtEndpoint>;
 
@@ -219,11 +228,13 @@ impl PodDirs for HostPodDirs {
     async fn hotplug(&self, pod: &PodDir, path: &Path) -> Result<HotplugDir> {
         plain(path)?;
         let (pod, rel) = (pod.clone(), path.to_owned());
-        blocking("opening the hotplug directory", move || {
-            let fd = open_beneath(&open_pod(&pod)?, &rel, &pod.path, OFlag::O_DIRECTORY)?;
-            let meta = File::from(fd).metadata()?;
-            let inode = Inode { dev: meta.dev(), ino: meta.ino() };
-            Ok(HotplugDir { pod, rel, inode, owner: (meta.uid(), meta.gid()) })
+        blocking("opening the hotplug directory", move || find_dir(pod, rel)).await
+    }
+
+    async fn host_nodes(&self, vm: &VmId, make: bool) -> Result<HotplugDir> {
+        let rel = PathBuf::from(host_dir(vm));
+        blocking("opening the directory for the host's nodes", move || {
+            host_nodes_in(Path::new(HOST_NODES), rel, make)
         })
         .await
     }
@@ -254,6 +265,38 @@ impl PodDirs for HostPodDirs {
         })
         .await
     }
+}
+
+/// Where a node of a VM on the host's own libvirt is.
+pub fn host_node(vm: &VmId, name: &VolumeName) -> PathBuf {
+    Path::new(HOST_NODES).join(host_dir(vm)).join(name.as_str())
+}
+
+/// The name of a VM's directory in [`HOST_NODES`]; neither namespace nor name can have a `_`.
+pub(in crate::host) fn host_dir(vm: &VmId) -> String {
+    format!("{}_{}", vm.namespace(), vm.name())
+}
+
+fn host_nodes_in(root: &Path, rel: PathBuf, make: bool) -> Result<HotplugDir> {
+    if make {
+        for dir in [root.to_owned(), root.join(&rel)] {
+            match DirBuilder::new().mode(0o755).create(&dir) {
+                Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(PathError::Io { path: dir, source });
+                }
+                _ => {}
+            }
+        }
+    }
+    find_dir(PodDir { path: root.to_owned() }, rel)
+}
+
+/// A directory beneath a pod's, or what stands for it.
+fn find_dir(pod: PodDir, rel: PathBuf) -> Result<HotplugDir> {
+    let fd = open_beneath(&open_pod(&pod)?, &rel, &pod.path, OFlag::O_DIRECTORY)?;
+    let meta = File::from(fd).metadata()?;
+    let inode = Inode { dev: meta.dev(), ino: meta.ino() };
+    Ok(HotplugDir { pod, rel, inode, owner: (meta.uid(), meta.gid()) })
 }
 
 /// A UID becomes a component of a path, and part of a cgroup's name.

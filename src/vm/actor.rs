@@ -174,7 +174,9 @@ impl Actor {
                 Message::Stirred(stir) => self.stirred(&stir),
                 Message::Look => self.look(),
                 Message::Looked { found } => self.looked(found),
-                Message::Prepare { within, reply } => self.prepare(within, reply).await,
+                Message::Prepare { within, libvirt_waits, reply } => {
+                    self.prepare(within, libvirt_waits, reply).await;
+                }
                 Message::NotStarted => self.not_starting().await,
                 Message::Move { away, reply } => self.move_away(away, reply),
                 Message::Count { reply } => {

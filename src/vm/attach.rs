@@ -17,6 +17,7 @@ use super::steps::{AttachFailure, Came, Circumstances};
 use super::ways::Ways;
 use crate::cgroup::{Access, GrantRecord};
 use crate::connector::{AttachRequest, Attachment, Expect};
+use crate::devnode::host_node;
 use crate::domain::{self, DesiredDisk};
 use crate::journal::{DiskEffect, Effects, NodeEffect, StoredVolume};
 use crate::reason::Reason;
@@ -34,7 +35,7 @@ pub(super) async fn attach(
     let on_the_way = ways.order.set_out(&volume.spec.name);
     let key = ways.key(&volume.spec.name);
     let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
-    let had_disk = had_disk(ways, &effects).await;
+    let had_disk = !how.libvirt_waits && had_disk(ways, &effects).await;
     let mut way = Way { ways, key, spec: &volume.spec, effects, had_disk, returns: false };
     let limit = ways.settings().attach;
     let failure = match tokio::time::timeout(limit, way.walk(volume, how)).await {
@@ -47,6 +48,10 @@ pub(super) async fn attach(
     };
     // Those behind it need not wait for what goes back.
     drop(on_the_way);
+    if how.libvirt_waits {
+        // Undone once it can be asked what it has of this: by the next try.
+        return Err(AttachFailure { failure, left: Left::Unknown });
+    }
     if had_disk && !has_ended(ways, &failure, &volume.spec).await {
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
         return Err(AttachFailure { failure, left: Left::Disk });
@@ -117,21 +122,29 @@ pub(super) struct Way<'a> {
 
 impl Way<'_> {
     async fn walk(&mut self, volume: &StoredVolume, how: Circumstances) -> Result<Came, Failure> {
-        let (place, came) = match self.ways.place().await {
-            Err(failure) if how.starting && failure.reason == Reason::VmNotRunning => {
-                (self.ways.place_to_be().await?, Came::ToPod)
-            }
-            place => (place?, Came::ToGuest),
+        let place = match how.libvirt_waits {
+            true => None,
+            false => match self.ways.place().await {
+                Err(failure) if how.starting && failure.reason == Reason::VmNotRunning => None,
+                place => Some(place?),
+            },
+        };
+        let (place, came) = match place {
+            Some(place) => (place, Came::ToGuest),
+            None => (self.ways.place_to_be().await?, Came::ToPod),
         };
         let dev = self.host(volume, how.returns).await?.device.dev;
         let place = self.still_there(place).await?;
-        if let Some(pod) = &place.pod {
-            self.node(pod, dev).await?;
-            self.grant(pod, dev).await?;
+        match &place.pod {
+            Some(pod) => {
+                self.node(pod, dev).await?;
+                self.grant(pod, dev).await?;
+            }
+            None => self.host_node(dev).await?,
         }
         self.reached(Step::Grant.phase());
         match came {
-            Came::ToGuest => self.disk(&place, source_of(&place, self.spec, dev)).await?,
+            Came::ToGuest => self.disk(&place, source_of(self.ways, &place, self.spec)).await?,
             Came::ToPod => self.may_be_taken().await?,
         }
         Ok(came)
@@ -245,6 +258,17 @@ impl Way<'_> {
         Ok(())
     }
 
+    /// The block node on a plain host: by a path that stays the same, so that a definition can have it.
+    async fn host_node(&mut self, dev: DevNum) -> Result<(), Failure> {
+        let dir = self.ways.host.pods.dirs.host_nodes(&self.ways.vm.id, true).await;
+        let dir = dir.map_err(discover::DiscoverError::Hotplug)?;
+        self.effects.node = Some(NodeEffect { dev: Some(dev) });
+        self.announce(Step::Node).await?;
+        let ensure = self.ways.nodes.ensure_on_host(&dir, &self.spec.disk, dev);
+        self.ways.host.tracker.run(Step::Node, ensure).await?;
+        Ok(())
+    }
+
     /// The container may open it.
     pub(super) async fn grant(&mut self, pod: &PodPlace, dev: DevNum) -> Result<(), Failure> {
         let grants = &self.ways.host.grants;
@@ -324,13 +348,14 @@ impl Way<'_> {
 }
 
 /// The device as QEMU sees it.
-pub(super) fn source_of(place: &Place, spec: &VolumeSpec, dev: DevNum) -> String {
-    match &place.pod {
-        Some(pod) => pod.dir_in_pod.join(spec.disk.as_str()).to_string_lossy().into_owned(),
-        // libvirt itself makes the device accessible to QEMU. The link is the kernel's number
-        // in another spelling: it cannot lead to another device than the one just verified.
-        None => format!("/dev/block/{dev}"),
-    }
+pub(super) fn source_of(ways: &Ways, place: &Place, spec: &VolumeSpec) -> String {
+    let node = match &place.pod {
+        Some(pod) => pod.dir_in_pod.join(spec.disk.as_str()),
+        // libvirt itself makes it accessible to QEMU. It is a node of our own and no link of udev's, which
+        // may lead elsewhere by the time it is opened.
+        None => host_node(&ways.vm.id, &spec.disk),
+    };
+    node.to_string_lossy().into_owned()
 }
 
 /// The disk as libvirt is to have it. In a pod the node's owner is right already (`keep_owner`).

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::attach::desired_disk;
+use super::attach::{desired_disk, source_of};
 use super::facade::Refusal;
 use super::failure::Failure;
 use super::plan::fc::Power;
@@ -25,11 +25,7 @@ pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<Power, Refusal
         }
         place => place?,
     };
-    let source = match &place.pod {
-        Some(pod) => pod.dir_in_pod.join(spec.disk.as_str()).to_string_lossy().into_owned(),
-        // Which device it will be is not known yet; no disk has this one.
-        None => "/dev/block/0:0".to_owned(),
-    };
+    let source = source_of(ways, &place, spec);
     let connection = ways.libvirt().await?;
     let desired = desired_disk(ways, spec, source, place.pod.is_some());
     let leaving = ways.leaving();

@@ -241,15 +241,22 @@ async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
     if let VmPlace::Pod { uid, .. } = &mut place {
         uid.clone_from(&effects.incarnation);
     }
-    let found = discover::hotplug_dir(&ways.host.pods, &ways.settings().discover, &place).await;
+    let pods = &ways.host.pods;
+    let found = match discover::hotplug_dir(pods, &ways.settings().discover, &place).await {
+        Ok(None) => {
+            let dir = pods.dirs.host_nodes(&ways.vm.id, false).await;
+            dir.map(Some).map_err(DiscoverError::Hotplug)
+        }
+        found => found,
+    };
     match found {
+        Ok(None) => {}
         Ok(Some(dir)) => {
             ways.nodes.remove(&dir, &effects.spec.disk, node.dev).await?;
         }
-        Ok(None) => {}
         Err(
             DiscoverError::Pod(PathError::PodGone(_))
-            | DiscoverError::Hotplug(PathError::Missing(_)),
+            | DiscoverError::Hotplug(PathError::Missing(_) | PathError::PodGone(_)),
         ) => {}
         Err(error) => return Err(error.into()),
     }

@@ -59,12 +59,12 @@ pub trait Volumes: Send + Sync {
     async fn sync_volumes(&self, vm: &VmId, set: Set) -> Result<Synced, Refusal>;
 
     /// A VM is about to start in the pod that it is registered with: its volumes are attached as far as goes
-    /// without a guest, and kept so `within` that time (a setting's, where `None`). Returns when each
-    /// has come there or cannot; which did is told.
+    /// without a guest, and kept so for a time. Returns when each has come there or cannot; which did is
+    /// told.
     async fn prepare_start(
         &self,
         vm: &VmId,
-        within: Option<Duration>,
+        start: Start,
     ) -> Result<Vec<(VolumeName, Answer)>, Refusal>;
 
     /// A VM's guest is about to come to `place`: from another node to the pod that it is registered with
@@ -166,6 +166,15 @@ impl Refusal {
         self.field = Some(field.into());
         self
     }
+}
+
+/// A start that is announced.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Start {
+    /// How long it may take; a setting's, where `None`.
+    pub within: Option<Duration>,
+    /// The domain that the host's libvirt is starting, which waits for the answer.
+    pub domain: Option<String>,
 }
 
 /// What became of a wish about one volume.

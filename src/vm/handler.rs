@@ -128,6 +128,7 @@ pub(super) enum Message {
     },
     Prepare {
         within: Duration,
+        libvirt_waits: bool,
         reply: oneshot::Sender<()>,
     },
     /// The VM that was to start has not.
@@ -234,9 +235,10 @@ impl Handler {
     }
 
     /// The VM is about to start: has its volumes attached as far as goes, and kept so `within` that time.
-    /// Returns when each has come as far as it can.
-    pub async fn prepare(&self, within: Duration) -> Result<(), Refusal> {
-        self.ask(|reply| Message::Prepare { within, reply }).await
+    /// Returns when each has come as far as it can, until when libvirt is not asked anything if it waits for
+    /// that (`libvirt_waits`).
+    pub async fn prepare(&self, within: Duration, libvirt_waits: bool) -> Result<(), Refusal> {
+        self.ask(|reply| Message::Prepare { within, libvirt_waits, reply }).await
     }
 
     /// The VM will not start: what was made for that is undone.

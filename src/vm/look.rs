@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::attach::{desired_disk, source_of};
-use super::discover::{Place, PodPlace};
+use super::discover::{DiscoverError, Place, PodPlace};
 use super::failure::Failure;
 use super::steps::Sight;
 use super::ways::Ways;
@@ -81,12 +81,14 @@ impl Seen<'_> {
             return Some("it was made for another pod".into());
         }
         let Some(device) = &effects.device else { return Some("it has no device".into()) };
-        if let Some(pod) = &self.place.pod
-            && let Some(why) = self.wrong_in_pod(pod, effects, granted).await
-        {
-            return Some(why);
+        let wrong = match &self.place.pod {
+            Some(pod) => self.wrong_in_pod(pod, effects, granted).await,
+            None => self.wrong_on_host(device.device.dev).await,
+        };
+        if wrong.is_some() {
+            return wrong;
         }
-        let source = source_of(self.place, self.volume, device.device.dev);
+        let source = source_of(self.ways, self.place, self.volume);
         let desired = desired_disk(self.ways, self.volume, source, self.place.pod.is_some());
         match diff::plan(self.views, &desired, &BTreeSet::new()) {
             Ok(Plan::Already { limits, .. }) if limits.any() => {
@@ -95,6 +97,18 @@ impl Seen<'_> {
             Ok(Plan::Already { .. }) => None,
             Ok(Plan::Attach(_)) => Some("the domain lacks its disk".into()),
             Err(error) => Some(error.to_string()),
+        }
+    }
+
+    async fn wrong_on_host(&self, dev: DevNum) -> Option<String> {
+        let dir = match self.ways.host.pods.dirs.host_nodes(&self.ways.vm.id, false).await {
+            Ok(dir) => dir,
+            Err(error) => return Some(Failure::from(DiscoverError::Hotplug(error)).message),
+        };
+        match self.ways.nodes.observe(&dir, &self.volume.disk).await {
+            Ok(Some(there)) if there == dev => None,
+            Ok(_) => Some("its node on the host is missing or another".into()),
+            Err(error) => Some(Failure::from(error).message),
         }
     }
 

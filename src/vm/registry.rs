@@ -16,7 +16,8 @@ use super::actor::Tools;
 use super::backoff::Backoff;
 use super::credentials;
 use super::facade::{
-    Answer, DiscoverWith, Expanded, NodeInfo, Refusal, Set, Synced, VmInfo, VmState, Volumes, Wish,
+    Answer, DiscoverWith, Expanded, NodeInfo, Refusal, Set, Start, Synced, VmInfo, VmState,
+    Volumes, Wish,
 };
 use super::failure::Failure;
 use super::handler::Handler;
@@ -376,10 +377,9 @@ impl Volumes for Registry {
     async fn prepare_start(
         &self,
         vm: &VmId,
-        within: Option<Duration>,
+        start: Start,
     ) -> Result<Vec<(VolumeName, Answer)>, Refusal> {
-        let within = within.unwrap_or(self.settings.start);
-        Registry::prepare_start(self, vm, within).await
+        Registry::prepare_start(self, vm, start).await
     }
 
     async fn prepare_migration_target(

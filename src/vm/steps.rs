@@ -69,6 +69,8 @@ pub struct Circumstances {
     pub returns: bool,
     /// The VM is about to start: while it does not run, all is done that can be done without it.
     pub starting: bool,
+    /// libvirt is starting it, and answers nothing before that: it is not asked.
+    pub libvirt_waits: bool,
 }
 
 /// How far an attach came.

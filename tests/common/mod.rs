@@ -203,7 +203,7 @@ impl Volumes for Facade {
     async fn prepare_start(
         &self,
         vm: &VmId,
-        _: Option<Duration>,
+        _: Start,
     ) -> Result<Vec<(VolumeName, Answer)>, Refusal> {
         if !self.0.vms.lock().unwrap().contains_key(vm) {
             return Err(Refusal::new(Reason::VmNotFound, format!("no VM {vm}")).field("vm"));
@@ -231,7 +231,7 @@ impl Volumes for Facade {
             let refusal = Refusal::new(Reason::Unsupported, "only from pod to pod");
             return Err(refusal.field("place"));
         }
-        self.prepare_start(vm, within).await
+        self.prepare_start(vm, Start { within, domain: None }).await
     }
 
     async fn finish_migration(&self, vm: &VmId) -> Result<Vec<(VolumeName, Answer)>, Refusal> {

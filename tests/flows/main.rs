@@ -30,6 +30,7 @@ mod reconcile;
 mod restart;
 mod scale;
 mod serving;
+mod starts;
 mod stores;
 mod targets;
 mod walk;

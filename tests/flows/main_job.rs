@@ -152,7 +152,7 @@ fn a_pod_on_cgroup_v1_is_served_too() {
 }
 
 #[test]
-fn a_vm_straight_on_a_libvirt_host_needs_no_node_and_no_grant() {
+fn a_vm_straight_on_a_libvirt_host_has_its_node_beneath_dev_and_needs_no_grant() {
     let host = node();
     host.hypervisor.add_domain("/run/libvirt/libvirt-sock", SimDomain::q35("plain", true));
     let world = World::over(host, Desired::in_memory().unwrap());
@@ -172,8 +172,10 @@ fn a_vm_straight_on_a_libvirt_host_needs_no_node_and_no_grant() {
             dev = (status.phase == Phase::Ready).then(|| status.device.as_ref().unwrap().dev);
         }
         let picture = world.picture();
-        assert!(picture.contains(&format!("source=/dev/block/{}", dev.unwrap())), "{picture}");
-        assert!(!picture.contains("  node "), "{picture}");
+        assert!(picture.contains("source=/dev/lunplug/default_plain/data"), "{picture}");
+        let node = format!("host default_plain\n  node data {} 0:0 600", dev.unwrap());
+        assert!(picture.contains(&node), "{picture}");
+        assert!(!picture.contains("grant "), "{picture}");
         let key = lunplug::types::VolumeKey { vm: id, volume: spec.name };
         daemon.registry.remove_volume(&key, RemoveOptions::default()).await.unwrap();
         while changes.recv().await.unwrap().phase != Phase::Gone {}

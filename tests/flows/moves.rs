@@ -1,16 +1,15 @@
-//! VMs that start with volumes made ready for them, and VMs that move to another pod, or another node.
+//! VMs that move to another pod, or another node.
 
 use std::time::Duration;
 
-use lunplug::host::grants::Access;
-use lunplug::host::sim::domain::SimDomain;
 use lunplug::host::sim::{Fault, FaultAction};
 use lunplug::reason::Reason;
-use lunplug::spec::{AddOptions, Phase, VmPlace, VmSpec, VolumeStatus};
-use lunplug::types::{Outcome, VolumeName};
-use lunplug::vm::facade::{Answer, Refusal, VmState, Volumes};
+use lunplug::spec::{Phase, VmPlace, VmSpec};
+use lunplug::types::Outcome;
+use lunplug::vm::facade::{Refusal, VmState, Volumes};
 
 use crate::faults::each;
+use crate::starts::{Parts, nothing_left, opens, power_on, powered_off, reasons};
 use crate::world::{Daemon, World, domain, initiator, node, single, uid, vm, vm_spec, volume};
 
 /// The pod to which the first VM moves.
@@ -33,41 +32,12 @@ fn two_pods() -> World {
     World::over(host, lunplug::journal::Desired::in_memory().unwrap())
 }
 
-/// The first VM does not run; its pod and libvirt are there.
-fn powered_off() -> World {
-    let host = node();
-    host.add_pod(&uid(1));
-    host.hypervisor.stop_domain(&World::endpoint(1), &domain(1));
-    World::over(host, lunplug::journal::Desired::in_memory().unwrap())
-}
-
-fn power_on(world: &World) {
-    world.host.pods.start_qemu(&uid(1), &domain(1));
-    world.host.hypervisor.start_domain(&World::endpoint(1), &domain(1));
-}
-
 /// SAN, SCSI layer and whatever of lunplug's is about the host's side.
-fn hosts_side(world: &World) -> Vec<String> {
+pub(crate) fn hosts_side(world: &World) -> Vec<String> {
     let in_pods = ["incoming/", "migrations/", "starts/", "effects/"];
     let snapshot = world.host.storage.snapshot();
     let lines = snapshot.lines().filter(|line| !in_pods.iter().any(|dir| line.contains(dir)));
     lines.map(str::to_owned).collect()
-}
-
-/// Nothing of any volume is on the node, wherever the VM may be.
-fn nothing_left(world: &World, what: &str) {
-    world.assert_clean_but(what, &["pod ", "/var/lib/kubelet/pods/"]);
-    let left = world.host.hypervisor.snapshot();
-    assert!(!left.contains("ua-lunplug"), "{what}: {left}");
-}
-
-type Parts = Result<Vec<(VolumeName, Answer)>, Refusal>;
-
-/// What became of each volume: nothing where all is well, otherwise why not.
-fn reasons(parts: Parts) -> Vec<(String, Option<Reason>)> {
-    let reason = |answer: Answer| answer.err().map(|refusal| refusal.reason);
-    let parts = parts.unwrap().into_iter();
-    parts.map(|(name, answer)| (name.to_string(), reason(answer))).collect()
 }
 
 fn refused(parts: Parts) -> Reason {
@@ -75,10 +45,6 @@ fn refused(parts: Parts) -> Reason {
 }
 
 impl Daemon {
-    async fn prepare_start(&self) -> Parts {
-        self.registry.prepare_start(&vm(1), None).await
-    }
-
     async fn prepare_move(&self) -> Parts {
         self.registry.prepare_migration_target(&vm(1), place(&other()), None).await
     }
@@ -87,182 +53,9 @@ impl Daemon {
         self.registry.finish_migration(&vm(1)).await
     }
 
-    async fn cancel(&self) -> Result<Outcome, Refusal> {
+    pub(crate) async fn cancel(&self) -> Result<Outcome, Refusal> {
         self.registry.cancel_migration(&vm(1)).await
     }
-}
-
-fn waits(status: &VolumeStatus) -> bool {
-    (status.phase, status.reason) == (Phase::MountedToPod, Some(Reason::VmNotRunning))
-}
-
-/// Whether a pod could open the volume's device by its path, as QEMU would.
-fn opens(world: &World, uid: &str, name: &str) -> bool {
-    let path = format!("/var/run/kubevirt/hotplug-disks/{name}");
-    world.host.pods.open(uid, path.as_ref(), Access::READ_WRITE).is_ok()
-}
-
-#[test]
-fn volumes_are_ready_for_a_vm_before_it_starts() {
-    let world = powered_off();
-    world.life(async |daemon| {
-        for spec in [volume("a", 1), single("b", 2)] {
-            let status = daemon.add(1, &spec).await;
-            assert_eq!((status.phase, status.reason), (Phase::Pending, Some(Reason::VmNotRunning)));
-        }
-        assert!(!opens(&world, &uid(1), "a"));
-        assert_eq!(reasons(daemon.prepare_start().await), [("a".into(), None), ("b".into(), None)]);
-        for name in ["a", "b"] {
-            assert!(waits(&daemon.get(1, name).await.unwrap()));
-            assert!(
-                opens(&world, &uid(1), name),
-                "{name}: a disk of the definition could be opened"
-            );
-        }
-        let again = daemon.prepare_start().await.unwrap();
-        assert!(again.iter().all(|(_, answer)| matches!(answer, Ok(Outcome::Already(_)))));
-
-        power_on(&world);
-        daemon.ready(1, "a").await;
-        daemon.ready(1, "b").await;
-        let again = daemon.prepare_start().await.unwrap();
-        assert!(again.iter().all(|(_, answer)| matches!(answer, Ok(Outcome::Already(_)))));
-        daemon.remove(1, "a").await;
-        daemon.remove(1, "b").await;
-        daemon.quiet().await;
-        nothing_left(&world, "started");
-    });
-}
-
-/// The start is announced while what the VM had before is still being taken from the host.
-#[test]
-fn a_start_that_is_announced_right_after_the_end_is_prepared() {
-    let world = powered_off();
-    power_on(&world);
-    world.life(async |daemon| {
-        daemon.add(1, &volume("a", 1)).await;
-        daemon.quiet().await;
-        world.inject("nodes.remove", 0, FaultAction::Stall);
-        world.host.pods.kill_qemu(&uid(1));
-        world.host.hypervisor.stop_domain(&World::endpoint(1), &domain(1));
-        while world.host.faults.met().is_none() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        let goes_on = async {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            world.host.faults.clear();
-        };
-        let (told, ()) = tokio::join!(daemon.prepare_start(), goes_on);
-        assert_eq!(reasons(told), [("a".into(), None)]);
-        assert!(waits(&daemon.get(1, "a").await.unwrap()));
-        assert!(opens(&world, &uid(1), "a"));
-    });
-}
-
-/// The domain with the volume's disk in its definition, as a controller writes it.
-fn defined_with(name: &str) -> SimDomain {
-    let plain = SimDomain::q35(&domain(1), true);
-    let disk = format!(
-        "<disk type='block' device='disk'>
-           <driver name='qemu' type='raw' cache='none' io='native' discard='unmap'/>
-           <source dev='/var/run/kubevirt/hotplug-disks/{name}'/>
-           <target dev='sda' bus='scsi'/><serial>{name}</serial><alias name='ua-lunplug-{name}'/>
-           <address type='drive' controller='0' bus='0' target='0' unit='1'/>
-         </disk></devices>"
-    );
-    let xml = plain.live().unwrap().replace("</devices>", &disk);
-    SimDomain::from_xml(&domain(1), &xml, true)
-}
-
-/// A guest that has started with its disk keeps it, whatever keeps lunplug from seeing that.
-#[test]
-fn a_disk_that_a_guest_has_started_with_is_not_taken_from_it() {
-    let world = powered_off();
-    world.life(async |daemon| {
-        daemon.add(1, &volume("a", 1)).await;
-        daemon.prepare_start().await.unwrap();
-        let host = hosts_side(&world);
-        world.inject_all("libvirt.info");
-        world.host.hypervisor.add_domain(&World::endpoint(1), defined_with("a"));
-        power_on(&world);
-        daemon.quiet().await;
-        assert!(opens(&world, &uid(1), "a"), "the guest has it open");
-        assert_eq!(hosts_side(&world), host);
-        world.host.faults.clear();
-        daemon.ready(1, "a").await;
-
-        // It ends, and is to start again: its definition is its owner's.
-        world.host.pods.kill_qemu(&uid(1));
-        world.host.hypervisor.stop_domain(&World::endpoint(1), &domain(1));
-        daemon.until(1, "a", |s| s.phase == Phase::Pending && s.retry_at.is_some()).await;
-        assert!(world.host.hypervisor.snapshot().contains("config sda ua-lunplug-a"));
-        daemon.prepare_start().await.unwrap();
-        power_on(&world);
-        daemon.ready(1, "a").await;
-        daemon.remove(1, "a").await;
-        daemon.quiet().await;
-        nothing_left(&world, "started with its disk");
-    });
-}
-
-#[test]
-fn a_vm_that_does_not_start_in_time_gives_its_volumes_back() {
-    let world = powered_off();
-    let before = world.picture();
-    world.life(async |daemon| {
-        daemon.add(1, &volume("a", 1)).await;
-        let soon = Some(Duration::from_secs(20));
-        daemon.registry.prepare_start(&vm(1), soon).await.unwrap();
-        assert!(opens(&world, &uid(1), "a"));
-        daemon.until(1, "a", |s| s.phase == Phase::Pending && s.retry_at.is_some()).await;
-        assert!(!opens(&world, &uid(1), "a"));
-        assert_eq!(world.picture(), before, "nobody needs the LUN here now");
-        // It is wanted still, and comes with the VM however late that is.
-        power_on(&world);
-        daemon.ready(1, "a").await;
-        daemon.remove(1, "a").await;
-        daemon.quiet().await;
-        nothing_left(&world, "late");
-    });
-}
-
-#[test]
-fn a_start_that_was_announced_is_remembered_after_a_kill() {
-    let world = powered_off();
-    world.life(async |daemon| {
-        daemon.add(1, &volume("a", 1)).await;
-        daemon.prepare_start().await.unwrap();
-    });
-    world.life(async |daemon| {
-        daemon.until(1, "a", waits).await;
-        assert!(opens(&world, &uid(1), "a"));
-        // Called off: the host has nothing of it, and it stays wanted.
-        assert!(daemon.cancel().await.unwrap().changed());
-        daemon.until(1, "a", |s| s.phase == Phase::Pending && s.retry_at.is_some()).await;
-        assert!(!opens(&world, &uid(1), "a"));
-    });
-    world.life(async |daemon| {
-        daemon.quiet().await;
-        assert!(!opens(&world, &uid(1), "a"), "nothing is announced any more");
-        daemon.remove(1, "a").await;
-        daemon.quiet().await;
-        nothing_left(&world, "called off");
-    });
-}
-
-/// One volume's trouble is told, keeps no other, and is tried on.
-#[test]
-fn what_cannot_be_made_ready_is_told_and_comes_later() {
-    let world = powered_off();
-    world.life(async |daemon| {
-        daemon.add(1, &volume("a", 1)).await;
-        daemon.add(1, &volume("lost", 99)).await;
-        let told = reasons(daemon.prepare_start().await);
-        assert_eq!(told, [("a".into(), None), ("lost".into(), Some(Reason::LunNotFound))]);
-        power_on(&world);
-        daemon.ready(1, "a").await;
-        daemon.remove(1, "a").await;
-    });
 }
 
 #[test]
@@ -531,26 +324,4 @@ fn a_move_survives_a_kill_at_any_step_and_that_any_call_fails() {
 #[test]
 fn a_move_that_is_cancelled_survives_a_kill_at_any_step_and_that_any_call_fails() {
     survives(false);
-}
-
-/// A volume of a VM that is off can be had and given up without the VM ever running.
-#[test]
-fn a_vm_that_is_off_can_be_changed() {
-    let world = powered_off();
-    world.life(async |daemon| {
-        let dry_run = AddOptions { dry_run: true, ..AddOptions::default() };
-        daemon.registry.add_volume(&vm(1), volume("a", 1), dry_run).await.unwrap();
-        assert!(daemon.get(1, "a").await.is_none());
-        daemon.add(1, &volume("a", 1)).await;
-        daemon.add(1, &volume("b", 2)).await;
-        daemon.remove(1, "a").await;
-    });
-    power_on(&world);
-    world.life(async |daemon| {
-        daemon.ready(1, "b").await;
-        assert!(daemon.get(1, "a").await.is_none());
-        daemon.remove(1, "b").await;
-        daemon.quiet().await;
-        nothing_left(&world, "off and on");
-    });
 }

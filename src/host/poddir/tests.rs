@@ -109,3 +109,19 @@ async fn the_hosts_socket_must_be_roots() {
     let relative = HostPodDirs.host_socket(Path::new("run/sock")).await;
     assert!(matches!(relative, Err(PathError::Unsafe { .. })));
 }
+
+#[test]
+fn a_directory_for_the_hosts_nodes_is_made_once_and_no_symlink_followed() {
+    let dev = tempfile::tempdir().expect("a temporary directory");
+    let root = dev.path().join("lunplug");
+    let rel = || PathBuf::from(host_dir(&"ns/vm".parse().expect("a name")));
+    let absent = host_nodes_in(&root, rel(), false);
+    assert!(matches!(absent, Err(PathError::PodGone(_))), "{absent:?}");
+    let made = host_nodes_in(&root, rel(), true).expect("made");
+    assert_eq!(host_nodes_in(&root, rel(), true).expect("there"), made);
+    assert_eq!(host_nodes_in(&root, rel(), false).expect("there"), made);
+    assert_eq!(made.to_string(), root.join("ns_vm").display().to_string());
+    symlink(dev.path(), root.join("ns_other")).expect("a symlink");
+    let planted = host_nodes_in(&root, "ns_other".into(), true);
+    assert!(matches!(planted, Err(PathError::Unsafe { .. })), "{planted:?}");
+}

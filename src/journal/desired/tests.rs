@@ -142,7 +142,10 @@ async fn a_newer_schema_is_refused_and_left_as_it_is() {
 async fn a_damaged_value_is_named_not_reset_and_is_that_vms_alone() {
     let store = Desired::in_memory().unwrap();
     store.put_vm(&vm("b")).await.unwrap();
-    store.write(|c| c.execute("INSERT INTO vms (vm, spec) VALUES ('prod/a', '{')", [])).await.unwrap();
+    store
+        .write(|c| c.execute("INSERT INTO vms (vm, spec) VALUES ('prod/a', '{')", []))
+        .await
+        .unwrap();
     let vms = store.vms().await.unwrap();
     let (name, error) = vms[0].as_ref().unwrap_err();
     assert_eq!((name.as_str(), error.reason()), ("prod/a", Reason::RecordCorrupt));

@@ -28,6 +28,8 @@ use crate::vm::handler::Message;
 pub(super) struct Moving {
     /// What ends the time in which the VM is believed to start.
     start: Option<AbortHandle>,
+    /// libvirt starts it as soon as those who wait have their answer.
+    pub(super) libvirt_waits: bool,
     /// Who waits for volumes to come as far as they can, and which of them.
     waiting: Vec<(BTreeSet<VolumeName>, oneshot::Sender<()>)>,
     /// It is about to move.
@@ -63,7 +65,12 @@ impl Actor {
 
     /// The VM is about to start: has its volumes attached as far as goes. Answers when each has come
     /// there or cannot.
-    pub(super) async fn prepare(&mut self, within: Duration, reply: oneshot::Sender<()>) {
+    pub(super) async fn prepare(
+        &mut self,
+        within: Duration,
+        libvirt_waits: bool,
+        reply: oneshot::Sender<()>,
+    ) {
         if self.moving.away {
             return; // Who asks has looked before; the answer that never comes says that it ended.
         }
@@ -74,6 +81,7 @@ impl Actor {
         }
         info!(%until, "the VM is about to start");
         self.starts_within(within);
+        self.moving.libvirt_waits = libvirt_waits;
         let wanted = self.volumes.iter().filter(|(_, v)| v.removing.is_none() && !v.failed);
         let names: BTreeSet<VolumeName> = wanted.map(|(name, _)| name.clone()).collect();
         for name in &names {
@@ -105,6 +113,7 @@ impl Actor {
             .into_iter()
             .partition(|(names, _): &(BTreeSet<VolumeName>, _)| names.is_empty());
         self.moving.waiting = waiting;
+        self.moving.libvirt_waits &= !self.moving.waiting.is_empty();
         let there: Vec<(BTreeSet<VolumeName>, oneshot::Sender<()>)> = there;
         for (_, reply) in there {
             // Who asked may have gone; it is done all the same.

@@ -35,7 +35,8 @@ impl Actor {
         volume.cancel = volume.removing.is_none().then_some(cancel);
         let (steps, name) = (self.tools.steps.clone(), name.clone());
         let (stored, removing) = (volume.stored.clone(), volume.removing);
-        let how = Circumstances { returns: volume.lasting, starting };
+        let libvirt_waits = self.moving.libvirt_waits;
+        let how = Circumstances { returns: volume.lasting, starting, libvirt_waits };
         let span = match removing {
             None => tracing::info_span!(parent: &volume.cause, "attach", volume = %name),
             Some(_) => tracing::info_span!(parent: &volume.cause, "detach", volume = %name),
@@ -71,13 +72,16 @@ impl Actor {
         name: &VolumeName,
         result: Result<Came, AttachFailure>,
     ) {
-        let starting = self.is_starting();
+        let (starting, libvirt_waits) = (self.is_starting(), self.moving.libvirt_waits);
         let Some(volume) = self.volumes.get_mut(name) else { return };
         volume.working = false;
         volume.cancel = None;
-        let off = matches!(&result, Err(f) if f.failure.reason == Reason::VmNotRunning);
-        if off && starting && volume.again && volume.removing.is_none() {
-            // It had set out before the VM's start was announced.
+        // It may have set out before the VM's start was announced, and asked libvirt, which waits.
+        let too_soon = match &result {
+            Ok(_) => false,
+            Err(f) => libvirt_waits || f.failure.reason == Reason::VmNotRunning,
+        };
+        if too_soon && starting && volume.again && volume.removing.is_none() {
             return self.work(name);
         }
         self.came(name, result).await;

@@ -19,24 +19,39 @@ use crate::host::libvirt::DomainState;
 use crate::reason::Reason;
 use crate::spec::{Phase, RemoveOptions, VmPlace, VmSpec, VolumeStatus};
 use crate::types::{Outcome, VmId, VolumeName};
-use crate::vm::facade::{Answer, Refusal, Wish};
+use crate::vm::facade::{Answer, Refusal, Start, Wish};
 use crate::vm::failure::Failure;
 use crate::vm::incoming;
 use crate::vm::ways::Ways;
+
+/// Whether it is that VM which the host's libvirt is starting as `domain`.
+fn starts_by_hook(vm: &VmSpec, domain: &str) -> Result<(), Refusal> {
+    let id = &vm.id;
+    let message = match vm.place {
+        VmPlace::Pod { .. } => {
+            format!("VM {id} is registered in a pod, not with the host's libvirt")
+        }
+        VmPlace::Host { .. } if vm.domain != domain => {
+            format!("VM {id} is registered as domain {}, not {domain}", vm.domain)
+        }
+        VmPlace::Host { .. } => return Ok(()),
+    };
+    Err(Refusal::new(Reason::InvalidOption, message).field("domain"))
+}
 
 /// What became of each volume, by name.
 pub(super) type Parts = Vec<(VolumeName, Answer)>;
 
 impl Registry {
-    pub(super) async fn prepare_start(
-        &self,
-        id: &VmId,
-        within: Duration,
-    ) -> Result<Parts, Refusal> {
+    pub(super) async fn prepare_start(&self, id: &VmId, start: Start) -> Result<Parts, Refusal> {
         let served = self.served(id)?;
         served.stays()?;
+        if let Some(domain) = &start.domain {
+            starts_by_hook(served.ways.spec(), domain)?;
+        }
         let before = self.board.list(Some(id));
-        served.handler.prepare(within).await?;
+        let within = start.within.unwrap_or(self.settings.start);
+        served.handler.prepare(within, start.domain.is_some()).await?;
         let part = |status: VolumeStatus| {
             let known = before.iter().find(|known| known.key == status.key);
             let changed = known.is_none_or(|known| known.phase != status.phase);
@@ -54,7 +69,8 @@ impl Registry {
         let served = self.served(id)?;
         let known = served.ways.spec();
         if known.place == place {
-            return self.prepare_start(id, within).await;
+            let start = Start { within: Some(within), domain: None };
+            return self.prepare_start(id, start).await;
         }
         let to = VmSpec { place, ..known.clone() };
         let (VmPlace::Pod { uid: from, .. }, VmPlace::Pod { uid, .. }) = (&known.place, &to.place)

@@ -2,6 +2,7 @@
 //! `nodes.remove`, `nodes.observe`, `grants.install`, `grants.grant`, `grants.revoke`, `grants.list`,
 //! `procs.list`, `procs.inspect`.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,10 +18,11 @@ use crate::host::grants::{
 use crate::host::libvirt::{Endpoint, Instance};
 use crate::host::nodes::{NODE_MODE, NodeError, NodeOwner, Nodes, Seen};
 use crate::host::poddir::{
-    EndpointPlace, HotplugDir, Inode, LibvirtEndpoint, PathError, PodDir, PodDirs, check_uid, plain,
+    EndpointPlace, HOST_NODES, HotplugDir, Inode, LibvirtEndpoint, PathError, PodDir, PodDirs,
+    check_uid, host_dir, plain,
 };
 use crate::host::procs::{DirView, Membership, ProcessId, ProcessInfo, Procs};
-use crate::types::{DevNum, Outcome, VolumeName};
+use crate::types::{DevNum, Outcome, VmId, VolumeName};
 
 /// A call that hangs ends after this, as on the real host.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -74,6 +76,15 @@ impl State {
         self.pods.get_mut(&uid(&dir.pod)).filter(|pod| !pod.dir_gone).ok_or_else(gone)
     }
 
+    /// The nodes of a pod, or of a VM on the host's own libvirt.
+    fn nodes(&mut self, dir: &HotplugDir) -> Result<&mut BTreeMap<VolumeName, Seen>, NodeError> {
+        if dir.pod.path == Path::new(HOST_NODES) {
+            let missing = || NodeError::Dir(PathError::Missing(dir.pod.path.join(&dir.rel)));
+            return self.host_nodes.get_mut(&dir.rel).ok_or_else(missing);
+        }
+        Ok(&mut self.hotplug(dir)?.nodes)
+    }
+
     fn process(&self, id: ProcessId) -> Option<(&SimPod, &ProcessInfo)> {
         self.pods.values().find_map(|pod| Some((pod, pod.process(id)?)))
     }
@@ -105,6 +116,19 @@ impl PodDirs for SimPods {
             }
             _ => Err(PathError::Unsafe { path: pod.path.join(path), why: "not a directory" }),
         }
+    }
+
+    async fn host_nodes(&self, vm: &VmId, make: bool) -> Result<HotplugDir, PathError> {
+        let rel = PathBuf::from(host_dir(vm));
+        self.pass("pods.dir", &rel.to_string_lossy()).await?;
+        let mut state = self.lock();
+        let there = state.host_nodes.contains_key(&rel);
+        if !there && !make {
+            return Err(PathError::Missing(Path::new(HOST_NODES).join(rel)));
+        }
+        state.host_nodes.entry(rel.clone()).or_default();
+        let pod = PodDir { path: HOST_NODES.into() };
+        Ok(HotplugDir { pod, rel, inode: Inode { dev: 1, ino: 1 }, owner: (0, 0) })
     }
 
     async fn socket(&self, pod: &PodDir, path: &Path) -> Result<LibvirtEndpoint, PathError> {
@@ -146,9 +170,9 @@ impl Nodes for SimPods {
     ) -> Result<Outcome, NodeError> {
         self.pass("nodes.create", name.as_str()).await?;
         let mut state = self.lock();
-        let pod = state.hotplug(dir)?;
+        let nodes = state.nodes(dir)?;
         let wanted = Seen::Node { dev, owner, mode: NODE_MODE };
-        match pod.nodes.get(name) {
+        match nodes.get(name) {
             Some(Seen::Directory) => Err(NodeError::Refused {
                 dir: dir.to_string(),
                 name: name.to_string(),
@@ -156,7 +180,7 @@ impl Nodes for SimPods {
             }),
             Some(seen) if *seen == wanted => Ok(Outcome::Already(())),
             _ => {
-                pod.nodes.insert(name.clone(), wanted);
+                nodes.insert(name.clone(), wanted);
                 Ok(Outcome::Done(()))
             }
         }
@@ -170,10 +194,10 @@ impl Nodes for SimPods {
     ) -> Result<Outcome, NodeError> {
         self.pass("nodes.remove", name.as_str()).await?;
         let mut state = self.lock();
-        let pod = state.hotplug(dir)?;
-        match pod.nodes.get(name) {
+        let nodes = state.nodes(dir)?;
+        match nodes.get(name) {
             Some(Seen::Node { dev, .. }) if expect.is_none_or(|e| e == *dev) => {
-                pod.nodes.remove(name);
+                nodes.remove(name);
                 Ok(Outcome::Done(()))
             }
             _ => Ok(Outcome::Already(())),
@@ -186,7 +210,7 @@ impl Nodes for SimPods {
         name: &VolumeName,
     ) -> Result<Option<Seen>, NodeError> {
         self.pass("nodes.observe", name.as_str()).await?;
-        Ok(self.lock().hotplug(dir)?.nodes.get(name).copied())
+        Ok(self.lock().nodes(dir)?.get(name).copied())
     }
 }
 

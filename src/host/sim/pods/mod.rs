@@ -87,6 +87,8 @@ impl SimPod {
 struct State {
     pods: BTreeMap<String, SimPod>,
     host_sockets: BTreeSet<PathBuf>,
+    /// The nodes of VMs on the host's own libvirt, by directory.
+    host_nodes: BTreeMap<PathBuf, BTreeMap<VolumeName, Seen>>,
     grants: BTreeMap<(u64, DevNum), Access>,
     lists: BTreeMap<(PathBuf, DevNum), Access>,
     installed: bool,
@@ -177,6 +179,7 @@ impl SimPods {
         let mut state = self.lock();
         state.grants.clear();
         state.lists.clear();
+        state.host_nodes.clear();
         state.installed = false;
         state.pods.values_mut().for_each(|pod| pod.processes.clear());
     }
@@ -239,14 +242,11 @@ impl SimPods {
         let mut text = String::new();
         for (uid, pod) in &state.pods {
             let _ = writeln!(text, "pod {uid} processes={}", pod.processes.len());
-            for (name, seen) in &pod.nodes {
-                let _ = match seen {
-                    Seen::Node { dev, owner, mode } => {
-                        writeln!(text, "  node {name} {dev} {}:{} {mode:o}", owner.uid, owner.gid)
-                    }
-                    other => writeln!(text, "  entry {name} {other:?}"),
-                };
-            }
+            write_nodes(&mut text, &pod.nodes);
+        }
+        for (dir, nodes) in state.host_nodes.iter().filter(|(_, nodes)| !nodes.is_empty()) {
+            let _ = writeln!(text, "host {}", dir.display());
+            write_nodes(&mut text, nodes);
         }
         for ((cgroup, dev), access) in &state.grants {
             let _ = writeln!(text, "grant {} {dev} {access}", state.cgroup_name(*cgroup));
@@ -260,6 +260,17 @@ impl SimPods {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A test that panicked leaves a model that is still a model.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn write_nodes(text: &mut String, nodes: &BTreeMap<VolumeName, Seen>) {
+    for (name, seen) in nodes {
+        let _ = match seen {
+            Seen::Node { dev, owner, mode } => {
+                writeln!(text, "  node {name} {dev} {}:{} {mode:o}", owner.uid, owner.gid)
+            }
+            other => writeln!(text, "  entry {name} {other:?}"),
+        };
     }
 }
 

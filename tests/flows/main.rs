@@ -18,6 +18,7 @@ mod force;
 mod guest;
 mod identity;
 mod ifaces;
+mod iothread;
 mod journal;
 mod late;
 mod main_job;

@@ -52,6 +52,9 @@ pub struct VolumeSpec {
     /// The guest's persistent reservations go to the LUN, by the node's qemu-pr-helper.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub reservations: bool,
+    /// It has an I/O thread of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dedicated_io_thread: bool,
     /// QEMU's cache mode.
     pub cache: CacheMode,
     /// The guest may not write.
@@ -89,6 +92,11 @@ impl VolumeSpec {
     pub fn check(&self) -> Result<(), (&'static str, Malformed)> {
         let malformed = |what, value: &str, rule| Malformed { what, value: value.into(), rule };
         self.check_device()?;
+        if self.dedicated_io_thread && self.bus != Bus::Virtio {
+            let value = format!("true with bus {}", self.bus);
+            let rule = "a dedicated I/O thread needs bus virtio: on bus scsi the controller has one for all of its disks";
+            return Err(("dedicated_io_thread", malformed("option", &value, rule)));
+        }
         let serial = self.serial.as_ref().map_or("", Serial::as_str);
         if serial.len() > self.bus.max_serial() {
             return Err((
@@ -298,6 +306,7 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
         serial: Some(name.parse().expect("a serial")),
         device: DiskType::Disk,
         reservations: false,
+        dedicated_io_thread: false,
         bus: Bus::Scsi,
         cache: CacheMode::None,
         error_policy: None,
@@ -342,6 +351,10 @@ mod tests {
             ("io_limits", VolumeSpec { limits, ..lun.clone() }),
             ("persistent_reservations", VolumeSpec { reservations: true, ..volume_fixture("a") }),
             ("serial", VolumeSpec { serial: None, ..volume_fixture("a") }),
+            (
+                "dedicated_io_thread",
+                VolumeSpec { dedicated_io_thread: true, ..volume_fixture("a") },
+            ),
         ] {
             assert_eq!(spec.check().unwrap_err().0, field);
         }

@@ -162,6 +162,7 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>, names: Names) -> Result<VolumeS
         serial: serial(&spec.serial, &name, device)?,
         device,
         reservations: spec.persistent_reservations,
+        dedicated_io_thread: spec.dedicated_io_thread,
         source: source(spec.source)?,
         cache,
         error_policy: error_policy(spec.error_policy)?,

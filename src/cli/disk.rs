@@ -29,6 +29,9 @@ pub(super) struct DiskFlags {
     /// lun.
     #[arg(long)]
     persistent_reservations: bool,
+    /// Give the disk an I/O thread of its own in QEMU; needs bus virtio.
+    #[arg(long)]
+    dedicated_io_thread: bool,
     #[command(flatten)]
     limits: LimitsFile,
 }
@@ -141,6 +144,7 @@ impl DiskFlags {
             *to = from.unwrap_or(*to);
         }
         volume.persistent_reservations |= self.persistent_reservations;
+        volume.dedicated_io_thread |= self.dedicated_io_thread;
         let limits = self.limits.over(volume.io_limits.unwrap_or_default());
         volume.io_limits = Some(limits).filter(|limits| *limits != LimitsFile::default());
     }

@@ -53,6 +53,12 @@ pub(super) struct VolumeFile {
     pub(super) io_limits: Option<LimitsFile>,
     #[serde(alias = "persistentReservations", skip_serializing_if = "is_zero")]
     pub(super) persistent_reservations: bool,
+    #[serde(
+        alias = "dedicatedIoThread",
+        alias = "dedicatedIOThread",
+        skip_serializing_if = "is_zero"
+    )]
+    pub(super) dedicated_io_thread: bool,
     #[serde(alias = "readOnly")]
     pub(super) read_only: bool,
     pub(super) shareable: bool,
@@ -98,6 +104,7 @@ impl VolumeFile {
             physical_block_size: self.physical_block_size,
             io_limits: self.io_limits.and_then(LimitsFile::to_wire),
             persistent_reservations: self.persistent_reservations,
+            dedicated_io_thread: self.dedicated_io_thread,
             read_only: self.read_only,
             shareable: self.shareable,
             persist: self.persist,
@@ -128,6 +135,7 @@ impl VolumeFile {
             physical_block_size: spec.physical_block_size,
             io_limits: spec.io_limits.as_ref().map(LimitsFile::from_wire),
             persistent_reservations: spec.persistent_reservations,
+            dedicated_io_thread: spec.dedicated_io_thread,
             read_only: spec.read_only,
             shareable: spec.shareable,
             persist: spec.persist,
@@ -214,6 +222,7 @@ serial: Data-1
 bus: virtio
 disk_type: lun
 persistent_reservations: true
+dedicated_io_thread: true
 cache: none
 error_policy: stop
 io: io_uring

@@ -266,6 +266,7 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Bus", v.spec.bus.clone()),
         ("Disk type", v.spec.disk_type.clone()),
         ("Reservations", flag(v.spec.persistent_reservations)),
+        ("Own I/O thread", flag(v.spec.dedicated_io_thread)),
         ("Cache", v.spec.cache.clone()),
         ("Error policy", v.spec.error_policy.clone()),
         ("I/O", v.spec.io.clone()),

@@ -13,6 +13,7 @@ use crate::types::{Bus, Outcome, VolumeName};
 
 use super::behind;
 use super::diff::{self, DesiredDisk, Needs, Placement, Plan, PlanError, Views};
+use super::iothread;
 use super::limits;
 use super::template::{self, TemplateError};
 use super::xml::{self, Domain, XmlError};
@@ -322,7 +323,7 @@ const fn affect(needs: Needs) -> Affect {
     Affect { live: needs.live, config: needs.config }
 }
 
-/// Hands a placement to libvirt: controller first, then disk.
+/// Hands a placement to libvirt: controller and I/O thread first, then the disk.
 async fn send(
     at: &At<'_>,
     desired: &DesiredDisk,
@@ -336,6 +337,9 @@ async fn send(
             .attach_device(at.domain, alias, &xml, affect(new.needs), at.left())
             .await
             .map_err(at.failed("attach", "a virtio-scsi controller"))?;
+    }
+    if let Some(thread) = &placement.io_thread {
+        iothread::add(at, alias, thread).await?;
     }
     let xml = template::disk(desired, placement).map_err(written)?;
     at.connection

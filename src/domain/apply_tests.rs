@@ -41,6 +41,7 @@ fn disk(volume: &str, bus: Bus) -> DesiredDisk {
         read_only: false,
         shareable: false,
         error_policy: None,
+        io_thread: None,
         tuning: Tuning::default(),
         limits: IoLimits::default(),
         keep_owner: true,
@@ -53,7 +54,7 @@ impl World {
     }
 
     async fn detach(&self, volume: &str) -> Result<Detached, Error> {
-        detach(&*self.connection, "vm", &volume.parse().unwrap(), true, SOON).await
+        detach(&*self.connection, "vm", &volume.parse().unwrap(), true, None, SOON).await
     }
 
     async fn used(&self, disk: &DesiredDisk) -> Usage {

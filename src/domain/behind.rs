@@ -78,6 +78,7 @@ impl Domain {
             source: None,
             readonly: false,
             shareable: false,
+            io_thread: None,
             reservations: false,
             error_policy: None,
             tuning: Written::default(),

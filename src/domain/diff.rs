@@ -10,6 +10,7 @@ use crate::types::{
     Bus, CacheMode, DetectZeroes, DiskType, ErrorPolicy, IoLimits, Serial, Tuning, VolumeName,
 };
 
+use super::iothread::{self, OwnThread, Thread};
 use super::limits;
 use super::place::{free_slot, free_target, place_scsi};
 use super::xml::{Disk, Domain, DriveAddress, PciAddress};
@@ -41,6 +42,8 @@ pub struct DesiredDisk {
     pub shareable: bool,
     /// What to do on an I/O error; QEMU's default where `None`.
     pub error_policy: Option<ErrorPolicy>,
+    /// It has an I/O thread of its own.
+    pub io_thread: Option<OwnThread>,
     /// How it is run.
     pub tuning: Tuning,
     /// How much I/O the guest may do on it. A disk that is there with others can be given these.
@@ -111,6 +114,8 @@ pub struct Placement {
     pub address: DiskAddress,
     /// A controller to add before.
     pub controller: Option<NewController>,
+    /// Its own I/O thread, which may have to be added before.
+    pub io_thread: Option<Thread>,
     /// Where the disk is missing.
     pub needs: Needs,
     /// Whether to write `<seclabel model='dac' relabel='no'/>`.
@@ -278,6 +283,7 @@ pub fn plan(
         config: views.config.is_some() && config.is_none(),
     };
     let existing = live.or(config);
+    let io_thread = desired.io_thread.map(|own| iothread::plan(views, &desired.volume, own, needs));
     // The running domain says whether the DAC driver is at work; a definition mostly does not.
     let dac_keep = desired.keep_owner && views.all().next().is_some_and(|v| v.dac_relabels);
     match existing {
@@ -285,14 +291,17 @@ pub fn plan(
             let limits = limits::differing(views, &alias, &desired.limits);
             Ok(Plan::Already { target: disk.target, limits })
         }
-        Some(disk) => complete(views, disk, needs, dac_keep).map(Plan::Attach),
+        Some(disk) => {
+            let placement = complete(views, disk, needs, dac_keep)?;
+            Ok(Plan::Attach(Placement { io_thread, ..placement }))
+        }
         None => {
             let target = free_target(views, desired.bus, pending);
             let (address, controller) = match desired.bus {
                 Bus::Scsi => place_scsi(views, needs)?,
                 Bus::Virtio => (DiskAddress::Pci(free_slot(views, desired.bus)?), None),
             };
-            Ok(Plan::Attach(Placement { target, address, controller, needs, dac_keep }))
+            Ok(Plan::Attach(Placement { target, address, controller, io_thread, needs, dac_keep }))
         }
     }
 }
@@ -340,6 +349,8 @@ fn refuse_difference(disk: &Disk, desired: &DesiredDisk, alias: &str) -> Result<
     };
     let run = |word| if desired.device.is_disk() { word } else { "" };
     let zeroes = tuning.detect_zeroes.unwrap_or(DetectZeroes::Off);
+    // A disk that somebody defined with one and that is to have none of its own may keep it.
+    let threaded = desired.io_thread.is_none() || disk.io_thread.is_some();
     let pairs = [
         ("source", disk.source.as_deref().unwrap_or(""), desired.source.as_str()),
         ("disk_type", disk.device.as_str(), desired.device.as_str()),
@@ -348,6 +359,7 @@ fn refuse_difference(disk: &Disk, desired: &DesiredDisk, alias: &str) -> Result<
         ("bus", disk.bus.as_str(), desired.bus.as_str()),
         ("readonly", flag(disk.readonly), flag(desired.read_only)),
         ("shareable", flag(disk.shareable), flag(desired.shareable)),
+        ("dedicated_io_thread", flag(threaded), flag(true)),
         ("error_policy", disk.error_policy.as_deref().unwrap_or(""), policy),
         ("io", found(&written.io), run(tuning.io_mode(desired.cache).as_str())),
         ("discard", found(&written.discard), run(tuning.discard_mode().as_str())),
@@ -430,7 +442,8 @@ fn complete(
     if lacking.disks.iter().any(|d| d.target == disk.target) {
         return Err(taken());
     }
-    Ok(Placement { target: disk.target, address, controller, needs, dac_keep })
+    let target = disk.target;
+    Ok(Placement { target, address, controller, io_thread: None, needs, dac_keep })
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ fn desired(volume: &str, bus: Bus) -> DesiredDisk {
         read_only: false,
         shareable: false,
         error_policy: None,
+        io_thread: None,
         tuning: Tuning::default(),
         limits: IoLimits::default(),
         keep_owner: true,

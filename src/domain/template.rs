@@ -54,6 +54,7 @@ struct DiskXml<'a> {
     blocks: Option<Blocks>,
     limits: Vec<(&'static str, u64)>,
     error_policy: Option<&'a str>,
+    io_thread: Option<u32>,
     source: &'a str,
     dac_keep: bool,
     target: &'a str,
@@ -87,6 +88,7 @@ pub fn disk(desired: &DesiredDisk, placement: &Placement) -> Result<String, Temp
         blocks: desired.tuning.blocks,
         limits: desired.limits.fields().into_iter().filter(|(_, limit)| *limit > 0).collect(),
         error_policy: desired.error_policy.map(|p| p.as_str()),
+        io_thread: placement.io_thread.map(|thread| thread.id),
         source: &desired.source,
         dac_keep: placement.dac_keep,
         target: &placement.target,
@@ -110,6 +112,7 @@ pub fn controller(new: &NewController) -> Result<String, TemplateError> {
 mod tests {
     use super::*;
     use crate::domain::diff::Needs;
+    use crate::domain::iothread::Thread;
     use crate::domain::xml::DriveAddress;
     use crate::types::{
         BlockSize, Bus, CacheMode, DetectZeroes, Discard, DiskType, ErrorPolicy, IoLimits, IoMode,
@@ -128,6 +131,7 @@ mod tests {
             read_only: false,
             shareable: false,
             error_policy: None,
+            io_thread: None,
             tuning: Tuning::default(),
             limits: IoLimits::default(),
             keep_owner: true,
@@ -137,6 +141,7 @@ mod tests {
             target: "sdc".into(),
             address: DiskAddress::Drive(address),
             controller: None,
+            io_thread: None,
             needs: Needs { live: true, config: false },
             dac_keep: true,
         };
@@ -170,11 +175,12 @@ mod tests {
         desired.shareable = true;
         desired.error_policy = Some(ErrorPolicy::Stop);
         placement.dac_keep = false;
+        placement.io_thread = Some(Thread { id: 7, needs: Needs::default() });
         placement.address =
             DiskAddress::Pci(PciAddress { domain: 0, bus: 5, slot: 0, function: 0 });
         let xml = disk(&desired, &placement).unwrap();
         for part in [
-            "cache='writeback' io='threads' discard='unmap' error_policy='stop'/>",
+            "cache='writeback' io='threads' discard='unmap' error_policy='stop' iothread='7'/>",
             "<readonly/>",
             "<shareable/>",
             "<address type='pci' domain='0' bus='5' slot='0' function='0'/>",

@@ -11,6 +11,8 @@ use crate::host::libvirt::{
 use crate::types::VolumeName;
 
 use super::apply::{At, Error};
+use super::diff::Needs;
+use super::iothread;
 
 /// How a detach came to its end. In each case QEMU has let go of the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +31,8 @@ pub enum Detached {
 /// The device counts as gone when libvirt says so by its event, which it sends after everything of
 /// the device is torn down, or when a further request finds none (that request waits for the
 /// domain's lock, so for a teardown that is under way). A guest's refusal, and its silence until the
-/// deadline, are errors that leave the disk working. libvirt's own call waits up to 5 s for the guest
+/// deadline, are errors that leave the disk working. Its own I/O thread (`io_thread`, one of ours) goes
+/// after it. libvirt's own call waits up to 5 s for the guest
 /// (`qemuDomainRemoveDeviceWaitTime`), so a deadline should be longer than that.
 ///
 /// An attach of ours for that disk that was given up on is waited for first: it could put the disk into
@@ -39,6 +42,7 @@ pub async fn detach(
     domain: &str,
     volume: &VolumeName,
     definition: bool,
+    io_thread: Option<u32>,
     deadline: Duration,
 ) -> Result<Detached, Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
@@ -58,7 +62,12 @@ pub async fn detach(
             Requested::NoDomain => Detached::DomainGone,
         }
     };
-    let forgotten = definition && info.persistent && forget(&at, &alias).await?;
+    let definition = definition && info.persistent;
+    let forgotten = definition && forget(&at, &alias).await?;
+    if let Some(id) = io_thread {
+        let live = live != Detached::DomainGone;
+        iothread::remove(&at, &alias, id, Needs { live, config: definition }).await?;
+    }
     Ok(if forgotten && live == Detached::Absent { Detached::Removed } else { live })
 }
 
@@ -80,7 +89,7 @@ async fn landed(at: &At<'_>, alias: &str, calls: Calls) -> Result<(), Error> {
 }
 
 /// Looks once more, after a detach, when QEMU can no longer open the device: whatever put the disk into
-/// the domain meanwhile is undone; `definition` as in [`detach`].
+/// the domain meanwhile is undone; `definition` and `io_thread` as in [`detach`].
 ///
 /// This ends what nobody's word can: a libvirtd that hung, or that went on after its client was killed,
 /// may carry out an old attach at any time. One that opened the device before that became impossible
@@ -91,16 +100,23 @@ pub async fn confirm_gone(
     domain: &str,
     volume: &VolumeName,
     definition: bool,
+    io_thread: Option<u32>,
     deadline: Duration,
 ) -> Result<Detached, Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
     let alias = super::alias(volume);
     match request(&at, &alias).await {
-        Ok(Requested::Missing) => Ok(Detached::Absent),
+        Ok(Requested::Missing) => {
+            if let Some(id) = io_thread {
+                let from = Needs { live: true, config: definition };
+                iothread::remove(&at, &alias, id, from).await?;
+            }
+            Ok(Detached::Absent)
+        }
         Ok(Requested::NoDomain) => Ok(Detached::DomainGone),
         Ok(Requested::Asked) | Err(Error::GuestRefused { .. }) => {
             tracing::warn!(alias, "an old attach came to the guest late: it is undone");
-            detach(connection, domain, volume, definition, at.left()).await
+            detach(connection, domain, volume, definition, io_thread, at.left()).await
         }
         Err(error) => Err(error),
     }

@@ -32,6 +32,9 @@ pub struct DiskEffect {
     pub bus: Bus,
     /// Target name, once libvirt has it.
     pub target: Option<String>,
+    /// The I/O thread of ours that is its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_thread: Option<u32>,
 }
 
 /// A removal that was taken on. It is kept here as well as in the durable store, so that it holds

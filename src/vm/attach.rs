@@ -18,7 +18,8 @@ use super::ways::Ways;
 use crate::cgroup::{Access, GrantRecord};
 use crate::connector::{AttachRequest, Attachment, Expect};
 use crate::devnode::host_node;
-use crate::domain::{self, DesiredDisk};
+use crate::domain::{self, DesiredDisk, OwnThread, iothread};
+use crate::host::libvirt::Connection;
 use crate::journal::{DiskEffect, Effects, NodeEffect, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{Phase, VolumeSpec};
@@ -154,7 +155,8 @@ impl Way<'_> {
     /// asks the domain first.
     async fn may_be_taken(&mut self) -> Result<(), Failure> {
         let (alias, bus) = (domain::alias(&self.spec.disk), self.spec.bus);
-        self.effects.disk.get_or_insert(DiskEffect { alias, bus, target: None });
+        let disk = DiskEffect { alias, bus, target: None, io_thread: None };
+        self.effects.disk.get_or_insert(disk);
         Ok(self.ways.effects.put(&self.key, &self.effects).await?)
     }
 
@@ -307,21 +309,42 @@ impl Way<'_> {
         before.into_iter().map(|v| (v.spec.disk, v.spec.bus)).collect()
     }
 
+    /// The id of the disk's own I/O thread, written down before that is made.
+    async fn io_thread(&mut self, connection: &dyn Connection) -> Result<Option<u32>, Failure> {
+        let (ways, spec) = (self.ways, self.spec);
+        let recorded = self.effects.disk.as_ref().and_then(|disk| disk.io_thread);
+        let (name, limit) = (&ways.vm.domain, ways.settings().libvirt);
+        let chosen =
+            iothread::to_record(connection, name, &spec.disk, recorded, spec.persist, limit)
+                .await?;
+        if chosen != recorded
+            && let Some(disk) = &mut self.effects.disk
+        {
+            disk.io_thread = chosen;
+            ways.effects.put(&self.key, &self.effects).await?;
+        }
+        Ok(chosen)
+    }
+
     /// The guest has it.
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
         let ahead = self.in_order().await;
         let (ways, spec) = (self.ways, self.spec);
-        let target = self.effects.disk.take().and_then(|d| d.target);
+        let before = self.effects.disk.take();
+        let (target, io_thread) = before.map_or((None, None), |d| (d.target, d.io_thread));
         let alias = domain::alias(&spec.disk);
-        self.effects.disk = Some(DiskEffect { alias, bus: spec.bus, target });
+        self.effects.disk = Some(DiskEffect { alias, bus: spec.bus, target, io_thread });
         self.announce(Step::Disk).await?;
         let connection = ways.libvirt().await?;
-        let desired = desired_disk(ways, spec, source, place.pod.is_some());
+        let mut desired = desired_disk(ways, spec, source, place.pod.is_some());
         let limit = ways.settings().libvirt;
         // Before the turn, which others need.
         domain::settled(&*connection, &ways.vm.domain, &spec.disk, limit).await?;
         let attached = {
             let _turn = ways.turn.lock().await;
+            if let Some(own) = &mut desired.io_thread {
+                own.recorded = self.io_thread(&*connection).await?;
+            }
             let leaving = ways.leaving();
             let (name, persist) = (&ways.vm.domain, spec.persist);
             let attach =
@@ -378,6 +401,7 @@ pub(super) fn desired_disk(
         read_only: spec.read_only,
         shareable: spec.shareable,
         error_policy: spec.error_policy,
+        io_thread: spec.dedicated_io_thread.then(OwnThread::default),
         tuning: spec.tuning,
         limits: spec.limits,
         keep_owner,

@@ -13,7 +13,8 @@ use super::failure::Failure;
 use super::incoming;
 use super::ways::Ways;
 use crate::connector::{DetachOptions, GaveUp};
-use crate::domain;
+use crate::domain::{self, iothread};
+use crate::host::libvirt::Connection;
 use crate::host::poddir::PathError;
 use crate::journal::{DiskEffect, Effects, NodeEffect};
 use crate::reason::Reason;
@@ -84,7 +85,8 @@ async fn effects_of(
     };
     if attached && volume.persist {
         let (alias, bus) = (domain::alias(&volume.disk), volume.bus);
-        effects.disk.get_or_insert(DiskEffect { alias, bus, target: None });
+        let disk = DiskEffect { alias, bus, target: None, io_thread: None };
+        effects.disk.get_or_insert(disk);
     }
     // From here on a successor knows it too.
     ways.effects.put(key, &effects).await?;
@@ -148,19 +150,23 @@ async fn disk(
     effects: &mut Effects,
     definition: bool,
 ) -> Result<(), Failure> {
-    let Some(disk) = &effects.disk else { return Ok(()) };
+    if effects.disk.is_none() {
+        return Ok(());
+    }
     if effects.incarnation != ways.incarnation() {
         // It was another pod's, whose QEMU had ended when the VM was registered with this one.
         effects.disk = None;
         return Ok(ways.effects.put(key, effects).await?);
     }
     // Until then it is gone, or still in the XML, where every plan sees it.
-    let leaving = disk.target.as_deref().map(|target| ways.set_leaving(target));
+    let target = effects.disk.as_ref().and_then(|disk| disk.target.as_deref());
+    let leaving = target.map(|target| ways.set_leaving(target));
     match ways.libvirt().await {
         Ok(connection) => {
             let limit = ways.settings().guest_unplug;
+            let io_thread = own_thread(ways, key, effects, &*connection).await?;
             let (name, disk) = (&ways.vm.domain, &effects.spec.disk);
-            domain::detach(&*connection, name, disk, definition, limit).await?;
+            domain::detach(&*connection, name, disk, definition, io_thread, limit).await?;
         }
         Err(failure) => no_qemu(ways, failure).await?,
     }
@@ -170,6 +176,24 @@ async fn disk(
         disk.target = None;
     }
     strike(ways, key, effects, Step::Unplug).await
+}
+
+/// The disk's own I/O thread, which goes with it. Where none is recorded (the disk came by the domain's
+/// definition, or before a reboot) the domain is asked, and what it says is written down: once the disk
+/// has gone, nothing else tells.
+async fn own_thread(
+    ways: &Ways,
+    key: &VolumeKey,
+    effects: &mut Effects,
+    connection: &dyn Connection,
+) -> Result<Option<u32>, Failure> {
+    let Some(disk) = &mut effects.disk else { return Ok(None) };
+    if disk.io_thread.is_none() && effects.spec.dedicated_io_thread {
+        let (name, limit) = (&ways.vm.domain, ways.settings().libvirt);
+        disk.io_thread = iothread::found(connection, name, &effects.spec.disk, limit).await;
+        ways.effects.put(key, effects).await?;
+    }
+    Ok(effects.disk.as_ref().and_then(|disk| disk.io_thread))
 }
 
 /// Nothing came to the guest since, and nothing can any more.
@@ -185,8 +209,10 @@ async fn no_disk(
     match ways.libvirt().await {
         Ok(connection) => {
             let limit = ways.settings().guest_unplug;
+            let io_thread = effects.disk.as_ref().and_then(|disk| disk.io_thread);
             let (name, disk) = (&ways.vm.domain, &effects.spec.disk);
-            domain::confirm_gone(&*connection, name, disk, definition, limit).await?;
+            let gone = domain::confirm_gone(&*connection, name, disk, definition, io_thread, limit);
+            gone.await?;
         }
         Err(failure) => no_qemu(ways, failure).await?,
     }

@@ -76,7 +76,12 @@ pub(super) async fn taken_over(
     detach::leave_pod(ways, key, &mut before).await?;
     // Whether the guest has brought the disk along is seen by its name.
     let (alias, bus) = (domain::alias(&before.spec.disk), before.spec.bus);
-    let disk = before.disk.as_ref().map(|_| DiskEffect { alias, bus, target: None });
+    let disk = before.disk.as_ref().map(|disk| DiskEffect {
+        alias,
+        bus,
+        target: None,
+        io_thread: disk.io_thread,
+    });
     let mut effects = before.of(ways.incarnation());
     (effects.node, effects.grant, effects.disk) = (made.node, made.grant, disk);
     ways.effects.put(key, &effects).await?;

@@ -22,7 +22,12 @@ fn hang() -> FaultAction {
 /// The kinds of volumes whose calls differ.
 pub(crate) fn kinds() -> [Sweep; 6] {
     let alone = |spec| Sweep { spec, beside: false };
-    let virtio = VolumeSpec { bus: Bus::Virtio, persist: true, ..volume("data", 1) };
+    let virtio = VolumeSpec {
+        bus: Bus::Virtio,
+        persist: true,
+        dedicated_io_thread: true,
+        ..volume("data", 1)
+    };
     [
         alone(volume("data", 1)),
         alone(single("data", 1)),

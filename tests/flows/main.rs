@@ -19,6 +19,7 @@ mod force;
 mod guest;
 mod identity;
 mod ifaces;
+mod iothread;
 mod journal;
 mod late;
 mod main_job;

@@ -107,6 +107,7 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         serial: Some(name.parse().unwrap()),
         device: DiskType::Disk,
         reservations: false,
+        dedicated_io_thread: false,
         bus: Bus::Scsi,
         cache: CacheMode::None,
         error_policy: None,

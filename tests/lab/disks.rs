@@ -2,7 +2,7 @@
 
 use crate::node::{
     DOMAIN, GuestDisk, Lab, Lun, Story, VM, add, guest_disk, guest_disks, guest_has, in_guest,
-    lunplug, refused, remove, until, virsh, volume,
+    lunplug, refused, remove, sh, until, virsh, volume,
 };
 use crate::san::SOON;
 
@@ -133,6 +133,46 @@ fn a_lun_is_passed_through_and_the_guest_is_asked_about_it() {
     refused(remove("passed", &[]), "IN_USE_BY_GUEST");
     in_guest("umount /mnt").ok();
     remove("passed", &[]).ok();
+    guest_has(0);
+    story.nothing_left();
+}
+
+/// The ids of the domain's I/O threads, as QEMU has them.
+#[track_caller]
+fn io_threads() -> Vec<u32> {
+    let told = virsh(&["iothreadinfo", DOMAIN]).ok();
+    told.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect()
+}
+
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_disk_has_an_io_thread_of_its_own_that_goes_with_it() {
+    Lab::get();
+    let luns = [Lun::new("own", 6, "16M"), Lun::new("other", 7, "16M")];
+    let story = Story::begin();
+    refused(add("own", &luns[0].source(), &["--dedicated-io-thread"]), "INVALID_OPTION");
+    // Somebody else's, which must be there in the end.
+    virsh(&["iothreadadd", DOMAIN, "1", "--live"]).ok();
+    for (name, lun) in ["own", "other"].into_iter().zip(&luns) {
+        add(name, &lun.source(), &["--bus", "virtio", "--dedicated-io-thread"]).ok();
+    }
+    let threads = io_threads();
+    assert_eq!(threads.len(), 3, "{threads:?}");
+    let xml = virsh(&["dumpxml", DOMAIN]).ok();
+    for id in threads.iter().filter(|id| **id != 1) {
+        assert!(xml.contains(&format!("iothread='{id}'")), "{id} in {xml}");
+    }
+    let disk = guest_disk("own").name;
+    in_guest(&format!("printf %-512s threaded | dd of=/dev/{disk} bs=512 oflag=direct")).ok();
+    assert!(luns[0].read(8).starts_with(b"threaded"));
+    // Killed and started anew, it knows which thread is whose.
+    sh("systemctl kill -s KILL lunplugd; systemctl start lunplugd").ok();
+    remove("own", &[]).ok();
+    assert_eq!(io_threads().len(), 2);
+    in_guest(&format!("dd if=/dev/{} of=/dev/null bs=64k count=4", guest_disk("other").name)).ok();
+    remove("other", &[]).ok();
+    assert_eq!(io_threads(), [1]);
+    virsh(&["iothreaddel", DOMAIN, "1", "--live"]).ok();
     guest_has(0);
     story.nothing_left();
 }

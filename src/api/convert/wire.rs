@@ -152,6 +152,7 @@ pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
         .into(),
         disk_type: wire_disk_type(spec.device).into(),
         persistent_reservations: spec.reservations,
+        dedicated_io_thread: spec.dedicated_io_thread,
         cache: match spec.cache {
             CacheMode::None => v1::CacheMode::None,
             CacheMode::Writethrough => v1::CacheMode::Writethrough,

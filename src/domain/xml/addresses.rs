@@ -1,18 +1,20 @@
-//! Which addresses are taken, by devices of any kind.
+//! Which addresses are taken, and which I/O threads used, by devices of any kind.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use quick_xml::Reader;
 use quick_xml::events::{BytesStart, Event};
 
+use super::iothreads::note_user;
 use super::raw::RawAddress;
 use super::{DriveAddress, PciAddress, XmlError};
 
-/// Addresses that are taken.
+/// What is taken.
 #[derive(Default)]
 pub(super) struct Used {
     pub(super) pci: BTreeSet<PciAddress>,
     pub(super) drive: BTreeSet<DriveAddress>,
+    pub(super) io_threads: BTreeMap<u32, usize>,
 }
 
 /// The addresses of all devices, whatever they are: `domain/devices/*/address`. Deeper ones (a host
@@ -25,10 +27,10 @@ pub(super) fn addresses(xml: &str) -> Result<Used, XmlError> {
     loop {
         match reader.read_event().map_err(|e| XmlError::Malformed(Box::new(e)))? {
             Event::Start(tag) => {
-                note_address(&path, &tag, &mut used)?;
+                note(&path, &tag, &mut used)?;
                 path.push(tag.name().as_ref().to_owned());
             }
-            Event::Empty(tag) => note_address(&path, &tag, &mut used)?,
+            Event::Empty(tag) => note(&path, &tag, &mut used)?,
             Event::End(_) => {
                 path.pop();
             }
@@ -36,6 +38,11 @@ pub(super) fn addresses(xml: &str) -> Result<Used, XmlError> {
             _ => {}
         }
     }
+}
+
+fn note(path: &[String], tag: &BytesStart<'_>, used: &mut Used) -> Result<(), XmlError> {
+    note_address(path, tag, used)?;
+    note_user(path, tag, &mut used.io_threads)
 }
 
 fn note_address(path: &[String], tag: &BytesStart<'_>, used: &mut Used) -> Result<(), XmlError> {

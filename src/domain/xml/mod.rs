@@ -5,12 +5,14 @@
 //! docs/formatdomain.rst.
 
 mod addresses;
+mod iothreads;
 mod raw;
 
 use std::collections::BTreeSet;
 
 use crate::types::IoLimits;
 use addresses::addresses;
+pub use iothreads::IoThreads;
 use raw::{RawChannel, RawDomain};
 
 /// A domain's XML cannot be used.
@@ -74,6 +76,8 @@ pub struct Disk {
     pub readonly: bool,
     /// Others may write too.
     pub shareable: bool,
+    /// The I/O thread that it names.
+    pub io_thread: Option<u32>,
     /// `error_policy` of the driver, as written.
     pub error_policy: Option<String>,
     /// Persistent reservations go to a helper.
@@ -153,6 +157,8 @@ pub struct Domain {
     pub pci_used: BTreeSet<PciAddress>,
     /// SCSI addresses that a device has, disks and host devices.
     pub scsi_used: BTreeSet<DriveAddress>,
+    /// Its I/O threads.
+    pub io_threads: IoThreads,
     /// The guest agent's channel: `None` when there is none, else whether the guest opened it
     /// (unknown in an inactive definition, then false).
     pub agent_connected: Option<bool>,
@@ -175,6 +181,7 @@ pub fn parse(xml: &str) -> Result<Domain, XmlError> {
     let raw: RawDomain =
         quick_xml::de::from_str(xml).map_err(|e| XmlError::Malformed(Box::new(e)))?;
     let used = addresses(xml)?;
+    let ids = iothreads::declared(raw.iothreads.as_deref(), raw.iothreadids.as_ref())?;
     let mut scsi_used = used.drive;
     let mut disks = Vec::with_capacity(raw.devices.disk.len());
     for disk in raw.devices.disk {
@@ -212,6 +219,7 @@ pub fn parse(xml: &str) -> Result<Domain, XmlError> {
         pci,
         pci_used: used.pci,
         scsi_used,
+        io_threads: IoThreads { ids, users: used.io_threads },
         agent_connected: raw
             .devices
             .channel

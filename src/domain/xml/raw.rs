@@ -9,10 +9,25 @@ use super::{Disk, DriveAddress, PciAddress, Written, XmlError};
 #[derive(Deserialize)]
 pub(super) struct RawDomain {
     pub(super) name: String,
+    /// How many I/O threads.
+    pub(super) iothreads: Option<String>,
+    pub(super) iothreadids: Option<RawIoThreads>,
     pub(super) os: RawOs,
     pub(super) devices: RawDevices,
     #[serde(default)]
     pub(super) seclabel: Vec<RawSeclabel>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawIoThreads {
+    #[serde(default)]
+    pub(super) iothread: Vec<RawIoThread>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RawIoThread {
+    #[serde(rename = "@id")]
+    pub(super) id: String,
 }
 
 #[derive(Deserialize)]
@@ -75,6 +90,8 @@ pub(super) struct RawDriver {
     pub(super) detect_zeroes: Option<String>,
     #[serde(rename = "@error_policy")]
     pub(super) error_policy: Option<String>,
+    #[serde(rename = "@iothread")]
+    pub(super) iothread: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -234,6 +251,8 @@ impl RawDisk {
             source: self.source.and_then(|s| s.dev.or(s.file)),
             readonly: self.readonly.is_some(),
             shareable: self.shareable.is_some(),
+            // That it is a number was seen where its users are counted.
+            io_thread: driver.iothread.and_then(|id| id.parse().ok()),
             error_policy: driver.error_policy,
             tuning: Written {
                 io: driver.io,

@@ -50,6 +50,12 @@ pub enum LibvirtError {
         /// libvirt's words.
         message: String,
     },
+    /// Devices of the domain use the I/O thread.
+    #[error("the I/O thread is in use: {message}")]
+    IoThreadUsed {
+        /// libvirt's words.
+        message: String,
+    },
     /// The guest refused to let the device go.
     #[error("the guest refused to release the device: {message}")]
     UnplugRejected {
@@ -113,9 +119,10 @@ impl LibvirtError {
             Self::NoDomain { .. } | Self::NotRunning { .. } => Reason::VmNotRunning,
             Self::Busy { .. } => Reason::DomainBusy,
             Self::AgentUnresponsive { .. } | Self::NoAgent { .. } => Reason::GuestUnproven,
-            Self::ConfigUnsupported { .. } | Self::DeviceMissing { .. } | Self::Other { .. } => {
-                Reason::LibvirtFailed
-            }
+            Self::ConfigUnsupported { .. }
+            | Self::DeviceMissing { .. }
+            | Self::IoThreadUsed { .. }
+            | Self::Other { .. } => Reason::LibvirtFailed,
             Self::UnplugRejected { .. } => Reason::GuestRefusedUnplug,
             Self::UnplugPending { .. } => Reason::DetachUnacknowledged,
             Self::NoConnect { .. } => Reason::LibvirtUnreachable,
@@ -146,8 +153,14 @@ impl LibvirtError {
         if message.contains("in the process of unplug") {
             return Self::UnplugPending { message };
         }
-        if message.contains("no device found with alias") {
+        if message.contains("no device found with alias")
+            || message.contains("cannot find IOThread")
+        {
             return Self::DeviceMissing { message };
+        }
+        // qemuDomainDelIOThreadCheck: "cannot remove IOThread 1 since it is being used by disk 'vda'".
+        if message.contains("cannot remove IOThread") {
+            return Self::IoThreadUsed { message };
         }
         match code {
             sys::VIR_ERR_NO_DOMAIN => Self::NoDomain { message },
@@ -282,6 +295,11 @@ mod tests {
         let read = |text: &str| LibvirtError::from_parts("sock", 1, 10, text.to_owned());
         let missing = read("internal error: no device found with alias ua-lunplug-a");
         assert!(matches!(missing, LibvirtError::DeviceMissing { .. }));
+        let missing = read("invalid argument: cannot find IOThread '7' in iothreadids list");
+        assert!(matches!(missing, LibvirtError::DeviceMissing { .. }));
+        let used =
+            read("invalid argument: cannot remove IOThread 7 since it is being used by disk 'vda'");
+        assert!(matches!(used, LibvirtError::IoThreadUsed { .. }));
         let other = read("internal error: unexpected qemu URI path '/system', try qemu:///session");
         assert!(other.is_other_instance());
         assert!(!missing.is_other_instance());

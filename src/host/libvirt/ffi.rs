@@ -1,5 +1,5 @@
 //! What libvirt offers only through its C API: the event loop, domain events, detach by alias, I/O
-//! limits, the kind of a job. The one file of this module with `unsafe` in it.
+//! threads and limits, the kind of a job. The one file of this module with `unsafe` in it.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
@@ -158,6 +158,19 @@ impl Drop for Handle {
 pub(super) fn detach_alias(domain: &Domain, alias: &CStr, flags: c_uint) -> Result<(), Error> {
     // SAFETY: the domain is a live handle and `alias` ends with NUL; libvirt keeps neither.
     let result = unsafe { sys::virDomainDetachDeviceAlias(domain.as_ptr(), alias.as_ptr(), flags) };
+    if result < 0 { Err(Error::last_error()) } else { Ok(()) }
+}
+
+/// Adds or removes an I/O thread; the virt crate has no binding for these.
+pub(super) fn io_thread(domain: &Domain, id: u32, add: bool, flags: c_uint) -> Result<(), Error> {
+    // SAFETY: the domain is a live handle; the other arguments are numbers.
+    let result = unsafe {
+        if add {
+            sys::virDomainAddIOThread(domain.as_ptr(), id, flags)
+        } else {
+            sys::virDomainDelIOThread(domain.as_ptr(), id, flags)
+        }
+    };
     if result < 0 { Err(Error::last_error()) } else { Ok(()) }
 }
 

@@ -188,9 +188,9 @@ impl Affect {
 /// Calls that change a domain's devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Calls {
-    /// [`Connection::attach_device`] alone.
+    /// Those that add something alone: [`Connection::attach_device`], [`Connection::add_io_thread`].
     Attach,
-    /// [`Connection::detach_alias`] too.
+    /// Those that remove something too.
     All,
 }
 
@@ -296,6 +296,28 @@ pub trait Connection: Send + Sync {
         domain: &str,
         source: &str,
         limits: &IoLimits,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError>;
+
+    /// Adds an I/O thread (`virDomainAddIOThread`) for the device that `landed` knows as `device`; an
+    /// error where there is one of that id.
+    async fn add_io_thread(
+        &self,
+        domain: &str,
+        device: &str,
+        id: u32,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError>;
+
+    /// Removes an I/O thread (`virDomainDelIOThread`): [`LibvirtError::DeviceMissing`] where there is
+    /// none, [`LibvirtError::IoThreadUsed`] where a device has it.
+    async fn del_io_thread(
+        &self,
+        domain: &str,
+        device: &str,
+        id: u32,
         affect: Affect,
         deadline: Duration,
     ) -> Result<(), LibvirtError>;

@@ -357,6 +357,38 @@ impl Connection for RealConnection {
         .await
     }
 
+    async fn add_io_thread(
+        &self,
+        domain: &str,
+        device: &str,
+        id: u32,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let flight = self.in_flight.attach(&self.name, domain, device);
+        self.with_domain("iothreadadd", domain, deadline, move |d| {
+            let _flight = flight;
+            ffi::io_thread(d, id, true, flags(affect))
+        })
+        .await
+    }
+
+    async fn del_io_thread(
+        &self,
+        domain: &str,
+        device: &str,
+        id: u32,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let flight = self.in_flight.detach(&self.name, domain, device);
+        self.with_domain("iothreaddel", domain, deadline, move |d| {
+            let _flight = flight;
+            ffi::io_thread(d, id, false, flags(affect))
+        })
+        .await
+    }
+
     async fn landed(
         &self,
         domain: &str,

@@ -293,6 +293,50 @@ impl SimDomain {
         Ok(())
     }
 
+    /// Adds an I/O thread (`qemuDomainAddIOThreadCheck`).
+    pub fn add_io_thread(&mut self, id: u32, affect: Affect) -> Result<(), LibvirtError> {
+        self.change_io_threads(affect, |domain| {
+            if !domain.io_threads.ids.insert(id) {
+                let why =
+                    format!("invalid argument: an IOThread is already using iothread_id '{id}'");
+                return Err(refused(why));
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes one (`qemuDomainDelIOThreadCheck`).
+    pub fn del_io_thread(&mut self, id: u32, affect: Affect) -> Result<(), LibvirtError> {
+        self.change_io_threads(affect, |domain| {
+            if !domain.io_threads.ids.remove(&id) {
+                let why = format!("cannot find IOThread '{id}' in iothreadids list");
+                return Err(LibvirtError::DeviceMissing { message: why });
+            }
+            if domain.io_threads.users.contains_key(&id) {
+                let why = format!("cannot remove IOThread {id} since it is being used by disk");
+                return Err(LibvirtError::IoThreadUsed { message: why });
+            }
+            Ok(())
+        })
+    }
+
+    fn change_io_threads(
+        &mut self,
+        affect: Affect,
+        change: impl Fn(&mut Domain) -> Result<(), LibvirtError>,
+    ) -> Result<(), LibvirtError> {
+        let changed = |text: &str| {
+            let mut domain = read(text)?;
+            change(&mut domain)?;
+            Ok::<_, LibvirtError>(with_io_threads(text, &domain.io_threads.ids))
+        };
+        let live = affect.live.then(|| changed(self.running()?)).transpose()?;
+        let config = affect.config.then(|| changed(self.defined()?)).transpose()?;
+        self.live = live.or_else(|| self.live.take());
+        self.config = config.or_else(|| self.config.take());
+        Ok(())
+    }
+
     fn by_source(&self, source: &str) -> Result<Disk, LibvirtError> {
         let disks = read(self.running()?)?.disks;
         let found = disks.into_iter().find(|disk| disk.source.as_deref() == Some(source));
@@ -377,11 +421,14 @@ impl SimDomain {
         disks.into_iter().flatten().filter_map(|d| d.source).collect()
     }
 
-    /// Its disks, one a line, in both definitions.
+    /// Its disks and I/O threads, one a line, in both definitions.
     pub fn snapshot(&self) -> Vec<String> {
         let mut lines = Vec::new();
         for (which, text) in [("live", &self.live), ("config", &self.config)] {
-            let disks = text.as_deref().and_then(|x| read(x).ok()).map(|d| d.disks);
+            let domain = text.as_deref().and_then(|x| read(x).ok());
+            let threads = domain.iter().flat_map(|d| &d.io_threads.ids);
+            lines.extend(threads.map(|id| format!("{which} iothread {id}")));
+            let disks = domain.map(|d| d.disks);
             lines.extend(disks.into_iter().flatten().map(|d| {
                 format!(
                     "{which} {} {} serial={} source={}",
@@ -446,6 +493,7 @@ fn with_device(text: &str, device: &str) -> Result<(String, Option<Disk>), Libvi
     }
     let disk = disk.clone();
     refuse_lun(&disk)?;
+    refuse_io_thread(&disk, &before)?;
     Ok((new, Some(disk)))
 }
 
@@ -464,6 +512,41 @@ fn refuse_lun(disk: &Disk) -> Result<(), LibvirtError> {
         _ if disk.reservations => unsupported("<reservations/> allowed only for lun devices"),
         _ => Ok(()),
     }
+}
+
+/// What libvirt refuses of a disk with an I/O thread (`qemuDomainCheckIothreads`).
+fn refuse_io_thread(disk: &Disk, domain: &Domain) -> Result<(), LibvirtError> {
+    let unsupported = |why: String| Err(refused(format!("unsupported configuration: {why}")));
+    match disk.io_thread {
+        Some(_) if disk.bus != "virtio" => unsupported(format!(
+            "IOThreads not available for bus {} target {}",
+            disk.bus, disk.target
+        )),
+        Some(id) if !domain.io_threads.ids.contains(&id) => {
+            unsupported(format!("IOThread '{id}' not defined in iothreadid"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The XML with these I/O threads.
+fn with_io_threads(text: &str, ids: &BTreeSet<u32>) -> String {
+    let mut text = text.to_owned();
+    for element in ["iothreads", "iothreadids"] {
+        let end = format!("</{element}>\n");
+        if let Some((from, to)) = text.find(&format!("  <{element}>")).zip(text.find(&end)) {
+            text.replace_range(from..to + end.len(), "");
+        }
+    }
+    if ids.is_empty() {
+        return text;
+    }
+    let all: String = ids.iter().map(|id| format!("<iothread id='{id}'/>")).collect();
+    let new = format!(
+        "</name>\n  <iothreads>{}</iothreads>\n  <iothreadids>{all}</iothreadids>\n",
+        ids.len()
+    );
+    text.replacen("</name>\n", &new, 1)
 }
 
 /// Gives the disk with that source another `<iotune>`.

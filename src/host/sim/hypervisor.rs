@@ -1,7 +1,8 @@
 //! A simulated libvirt: domains with real XML that attach and detach edit, events, a guest agent.
 //!
 //! Faults: `libvirt.connect` (detail: the endpoint), and `libvirt.info`, `libvirt.xml`,
-//! `libvirt.attach`, `libvirt.detach`, `libvirt.capacity`, `libvirt.resize`, `libvirt.limit`, `libvirt.agent` (detail:
+//! `libvirt.attach`, `libvirt.detach`, `libvirt.iothreadadd`, `libvirt.iothreaddel`, `libvirt.capacity`,
+//! `libvirt.resize`, `libvirt.limit`, `libvirt.agent` (detail:
 //! `DOMAIN` and the device's XML, alias, source or command). As with the real one, a call whose caller gave up may still take effect later: one that
 //! was stalled, when the faults are cleared; one that a libvirtd had received before it hung
 //! ([`SimHypervisor::hang`]), when that goes on, whatever became of the caller.
@@ -563,6 +564,38 @@ impl Connection for SimConnection {
         self.call("limit", domain, source, deadline, None, move |s| {
             refuse_busy(s.domain)?;
             s.domain.limit(&path, &limits, affect)
+        })
+        .await
+    }
+
+    async fn add_io_thread(
+        &self,
+        domain: &str,
+        device: &str,
+        id: u32,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let flight = self.host.in_flight.attach(&self.endpoint, domain, device);
+        self.call("iothreadadd", domain, device, deadline, Some(flight), move |s| {
+            refuse_busy(s.domain)?;
+            s.domain.add_io_thread(id, affect)
+        })
+        .await
+    }
+
+    async fn del_io_thread(
+        &self,
+        domain: &str,
+        device: &str,
+        id: u32,
+        affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let flight = self.host.in_flight.detach(&self.endpoint, domain, device);
+        self.call("iothreaddel", domain, device, deadline, Some(flight), move |s| {
+            refuse_busy(s.domain)?;
+            s.domain.del_io_thread(id, affect)
         })
         .await
     }

@@ -202,6 +202,9 @@ pub trait PodDirs: Send + Sync {
     /// missing if `make`.
     async fn host_nodes(&self, vm: &VmId, make: bool) -> Result<HotplugDir>;
 
+    /// Removes that directory where nothing is in it.
+    async fn drop_host_nodes(&self, vm: &VmId);
+
     /// A libvirt socket beneath it.
     async fn socket(&self, pod: &PodDir, path: &Path) -> Result<LibvirtEndpoint>;
 
@@ -237,6 +240,17 @@ impl PodDirs for HostPodDirs {
             host_nodes_in(Path::new(HOST_NODES), rel, make)
         })
         .await
+    }
+
+    async fn drop_host_nodes(&self, vm: &VmId) {
+        let dir = Path::new(HOST_NODES).join(host_dir(vm));
+        let dropped = blocking("removing the directory for the host's nodes", move || {
+            std::fs::remove_dir(&dir).map_err(|source| PathError::Io { path: dir, source })
+        });
+        // An empty directory in a devtmpfs is nobody's trouble.
+        if let Err(error) = dropped.await {
+            tracing::debug!(%vm, why = %error, "the directory of the VM's nodes stays");
+        }
     }
 
     async fn socket(&self, pod: &PodDir, path: &Path) -> Result<LibvirtEndpoint> {

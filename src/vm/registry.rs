@@ -336,6 +336,9 @@ impl Volumes for Registry {
         for failed in self.board.list(Some(id)) {
             self.board.close(&failed.key);
         }
+        if let VmPlace::Host { .. } = served.ways.spec().place {
+            self.host.pods.dirs.drop_host_nodes(id).await;
+        }
         tracing::info!(vm = %id, "VM unregistered");
         Ok(Outcome::Done(()))
     }

@@ -131,6 +131,14 @@ impl PodDirs for SimPods {
         Ok(HotplugDir { pod, rel, inode: Inode { dev: 1, ino: 1 }, owner: (0, 0) })
     }
 
+    async fn drop_host_nodes(&self, vm: &VmId) {
+        let rel = PathBuf::from(host_dir(vm));
+        let mut state = self.lock();
+        if state.host_nodes.get(&rel).is_some_and(BTreeMap::is_empty) {
+            state.host_nodes.remove(&rel);
+        }
+    }
+
     async fn socket(&self, pod: &PodDir, path: &Path) -> Result<LibvirtEndpoint, PathError> {
         self.pass("pods.socket", &path.to_string_lossy()).await?;
         match self.lock().entry(pod, path)? {

@@ -18,7 +18,8 @@ use super::v1;
 use crate::reason::Reason;
 use crate::source::{portals_of, source_of};
 use crate::spec::{
-    ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec, VolumeSpec,
+    BlockSource, ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec,
+    VolumeSpec,
 };
 use crate::types::{
     Addressing, Bus, CacheMode, Chap, DiskType, ErrorPolicy, Iface, IfaceName, Lun, Malformed,
@@ -195,6 +196,10 @@ fn source(source: Option<v1::Source>) -> Result<Source, Refusal> {
     match source.and_then(|source| source.kind) {
         Some(v1::source::Kind::Iscsi(iscsi)) => iscsi_source(iscsi).map(Source::Iscsi),
         Some(v1::source::Kind::Fc(given)) => fc::source(&given).map(Source::Fc),
+        Some(v1::source::Kind::Block(given)) => {
+            let path = parse("volume.source.block.path", &given.path)?;
+            Ok(Source::Block(BlockSource { path }))
+        }
         None => Err(missing(
             "volume.source",
             Reason::InvalidSource,

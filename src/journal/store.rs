@@ -52,7 +52,7 @@ const FIRST: &str = "
     ) STRICT;";
 
 /// What each later schema has more than the one before it.
-const STEPS: [&str; 2] = [
+const STEPS: [&str; 3] = [
     "
     CREATE TABLE revisions (
         vm TEXT PRIMARY KEY REFERENCES vms(vm),
@@ -62,6 +62,10 @@ const STEPS: [&str; 2] = [
     // A version that knows only iSCSI would take the volume's value for damage.
     "
     -- 3: a volume's source may be by Fibre Channel
+    ",
+    // The same of one that knows only LUNs.
+    "
+    -- 4: a volume's source may be what is on the host
     ",
 ];
 

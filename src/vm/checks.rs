@@ -6,6 +6,7 @@ use super::attach::desired_disk;
 use super::facade::Refusal;
 use super::failure::Failure;
 use super::ways::Ways;
+use crate::connector::local;
 use crate::domain::{self, InGuest, Usage};
 use crate::host::libvirt::{Definition, DomainState};
 use crate::reason::Reason;
@@ -16,6 +17,7 @@ use crate::types::{Bus, VolumeName};
 /// address also with all that were taken on before, and nothing there has the name or the serial. Of one that
 /// does not run nothing is known: the volume is wanted for when it does.
 pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
+    may_be_given(ways, spec)?;
     let place = match ways.place().await {
         Err(failure) if failure.reason == Reason::VmNotRunning => return Ok(()),
         place => place?,
@@ -34,6 +36,17 @@ pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
     domain::check(&*connection, name, &desired, spec.persist, &leaving, &ahead, limit)
         .await
         .map_err(|error| Refusal::from(Failure::from(error)))
+}
+
+/// Whether guests of this node may have what is on the host there. The connector asks again: by then the
+/// configuration may be another one.
+fn may_be_given(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
+    let Some(path) = spec.source.host_path() else { return Ok(()) };
+    if local::allowed(&ways.settings().local, path).is_some() {
+        return Ok(());
+    }
+    let message = format!("{path} is beneath no directory that local.block_roots names");
+    Err(Refusal::new(Reason::SourceNotAllowed, message).field("volume.source.block.path"))
 }
 
 /// Whether a volume may be taken from the guest; returns what that gives up, in words. By force it

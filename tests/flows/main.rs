@@ -20,6 +20,7 @@ mod identity;
 mod ifaces;
 mod journal;
 mod late;
+mod local;
 mod main_job;
 mod matrix;
 mod moves;

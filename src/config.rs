@@ -63,6 +63,8 @@ pub struct Config {
     pub expand: Expand,
     /// iSCSI sessions that lunplug makes.
     pub iscsi: Iscsi,
+    /// What of the host's own may be given to guests.
+    pub local: connector::LocalSettings,
     /// How much there may be.
     pub limits: Limits,
 }
@@ -88,6 +90,7 @@ impl Default for Config {
             reconcile: Reconcile::default(),
             expand: Expand::default(),
             iscsi: Iscsi::default(),
+            local: connector::LocalSettings::default(),
             limits: Limits::default(),
         }
     }
@@ -311,6 +314,7 @@ impl Config {
                 login_retries: self.iscsi.login_retries,
             },
             fc: connector::FcSettings { port_ms: millis(self.deadlines.fc_port) },
+            local: self.local.clone(),
             ..connector::Settings::default()
         }
     }
@@ -338,6 +342,15 @@ impl Config {
             let unset = may_be_unset && path.as_os_str().is_empty();
             if !unset && !path.is_absolute() {
                 return Err((key, format!("{path:?} is not an absolute path")));
+            }
+        }
+        for root in &self.local.block_roots {
+            let plain = |c: std::path::Component<'_>| {
+                !matches!(c, std::path::Component::ParentDir | std::path::Component::CurDir)
+            };
+            if !root.is_absolute() || !root.components().all(plain) {
+                let message = format!("{root:?} is not an absolute path without '..'");
+                return Err(("local.block_roots", message));
             }
         }
         // What the kernel reports for every uid that has no mapping (user_namespaces(7)).

@@ -20,7 +20,7 @@ use crate::api::auth::AllowedPeers;
 use crate::api::server;
 use crate::cgroup::{Grants, Hierarchy};
 use crate::config::{Config, GuestUnproven};
-use crate::connector::SanConnector;
+use crate::connector::Connectors;
 use crate::host::facts::{self, System};
 use crate::host::libvirt::{Hypervisor, RealHypervisor};
 use crate::host::listen::{self, Socket};
@@ -182,7 +182,7 @@ pub async fn compose(
     let Doors { storage, pods, hypervisor } = doors;
     let grants = Grants::new(pods.overrides.clone(), pods.lists.clone());
     let mechanisms = install_grants(&grants, &pods).await?;
-    let connector = SanConnector::new(storage.clone(), config.connector());
+    let connector = Connectors::new(storage.clone(), config.connector());
     // What a killed daemon's login left and nobody wants. One target's trouble is not every VM's.
     if let Err(error) = connector.sweep().await {
         tracing::error!(
@@ -274,6 +274,7 @@ fn way_settings(config: &Config) -> WaySettings {
         pr_helper: Some(&config.pr_helper_socket)
             .filter(|path| !path.as_os_str().is_empty())
             .map(|path| path.to_string_lossy().into_owned()),
+        local: config.local.clone(),
     }
 }
 

@@ -65,7 +65,7 @@ reasons! {
     /// A serial has other characters or is too long for its bus.
     InvalidSerial = "INVALID_SERIAL", Invalid, "Give a shorter or plainer serial with --serial.";
     /// A source as a whole cannot be read.
-    InvalidSource = "INVALID_SOURCE", Invalid, "Write it as iscsi://PORTAL[,PORTAL]/IQN/LUN or fc://WWPN[,WWPN]/LUN, further targets of the same LUN after a +.";
+    InvalidSource = "INVALID_SOURCE", Invalid, "Write it as iscsi://PORTAL[,PORTAL]/IQN/LUN or fc://WWPN[,WWPN]/LUN, further targets of the same LUN after a +, or block:///dev/NAME.";
     /// An iSCSI name is malformed.
     InvalidIqn = "INVALID_IQN", Invalid, "Use the target's name as the array shows it.";
     /// A portal is malformed.
@@ -158,12 +158,16 @@ reasons! {
     FcPortNotFound = "FC_PORT_NOT_FOUND", Unavailable, "Check the WWPNs, the zoning and the links; a port that logs in later is found by itself.";
     /// The target does not export that LUN to us.
     LunNotFound = "LUN_NOT_FOUND", Precondition, "Map the LUN to this initiator at the array.";
+    /// What is on the host is not beneath a directory from which volumes may be had.
+    SourceNotAllowed = "SOURCE_NOT_ALLOWED", Precondition, "Name a directory above it in local.block_roots of the node's configuration, if guests may have what is there.";
+    /// What is on the host is not there, or is something else.
+    SourceNotFound = "SOURCE_NOT_FOUND", Precondition, "Give the path of a whole block device of the node's, once that is there.";
     /// The LUN is not the one that this volume was.
     IdentityChanged = "IDENTITY_CHANGED", Precondition, "If the change is meant, add it with --accept-new-identity.";
     /// The LUN is not the one that was expected.
     IdentityMismatch = "IDENTITY_MISMATCH", Precondition, "Correct the expected WWID or size, or the mapping at the array.";
     /// The LUN has no unique designator.
-    NoUniqueIdentity = "NO_UNIQUE_IDENTITY", Precondition, "Give the LUN a serial number at the array.";
+    NoUniqueIdentity = "NO_UNIQUE_IDENTITY", Precondition, "Give the LUN a serial number at the array; for a device of the node's that has none see local.without_identity.";
     /// Two paths claim the same LUN but are different devices.
     PathsDisagree = "PATHS_DISAGREE", Precondition, "The portals, or the targets, have different LUNs there; correct the source or the array.";
     /// An old device at that address is still held by someone.

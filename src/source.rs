@@ -4,9 +4,12 @@
 //!
 //! By Fibre Channel: `fc://WWPN[,WWPN]/LUN`, and more behind a `?` ([`fc_source`] has the rules).
 //!
+//! What is on the host already: `block:///dev/NAME`, the path as it is.
+//!
 //! A further transport is a further scheme here.
 
 mod fc;
+mod local;
 
 use std::fmt;
 use std::str::FromStr;
@@ -29,8 +32,13 @@ impl FromStr for Source {
 
     /// Errors of a part name that part (`portal`, `IQN`, `LUN`); anything else is a `source`.
     fn from_str(s: &str) -> Result<Self, Malformed> {
-        if s.split_once("://").is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("fc")) {
+        let is =
+            |kind: &str| s.split_once("://").is_some_and(|(k, _)| k.eq_ignore_ascii_case(kind));
+        if is("fc") {
             return fc::read(s).map(Self::Fc);
+        }
+        if is("block") {
+            return local::read_block(s).map(Self::Block);
         }
         let IscsiUrl { first, more, iface } = s.parse()?;
         let source = source_of(first, more, s)?;
@@ -161,6 +169,7 @@ impl fmt::Display for Source {
                 write!(f, "iscsi://{}{}", parts.join("+"), query_of(&s.iface))
             }
             Self::Fc(source) => f.write_str(&fc::write(source)),
+            Self::Block(source) => write!(f, "block://{}", source.path),
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::types::{
 };
 use crate::vm::resolve::Names;
 
-pub use source::{ChapFrom, FcSource, FcTarget, IscsiSource, IscsiTarget, Source};
+pub use source::{BlockSource, ChapFrom, FcSource, FcTarget, IscsiSource, IscsiTarget, Source};
 pub use vm::{FcSupport, VmPlace, VmSpec};
 
 /// How many paths a volume must have.
@@ -123,12 +123,28 @@ impl VolumeSpec {
             Source::Fc(source) if source.targets.is_empty() => {
                 Err(("source.targets", malformed("targets", "", "at least one target port")))
             }
+            Source::Block(_) => self.check_local(),
             Source::Iscsi(_) | Source::Fc(_) => Ok(()),
         }
     }
 }
 
 impl VolumeSpec {
+    /// What is on the host already has no paths of ours to be put together, and may be no LUN.
+    fn check_local(&self) -> Result<(), (&'static str, Malformed)> {
+        let no = |field, what, value: &str, rule| Err((field, Malformed::new(what, value, rule)));
+        if self.multipath == MultipathPolicy::Required {
+            let rule = "preferred or off: what is on the host already is taken as it is; for a map give the path of the map";
+            return no("multipath", "multipath", "required", rule);
+        }
+        if self.device == DiskType::Lun {
+            let rule =
+                "disk_type lun needs an iscsi or fc source: only of these it is known to be a LUN";
+            return no("disk_type", "disk_type", "lun", rule);
+        }
+        Ok(())
+    }
+
     /// What a LUN that is passed through excludes, and what needs one. QEMU's scsi-block does not carry
     /// the guest's I/O, only its SCSI commands: nothing that QEMU does to I/O applies.
     fn check_device(&self) -> Result<(), (&'static str, Malformed)> {
@@ -360,6 +376,25 @@ mod tests {
         }
         let json = serde_json::to_value(&lun).unwrap();
         assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), lun);
+    }
+
+    #[test]
+    fn what_is_on_the_host_has_no_paths_to_be_put_together_and_may_be_no_lun() {
+        let source = "block:///dev/vg/data".parse().unwrap();
+        let spec = VolumeSpec { source, ..volume_fixture("data") };
+        spec.check().unwrap();
+        let off = MultipathPolicy::Off;
+        VolumeSpec { multipath: off, ..spec.clone() }.check().unwrap();
+        let required = MultipathPolicy::Required;
+        let lun = VolumeSpec { serial: None, device: DiskType::Lun, ..spec.clone() };
+        for (field, spec) in
+            [("multipath", VolumeSpec { multipath: required, ..spec.clone() }), ("disk_type", lun)]
+        {
+            assert_eq!(spec.check().unwrap_err().0, field);
+        }
+        let json = serde_json::to_value(&spec).unwrap();
+        assert_eq!(json["source"], serde_json::json!({"block": {"path": "/dev/vg/data"}}));
+        assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), spec);
     }
 
     #[test]

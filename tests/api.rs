@@ -40,6 +40,11 @@ fn iscsi(change: impl FnOnce(&mut v1::IscsiSource)) -> Option<v1::Source> {
     Some(source)
 }
 
+fn block(path: &str) -> Option<v1::Source> {
+    let block = v1::BlockSource { path: path.into() };
+    Some(v1::Source { kind: Some(v1::source::Kind::Block(block)) })
+}
+
 fn fc(change: impl FnOnce(&mut v1::FcSource)) -> Option<v1::Source> {
     let url = "fc://500a0982991b8dc5,500a0982891b8dc5/7?map=21000024ff3d2e5c/500a0982991b8dc5";
     let mut source = wire_source(&url.parse::<Source>().unwrap());
@@ -185,6 +190,19 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
             },
             Reason::InvalidOption,
             "chap",
+        ),
+        (
+            addition("a", |v| v.source = block("/dev/../etc/shadow")),
+            Reason::InvalidSource,
+            "volume.source.block.path",
+        ),
+        (
+            addition("a", |v| {
+                v.source = block("/dev/vg/data");
+                v.set_multipath(v1::MultipathPolicy::Required);
+            }),
+            Reason::InvalidOption,
+            "volume.multipath",
         ),
         (addition("a", |v| v.serial = "a b".into()), Reason::InvalidSerial, "volume.serial"),
         (addition("a", |v| v.serial = long.clone()), Reason::InvalidSerial, "volume.serial"),

@@ -62,7 +62,7 @@ prop_compose! {
         blocks in proptest::option::of(1..u64::MAX / 512),
         lun in 0..16384u32,
         (by_name, serial_expected, iface, initiator) in any::<(bool, bool, bool, bool)>(),
-        (more, fc, map) in (0..3u32, any::<bool>(), any::<bool>()),
+        (more, kind, map) in (0..3u32, 0..3u8, any::<bool>()),
     ) -> VolumeSpec {
         let resolved = ("san-1:99".parse().unwrap(), "[fd00::1]:99".parse().unwrap());
         let names: Names = if by_name { [resolved].into() } else { Names::new() };
@@ -83,7 +83,10 @@ prop_compose! {
             (false, true) => "?initiator=iqn.2001-04.com.example:vm",
             (true, true) => "?iface=iser&initiator=iqn.2001-04.com.example:vm",
         };
-        let url = if fc {
+        let local = kind == 2;
+        let url = if local {
+            format!("block:///dev/vg/{name}-{lun}")
+        } else if kind == 1 {
             let wwpn = "500a0982991b8dc5";
             let map = if map { format!("map=21000024ff3d2e5c/{wwpn}&lip") } else { "wildcard_scan".into() };
             format!("fc://{wwpn},500a0982891b8dc5/{lun}+500a0982891b8dc6/flat:7?{map}")
@@ -104,7 +107,8 @@ prop_compose! {
             read_only,
             shareable,
             persist,
-            multipath: policies[multipath],
+            // Of what is on the host no map is made.
+            multipath: policies[if local { 2 } else { multipath }],
             expect_wwid: wwid.map(|w| w.parse().unwrap()),
             expect_size: blocks.map(|b| b * 512),
             expect_unit_serial: serial_expected.then(|| "6000 A".parse().unwrap()),
@@ -128,6 +132,11 @@ proptest! {
             device: DiskType::Lun,
             reservations,
             dedicated_io_thread: false,
+            // What is on the host may be no LUN.
+            source: match spec.source {
+                Source::Block(_) => "fc://500a0982991b8dc5/7".parse().unwrap(),
+                source => source,
+            },
             bus: Bus::Scsi,
             cache: CacheMode::None,
             read_only: false,

@@ -19,7 +19,8 @@ use crate::reason::Reason;
 use crate::source::{portals_of, source_of};
 use crate::spec::FcSupport;
 use crate::spec::{
-    ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec, VolumeSpec,
+    BlockSource, ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec,
+    VolumeSpec,
 };
 use crate::types::{
     Addressing, Bus, CacheMode, Chap, DiskType, ErrorPolicy, Iface, IfaceName, Lun, Malformed,
@@ -203,6 +204,10 @@ fn source(source: Option<v1::Source>) -> Result<Source, Refusal> {
     match source.and_then(|source| source.kind) {
         Some(v1::source::Kind::Iscsi(iscsi)) => iscsi_source(iscsi).map(Source::Iscsi),
         Some(v1::source::Kind::Fc(given)) => fc::source(&given).map(Source::Fc),
+        Some(v1::source::Kind::Block(given)) => {
+            let path = parse("volume.source.block.path", &given.path)?;
+            Ok(Source::Block(BlockSource { path }))
+        }
         None => Err(missing(
             "volume.source",
             Reason::InvalidSource,

@@ -112,7 +112,7 @@ pub fn malformed_reason(what: &str) -> Reason {
     match what {
         "VM namespace" | "VM name" | "volume name" => Reason::InvalidName,
         "serial" => Reason::InvalidSerial,
-        "source" => Reason::InvalidSource,
+        "source" | "host path" => Reason::InvalidSource,
         "IQN" => Reason::InvalidIqn,
         "portal" | "portals" => Reason::InvalidPortal,
         "LUN" => Reason::InvalidLun,

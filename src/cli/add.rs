@@ -82,12 +82,12 @@ pub(super) struct Args {
     /// A shorter name for the disk, seen in its alias and its node [default: the volume's name].
     #[arg(long, value_name = "NAME")]
     disk_name: Option<String>,
-    /// Where the data lives: a URL, e.g. iscsi://10.0.0.1,san-b/IQN/LUN or fc://WWPN,WWPN/LUN; where the LUN is to
+    /// Where the data lives: a URL, e.g. iscsi://10.0.0.1,san-b/IQN/LUN, fc://WWPN,WWPN/LUN or block:///dev/NAME; where the LUN is to
     /// be had at further targets, each of them after a +.
     #[arg(long, value_name = "URL", required_unless_present = "file")]
     source: Option<String>,
     /// Read the volume from a file, YAML or JSON, `-` for stdin; flags win over it. Also a Kubernetes
-    /// PersistentVolume or its iscsi or fc stanza, or Cinder's connection_info, together with --volume-name.
+    /// PersistentVolume or its iscsi, fc or local stanza, or Cinder's connection_info, together with --volume-name.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// The serial that the guest sees, at most 36 characters (bus virtio: 20) [default: the

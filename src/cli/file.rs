@@ -163,6 +163,11 @@ impl VolumeFile {
         self.source = Some(SourceFile::fc(fc));
     }
 
+    /// Has it be a block device that is on the node already.
+    pub(super) fn set_block(&mut self, path: String) {
+        self.source = Some(SourceFile::block(path));
+    }
+
     /// Has the source refer to a secret.
     pub(super) fn set_chap_secret(&mut self, name: &str) -> Result<(), Failure> {
         if let Some(source) = &self.source {
@@ -290,6 +295,24 @@ unit_serial: 6000-A
         let error = VolumeFile::parse("source: {fc: {targets: [], portals: []}}").unwrap_err();
         assert!(error.to_string().contains("portals"), "{error}");
         let failure = VolumeFile::parse("source: 'fc://x/1'").unwrap().to_wire().unwrap_err();
+        assert_eq!((failure.field.as_str(), failure.exit), ("source", Exit::Usage));
+    }
+
+    #[test]
+    fn a_device_of_the_node_is_read_in_either_form() {
+        let full = VolumeFile::parse("source: {block: {path: /dev/vg/data}}").unwrap();
+        assert_eq!(full.source_url(), "block:///dev/vg/data");
+        let by_url = VolumeFile::parse("source: 'block:///dev/vg/data'").unwrap();
+        assert_eq!(by_url.to_wire().unwrap().source, full.to_wire().unwrap().source);
+        assert_eq!(VolumeFile::from_wire(&full.to_wire().unwrap()).source, full.source);
+        let json = serde_json::to_string(&full).unwrap();
+        assert_eq!(VolumeFile::parse(&json).unwrap(), full);
+        let failure = by_url.clone().set_chap_secret("san-1").unwrap_err();
+        assert!(failure.message.contains("an iscsi source"), "{}", failure.message);
+        let two = "source: {block: {path: /dev/a}, fc: {targets: []}}";
+        let error = VolumeFile::parse(two).unwrap_err().to_string();
+        assert!(error.contains("one of iscsi, fc and block"), "{error}");
+        let failure = VolumeFile::parse("source: 'block://dev'").unwrap().to_wire().unwrap_err();
         assert_eq!((failure.field.as_str(), failure.exit), ("source", Exit::Usage));
     }
 

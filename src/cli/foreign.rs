@@ -1,4 +1,4 @@
-//! Sources as others write them: the `iscsi:` and `fc:` stanzas of a Kubernetes volume, and OpenStack Cinder's
+//! Sources as others write them: the `iscsi:`, `fc:` and `local:` stanzas of a Kubernetes volume, and OpenStack Cinder's
 //! `connection_info`. Each field is either taken, passed over with a note, or refused by its name;
 //! one that is not known is refused, for nobody knows what was meant by it.
 
@@ -31,25 +31,48 @@ pub(super) fn read(document: &Value) -> Option<Result<Foreign, String>> {
     if map.get("kind").and_then(Value::as_str) == Some("PersistentVolume") {
         let spec = map.get("spec").and_then(Value::as_mapping);
         return Some(spec.and_then(|spec| of_kind("spec.", spec)).unwrap_or_else(|| {
-            let what = "only iscsi and fc volumes can be read";
-            Err(format!("spec.iscsi is missing, and so is spec.fc: {what}"))
+            let what = "only iscsi, fc and local volumes can be read";
+            Err(format!("spec.iscsi is missing, and so are spec.fc and spec.local: {what}"))
         }));
     }
     let stanza = of_kind("", map)?;
     Some(if map.len() == 1 {
         stanza
     } else {
-        Err("iscsi or fc must be the only key: the volume's name and the rest are flags".into())
+        Err("iscsi, fc or local must be the only key: the volume's name and the rest are flags"
+            .into())
     })
 }
 
-/// What is under `iscsi` or `fc`.
+/// What is under `iscsi`, `fc` or `local`.
 fn of_kind(path: &str, map: &Mapping) -> Option<Result<Foreign, String>> {
     let kind = |name: &str| map.get(name).and_then(Value::as_mapping);
     if let Some(iscsi) = kind("iscsi") {
         return Some(stanza(Fields::new(&format!("{path}iscsi."), iscsi)));
     }
-    Some(fc::stanza(Fields::new(&format!("{path}fc."), kind("fc")?)))
+    if let Some(fc) = kind("fc") {
+        return Some(fc::stanza(Fields::new(&format!("{path}fc."), fc)));
+    }
+    let mode = map.get("volumeMode").and_then(Value::as_str);
+    Some(local(Fields::new(&format!("{path}local."), kind("local")?), path, mode))
+}
+
+/// `spec.local` of a PersistentVolume, whose mode is beside it.
+fn local(mut fields: Fields<'_>, path: &str, mode: Option<&str>) -> Result<Foreign, String> {
+    // Filesystem is what Kubernetes takes where nothing is said, and then it is a directory.
+    if !path.is_empty() && mode != Some("Block") {
+        let mode = mode.unwrap_or("Filesystem");
+        return Err(format!(
+            "{path}volumeMode: {mode:?} is not possible: a local volume must be of mode Block"
+        ));
+    }
+    let mut volume = VolumeFile::default();
+    match fields.text("path")? {
+        device if device.is_empty() => return Err(format!("{}path is missing", fields.path)),
+        device => volume.set_block(device),
+    }
+    fields.pass("fsType", "the guest gets a block device");
+    Ok(Foreign { volume, notes: fields.end()? })
 }
 
 /// A mapping whose fields are taken one by one.

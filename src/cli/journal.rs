@@ -266,7 +266,7 @@ fn leases(found: &Found) -> Vec<Vec<String>> {
             vec![
                 name.clone(),
                 u.owner.to_string(),
-                u.lun.to_string(),
+                u.lun.map(|lun| lun.to_string()).unwrap_or_default(),
                 wwid.unwrap_or_default(),
                 u.paths.join(" "),
                 u.map.clone().unwrap_or_default(),

@@ -201,10 +201,14 @@ fn value_of(text: &str, like: &Value) -> Result<Value, String> {
             let yes_or_no = text.trim().parse().map(Value::Boolean);
             yes_or_no.map_err(|_| format!("{text:?} is neither true nor false"))
         }
-        // The only lists are of numbers.
+        // The only lists are of numbers and of absolute paths.
         Value::Array(_) => {
             let items = text.split(',').filter(|item| !item.trim().is_empty());
-            items.map(number).collect::<Result<_, _>>().map(Value::Array)
+            let item = |item: &str| match item.trim() {
+                path if path.starts_with('/') => Ok(Value::String(path.into())),
+                other => number(other),
+            };
+            items.map(item).collect::<Result<_, _>>().map(Value::Array)
         }
         _ => Ok(Value::String(text.into())),
     }
@@ -216,6 +220,7 @@ mod tests {
 
     use super::super::{GuestUnproven, LogFormat};
     use super::*;
+    use crate::connector::settings::WithoutIdentity;
 
     fn file(text: &str) -> Layers {
         Layers { file: Some(("f.toml".into(), text.into())), ..Layers::default() }
@@ -245,6 +250,8 @@ mod tests {
             environment: [
                 ("LUNPLUG_ALLOWED_UIDS", "107, 1000"),
                 ("LUNPLUG_LOG_FORMAT", "json"),
+                ("LUNPLUG_LOCAL_BLOCK_ROOTS", "/dev, /srv/block"),
+                ("LUNPLUG_LOCAL_WITHOUT_IDENTITY", "path"),
                 ("LUNPLUG_GUEST_UNPROVEN", "allow"),
                 ("LUNPLUG_DEADLINES_GUEST_UNPLUG", "1m 30s"),
                 ("LUNPLUG_LIMITS_MAX_VMS", "7"),
@@ -258,6 +265,8 @@ mod tests {
         };
         let Loaded { config, warnings } = layers.load().unwrap();
         assert_eq!(config.allowed_uids, [107, 1000]);
+        assert_eq!(config.local.block_roots, [Path::new("/dev"), Path::new("/srv/block")]);
+        assert_eq!(config.local.without_identity, WithoutIdentity::Path);
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(config.guest_unproven, GuestUnproven::Allow);
         assert_eq!(config.deadlines.guest_unplug, Duration::from_secs(90));
@@ -297,6 +306,8 @@ mod tests {
             ("metrics_listen = 'localhost'", "metrics_listen"),
             ("socket = 'here'", "socket"),
             ("allowed_uids = [65534]", "allowed_uids"),
+            ("[local]\nblock_roots = ['dev']", "local.block_roots"),
+            ("[local]\nblock_roots = ['/dev/../etc']", "local.block_roots"),
             ("[limits]\nmax_vms = 0", "limits.max_vms"),
             ("[log]\nlevel = 'lunplug=loud'", "log.level"),
         ] {

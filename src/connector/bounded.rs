@@ -41,6 +41,8 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
         iscsidb: Arc::new(BoundedIscsiDb(doors.iscsidb, ms(settings.file_ms))),
         secrets: doors.secrets,
         resolver: doors.resolver,
+        // It has a deadline of its own.
+        local: doors.local,
     }
 }
 

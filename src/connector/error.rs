@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::host::cmd::CmdError;
+use crate::host::local::SourceError;
 use crate::host::lock::LockError;
 use crate::host::multipathd::MultipathdError;
 use crate::host::place::is_place_error;
@@ -96,6 +97,47 @@ pub enum Error {
         targets: String,
         /// What is seen of them, and the HBAs' states.
         seen: String,
+    },
+    /// Guests may not have what is on the host there.
+    #[error("{path} is beneath no directory that {setting} names")]
+    NotAllowed {
+        /// The path.
+        path: String,
+        /// The setting.
+        setting: &'static str,
+    },
+    /// What is on the host cannot be had.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A node of a device that there is not.
+    #[error("{path} is a node of device {dev}, which is not there or has no medium")]
+    NoDevice {
+        /// The path.
+        path: String,
+        /// The node's number.
+        dev: DevNum,
+    },
+    /// A partition is no whole device.
+    #[error("{device} is a partition: only a whole device can be a volume")]
+    Partition {
+        /// Kernel name.
+        device: String,
+    },
+    /// Nothing tells the device from others.
+    #[error(
+        "{device} has no unique identity, as a LUN, NVMe, device-mapper, md or RBD have; local.without_identity = \"path\" takes it by its path alone"
+    )]
+    NoIdentity {
+        /// Path and kernel name.
+        device: String,
+    },
+    /// A map was required of what is on the host.
+    #[error("{path}: {rule}")]
+    NoMapOfLocal {
+        /// The path.
+        path: String,
+        /// What would be right.
+        rule: &'static str,
     },
     /// A connector was given another's source: a mistake of ours.
     #[error("{source_key} is not of {transport}")]
@@ -296,6 +338,18 @@ impl Error {
             Self::NoIface { .. } => Reason::IfaceNotFound,
             Self::NoHba { .. } => Reason::NoFcHba,
             Self::PortNotFound { .. } => Reason::FcPortNotFound,
+            Self::NotAllowed { .. } | Self::Source(SourceError::Leaves { .. }) => {
+                Reason::SourceNotAllowed
+            }
+            Self::Source(SourceError::Io { source, .. }) => match source.kind() {
+                io::ErrorKind::TimedOut => Reason::DeadlineExceeded,
+                _ => Reason::HostIoFailed,
+            },
+            Self::Source(SourceError::NotThere(_) | SourceError::Other { .. })
+            | Self::NoDevice { .. }
+            | Self::Partition { .. } => Reason::SourceNotFound,
+            Self::NoIdentity { .. } => Reason::NoUniqueIdentity,
+            Self::NoMapOfLocal { .. } => Reason::InvalidOption,
             Self::OtherTransport { .. } => Reason::Internal,
             Self::NotAttached { .. } => Reason::VolumeNotReady,
             Self::SourceInUse { .. } => Reason::SourceInUse,

@@ -3,6 +3,7 @@
 use super::fc::Made as FcMade;
 use super::iscsi::Made as IscsiMade;
 use super::lease::{Claim, Claims, Lease, Made, file_name};
+use super::local::{LocalLease, TRANSPORT as LOCAL};
 use crate::types::{Lun, VolumeKey, Wwid};
 
 /// A target's lease.
@@ -25,8 +26,8 @@ pub struct LeaseFacts {
 pub struct UserFacts {
     /// Whose it is.
     pub owner: VolumeKey,
-    /// Which LUN.
-    pub lun: Lun,
+    /// Which LUN; `None` of what is on the host.
+    pub lun: Option<Lun>,
     /// The LUN's identity, once proven.
     pub wwid: Option<Wwid>,
     /// The addresses of its paths.
@@ -68,6 +69,7 @@ pub fn read_lease(name: &str, bytes: &[u8]) -> Result<LeaseFacts, String> {
         }),
         // Nothing is made of a port that logs in by itself.
         Some(FcMade::TRANSPORT) => lease_facts::<FcMade>(bytes, |_| Vec::new()),
+        Some(LOCAL) => local_facts(bytes),
         _ => Err("it is of a transport that this version does not know".into()),
     }
 }
@@ -79,7 +81,7 @@ fn lease_facts<M: Made>(
     let lease: Lease<M> = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
     let user = |u: super::lease::User| UserFacts {
         owner: u.owner,
-        lun: u.lun,
+        lun: Some(u.lun),
         wwid: u.wwid,
         paths: u.paths.iter().map(|p| p.hctl.to_string()).collect(),
         map: u.map.map(|m| m.uuid),
@@ -91,6 +93,25 @@ fn lease_facts<M: Made>(
         target: lease.target,
         users: lease.users.into_iter().map(user).collect(),
         portals: portals(&lease.made),
+    })
+}
+
+fn local_facts(bytes: &[u8]) -> Result<LeaseFacts, String> {
+    let lease: LocalLease = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    let user = |u: super::local::LocalUser| UserFacts {
+        owner: u.owner,
+        lun: None,
+        wwid: u.found.map(|found| found.wwid),
+        paths: Vec::new(),
+        map: None,
+        attached: u.attachment.is_some(),
+    };
+    Ok(LeaseFacts {
+        boot_id: lease.boot_id,
+        transport: LOCAL,
+        target: lease.source,
+        users: lease.users.into_iter().map(user).collect(),
+        portals: Vec::new(),
     })
 }
 

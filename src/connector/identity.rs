@@ -81,7 +81,7 @@ pub enum IdentityError {
         kernel: String,
     },
     /// Not what the request asked for.
-    #[error("the LUN at {at} is {found}, but {expected} was asked for")]
+    #[error("the device at {at} is {found}, but {expected} was asked for")]
     Mismatch {
         /// SCSI address.
         at: String,
@@ -91,7 +91,7 @@ pub enum IdentityError {
         expected: Wwid,
     },
     /// Not the serial number that the request asked for.
-    #[error("the LUN at {at} has serial number {found}, but {expected} was asked for")]
+    #[error("the device at {at} has serial number {found}, but {expected} was asked for")]
     Serial {
         /// SCSI address.
         at: String,
@@ -101,7 +101,7 @@ pub enum IdentityError {
         expected: UnitSerial,
     },
     /// Not the size that the request asked for.
-    #[error("the LUN at {at} has {found} bytes, but {expected} were asked for")]
+    #[error("the device at {at} has {found} bytes, but {expected} were asked for")]
     Size {
         /// SCSI address.
         at: String,
@@ -111,7 +111,7 @@ pub enum IdentityError {
         expected: u64,
     },
     /// Not what this volume was at its first attach.
-    #[error("the LUN at {at} is {found}, but this volume was {recorded} when first attached")]
+    #[error("the device at {at} is {found}, but this volume was {recorded} when first attached")]
     Changed {
         /// SCSI address.
         at: String,

@@ -300,7 +300,7 @@ impl Leases {
                 kept.push(other);
             }
         }
-        if let Some(other) = kept.iter().find(|c| !(c.shareable && claim.shareable)) {
+        if let Some(other) = kept.iter().find(|c| !c.may_share(&claim)) {
             let owner = other.owner.to_string();
             return Err(Error::SourceInUse { wwid: wwid.clone(), owner });
         }
@@ -372,6 +372,15 @@ pub(crate) struct Claim {
     pub(crate) target: String,
     /// Others may have it too.
     pub(crate) shareable: bool,
+}
+
+impl Claim {
+    /// Whether both may have the LUN. One that is had by a transport goes with it when its volume goes, so it
+    /// cannot be shared with one that takes it as what is on the host.
+    fn may_share(&self, other: &Self) -> bool {
+        let is_local = |claim: &Self| claim.transport == super::local::TRANSPORT;
+        self.shareable && other.shareable && is_local(self) == is_local(other)
+    }
 }
 
 #[derive(Serialize, Deserialize)]

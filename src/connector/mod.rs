@@ -1,4 +1,5 @@
-//! Attaches a remote LUN to the host as one verified block device, and detaches it.
+//! Attaches a remote LUN to the host as one verified block device, and detaches it; or takes what is on the host
+//! already.
 
 pub(crate) mod bounded;
 pub mod error;
@@ -9,10 +10,11 @@ mod health;
 mod identity;
 mod iscsi;
 mod lease;
+pub mod local;
 mod lun;
 mod mapchange;
 mod multipath;
-mod san;
+mod router;
 mod scsi;
 pub mod settings;
 mod size;
@@ -21,7 +23,7 @@ mod wait;
 
 pub use error::Error;
 pub use health::{Health, Paths};
-pub use san::SanConnector;
+pub use router::Connectors;
 pub use settings::Settings;
 pub use touched::Touched;
 
@@ -198,8 +200,8 @@ pub trait Connector: Send + Sync {
     ) -> Result<Outcome, Error>;
 
     /// Has the host forget a LUN that was attached in an earlier boot: what it remembers of it across
-    /// boots beside its records. Left alone when somebody has it.
-    async fn forget(&self, wwid: &Wwid) -> Result<(), Error>;
+    /// boots beside its records. Left alone when somebody has it, and where lunplug did not bring it.
+    async fn forget(&self, source: &Source, wwid: &Wwid) -> Result<(), Error>;
 
     /// What is attached in this owner's name, verified anew against sysfs; `None` when nothing is.
     async fn observe(

@@ -1,5 +1,6 @@
 //! Deadlines and parameters of the host's side of an attach. The configuration embeds this.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -46,6 +47,29 @@ pub struct Settings {
     pub iscsi: IscsiSettings,
     /// Fibre Channel.
     pub fc: FcSettings,
+    /// What is on the host.
+    pub local: LocalSettings,
+}
+
+/// What of the host's own volumes may be.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LocalSettings {
+    /// Directories beneath which block devices may be given to guests: none, unless set.
+    pub block_roots: Vec<PathBuf>,
+    /// What becomes of a device that has no unique identity.
+    pub without_identity: WithoutIdentity,
+}
+
+/// What becomes of a device on the host that has no unique identity (a loop device, a virtio disk).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WithoutIdentity {
+    /// It is refused with NO_UNIQUE_IDENTITY.
+    #[default]
+    Refuse,
+    /// It is known by its path: what that leads to is not proven.
+    Path,
 }
 
 /// Fibre Channel's.
@@ -115,6 +139,7 @@ impl Default for Settings {
             holders_ms: 3_000,
             iscsi: IscsiSettings::default(),
             fc: FcSettings::default(),
+            local: LocalSettings::default(),
         }
     }
 }

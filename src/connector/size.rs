@@ -21,7 +21,7 @@ use crate::types::Wwid;
 
 /// A path, for people: `3:0:0:1 (sda)`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PathName {
+pub(super) struct PathName {
     /// SCSI address.
     pub(crate) hctl: Hctl,
     /// Kernel name.
@@ -41,7 +41,7 @@ pub enum SizeError {
     #[error("the path {path} {state}, so what size it shows is not known")]
     PathDown {
         /// Which.
-        path: PathName,
+        path: String,
         /// What it is like: `is offline`.
         state: String,
     },
@@ -49,11 +49,11 @@ pub enum SizeError {
     #[error("the paths disagree: {one} shows {one_size} bytes, {other} shows {other_size}")]
     Disagree {
         /// One path.
-        one: PathName,
+        one: String,
         /// Its bytes.
         one_size: u64,
         /// Another.
-        other: PathName,
+        other: String,
         /// Its bytes.
         other_size: u64,
     },
@@ -61,7 +61,7 @@ pub enum SizeError {
     #[error("the path {path} shows {found} bytes, but the LUN had {was} when it was handed out")]
     Shrunk {
         /// One path.
-        path: PathName,
+        path: String,
         /// Bytes as they were handed out.
         was: u64,
         /// Bytes now.
@@ -71,7 +71,7 @@ pub enum SizeError {
     #[error("the path {path} shows {found} bytes (before: {was}), but {expected} were expected")]
     Unexpected {
         /// One path.
-        path: PathName,
+        path: String,
         /// Bytes as they were handed out.
         was: u64,
         /// Bytes now.
@@ -124,7 +124,7 @@ async fn remeasured(
     checked: &Checked,
 ) -> Result<(PathName, u64), Error> {
     let Member { path, dir, diskseq } = member;
-    let down = |state: String| SizeError::PathDown { path: path.clone(), state };
+    let down = |state: String| SizeError::PathDown { path: path.to_string(), state };
     if checked.get(&path.hctl.to_string()) == Some(&false) {
         return Err(down("has failed".into()).into());
     }
@@ -162,22 +162,22 @@ async fn must_run(sysfs: &dyn Sysfs, member: &Member) -> Result<(), Error> {
         Some("running") => Ok(()),
         other => {
             let state = other.map_or_else(|| "is gone".into(), |state| format!("is {state}"));
-            Err(SizeError::PathDown { path: member.path.clone(), state }.into())
+            Err(SizeError::PathDown { path: member.path.to_string(), state }.into())
         }
     }
 }
 
 /// The one size of all paths, which may not be less than `was`, and must be `expected` where that is
 /// said.
-pub(crate) fn agreed(
-    sizes: &[(PathName, u64)],
+pub(crate) fn agreed<P: fmt::Display>(
+    sizes: &[(P, u64)],
     was: u64,
     expected: Option<u64>,
 ) -> Result<Option<u64>, SizeError> {
     let Some(((path, found), rest)) = sizes.split_first() else { return Ok(None) };
-    let (path, found) = (path.clone(), *found);
+    let (path, found) = (path.to_string(), *found);
     if let Some((other, other_size)) = rest.iter().find(|(_, size)| *size != found) {
-        let (other, other_size) = (other.clone(), *other_size);
+        let (other, other_size) = (other.to_string(), *other_size);
         return Err(SizeError::Disagree { one: path, one_size: found, other, other_size });
     }
     match expected {

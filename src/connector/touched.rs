@@ -41,6 +41,8 @@ pub struct Touched {
     ports: bool,
     /// SCSI addresses of LUNs that have another size, by the array's word or the kernel's.
     resized: BTreeSet<String>,
+    /// Numbers of devices that have another size, by the kernel's word.
+    resized_numbers: BTreeSet<DevNum>,
 }
 
 impl Touched {
@@ -68,8 +70,12 @@ impl Touched {
     /// `volume` is `None` for one whose paths are not known yet.
     pub fn announces_size(&self, volume: Option<&Attachment>) -> bool {
         match volume {
+            // What is on the host already has no paths of ours.
+            Some(volume) if volume.paths.is_empty() => {
+                self.resized_numbers.contains(&volume.device.dev)
+            }
             Some(volume) => volume.paths.iter().any(|path| self.resized.contains(&path.hctl)),
-            None => !self.resized.is_empty(),
+            None => !self.resized.is_empty() || !self.resized_numbers.is_empty(),
         }
     }
 
@@ -116,6 +122,9 @@ impl Touched {
                 let number = |key: &str| event.properties.get(key).and_then(|n| n.parse().ok());
                 if let (Some(major), Some(minor)) = (number("MAJOR"), number("MINOR")) {
                     self.numbers.insert(DevNum { major, minor });
+                    if says("RESIZE", "1") {
+                        self.resized_numbers.insert(DevNum { major, minor });
+                    }
                 }
             }
             // A host that is new is nobody's yet.

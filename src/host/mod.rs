@@ -14,6 +14,7 @@ pub mod iscsidb;
 pub mod killpoint;
 pub mod libvirt;
 pub mod listen;
+pub mod local;
 pub mod lock;
 pub mod mounts;
 pub mod multipathd;

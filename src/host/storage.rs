@@ -9,6 +9,7 @@ use super::block::{Blocks, RealBlocks};
 use super::cmd::{Commands, RealCommands};
 use super::iscsidb::{IscsiDb, RealIscsiDb};
 use super::killpoint::RealKillPoints;
+use super::local::{LocalSources, RealLocalSources};
 use super::lock::{RealRunDir, RunDir};
 use super::multipathd::{Multipathd, RealMultipathd};
 use super::place::Places;
@@ -105,6 +106,8 @@ pub struct StorageDoors {
     pub secrets: Arc<dyn Secrets>,
     /// Names of hosts.
     pub resolver: Arc<dyn Resolver>,
+    /// What is on the host already.
+    pub local: Arc<dyn LocalSources>,
     /// Runs the steps.
     pub tracker: Tracker,
     /// How many calls are past their deadline and still in the kernel.
@@ -125,11 +128,13 @@ impl StorageDoors {
         };
         let sysfs = Arc::new(RealSysfs::new(&options.sysfs, deadline));
         let blocks = Arc::new(RealBlocks::new(&options.nodes, deadline));
+        let local = Arc::new(RealLocalSources::new(deadline));
         Ok(Self {
             stuck: Arc::new({
-                let (sysfs, blocks) = (sysfs.clone(), blocks.clone());
-                move || sysfs.stuck() + blocks.stuck()
+                let (sysfs, blocks, local) = (sysfs.clone(), blocks.clone(), local.clone());
+                move || sysfs.stuck() + blocks.stuck() + local.stuck()
             }),
+            local,
             sysfs,
             uevents: Arc::new(RealUevents::open().map_err(OpenError::Uevents)?),
             commands: Arc::new(RealCommands::new(std::env::var_os("PATH")).placed(places.clone())),
@@ -157,7 +162,8 @@ impl StorageDoors {
             rundir: sim.rundir(),
             iscsidb: sim_door.clone(),
             secrets: sim_door.clone(),
-            resolver: sim_door,
+            resolver: sim_door.clone(),
+            local: sim_door,
             tracker: Tracker::new(sim.faults().clone()),
             stuck: Arc::new(|| 0),
         }

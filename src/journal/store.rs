@@ -52,7 +52,7 @@ const FIRST: &str = "
     ) STRICT;";
 
 /// What each later schema has more than the one before it.
-const STEPS: [&str; 3] = [
+const STEPS: [&str; 4] = [
     "
     CREATE TABLE revisions (
         vm TEXT PRIMARY KEY REFERENCES vms(vm),
@@ -65,6 +65,10 @@ const STEPS: [&str; 3] = [
     ",
     "
     ALTER TABLE vms ADD COLUMN fc_marked INTEGER NOT NULL DEFAULT 0;",
+    // The same of one that knows only LUNs.
+    "
+    -- 5: a volume's source may be what is on the host
+    ",
 ];
 
 /// Brings a database from a schema (0: an empty one) to [`SCHEMA`], as a whole or not at all.

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{Iface, Iqn, Lun, Portal, SecretName, Wwpn};
+use crate::types::{HostPath, Iface, Iqn, Lun, Portal, SecretName, Wwpn};
 
 /// A target at which a LUN is to be had.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -103,7 +103,14 @@ pub struct FcSource {
     pub lip: bool,
 }
 
-/// Where a volume's data lives. NVMe and local kinds are further variants.
+/// A block device that is on the host already.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BlockSource {
+    /// What leads to it.
+    pub path: HostPath,
+}
+
+/// Where a volume's data lives. NVMe is a further variant.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
@@ -111,12 +118,14 @@ pub enum Source {
     Iscsi(IscsiSource),
     /// A LUN that is had by Fibre Channel.
     Fc(FcSource),
+    /// A block device that is on the host already.
+    Block(BlockSource),
 }
 
 impl Source {
     /// What makes two sources the same volume: for iSCSI the targets, each with its LUN, and the initiator's
     /// name where that is not the node's, whatever their order and portals; for Fibre Channel the target
-    /// ports, each with its LUN.
+    /// ports, each with its LUN; for what is on the host its path.
     pub fn key(&self) -> String {
         format!("{}://{}", self.scheme(), self.keys().join("+"))
     }
@@ -135,7 +144,7 @@ impl Source {
     pub fn as_iscsi(&self) -> Option<&IscsiSource> {
         match self {
             Self::Iscsi(source) => Some(source),
-            Self::Fc(_) => None,
+            Self::Fc(_) | Self::Block(_) => None,
         }
     }
 
@@ -143,7 +152,15 @@ impl Source {
     pub fn as_iscsi_mut(&mut self) -> Option<&mut IscsiSource> {
         match self {
             Self::Iscsi(source) => Some(source),
-            Self::Fc(_) => None,
+            Self::Fc(_) | Self::Block(_) => None,
+        }
+    }
+
+    /// The path on the host, where it is one.
+    pub fn host_path(&self) -> Option<&HostPath> {
+        match self {
+            Self::Block(source) => Some(&source.path),
+            Self::Iscsi(_) | Self::Fc(_) => None,
         }
     }
 
@@ -153,10 +170,11 @@ impl Source {
     }
 
     /// What its URL begins with.
-    fn scheme(&self) -> &'static str {
+    pub fn scheme(&self) -> &'static str {
         match self {
             Self::Iscsi(_) => "iscsi",
             Self::Fc(_) => "fc",
+            Self::Block(_) => "block",
         }
     }
 
@@ -171,6 +189,7 @@ impl Source {
                 source.targets().iter().map(key).collect()
             }
             Self::Fc(source) => source.targets.iter().map(ToString::to_string).collect(),
+            Self::Block(source) => vec![source.path.to_string()],
         };
         keys.sort();
         keys

@@ -310,12 +310,24 @@ impl From<DevNum> for String {
 ///
 /// multipath's and udev's spelling is read as well: there the prefix is the designator type of
 /// VPD page 0x83 as one digit (`3` NAA, `2` EUI-64, `1` T10).
+///
+/// A block device of the host's that is no LUN has the identity that its driver gives it: `dm.UUID`,
+/// `rbd.FSID/POOL_ID/IMAGE_ID`, `nvme.TEXT`, `uuid.UUID` (both of NVMe's), `md.UUID`; or none but the path that
+/// leads to it, `path./dev/loop0`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Wwid(String);
 text_type!(Wwid);
 
 impl Wwid {
+    /// The kinds of identities that are no SCSI designator.
+    const OF_DEVICES: [&'static str; 6] = ["dm", "rbd", "nvme", "uuid", "md", "path"];
+
+    /// Whether nothing is proven by it: it is the path that was asked for.
+    pub fn is_path(&self) -> bool {
+        self.0.starts_with("path.")
+    }
+
     /// multipath's and udev's spelling: `3` + NAA, `2` + EUI-64, `1` + T10 vendor id.
     pub fn multipath(&self) -> String {
         match self.0.split_once('.') {
@@ -332,7 +344,7 @@ impl Wwid {
 impl FromStr for Wwid {
     type Err = Malformed;
     fn from_str(s: &str) -> Result<Self, Malformed> {
-        const RULE: &str = "naa.<16 or 32 hex>, eui.<16, 24 or 32 hex>, t10.<vendor and serial>, or multipath's 3<hex>, 2<hex>, 1<text>";
+        const RULE: &str = "naa.<16 or 32 hex>, eui.<16, 24 or 32 hex>, t10.<vendor and serial>, or multipath's 3<hex>, 2<hex>, 1<text>; of other devices dm.<uuid>, rbd.<fsid>/<pool id>/<image id>, nvme.<text>, uuid.<uuid>, md.<uuid>, path.<path>";
         let hex = |t: &str, lens: &[usize]| {
             lens.contains(&t.len()) && t.bytes().all(|c| c.is_ascii_hexdigit())
         };
@@ -343,7 +355,12 @@ impl FromStr for Wwid {
             |t: &str| t.len() > 8 && t.len() <= 256 && t.bytes().all(|c| (0x20..0x7f).contains(&c));
         let t10 = |t: &str| printable(t).then(|| format!("t10.{}", t.trim_end()));
         let s = s.trim_end_matches(['\n', '\0']);
+        // A path is at most as long as `HostPath` lets it be.
+        let text = |t: &str| {
+            !t.is_empty() && t.len() <= 1024 && t.bytes().all(|c| (0x20..0x7f).contains(&c))
+        };
         let found = match s.split_once('.') {
+            Some((p, rest)) if Self::OF_DEVICES.contains(&p) => text(rest).then(|| s.to_owned()),
             Some((p, rest)) if p.eq_ignore_ascii_case("naa") => naa(rest),
             Some((p, rest)) if p.eq_ignore_ascii_case("eui") => eui(rest),
             Some((p, rest)) if p.eq_ignore_ascii_case("t10") => t10(rest),
@@ -475,6 +492,24 @@ mod tests {
             "20025385b71b00001"
         );
         for bad in ["", "naa.", "naa.123", "3600", "naa.600140500000000000000000000000zz", "x.y"] {
+            assert!(bad.parse::<Wwid>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn devices_that_are_no_luns_have_the_identity_that_their_driver_gives_them() {
+        for text in [
+            "dm.LVM-lXqC2qX1pQn8pQ2oUuD5mZ0Zqk1d8m3r0pK8nGf3b5sY7tWvXcJ2hL4eR6aT9uIo",
+            "rbd.b2c1e3f0-0000-4000-8000-000000000001/3/10226b8b4567",
+            "nvme.8086-50484d42-494e54454c-00000001",
+            "uuid.b2c1e3f0-0000-4000-8000-000000000001",
+            "path./dev/loop0",
+        ] {
+            let wwid: Wwid = text.parse().unwrap();
+            assert_eq!(wwid.as_str(), text);
+            assert_eq!(wwid.is_path(), text.starts_with("path."));
+        }
+        for bad in ["dm.", "rbd.\u{e4}", "zfs.x", "DM.x", &format!("path./{}", "x".repeat(1024))] {
             assert!(bad.parse::<Wwid>().is_err(), "{bad}");
         }
     }

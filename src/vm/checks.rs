@@ -7,6 +7,7 @@ use super::facade::Refusal;
 use super::failure::Failure;
 use super::plan::fc::Power;
 use super::ways::Ways;
+use crate::connector::local;
 use crate::domain::{self, InGuest, Usage};
 use crate::host::libvirt::{Definition, DomainState};
 use crate::reason::Reason;
@@ -17,6 +18,7 @@ use crate::types::{Bus, VolumeName};
 /// address also with all that were taken on before, and nothing there has the name or the serial. Of one that
 /// does not run nothing is known: the volume is wanted for when it does. Returns whether it runs.
 pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<Power, Refusal> {
+    may_be_given(ways, spec)?;
     let place = match ways.place().await {
         Err(failure) if failure.reason == Reason::VmNotRunning => return Ok(Power::Off),
         // A VM that is off has no pod, mostly.
@@ -36,6 +38,17 @@ pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<Power, Refusal
         .await
         .map(|()| Power::On)
         .map_err(|error| Refusal::from(Failure::from(error)))
+}
+
+/// Whether guests of this node may have what is on the host there. The connector asks again: by then the
+/// configuration may be another one.
+fn may_be_given(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
+    let Some(path) = spec.source.host_path() else { return Ok(()) };
+    if local::allowed(&ways.settings().local, path).is_some() {
+        return Ok(());
+    }
+    let message = format!("{path} is beneath no directory that local.block_roots names");
+    Err(Refusal::new(Reason::SourceNotAllowed, message).field("volume.source.block.path"))
 }
 
 /// Whether a volume may be taken from the guest; returns what that gives up, in words. By force it

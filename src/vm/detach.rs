@@ -47,7 +47,7 @@ pub(super) async fn detach(
         unwind(ways, &key, &mut effects, Unwind::Removed(options, &gave_up)).await?;
         // What multipath remembers of an earlier boot; an attach of this one has taken it over.
         match known.filter(|_| unseen) {
-            Some(wwid) => Ok(ways.host.connector.forget(&wwid).await?),
+            Some(wwid) => Ok(ways.host.connector.forget(&volume.source, &wwid).await?),
             None => Ok(()),
         }
     };

@@ -18,6 +18,7 @@ use super::publish::Board;
 use super::steps::{AttachFailure, Came, Circumstances, ExpandFailure, Grown, Sight, Steps, Stir};
 use super::{attach, checks, detach, expand, limits, look};
 use crate::cgroup::Grants;
+use crate::connector::settings::LocalSettings;
 use crate::connector::{Connector, Touched};
 use crate::devnode::DevNodes;
 use crate::domain;
@@ -55,6 +56,8 @@ pub struct WaySettings {
     pub allow_unproven: bool,
     /// The socket of qemu-pr-helper as QEMU sees it, where there is one.
     pub pr_helper: Option<String>,
+    /// What of the host's own volumes may be.
+    pub local: LocalSettings,
 }
 
 /// The host's side of a VM's steps, shared by all VMs of a node.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lunplug::connector::{SanConnector, Settings};
+use lunplug::connector::{Connectors, Settings};
 use lunplug::host::sim::{FaultAction, PortalState};
 use lunplug::host::storage::StorageDoors;
 use lunplug::reason::Reason;
@@ -111,7 +111,7 @@ fn a_discovery_keeps_its_record_while_another_daemon_starts() {
         let starts = async {
             world.host.faults.meeting().await;
             let doors = StorageDoors::sim(sim);
-            SanConnector::new(doors, Settings::default()).sweep().await.unwrap();
+            Connectors::new(doors, Settings::default()).sweep().await.unwrap();
             world.host.faults.clear();
         };
         let (found, ()) = tokio::join!(daemon.registry.discover(portal(1), with), starts);

@@ -22,6 +22,7 @@ mod ifaces;
 mod iothread;
 mod journal;
 mod late;
+mod local;
 mod main_job;
 mod matrix;
 mod moves;

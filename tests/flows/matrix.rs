@@ -7,13 +7,14 @@ use lunplug::spec::{MultipathPolicy, Phase, Source, VolumeSpec};
 use lunplug::step::{KillPoint, Step, Way};
 
 use crate::faults::{Sweep, each};
-use crate::world::{World, fibre, single, split, volume};
+use crate::world::{World, block, fibre, single, split, volume};
 
 /// The kinds of sources. multipathd makes a map of a single path as well, so that with policy `off`
 /// one has to be taken off.
-fn kinds() -> [VolumeSpec; 5] {
+fn kinds() -> [VolumeSpec; 6] {
     let off = VolumeSpec { multipath: MultipathPolicy::Off, ..volume("data", 1) };
-    [volume("data", 1), single("data", 1), off, split("data", 1), fibre("data", 1)]
+    let (one, two) = (volume("data", 1), single("data", 1));
+    [one, two, off, split("data", 1), fibre("data", 1), block("data", 1)]
 }
 
 /// The points that a clean add and a clean removal reach, in their order.
@@ -57,11 +58,15 @@ fn a_way_takes_all_its_steps_in_their_order() {
                     first.push(*point);
                 }
             }
-            // A port logs in by itself.
+            // A port logs in by itself, and what is on the host is there.
             let of_sessions = [Step::Record, Step::Login, Step::Logout, Step::DeleteRecord];
-            let is_fc = matches!(spec.source, Source::Fc(_));
-            let want = KillPoint::of(way).filter(|p| !(is_fc && of_sessions.contains(&p.step)));
-            let want: Vec<_> = want.collect();
+            let of_paths = [Step::Scan, Step::Map, Step::Unmap, Step::DeletePath, Step::ForgetMap];
+            let is_without = |step: Step| match spec.source {
+                Source::Iscsi(_) => false,
+                Source::Fc(_) => of_sessions.contains(&step),
+                Source::Block(_) => of_sessions.contains(&step) || of_paths.contains(&step),
+            };
+            let want: Vec<_> = KillPoint::of(way).filter(|p| !is_without(p.step)).collect();
             let names = |all: &[KillPoint]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
             assert_eq!(names(&first), names(&want));
         }

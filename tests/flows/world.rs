@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lunplug::config::Config;
 use lunplug::daemon::{self, Doors, Form};
-use lunplug::host::sim::{Appears, Fault, FaultAction, SimHost, SimStorage};
+use lunplug::host::sim::{Appears, Fault, FaultAction, SimBlock, SimHost, SimStorage};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
 use lunplug::spec::{
@@ -80,7 +80,7 @@ pub(crate) fn port(number: u8) -> Wwpn {
 }
 
 /// A node with VMs and a target of 16 LUNs behind two portals, its mirror, and two HBAs, each of which sees a
-/// port of it.
+/// port of it; and 4 logical volumes of its own.
 pub(crate) fn node() -> SimHost {
     let host = SimHost::default();
     host.add_target(&target(), &[portal(1), portal(2)], 16);
@@ -92,6 +92,10 @@ pub(crate) fn node() -> SimHost {
         host.storage.zone(hba(number), port(number), Appears::AtOnce);
         let by = SimStorage::fc_target(port(number));
         (0..16).for_each(|n| host.storage.export_lun(&target(), lun(n), &by, lun(n + 200)));
+    }
+    for number in 0..4 {
+        let kind = SimBlock::Lvm(format!("LVM-data{number}"));
+        host.storage.add_local(&lv(number), kind, 1 << 30);
     }
     (1..=VMS).for_each(|n| host.add_vm(&uid(n), &domain(n)));
     host
@@ -128,6 +132,17 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
 pub(crate) fn fibre(name: &str, lun: u64) -> VolumeSpec {
     let source = format!("fc://{},{}/{}", port(1), port(2), lun + 200);
     VolumeSpec { source: source.parse().unwrap(), ..volume(name, lun) }
+}
+
+/// What leads to the n-th logical volume, from 0.
+pub(crate) fn lv(number: u64) -> String {
+    format!("/dev/vg/data-{number}")
+}
+
+/// A logical volume of the node's own.
+pub(crate) fn block(name: &str, number: u64) -> VolumeSpec {
+    let source = format!("block://{}", lv(number));
+    VolumeSpec { source: source.parse().unwrap(), ..volume(name, number) }
 }
 
 /// The same with two paths more, by [`mirror`].
@@ -191,6 +206,7 @@ impl World {
         config.resolve(None, "node-1");
         // The sweeps count calls: those of the slow timer would come between them.
         config.reconcile.interval = Duration::from_secs(24 * 60 * 60);
+        config.local.block_roots = vec!["/dev/vg".into()];
         let before = host.snapshot();
         let form = Form { simulated: true, ..Form::default() };
         let world = Self { host, config, form, desired, before };

@@ -29,6 +29,7 @@ mod ifaces;
 mod initiator;
 mod kill;
 mod lifecycle;
+mod local;
 mod migration;
 mod mpathd;
 mod mpconf;

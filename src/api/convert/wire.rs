@@ -121,6 +121,7 @@ pub fn wire_source(source: &Source) -> v1::Source {
             initiator_name: s.iface.initiator.as_ref().map(ToString::to_string).unwrap_or_default(),
         }),
         Source::Fc(s) => v1::source::Kind::Fc(fc::wire_source(s)),
+        Source::Block(s) => v1::source::Kind::Block(v1::BlockSource { path: s.path.to_string() }),
     };
     v1::Source { kind: Some(kind) }
 }

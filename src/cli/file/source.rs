@@ -28,6 +28,14 @@ pub(in crate::cli) enum SourceFile {
 pub(in crate::cli) enum SourceKind {
     Iscsi(IscsiFile),
     Fc(FcFile),
+    Block(BlockFile),
+}
+
+/// What is on the host already.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::cli) struct BlockFile {
+    path: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,6 +131,11 @@ impl SourceFile {
         Self::Kind(SourceKind::Fc(fields))
     }
 
+    /// The block device that is on the node already.
+    pub(super) fn block(path: String) -> Self {
+        Self::Kind(SourceKind::Block(BlockFile { path }))
+    }
+
     /// The same with a reference to a secret.
     pub(super) fn with_chap_secret(&self, name: &str) -> Result<Self, Failure> {
         Ok(Self::of(IscsiFile { chap_secret: name.into(), ..self.fields()? }))
@@ -140,8 +153,12 @@ impl SourceFile {
     }
 
     pub(super) fn to_wire(&self) -> Result<v1::Source, Failure> {
-        let kind = match self.as_fc()? {
-            Some(fc) => v1::source::Kind::Fc(fc.to_wire()?),
+        let kind = match self.elsewhere()? {
+            Some(SourceKind::Fc(fc)) => v1::source::Kind::Fc(fc.to_wire()?),
+            Some(SourceKind::Block(BlockFile { path })) => {
+                v1::source::Kind::Block(v1::BlockSource { path })
+            }
+            Some(SourceKind::Iscsi(fields)) => v1::source::Kind::Iscsi(fields.to_wire()?),
             None => v1::source::Kind::Iscsi(self.fields()?.to_wire()?),
         };
         Ok(v1::Source { kind: Some(kind) })
@@ -151,6 +168,7 @@ impl SourceFile {
         match kind {
             v1::source::Kind::Iscsi(iscsi) => Self::of(IscsiFile::from_wire(iscsi)),
             v1::source::Kind::Fc(fc) => Self::fc(FcFile::from_wire(fc)),
+            v1::source::Kind::Block(v1::BlockSource { path }) => Self::block(path),
         }
     }
 
@@ -164,6 +182,7 @@ impl SourceFile {
                 format!("iscsi://{first}{more}{}", query_of(&s.iface()))
             }
             Self::Kind(SourceKind::Fc(s)) => s.url(),
+            Self::Kind(SourceKind::Block(s)) => format!("block://{}", s.path),
         }
     }
 
@@ -171,15 +190,19 @@ impl SourceFile {
         Self::Kind(SourceKind::Iscsi(fields))
     }
 
-    /// The fields where it is had by Fibre Channel, those of a URL read.
-    fn as_fc(&self) -> Result<Option<FcFile>, Failure> {
+    /// The fields where it is no iSCSI source, those of a URL read. An iSCSI URL is not read here, for it may
+    /// name hosts.
+    fn elsewhere(&self) -> Result<Option<SourceKind>, Failure> {
         Ok(match self {
-            Self::Kind(SourceKind::Fc(fields)) => Some(fields.clone()),
-            Self::Url(url) if is_fc(url) => match word::<Source>("source", url)? {
-                Source::Fc(source) => Some(source.into()),
+            Self::Kind(kind) => Some(kind.clone()),
+            Self::Url(url) if !is_iscsi(url) => match word::<Source>("source", url)? {
+                Source::Fc(source) => Some(SourceKind::Fc(source.into())),
+                Source::Block(source) => {
+                    Some(SourceKind::Block(BlockFile { path: source.path.into() }))
+                }
                 Source::Iscsi(_) => None,
             },
-            Self::Kind(SourceKind::Iscsi(_)) | Self::Url(_) => None,
+            Self::Url(_) => None,
         })
     }
 
@@ -187,8 +210,8 @@ impl SourceFile {
     fn fields(&self) -> Result<IscsiFile, Failure> {
         let IscsiUrl { first, more, iface } = match self {
             Self::Kind(SourceKind::Iscsi(fields)) => return Ok(fields.clone()),
-            Self::Url(url) if !is_fc(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
-            Self::Url(_) | Self::Kind(SourceKind::Fc(_)) => {
+            Self::Url(url) if is_iscsi(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
+            Self::Url(_) | Self::Kind(SourceKind::Fc(_) | SourceKind::Block(_)) => {
                 let rule =
                     "an iscsi source: others have no credentials, iface records or initiator names";
                 let malformed = Malformed::new("source", &self.url(), rule);
@@ -202,9 +225,10 @@ impl SourceFile {
     }
 }
 
-/// Whether a URL is of Fibre Channel.
-fn is_fc(url: &str) -> bool {
-    url.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("fc://"))
+/// Whether a URL is of iSCSI: of no other kind that there is.
+fn is_iscsi(url: &str) -> bool {
+    let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
+    !["fc", "block"].iter().any(|other| scheme.eq_ignore_ascii_case(other))
 }
 
 impl IscsiFile {
@@ -273,7 +297,7 @@ impl<'de> Deserialize<'de> for SourceFile {
             type Value = SourceFile;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(
-                    "a URL (iscsi://PORTAL[,PORTAL]/IQN/LUN, fc://WWPN[,WWPN]/LUN), iscsi: {target, portals, lun} or fc: {targets: [{wwpn, lun}]}",
+                    "a URL (iscsi://PORTAL[,PORTAL]/IQN/LUN, fc://WWPN[,WWPN]/LUN, block:///PATH), iscsi: {target, portals, lun}, fc: {targets: [{wwpn, lun}]} or block: {path}",
                 )
             }
             fn visit_str<E>(self, url: &str) -> Result<SourceFile, E> {
@@ -286,11 +310,19 @@ impl<'de> Deserialize<'de> for SourceFile {
                 struct Kinds {
                     iscsi: Option<IscsiFile>,
                     fc: Option<FcFile>,
+                    block: Option<BlockFile>,
                 }
-                match Kinds::deserialize(MapAccessDeserializer::new(map))? {
-                    Kinds { iscsi: Some(iscsi), fc: None } => Ok(SourceFile::of(iscsi)),
-                    Kinds { iscsi: None, fc: Some(fc) } => Ok(SourceFile::fc(fc)),
-                    Kinds { .. } => Err(serde::de::Error::custom("give one of iscsi and fc")),
+                let Kinds { iscsi, fc, block } =
+                    Kinds::deserialize(MapAccessDeserializer::new(map))?;
+                let kinds = [
+                    iscsi.map(SourceKind::Iscsi),
+                    fc.map(SourceKind::Fc),
+                    block.map(SourceKind::Block),
+                ];
+                let mut given = kinds.into_iter().flatten();
+                match (given.next(), given.next()) {
+                    (Some(kind), None) => Ok(SourceFile::Kind(kind)),
+                    _ => Err(serde::de::Error::custom("give one of iscsi, fc and block")),
                 }
             }
         }

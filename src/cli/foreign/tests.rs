@@ -58,6 +58,28 @@ fn an_fc_stanza_is_read_verbatim() {
 }
 
 #[test]
+fn a_local_volume_of_mode_block_is_a_device_of_the_node() {
+    let pv = |spec: &str| of(&format!("kind: PersistentVolume\nspec: {spec}"));
+    let (wire, notes, file) =
+        pv("{volumeMode: Block, local: {path: /dev/vg/data, fsType: ext4}}").unwrap();
+    let path = "/dev/vg/data".to_owned();
+    let block = v1::source::Kind::Block(v1::BlockSource { path });
+    assert_eq!(wire.source.unwrap().kind, Some(block));
+    assert_eq!(file.source_url(), "block:///dev/vg/data");
+    assert!(notes.len() == 1 && notes[0].contains("spec.local.fsType"), "{notes:?}");
+    assert!(of("local: {path: /dev/vg/data}").is_ok());
+    for (spec, words) in [
+        ("{local: {path: /mnt/disks/a}}", "spec.volumeMode: \"Filesystem\""),
+        ("{volumeMode: Filesystem, local: {path: /mnt/a}}", "must be of mode Block"),
+        ("{volumeMode: Block, local: {}}", "spec.local.path is missing"),
+        ("{volumeMode: Block, local: {path: /dev/a, node: x}}", "spec.local.node"),
+    ] {
+        let error = pv(spec).unwrap_err();
+        assert!(error.contains(words), "{spec}: {error}");
+    }
+}
+
+#[test]
 fn cinder_may_answer_with_fibre_channel() {
     let whole = |data: &str| format!("{{driver_volume_type: fibre_channel, data: {{{data}}}}}");
     let data = format!(

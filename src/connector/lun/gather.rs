@@ -312,6 +312,12 @@ fn is_local(error: &Error) -> bool {
         | Error::RecordInTheWay { .. }
         | Error::NoHba { .. }
         | Error::PortNotFound { .. }
+        | Error::NotAllowed { .. }
+        | Error::Source(_)
+        | Error::NoDevice { .. }
+        | Error::Partition { .. }
+        | Error::NoIdentity { .. }
+        | Error::NoMapOfLocal { .. }
         | Error::OtherTransport { .. }
         | Error::NotAttached { .. }
         | Error::SourceInUse { .. }

@@ -147,7 +147,7 @@ impl<T: Transport> Connector for Arc<Luns<T>> {
         .await
     }
 
-    async fn forget(&self, wwid: &Wwid) -> Result<(), Error> {
+    async fn forget(&self, _: &Source, wwid: &Wwid) -> Result<(), Error> {
         Luns::forget(self, wwid).await
     }
 

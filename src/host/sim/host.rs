@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::domain::{SimDevice, SimDomain};
 use super::hypervisor::SimHypervisor;
 use super::pods::SimPods;
-use super::{Faults, SimLun, SimStorage};
+use super::{Faults, SimBlock, SimLun, SimStorage};
 use crate::host::grants::{Access, Hierarchy};
 use crate::types::{Iqn, Lun, Portal, Wwid};
 
@@ -79,7 +79,8 @@ impl SimHost {
     /// The world that `lunplugd --sim` begins with: target `iqn.2026-01.org.lunplug:sim` at
     /// 192.0.2.1 and 192.0.2.2 with LUNs 0 to 255, and eight pods with the UIDs
     /// `00000000-0000-4000-8000-000000000001` and so on, each with a running domain, `default_vm-1`
-    /// and so on.
+    /// and so on; and logical volumes `/dev/sim/lv-1` to `/dev/sim/lv-8`, for whoever sets
+    /// `local.block_roots`.
     pub fn demo() -> Self {
         let host = Self::default();
         let target = "iqn.2026-01.org.lunplug:sim".parse().expect("a well-formed IQN");
@@ -88,6 +89,8 @@ impl SimHost {
         for number in 1..=8 {
             let uid = format!("00000000-0000-4000-8000-{number:012}");
             host.add_vm(&uid, &format!("default_vm-{number}"));
+            let volume = SimBlock::Lvm(format!("LVM-sim{number}"));
+            host.storage.add_local(&format!("/dev/sim/lv-{number}"), volume, 1 << 30);
         }
         host
     }

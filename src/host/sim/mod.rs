@@ -12,4 +12,4 @@ pub mod storage;
 
 pub use faults::{Fault, FaultAction, Faults};
 pub use host::SimHost;
-pub use storage::{Appears, FindMultipaths, PortalState, SimLun, SimStorage};
+pub use storage::{Appears, FindMultipaths, PortalState, SimBlock, SimLun, SimStorage};

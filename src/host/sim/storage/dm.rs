@@ -175,6 +175,9 @@ impl World {
             let there = self.targets.get(&disk.target).and_then(|t| t.by_scsi(disk.scsi_lun));
             return Some(disk.online && there.is_some());
         }
+        if self.has_local(dev) {
+            return Some(true);
+        }
         let dm = self.dm.values().find(|d| d.dev() == dev)?;
         Some(!dm.error && dm.slaves.iter().any(|s| self.io_works(*s) == Some(true)))
     }

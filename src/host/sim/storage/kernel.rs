@@ -11,6 +11,7 @@ use super::disks::{Behind, ScsiDev};
 use super::dm::Dm;
 use super::fc::{RemotePort, SimHba};
 use super::iscsiadm::Records;
+use super::local::LocalModel;
 use super::multipathd::MultipathModel;
 use super::tree::Tree;
 use crate::host::uevent::{Notice, Uevent};
@@ -68,6 +69,8 @@ pub(super) struct World {
     pub(super) fc_scans: bool,
     /// How many LIPs were issued.
     pub(super) lips: u32,
+    /// What is on the host already.
+    pub(super) local: LocalModel,
     pub(super) disks: BTreeMap<String, ScsiDev>,
     pub(super) dm: BTreeMap<u32, Dm>,
     pub(super) multipath: MultipathModel,
@@ -96,6 +99,7 @@ impl World {
             rports: Vec::new(),
             fc_scans: true,
             lips: 0,
+            local: LocalModel::default(),
             disks: BTreeMap::new(),
             dm: BTreeMap::new(),
             multipath: MultipathModel::default(),
@@ -122,6 +126,7 @@ impl World {
         (self.last_sid, self.last_diskseq) = (0, 0);
         self.boot_tree();
         self.boot_hbas();
+        self.boot_local();
     }
 
     fn boot_tree(&mut self) {

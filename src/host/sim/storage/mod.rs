@@ -20,7 +20,7 @@
 //! `blocks.exclusive`, `blocks.openers` (major:minor); `rundir.lock`, `rundir.load`,
 //! `rundir.store`, `rundir.remove`, `rundir.list` (name); `iscsidb.records`, `iscsidb.remove`
 //! (IQN), `iscsidb.chap` (IQN), `iscsidb.discovery` (portal), `iscsidb.lock`; `secrets.read` (name);
-//! `resolver.resolve` (host:port). Writes to sysfs, flushes, logins and logouts that stall are carried out late
+//! `resolver.resolve` (host:port); `local.block` (path). Writes to sysfs, flushes, logins and logouts that stall are carried out late
 //! even though their caller has given up, as the kernel and iscsid do; other programs are ended at
 //! their deadline.
 
@@ -32,6 +32,7 @@ mod fc;
 mod iscsiadm;
 mod iscsidb;
 mod kernel;
+mod local;
 mod multipathd;
 mod rundir;
 #[cfg(test)]
@@ -47,6 +48,7 @@ use std::time::Duration;
 pub use array::{PortalState, SimLun};
 pub use fc::Appears;
 use kernel::World;
+pub use local::SimBlock;
 pub use multipathd::FindMultipaths;
 use rundir::{RunState, SimRunDir};
 

@@ -1,4 +1,4 @@
-//! One connector for all transports: a source's kind chooses.
+//! One connector for all kinds of sources: the kind chooses.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use tokio::sync::broadcast;
 use super::error::Error;
 use super::fc::{self, Fc};
 use super::iscsi::Iscsi;
+use super::local::Local;
 use super::lun::Luns;
 use super::settings::Settings;
 use super::touched::Touched;
@@ -20,20 +21,22 @@ use crate::host::storage::StorageDoors;
 use crate::spec::Source;
 use crate::types::{Outcome, Portal, VolumeKey, Wwid};
 
-/// Attaches and detaches LUNs of every transport. Clones share everything.
+/// Attaches and detaches what every kind of source gives. Clones share everything.
 #[derive(Clone)]
-pub struct SanConnector {
+pub struct Connectors {
     doors: StorageDoors,
     iscsi: Arc<Luns<Iscsi>>,
     fc: Arc<Luns<Fc>>,
+    local: Arc<Local>,
 }
 
-impl SanConnector {
+impl Connectors {
     /// A connector over these doors.
     pub fn new(doors: StorageDoors, settings: Settings) -> Self {
         Self {
             iscsi: Arc::new(Luns::new(doors.clone(), settings.clone())),
-            fc: Arc::new(Luns::new(doors.clone(), settings)),
+            fc: Arc::new(Luns::new(doors.clone(), settings.clone())),
+            local: Arc::new(Local::new(doors.clone(), settings)),
             doors,
         }
     }
@@ -63,6 +66,7 @@ impl SanConnector {
         match kind {
             Kind::Iscsi => &self.iscsi,
             Kind::Fc => &self.fc,
+            Kind::Local => &*self.local,
         }
     }
 }
@@ -72,21 +76,23 @@ impl SanConnector {
 enum Kind {
     Iscsi,
     Fc,
+    Local,
 }
 
 impl Kind {
-    const ALL: [Self; 2] = [Self::Iscsi, Self::Fc];
+    const ALL: [Self; 3] = [Self::Iscsi, Self::Fc, Self::Local];
 
     fn of(source: &Source) -> Self {
         match source {
             Source::Iscsi(_) => Self::Iscsi,
             Source::Fc(_) => Self::Fc,
+            Source::Block(_) => Self::Local,
         }
     }
 }
 
 #[async_trait]
-impl Connector for SanConnector {
+impl Connector for Connectors {
     async fn attach(&self, request: &AttachRequest) -> Result<Outcome<Attachment>, Error> {
         self.of(&request.source).attach(request).await
     }
@@ -100,9 +106,8 @@ impl Connector for SanConnector {
         self.of(source).detach(owner, source, options).await
     }
 
-    async fn forget(&self, wwid: &Wwid) -> Result<(), Error> {
-        // Claims are of no transport.
-        self.iscsi.forget(wwid).await
+    async fn forget(&self, source: &Source, wwid: &Wwid) -> Result<(), Error> {
+        self.of(source).forget(source, wwid).await
     }
 
     async fn observe(

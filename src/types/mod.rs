@@ -90,5 +90,5 @@ pub use endpoint::{Endpoint, HostPort};
 pub use fc::Wwpn;
 pub use iface::{Iface, IfaceName, Nexus};
 pub use limits::IoLimits;
-pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};
+pub use names::{Bus, CacheMode, ErrorPolicy, Serial, TargetName, VmId, VolumeKey, VolumeName};
 pub use san::{Addressing, DevNum, Iqn, Lun, Portal, UnitSerial, Wwid};

@@ -1,10 +1,12 @@
 //! What is checked against the domain and the guest before a request is taken. Changes nothing.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::attach::desired_disk;
 use super::facade::Refusal;
 use super::failure::Failure;
+use super::media;
 use super::ways::Ways;
 use crate::domain::{self, InGuest, Usage};
 use crate::host::libvirt::{Definition, DomainState};
@@ -15,11 +17,18 @@ use crate::types::{Bus, VolumeName};
 /// Whether the domain could take the disk: its place is proven, its XML is understood, there is a free
 /// address also with all that were taken on before, and nothing there has the name or the serial. Of one that
 /// does not run nothing is known: the volume is wanted for when it does.
-pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
+pub(super) async fn add(
+    ways: &Ways,
+    spec: &VolumeSpec,
+    leaving: &BTreeSet<VolumeName>,
+) -> Result<(), Refusal> {
     let place = match ways.place().await {
         Err(failure) if failure.reason == Reason::VmNotRunning => return Ok(()),
         place => place?,
     };
+    if spec.device.is_cdrom() {
+        return media::check(ways, spec, &place, leaving).await;
+    }
     let source = match &place.pod {
         Some(pod) => pod.dir_in_pod.join(spec.disk.as_str()).to_string_lossy().into_owned(),
         // Which device it will be is not known yet; no disk has this one.
@@ -64,6 +73,10 @@ pub(super) async fn remove(
 const ASKING: Duration = Duration::from_secs(5);
 
 async fn may_go(ways: &Ways, name: &VolumeName, spec: &VolumeSpec) -> Result<Vec<String>, Refusal> {
+    if spec.device.is_cdrom() {
+        // A guest that uses a medium has locked the tray, and is asked by QEMU itself.
+        return Ok(Vec::new());
+    }
     let effects = ways.effects.get(&ways.key(name)).await.map_err(Failure::from)?;
     let (begun, device) = effects.map_or((None, None), |e| (e.disk, e.device));
     if begun.is_none() {
@@ -77,7 +90,8 @@ async fn may_go(ways: &Ways, name: &VolumeName, spec: &VolumeSpec) -> Result<Vec
     if !runs {
         return Ok(Vec::new());
     }
-    if begun.is_some_and(|disk| disk.target.is_none()) && !ways.shows_disk(&spec.disk).await? {
+    if begun.is_some_and(|disk| disk.target.is_none()) && !ways.shows_disk(&spec.disk, None).await?
+    {
         // Its attach has not come to the guest.
         return Ok(Vec::new());
     }

@@ -1,6 +1,6 @@
 //! What a handler has done for it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -17,8 +17,13 @@ use crate::types::{Outcome, VolumeName};
 /// What the handler has done for it: the way of an attach and back.
 #[async_trait]
 pub trait Steps: Send + Sync + 'static {
-    /// Checks an addition against the pod and the domain; changes nothing.
-    async fn check_add(&self, spec: &VolumeSpec) -> Result<(), Refusal>;
+    /// Checks an addition against the pod and the domain; changes nothing. `leaving` are volumes whose removal
+    /// is asked for with it.
+    async fn check_add(
+        &self,
+        spec: &VolumeSpec,
+        leaving: &BTreeSet<VolumeName>,
+    ) -> Result<(), Refusal>;
 
     /// Checks a removal against the domain and the guest; changes nothing. `known` is `None` for a
     /// name that the handler does not know: the refusal then says what is in the domain. Returns what

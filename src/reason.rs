@@ -214,6 +214,12 @@ reasons! {
     DomainXmlUnsupported = "DOMAIN_XML_UNSUPPORTED", Precondition, "See the message for the element.";
     /// No free address or no controller that can take one more.
     NoFreeAddress = "NO_FREE_ADDRESS", Precondition, "Give the domain another controller or PCIe root port.";
+    /// The domain has no cdrom drive that can be meant.
+    DriveNotFound = "DRIVE_NOT_FOUND", Precondition, "Name one of the drives that the message lists with --drive, or give the domain one.";
+    /// Somebody else's medium, or another volume's, is in the cdrom drive.
+    DriveOccupied = "DRIVE_OCCUPIED", Conflict, "Take out what the message names, or name another drive with --drive.";
+    /// The cdrom drive cannot take the medium yet: another volume's is in it, or the guest has locked the tray.
+    DriveBusy = "DRIVE_BUSY", Unavailable, "Remove the volume that is named, or have the guest let go of the drive; then the medium comes in.";
     /// Another job has the domain.
     DomainBusy = "DOMAIN_BUSY", Unavailable, "Wait for the migration, backup or snapshot; lunplug tries again.";
     /// libvirt or QEMU refused.

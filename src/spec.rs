@@ -3,6 +3,7 @@
 //! These are the daemon's own types. `api::convert` makes them from the wire's; the stores keep
 //! them as JSON.
 
+mod check;
 mod source;
 mod vm;
 
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::reason::Reason;
 use crate::types::{
-    Bus, CacheMode, Chap, DevNum, DiskType, ErrorPolicy, IoLimits, Malformed, Serial, Tuning,
+    Bus, CacheMode, Chap, DevNum, DiskType, ErrorPolicy, IoLimits, Serial, TargetName, Tuning,
     UnitSerial, VolumeKey, VolumeName, Wwid,
 };
 use crate::vm::resolve::Names;
@@ -49,6 +50,9 @@ pub struct VolumeSpec {
     /// What kind of device the guest sees.
     #[serde(default, skip_serializing_if = "DiskType::is_disk")]
     pub device: DiskType,
+    /// The drive that a medium is for; the only one that can be meant where `None`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drive: Option<TargetName>,
     /// The guest's persistent reservations go to the LUN, by the node's qemu-pr-helper.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub reservations: bool,
@@ -85,106 +89,6 @@ pub struct VolumeSpec {
     /// What the portals that were given by name were resolved to; the source has the addresses.
     #[serde(default, skip_serializing_if = "Names::is_empty")]
     pub names: Names,
-}
-
-impl VolumeSpec {
-    /// Rules between fields, which no single field's type can express. `Err` names the field.
-    pub fn check(&self) -> Result<(), (&'static str, Malformed)> {
-        let malformed = |what, value: &str, rule| Malformed { what, value: value.into(), rule };
-        self.check_device()?;
-        if self.dedicated_io_thread && self.bus != Bus::Virtio {
-            let value = format!("true with bus {}", self.bus);
-            let rule = "a dedicated I/O thread needs bus virtio: on bus scsi the controller has one for all of its disks";
-            return Err(("dedicated_io_thread", malformed("option", &value, rule)));
-        }
-        let serial = self.serial.as_ref().map_or("", Serial::as_str);
-        if serial.len() > self.bus.max_serial() {
-            return Err((
-                "serial",
-                malformed(
-                    "serial",
-                    serial,
-                    "at most 36 characters on bus scsi and 20 on bus virtio; it defaults to the volume's name, so give a shorter one with --serial",
-                ),
-            ));
-        }
-        if self.shareable && self.cache != CacheMode::None {
-            return Err((
-                "cache",
-                malformed("cache", self.cache.as_str(), "a shareable volume needs cache none"),
-            ));
-        }
-        self.tuning.check(self.cache)?;
-        self.limits.check().map_err(|(_, error)| ("io_limits", error))?;
-        match &self.source {
-            Source::Iscsi(source) if source.targets().iter().any(|t| t.portals.is_empty()) => {
-                Err(("source.portals", malformed("portals", "", "at least one portal")))
-            }
-            Source::Fc(source) if source.targets.is_empty() => {
-                Err(("source.targets", malformed("targets", "", "at least one target port")))
-            }
-            Source::Block(_) => self.check_local(),
-            Source::Iscsi(_) | Source::Fc(_) => Ok(()),
-        }
-    }
-}
-
-impl VolumeSpec {
-    /// What is on the host already has no paths of ours to be put together, and may be no LUN.
-    fn check_local(&self) -> Result<(), (&'static str, Malformed)> {
-        let no = |field, what, value: &str, rule| Err((field, Malformed::new(what, value, rule)));
-        if self.multipath == MultipathPolicy::Required {
-            let rule = "preferred or off: what is on the host already is taken as it is; for a map give the path of the map";
-            return no("multipath", "multipath", "required", rule);
-        }
-        if self.device == DiskType::Lun {
-            let rule =
-                "disk_type lun needs an iscsi or fc source: only of these it is known to be a LUN";
-            return no("disk_type", "disk_type", "lun", rule);
-        }
-        Ok(())
-    }
-
-    /// What a LUN that is passed through excludes, and what needs one. QEMU's scsi-block does not carry
-    /// the guest's I/O, only its SCSI commands: nothing that QEMU does to I/O applies.
-    fn check_device(&self) -> Result<(), (&'static str, Malformed)> {
-        let no = |field, what, value: &str, rule| Err((field, Malformed::new(what, value, rule)));
-        if self.device == DiskType::Disk {
-            if self.reservations {
-                let rule = "persistent reservations need disk_type lun";
-                return no("persistent_reservations", "option", "true with disk_type disk", rule);
-            }
-            return match &self.serial {
-                Some(_) => Ok(()),
-                None => no("serial", "serial", "", "a disk has one: the volume's name or another"),
-            };
-        }
-        if self.bus != Bus::Scsi {
-            return no("bus", "bus", self.bus.as_str(), "disk_type lun needs bus scsi");
-        }
-        if let Some(serial) = &self.serial {
-            let rule = "disk_type lun takes none: the guest sees the LUN's own";
-            return no("serial", "serial", serial.as_str(), rule);
-        }
-        if self.cache != CacheMode::None {
-            return no("cache", "cache", self.cache.as_str(), "disk_type lun needs cache none");
-        }
-        if self.read_only {
-            let rule =
-                "disk_type lun passes the guest's commands on, writes too: use disk_type disk";
-            return no("read_only", "option", "true with disk_type lun", rule);
-        }
-        if let Some(field) = self.tuning.first_difference(&Tuning::default()) {
-            let rule = "disk_type lun takes none of it: the guest's commands go to the LUN itself";
-            return no(field, "option", field, rule);
-        }
-        if !self.limits.is_none() {
-            let rule =
-                "disk_type lun takes none: QEMU does not throttle commands that it passes on";
-            return no("io_limits", "limits", "with disk_type lun", rule);
-        }
-        Ok(())
-    }
 }
 
 /// How an addition is to be made.
@@ -321,6 +225,7 @@ pub(crate) fn volume_fixture(name: &str) -> VolumeSpec {
         }),
         serial: Some(name.parse().expect("a serial")),
         device: DiskType::Disk,
+        drive: None,
         reservations: false,
         dedicated_io_thread: false,
         bus: Bus::Scsi,
@@ -348,52 +253,6 @@ mod tests {
         let spec = volume_fixture("data");
         let mut json = serde_json::to_value(&spec).unwrap();
         json.as_object_mut().unwrap().remove("error_policy").unwrap();
-        assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), spec);
-    }
-
-    #[test]
-    fn a_lun_that_is_passed_through_excludes_what_only_qemu_could_do() {
-        let lun = VolumeSpec { serial: None, device: DiskType::Lun, ..volume_fixture("data") };
-        lun.check().unwrap();
-        VolumeSpec { reservations: true, shareable: true, ..lun.clone() }.check().unwrap();
-        let discard = Some(crate::types::Discard::Ignore);
-        let limits = IoLimits { total_iops_sec: 1, ..IoLimits::default() };
-        for (field, spec) in [
-            ("bus", VolumeSpec { bus: Bus::Virtio, ..lun.clone() }),
-            ("serial", VolumeSpec { serial: "a".parse().ok(), ..lun.clone() }),
-            ("cache", VolumeSpec { cache: CacheMode::Writeback, ..lun.clone() }),
-            ("read_only", VolumeSpec { read_only: true, ..lun.clone() }),
-            ("discard", VolumeSpec { tuning: Tuning { discard, ..lun.tuning }, ..lun.clone() }),
-            ("io_limits", VolumeSpec { limits, ..lun.clone() }),
-            ("persistent_reservations", VolumeSpec { reservations: true, ..volume_fixture("a") }),
-            ("serial", VolumeSpec { serial: None, ..volume_fixture("a") }),
-            (
-                "dedicated_io_thread",
-                VolumeSpec { dedicated_io_thread: true, ..volume_fixture("a") },
-            ),
-        ] {
-            assert_eq!(spec.check().unwrap_err().0, field);
-        }
-        let json = serde_json::to_value(&lun).unwrap();
-        assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), lun);
-    }
-
-    #[test]
-    fn what_is_on_the_host_has_no_paths_to_be_put_together_and_may_be_no_lun() {
-        let source = "block:///dev/vg/data".parse().unwrap();
-        let spec = VolumeSpec { source, ..volume_fixture("data") };
-        spec.check().unwrap();
-        let off = MultipathPolicy::Off;
-        VolumeSpec { multipath: off, ..spec.clone() }.check().unwrap();
-        let required = MultipathPolicy::Required;
-        let lun = VolumeSpec { serial: None, device: DiskType::Lun, ..spec.clone() };
-        for (field, spec) in
-            [("multipath", VolumeSpec { multipath: required, ..spec.clone() }), ("disk_type", lun)]
-        {
-            assert_eq!(spec.check().unwrap_err().0, field);
-        }
-        let json = serde_json::to_value(&spec).unwrap();
-        assert_eq!(json["source"], serde_json::json!({"block": {"path": "/dev/vg/data"}}));
         assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), spec);
     }
 

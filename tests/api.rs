@@ -275,6 +275,28 @@ async fn every_wrong_volume_is_refused_with_its_reason_and_field() {
             Reason::InvalidOption,
             "volume.persistent_reservations",
         ),
+        (
+            addition("a", |v| v.dedicated_io_thread = true),
+            Reason::InvalidOption,
+            "volume.dedicated_io_thread",
+        ),
+        (addition("a", |v| v.drive = "sda".into()), Reason::InvalidOption, "volume.drive"),
+        (
+            addition("a", |v| {
+                v.set_disk_type(v1::DiskType::Cdrom);
+                v.drive = "/dev/sda".into();
+            }),
+            Reason::InvalidOption,
+            "volume.drive",
+        ),
+        (
+            addition("a", |v| {
+                v.set_disk_type(v1::DiskType::Cdrom);
+                v.persist = true;
+            }),
+            Reason::InvalidOption,
+            "volume.persist",
+        ),
         (addition("a", |v| v.multipath = 99), Reason::InvalidOption, "volume.multipath"),
         (
             addition("a", |v| {

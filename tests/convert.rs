@@ -99,6 +99,7 @@ prop_compose! {
             disk: format!("disk-{lun}").parse().unwrap(),
             serial: Some(serial.parse().unwrap()),
             device: DiskType::Disk,
+            drive: None,
             reservations: false,
             dedicated_io_thread: virtio && lun % 2 == 0,
             bus: if virtio { Bus::Virtio } else { Bus::Scsi },
@@ -123,6 +124,28 @@ proptest! {
     #[test]
     fn a_volume_that_goes_out_comes_in_the_same(spec in specs()) {
         prop_assert_eq!(volume_spec(Some(wire_spec(&spec)), spec.names.clone()).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_medium_that_goes_out_comes_in_the_same(spec in specs(), named: bool) {
+        let medium = VolumeSpec {
+            serial: None,
+            device: DiskType::Cdrom,
+            drive: named.then(|| "sda".parse().unwrap()),
+            dedicated_io_thread: false,
+            bus: Bus::Scsi,
+            cache: CacheMode::None,
+            error_policy: None,
+            read_only: true,
+            persist: false,
+            tuning: Tuning::default(),
+            limits: IoLimits::default(),
+            ..spec
+        };
+        let mut wire = wire_spec(&medium);
+        // That it is read-only need not be said.
+        wire.read_only = false;
+        prop_assert_eq!(volume_spec(Some(wire), medium.names.clone()).unwrap(), medium);
     }
 
     #[test]

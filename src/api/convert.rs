@@ -162,12 +162,14 @@ pub fn volume_spec(spec: Option<v1::VolumeSpec>, names: Names) -> Result<VolumeS
         bus: bus(spec.bus)?,
         serial: serial(&spec.serial, &name, device)?,
         device,
+        drive: optional("volume.drive", &spec.drive)?,
         reservations: spec.persistent_reservations,
         dedicated_io_thread: spec.dedicated_io_thread,
         source: source(spec.source)?,
         cache,
         error_policy: error_policy(spec.error_policy)?,
-        read_only: spec.read_only,
+        // A medium can only be read.
+        read_only: spec.read_only || device.is_cdrom(),
         shareable: spec.shareable,
         persist: spec.persist,
         multipath: multipath(spec.multipath)?,
@@ -191,7 +193,7 @@ fn optional<T: std::str::FromStr<Err = Malformed>>(
 }
 
 fn serial(given: &str, name: &VolumeName, device: DiskType) -> Result<Option<Serial>, Refusal> {
-    if !given.is_empty() || device == DiskType::Lun {
+    if !given.is_empty() || device != DiskType::Disk {
         return optional("volume.serial", given);
     }
     name.as_str().parse().map(Some).map_err(|_| {

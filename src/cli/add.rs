@@ -104,8 +104,8 @@ pub(super) struct Args {
     /// scsi or virtio [default: scsi].
     #[arg(long)]
     bus: Option<String>,
-    /// disk, or lun: the guest's SCSI commands go to the LUN itself; needs bus scsi, and takes no serial
-    /// [default: disk].
+    /// disk; lun: the guest's SCSI commands go to the LUN itself; needs bus scsi, and takes no serial; or
+    /// cdrom: a medium in a drive that the VM has (--drive) [default: disk].
     #[arg(long, value_name = "TYPE")]
     disk_type: Option<String>,
     /// Also in the VM's persistent definition, so that it is there after a restart.

@@ -32,6 +32,10 @@ pub(super) struct DiskFlags {
     /// Give the disk an I/O thread of its own in QEMU; needs bus virtio.
     #[arg(long)]
     dedicated_io_thread: bool,
+    /// The drive of the domain that a medium (disk type cdrom) is for, by its target name as sda [default: the
+    /// only one that is empty].
+    #[arg(long, value_name = "NAME")]
+    drive: Option<String>,
     #[command(flatten)]
     limits: LimitsFile,
 }
@@ -132,6 +136,7 @@ impl DiskFlags {
             (&mut volume.io, &self.io),
             (&mut volume.discard, &self.discard),
             (&mut volume.detect_zeroes, &self.detect_zeroes),
+            (&mut volume.drive, &self.drive),
         ] {
             if let Some(word) = from {
                 to.clone_from(word);

@@ -36,6 +36,8 @@ pub(super) struct VolumeFile {
     #[serde(alias = "diskType", skip_serializing_if = "String::is_empty")]
     pub(super) disk_type: String,
     #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) drive: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) cache: String,
     #[serde(alias = "errorPolicy", skip_serializing_if = "String::is_empty")]
     pub(super) error_policy: String,
@@ -95,6 +97,7 @@ impl VolumeFile {
             serial: self.serial.clone(),
             bus: words::bus(&self.bus)?.into(),
             disk_type: words::disk_type(&self.disk_type)?.into(),
+            drive: self.drive.clone(),
             cache: words::cache(&self.cache)?.into(),
             error_policy: words::error_policy(&self.error_policy)?.into(),
             io: words::io(&self.io)?.into(),
@@ -126,6 +129,7 @@ impl VolumeFile {
             serial: spec.serial.clone(),
             bus: plain(spec.bus().as_str_name(), "BUS_"),
             disk_type: plain(spec.disk_type().as_str_name(), "DISK_TYPE_"),
+            drive: spec.drive.clone(),
             cache: plain(spec.cache().as_str_name(), "CACHE_MODE_"),
             error_policy: plain(spec.error_policy().as_str_name(), "ERROR_POLICY_"),
             io: plain(spec.io().as_str_name(), "IO_MODE_"),
@@ -226,6 +230,7 @@ source: {iscsi: {target: 'iqn.2001-04.com.example:a', portals: [10.0.0.1], lun: 
 serial: Data-1
 bus: virtio
 disk_type: lun
+drive: sda
 persistent_reservations: true
 dedicated_io_thread: true
 cache: none

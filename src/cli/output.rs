@@ -265,6 +265,7 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("Serial", v.spec.serial.clone()),
         ("Bus", v.spec.bus.clone()),
         ("Disk type", v.spec.disk_type.clone()),
+        ("Drive", v.spec.drive.clone()),
         ("Reservations", flag(v.spec.persistent_reservations)),
         ("Own I/O thread", flag(v.spec.dedicated_io_thread)),
         ("Cache", v.spec.cache.clone()),

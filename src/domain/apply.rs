@@ -138,6 +138,16 @@ pub enum Error {
         /// The disk's alias.
         alias: String,
     },
+    /// The guest has locked a drive's tray; the medium stays in it and works.
+    #[error(
+        "the guest of domain {domain} has locked the tray of drive {drive}; what is in it stays"
+    )]
+    TrayLocked {
+        /// The drive's target name.
+        drive: String,
+        /// The domain.
+        domain: String,
+    },
     /// The guest has not answered; the disk stays attached and working, and may still go later.
     #[error(
         "the guest has not acknowledged the removal of disk {alias} within {waited:?}; it stays attached and working"
@@ -164,8 +174,21 @@ impl Error {
             Self::NotConfirmed { .. } | Self::NotResized { .. } => Reason::LibvirtFailed,
             Self::NoDisk { .. } => Reason::VolumeNotReady,
             Self::ReadOnlyDisk { .. } => Reason::Unsupported,
+            Self::TrayLocked { .. } => Reason::InUseByGuest,
             Self::GuestRefused { .. } => Reason::GuestRefusedUnplug,
             Self::Unacknowledged { .. } => Reason::DetachUnacknowledged,
+        }
+    }
+}
+
+impl Error {
+    /// The sources in the drives that stand in a medium's way.
+    pub fn in_drives(&self) -> Vec<&str> {
+        match self {
+            Self::Plan { source: PlanError::DriveOccupied { drives }, .. } => {
+                drives.iter().map(|(_, source)| source.as_str()).collect()
+            }
+            _ => Vec::new(),
         }
     }
 }
@@ -199,7 +222,12 @@ impl At<'_> {
     pub(super) async fn read(&self, definition: Definition) -> Result<Domain, Error> {
         let text = self.connection.xml(self.domain, definition, self.left()).await;
         let text = text.map_err(self.failed("reading", self.domain))?;
-        xml::parse(&text).map_err(|source| Error::Xml { domain: self.domain.to_owned(), source })
+        xml::parse(&text).map_err(self.unreadable())
+    }
+
+    pub(super) fn unreadable(&self) -> impl FnOnce(XmlError) -> Error {
+        let domain = self.domain.to_owned();
+        move |source| Error::Xml { domain, source }
     }
 
     /// The definitions that a disk is to be in.

@@ -76,6 +76,7 @@ impl Domain {
             device: "disk".into(),
             serial: Some(format!("kept for {alias}")),
             source: None,
+            medium: None,
             readonly: false,
             shareable: false,
             io_thread: None,

@@ -225,9 +225,29 @@ pub enum PlanError {
         /// Its model.
         model: String,
     },
+    /// The domain has no drive that can be meant.
+    #[error("no cdrom drive for it: {why}; its cdrom drives: {drives}")]
+    NoDrive {
+        /// What is wrong.
+        why: String,
+        /// The drives and what is in them.
+        drives: String,
+    },
+    /// All drives that can be meant have other media.
+    #[error("no cdrom drive is free for it: {}", list(.drives))]
+    DriveOccupied {
+        /// Target names, and what is in them.
+        drives: Vec<(String, String)>,
+    },
     /// Neither the running domain nor its definition can be changed.
     #[error("the domain does not run, and its definition is not to be changed")]
     NothingToChange,
+}
+
+/// Drives and what is in them.
+fn list(drives: &[(String, String)]) -> String {
+    let all = drives.iter().map(|(drive, source)| format!("{drive} has {source}"));
+    all.collect::<Vec<_>>().join(", ")
 }
 
 /// What to do where there is no place left.
@@ -253,6 +273,8 @@ impl PlanError {
             Self::NotHotplugged { .. } => Reason::NotHotplugged,
             Self::NoFreeAddress { .. } | Self::PlaceTaken { .. } => Reason::NoFreeAddress,
             Self::UnknownController { .. } => Reason::DomainXmlUnsupported,
+            Self::NoDrive { .. } => Reason::DriveNotFound,
+            Self::DriveOccupied { .. } => Reason::DriveOccupied,
             Self::NothingToChange => Reason::VmNotRunning,
         }
     }

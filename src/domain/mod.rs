@@ -18,6 +18,7 @@ pub mod diff;
 pub mod guest;
 pub mod iothread;
 pub mod limits;
+pub mod media;
 mod place;
 pub mod resize;
 pub mod template;

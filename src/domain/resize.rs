@@ -9,7 +9,7 @@ use crate::host::libvirt::{Connection, Definition, DomainState};
 use crate::types::{Outcome, VolumeName};
 
 /// Has QEMU take over that our disk of that volume has `size` bytes, which its device has by now, and
-/// tell the guest; or finds that it has. On bus scsi the guest gets a unit attention, on bus virtio a
+/// tell the guest; or finds that it has. A `medium` is known by its source instead, and is for reading only. On bus scsi the guest gets a unit attention, on bus virtio a
 /// change of the configuration; both make Linux read the capacity anew.
 ///
 /// libvirt knows disks by target name or source, not by alias, and a target name may be another disk's
@@ -18,6 +18,7 @@ pub async fn resize(
     connection: &dyn Connection,
     domain: &str,
     volume: &VolumeName,
+    medium: Option<&str>,
     size: u64,
     deadline: Duration,
 ) -> Result<Outcome, Error> {
@@ -33,7 +34,11 @@ pub async fn resize(
     }
     let live = at.read(Definition::Live).await?;
     let missing = || Error::NoDisk { alias: alias.clone(), domain: domain.to_owned() };
-    let disk = live.disk(&alias).ok_or_else(missing)?;
+    let disk = match medium {
+        Some(source) => live.drive_with(source),
+        None => live.disk(&alias),
+    };
+    let disk = disk.ok_or_else(missing)?;
     let source = disk.source.as_deref().ok_or_else(missing)?;
     let capacity = async || {
         let capacity = connection.block_capacity(domain, source, at.left()).await;

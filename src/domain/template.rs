@@ -67,6 +67,13 @@ struct DiskXml<'a> {
 }
 
 #[derive(Template)]
+#[template(path = "medium.xml")]
+struct MediumXml<'a> {
+    source: &'a str,
+    dac_keep: bool,
+}
+
+#[derive(Template)]
 #[template(path = "controller.xml")]
 struct ControllerXml<'a> {
     index: u32,
@@ -100,6 +107,11 @@ pub fn disk(desired: &DesiredDisk, placement: &Placement) -> Result<String, Temp
         address: placement.address,
     };
     Ok(xml.render()?)
+}
+
+/// The source of a medium, as it stands in its drive's XML.
+pub fn medium(source: &str, dac_keep: bool) -> Result<String, TemplateError> {
+    Ok(MediumXml { source, dac_keep }.render()?)
 }
 
 /// A virtio-scsi controller's XML.

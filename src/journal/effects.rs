@@ -35,6 +35,9 @@ pub struct DiskEffect {
     /// The I/O thread of ours that is its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_thread: Option<u32>,
+    /// Of a medium: the source by which it is known in a drive, whose target name the above is then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub medium: Option<String>,
 }
 
 /// A removal that was taken on. It is kept here as well as in the durable store, so that it holds

@@ -79,12 +79,14 @@ words! {
 words! {
     /// What kind of device the guest sees.
     #[derive(Default)]
-    DiskType "disk type" "disk or lun" {
+    DiskType "disk type" "disk, lun or cdrom" {
         /// A disk emulated by QEMU.
         #[default]
         Disk "disk",
         /// The LUN itself: the guest's SCSI commands go to it.
         Lun "lun",
+        /// A medium in a cdrom drive that the domain has.
+        Cdrom "cdrom",
     }
 }
 
@@ -92,6 +94,11 @@ impl DiskType {
     /// Whether it is a disk emulated by QEMU.
     pub fn is_disk(&self) -> bool {
         *self == Self::Disk
+    }
+
+    /// Whether it is a medium in a drive.
+    pub fn is_cdrom(&self) -> bool {
+        *self == Self::Cdrom
     }
 }
 

@@ -92,5 +92,5 @@ pub use fc::Wwpn;
 pub use hostpath::HostPath;
 pub use iface::{Iface, IfaceName, Nexus};
 pub use limits::IoLimits;
-pub use names::{Bus, CacheMode, ErrorPolicy, Serial, VmId, VolumeKey, VolumeName};
+pub use names::{Bus, CacheMode, ErrorPolicy, Serial, TargetName, VmId, VolumeKey, VolumeName};
 pub use san::{Addressing, DevNum, Iqn, Lun, Portal, UnitSerial, Wwid};

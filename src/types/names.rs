@@ -98,6 +98,25 @@ impl FromStr for VolumeName {
     }
 }
 
+/// The target name of a drive in a domain, e.g. `sda` (`<target dev=.../>`).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TargetName(String);
+text_type!(TargetName);
+
+impl FromStr for TargetName {
+    type Err = Malformed;
+    fn from_str(s: &str) -> Result<Self, Malformed> {
+        let ok = s.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+        if ok && (1..=16).contains(&s.len()) {
+            Ok(Self(s.into()))
+        } else {
+            let rule = "the drive's target name in the domain, as sda: 1 to 16 of a-z and 0-9";
+            Err(Malformed::new("drive", s, rule))
+        }
+    }
+}
+
 /// One volume of one VM.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct VolumeKey {

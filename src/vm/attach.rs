@@ -79,7 +79,10 @@ async fn had_disk(ways: &Ways, effects: &Effects) -> bool {
     match &effects.disk {
         None => false,
         Some(disk) if disk.target.is_some() => true,
-        Some(_) => ways.shows_disk(&effects.spec.disk).await.unwrap_or(true),
+        Some(disk) => {
+            let shown = ways.shows_disk(&effects.spec.disk, disk.medium.as_deref());
+            shown.await.unwrap_or(true)
+        }
     }
 }
 
@@ -134,6 +137,9 @@ impl Way<'_> {
             Some(place) => (place, Came::ToGuest),
             None => (self.ways.place_to_be().await?, Came::ToPod),
         };
+        if came == Came::ToGuest && self.spec.device.is_cdrom() {
+            self.drive_is_free(&place).await?;
+        }
         let dev = self.host(volume, how.returns).await?.device.dev;
         let place = self.still_there(place).await?;
         match &place.pod {
@@ -146,16 +152,17 @@ impl Way<'_> {
         self.reached(Step::Grant.phase());
         match came {
             Came::ToGuest => self.disk(&place, source_of(self.ways, &place, self.spec)).await?,
-            Came::ToPod => self.may_be_taken().await?,
+            Came::ToPod => self.may_be_taken(source_of(self.ways, &place, self.spec)).await?,
         }
         Ok(came)
     }
 
     /// From here on QEMU can take the device by the domain's definition, unseen: whoever goes back from here
     /// asks the domain first.
-    async fn may_be_taken(&mut self) -> Result<(), Failure> {
+    async fn may_be_taken(&mut self, source: String) -> Result<(), Failure> {
         let (alias, bus) = (domain::alias(&self.spec.disk), self.spec.bus);
-        let disk = DiskEffect { alias, bus, target: None, io_thread: None };
+        let medium = self.spec.device.is_cdrom().then_some(source);
+        let disk = DiskEffect { alias, bus, target: None, io_thread: None, medium };
         self.effects.disk.get_or_insert(disk);
         Ok(self.ways.effects.put(&self.key, &self.effects).await?)
     }
@@ -177,7 +184,7 @@ impl Way<'_> {
     }
 
     /// Writes the effects down before a step makes the next of them.
-    async fn announce(&mut self, step: Step) -> Result<(), Failure> {
+    pub(super) async fn announce(&mut self, step: Step) -> Result<(), Failure> {
         // A disk that is looked at again stays as far as it came.
         let came = self.effects.step.filter(|came| came.way() == step.way());
         self.effects.step = came.max(Some(step));
@@ -305,7 +312,7 @@ impl Way<'_> {
             let names = before.iter().map(|v| v.spec.name.clone()).collect();
             self.ways.order.after(&names).await;
         }
-        before.retain(|v| v.removing.is_none());
+        before.retain(|v| v.removing.is_none() && !v.spec.device.is_cdrom());
         before.into_iter().map(|v| (v.spec.disk, v.spec.bus)).collect()
     }
 
@@ -328,30 +335,12 @@ impl Way<'_> {
 
     /// The guest has it.
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
-        let ahead = self.in_order().await;
-        let (ways, spec) = (self.ways, self.spec);
-        let before = self.effects.disk.take();
-        let (target, io_thread) = before.map_or((None, None), |d| (d.target, d.io_thread));
-        let alias = domain::alias(&spec.disk);
-        self.effects.disk = Some(DiskEffect { alias, bus: spec.bus, target, io_thread });
-        self.announce(Step::Disk).await?;
-        let connection = ways.libvirt().await?;
-        let mut desired = desired_disk(ways, spec, source, place.pod.is_some());
-        let limit = ways.settings().libvirt;
-        // Before the turn, which others need.
-        domain::settled(&*connection, &ways.vm.domain, &spec.disk, limit).await?;
-        let attached = {
-            let _turn = ways.turn.lock().await;
-            if let Some(own) = &mut desired.io_thread {
-                own.recorded = self.io_thread(&*connection).await?;
-            }
-            let leaving = ways.leaving();
-            let (name, persist) = (&ways.vm.domain, spec.persist);
-            let attach =
-                domain::attach(&*connection, name, &desired, persist, &leaving, &ahead, limit);
-            ways.host.tracker.run(Step::Disk, attach).await?
+        let ways = self.ways;
+        let target = if self.spec.device.is_cdrom() {
+            self.medium(source, place.pod.is_some()).await?
+        } else {
+            self.plug(source, place.pod.is_some()).await?
         };
-        let target = attached.into_inner().target;
         if let Some(disk) = &mut self.effects.disk {
             disk.target = Some(target.clone());
         }
@@ -367,6 +356,31 @@ impl Way<'_> {
             status.phase = Step::Ready.phase();
         });
         Ok(())
+    }
+
+    /// The domain has the disk; returns its target name.
+    async fn plug(&mut self, source: String, keep_owner: bool) -> Result<String, Failure> {
+        let ahead = self.in_order().await;
+        let (ways, spec) = (self.ways, self.spec);
+        let before = self.effects.disk.take();
+        let (target, io_thread) = before.map_or((None, None), |d| (d.target, d.io_thread));
+        let alias = domain::alias(&spec.disk);
+        self.effects.disk =
+            Some(DiskEffect { alias, bus: spec.bus, target, io_thread, medium: None });
+        self.announce(Step::Disk).await?;
+        let connection = ways.libvirt().await?;
+        let mut desired = desired_disk(ways, spec, source, keep_owner);
+        let limit = ways.settings().libvirt;
+        // Before the turn, which others need.
+        domain::settled(&*connection, &ways.vm.domain, &spec.disk, limit).await?;
+        let _turn = ways.turn.lock().await;
+        if let Some(own) = &mut desired.io_thread {
+            own.recorded = self.io_thread(&*connection).await?;
+        }
+        let leaving = ways.leaving();
+        let (name, persist) = (&ways.vm.domain, spec.persist);
+        let attach = domain::attach(&*connection, name, &desired, persist, &leaving, &ahead, limit);
+        Ok(ways.host.tracker.run(Step::Disk, attach).await?.into_inner().target)
     }
 }
 

@@ -1,10 +1,12 @@
 //! What is checked against the domain and the guest before a request is taken. Changes nothing.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::attach::{desired_disk, source_of};
 use super::facade::Refusal;
 use super::failure::Failure;
+use super::media;
 use super::plan::fc::Power;
 use super::ways::Ways;
 use crate::connector::local;
@@ -17,7 +19,11 @@ use crate::types::{Bus, VolumeName};
 /// Whether the domain could take the disk: its place is proven, its XML is understood, there is a free
 /// address also with all that were taken on before, and nothing there has the name or the serial. Of one that
 /// does not run nothing is known: the volume is wanted for when it does. Returns whether it runs.
-pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<Power, Refusal> {
+pub(super) async fn add(
+    ways: &Ways,
+    spec: &VolumeSpec,
+    leaving: &BTreeSet<VolumeName>,
+) -> Result<Power, Refusal> {
     may_be_given(ways, spec)?;
     let place = match ways.place().await {
         Err(failure) if failure.reason == Reason::VmNotRunning => return Ok(Power::Off),
@@ -27,6 +33,9 @@ pub(super) async fn add(ways: &Ways, spec: &VolumeSpec) -> Result<Power, Refusal
         }
         place => place?,
     };
+    if spec.device.is_cdrom() {
+        return media::check(ways, spec, &place, leaving).await.map(|()| Power::On);
+    }
     let source = source_of(ways, &place, spec);
     let connection = ways.libvirt().await?;
     let desired = desired_disk(ways, spec, source, place.pod.is_some());
@@ -79,6 +88,10 @@ pub(super) async fn remove(
 const ASKING: Duration = Duration::from_secs(5);
 
 async fn may_go(ways: &Ways, name: &VolumeName, spec: &VolumeSpec) -> Result<Vec<String>, Refusal> {
+    if spec.device.is_cdrom() {
+        // A guest that uses a medium has locked the tray, and is asked by QEMU itself.
+        return Ok(Vec::new());
+    }
     let effects = ways.effects.get(&ways.key(name)).await.map_err(Failure::from)?;
     let (begun, device) = effects.map_or((None, None), |e| (e.disk, e.device));
     if begun.is_none() {
@@ -92,7 +105,8 @@ async fn may_go(ways: &Ways, name: &VolumeName, spec: &VolumeSpec) -> Result<Vec
     if !runs {
         return Ok(Vec::new());
     }
-    if begun.is_some_and(|disk| disk.target.is_none()) && !ways.shows_disk(&spec.disk).await? {
+    if begun.is_some_and(|disk| disk.target.is_none()) && !ways.shows_disk(&spec.disk, None).await?
+    {
         // Its attach has not come to the guest.
         return Ok(Vec::new());
     }

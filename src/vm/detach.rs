@@ -11,6 +11,7 @@
 use super::discover::{self, DiscoverError};
 use super::failure::Failure;
 use super::incoming;
+use super::media;
 use super::ways::Ways;
 use crate::connector::{DetachOptions, GaveUp};
 use crate::domain::{self, iothread};
@@ -85,7 +86,7 @@ async fn effects_of(
     };
     if attached && volume.persist {
         let (alias, bus) = (domain::alias(&volume.disk), volume.bus);
-        let disk = DiskEffect { alias, bus, target: None, io_thread: None };
+        let disk = DiskEffect { alias, bus, target: None, io_thread: None, medium: None };
         effects.disk.get_or_insert(disk);
     }
     // From here on a successor knows it too.
@@ -114,15 +115,12 @@ pub(super) async fn unwind(
 ) -> Result<(), Failure> {
     let reached_guest = effects.disk.is_some();
     let tracker = &ways.host.tracker;
-    // Whose definition it is decides: what is asked for with the volume goes with it, and what somebody
-    // wrote there who starts the VM by it stays, until the volume is wanted no more.
-    let definition = matches!(why, Unwind::Removed(..)) || effects.spec.persist;
     if reached_guest {
-        tracker.run(Step::Unplug, disk(ways, key, effects, definition)).await?;
+        tracker.run(Step::Unplug, disk(ways, key, effects, why)).await?;
     }
     leave_pod(ways, key, effects).await?;
     if reached_guest {
-        tracker.run(Step::Confirm, no_disk(ways, key, effects, definition)).await?;
+        tracker.run(Step::Confirm, no_disk(ways, key, effects, why)).await?;
     }
     if let Unwind::Removed(..) = why {
         ways.board.phase(key, Step::Confirm.phase());
@@ -144,11 +142,17 @@ pub(super) async fn unwind(
     Ok(())
 }
 
+/// Whose definition it is decides: what is asked for with the volume goes with it, and what somebody
+/// wrote there who starts the VM by it stays, until the volume is wanted no more.
+fn definition(effects: &Effects, why: Unwind<'_>) -> bool {
+    matches!(why, Unwind::Removed(..)) || effects.spec.persist
+}
+
 async fn disk(
     ways: &Ways,
     key: &VolumeKey,
     effects: &mut Effects,
-    definition: bool,
+    why: Unwind<'_>,
 ) -> Result<(), Failure> {
     if effects.disk.is_none() {
         return Ok(());
@@ -162,8 +166,11 @@ async fn disk(
     let target = effects.disk.as_ref().and_then(|disk| disk.target.as_deref());
     let leaving = target.map(|target| ways.set_leaving(target));
     match ways.libvirt().await {
+        Ok(connection) if let Some(source) = medium_of(effects) => {
+            media::eject(ways, &*connection, &effects.spec.disk, source, why, false).await?;
+        }
         Ok(connection) => {
-            let limit = ways.settings().guest_unplug;
+            let (definition, limit) = (definition(effects, why), ways.settings().guest_unplug);
             let io_thread = own_thread(ways, key, effects, &*connection).await?;
             let (name, disk) = (&ways.vm.domain, &effects.spec.disk);
             domain::detach(&*connection, name, disk, definition, io_thread, limit).await?;
@@ -176,6 +183,11 @@ async fn disk(
         disk.target = None;
     }
     strike(ways, key, effects, Step::Unplug).await
+}
+
+/// The source of a medium that may be in a drive.
+fn medium_of(effects: &Effects) -> Option<&str> {
+    effects.disk.as_ref()?.medium.as_deref()
 }
 
 /// The disk's own I/O thread, which goes with it. Where none is recorded (the disk came by the domain's
@@ -201,14 +213,17 @@ async fn no_disk(
     ways: &Ways,
     key: &VolumeKey,
     effects: &mut Effects,
-    definition: bool,
+    why: Unwind<'_>,
 ) -> Result<(), Failure> {
     if effects.disk.is_none() {
         return Ok(());
     }
     match ways.libvirt().await {
+        Ok(connection) if let Some(source) = medium_of(effects) => {
+            media::eject(ways, &*connection, &effects.spec.disk, source, why, true).await?;
+        }
         Ok(connection) => {
-            let limit = ways.settings().guest_unplug;
+            let (definition, limit) = (definition(effects, why), ways.settings().guest_unplug);
             let io_thread = effects.disk.as_ref().and_then(|disk| disk.io_thread);
             let (name, disk) = (&ways.vm.domain, &effects.spec.disk);
             let gone = domain::confirm_gone(&*connection, name, disk, definition, io_thread, limit);

@@ -69,7 +69,9 @@ impl Way<'_> {
         let limit = ways.settings().libvirt;
         let told = async {
             let _turn = ways.turn.lock().await;
-            domain::resize(&*connection, &ways.vm.domain, &spec.disk, size, limit).await
+            let medium = effects.disk.as_ref().and_then(|disk| disk.medium.as_deref());
+            let name = &ways.vm.domain;
+            domain::resize(&*connection, name, &spec.disk, medium, size, limit).await
         };
         changed |= ways.host.tracker.run(Step::TellGuest, told).await?.changed();
         let grown = Grown { before: measured.before, size, expect_size: self.raised };

@@ -1,6 +1,7 @@
 //! The handler of a VM as others see it: requests go in by message, answers come back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -58,6 +59,8 @@ pub(super) struct Add {
     pub(super) spec: Box<VolumeSpec>,
     pub(super) options: AddOptions,
     pub(super) asker: Asker,
+    /// The volumes whose removal was asked for with it.
+    pub(super) leaving: Arc<BTreeSet<VolumeName>>,
 }
 
 /// A removal that was sent off to be checked.

@@ -81,6 +81,7 @@ pub(super) async fn taken_over(
         bus,
         target: None,
         io_thread: disk.io_thread,
+        medium: disk.medium.clone(),
     });
     let mut effects = before.of(ways.incarnation());
     (effects.node, effects.grant, effects.disk) = (made.node, made.grant, disk);

@@ -26,7 +26,9 @@ pub(super) async fn set(ways: &Ways, volume: &StoredVolume) -> Result<Outcome, F
 async fn walk(ways: &Ways, volume: &StoredVolume) -> Result<Outcome, Failure> {
     let spec = &volume.spec;
     let effects = ways.effects.get(&ways.key(&spec.name)).await?;
-    let has_disk = effects.and_then(|e| e.disk).is_some_and(|disk| disk.target.is_some());
+    // A medium takes none.
+    let has_disk = !spec.device.is_cdrom()
+        && effects.and_then(|e| e.disk).is_some_and(|disk| disk.target.is_some());
     if !has_disk || !(spec.persist || runs(ways).await?) {
         return Ok(Outcome::Already(()));
     }

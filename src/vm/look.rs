@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::attach::{desired_disk, source_of};
 use super::discover::{DiscoverError, Place, PodPlace};
 use super::failure::Failure;
+use super::media;
 use super::steps::Sight;
 use super::ways::Ways;
 use crate::cgroup::GrantRecord;
@@ -89,6 +90,9 @@ impl Seen<'_> {
             return wrong;
         }
         let source = source_of(self.ways, self.place, self.volume);
+        if self.volume.device.is_cdrom() {
+            return media::wrong(self.views, self.volume, effects, source);
+        }
         let desired = desired_disk(self.ways, self.volume, source, self.place.pod.is_some());
         match diff::plan(self.views, &desired, &BTreeSet::new()) {
             Ok(Plan::Already { limits, .. }) if limits.any() => {

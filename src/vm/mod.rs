@@ -29,6 +29,7 @@ pub mod handler;
 mod incoming;
 mod limits;
 mod look;
+mod media;
 mod order;
 pub mod plan;
 pub mod publish;

@@ -11,9 +11,12 @@
 pub mod fc;
 pub mod set;
 
+use std::collections::BTreeSet;
+
 use super::facade::Refusal;
 use crate::reason::Reason;
 use crate::spec::{FcSupport, Phase, RemoveOptions, VolumeSpec};
+use crate::types::{TargetName, VolumeName};
 
 /// What admission knows of a volume.
 #[derive(Debug, Clone)]
@@ -31,6 +34,14 @@ impl Known {
     fn is_live(&self) -> bool {
         self.phase != Phase::Failed
     }
+}
+
+/// The same, with the removal of some asked for together with what is to be admitted.
+pub fn without(mut known: Vec<Known>, leaving: &BTreeSet<VolumeName>) -> Vec<Known> {
+    for one in known.iter_mut().filter(|k| leaving.contains(&k.spec.name)) {
+        one.removing.get_or_insert_default();
+    }
+    known
 }
 
 /// What this node allows a VM.
@@ -94,6 +105,12 @@ pub fn admit_add(known: &[Known], spec: &VolumeSpec, rules: Rules) -> Result<Adm
     {
         let message = format!("serial {serial} is that of volume {}", other.spec.name);
         return Err(Refusal::new(Reason::SerialInUse, message).field("volume.serial"));
+    }
+    let same_drive = |k: &&Known| spec.drive.is_some() && k.spec.drive == spec.drive;
+    if let Some(other) = live().find(|k| k.removing.is_none() && same_drive(k)) {
+        let drive = spec.drive.as_ref().map_or("", TargetName::as_str);
+        let message = format!("drive {drive} is that of volume {}", other.spec.name);
+        return Err(Refusal::new(Reason::DriveOccupied, message).field("volume.drive"));
     }
     if spec.reservations && !rules.reservations {
         let message =
@@ -184,6 +201,7 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         serial,
         bus,
         device,
+        drive,
         reservations,
         dedicated_io_thread,
         cache,
@@ -205,6 +223,7 @@ fn first_difference(a: &VolumeSpec, b: &VolumeSpec) -> &'static str {
         ("serial", *serial != b.serial),
         ("bus", *bus != b.bus),
         ("disk_type", *device != b.device),
+        ("drive", *drive != b.drive),
         ("persistent_reservations", *reservations != b.reservations),
         ("dedicated_io_thread", *dedicated_io_thread != b.dedicated_io_thread),
         ("cache", *cache != b.cache),
@@ -283,6 +302,30 @@ mod tests {
         assert_eq!(full.reason, Reason::LimitReached);
         let leaving = [known(with_lun("a", 1), Phase::Detaching)];
         assert_eq!(denied(&leaving, &with_lun("a", 1)).0, Reason::VolumeExists);
+    }
+
+    #[test]
+    fn a_drive_is_one_volumes_until_that_is_wanted_no_more() {
+        let in_drive = |name, lun, drive: &str| {
+            let device = crate::types::DiskType::Cdrom;
+            let plain = with_lun(name, lun);
+            let drive = drive.parse().ok();
+            VolumeSpec { serial: None, device, drive, read_only: true, ..plain }
+        };
+        let field = Some("volume.drive".into());
+        let ready = [known(in_drive("a", 1, "sda"), Phase::Ready)];
+        assert_eq!(denied(&ready, &in_drive("b", 2, "sda")), (Reason::DriveOccupied, field));
+        // What an unnamed drive is, the domain alone can say.
+        for drive in ["sdb", ""] {
+            let admitted = admit_add(&ready, &in_drive("b", 2, drive), RULES);
+            assert_eq!(admitted.unwrap(), Admission::Accept);
+        }
+        let leaving = [known(in_drive("a", 1, "sda"), Phase::Detaching)];
+        let with_it = without(ready.to_vec(), &BTreeSet::from(["a".parse().unwrap()]));
+        for known in [&leaving[..], &with_it] {
+            let admitted = admit_add(known, &in_drive("b", 2, "sda"), RULES);
+            assert_eq!(admitted.unwrap(), Admission::Accept);
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What a handler has done for it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -18,8 +18,13 @@ use crate::types::{Outcome, VolumeName};
 /// What the handler has done for it: the way of an attach and back.
 #[async_trait]
 pub trait Steps: Send + Sync + 'static {
-    /// Checks an addition against the pod and the domain; changes nothing. Returns whether the VM runs.
-    async fn check_add(&self, spec: &VolumeSpec) -> Result<Power, Refusal>;
+    /// Checks an addition against the pod and the domain; changes nothing. Returns whether the VM runs. `leaving` are volumes whose removal
+    /// is asked for with it.
+    async fn check_add(
+        &self,
+        spec: &VolumeSpec,
+        leaving: &BTreeSet<VolumeName>,
+    ) -> Result<Power, Refusal>;
 
     /// Checks a removal against the domain and the guest; changes nothing. `known` is `None` for a
     /// name that the handler does not know: the refusal then says what is in the domain. Returns what

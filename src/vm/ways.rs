@@ -158,7 +158,8 @@ impl Ways {
     /// A store that cannot be read now says nothing of them.
     pub(super) async fn wanted(&self, name: &VolumeName) -> Vec<(VolumeName, Bus)> {
         let volumes = self.desired.volumes(&self.vm.id).await.unwrap_or_default();
-        let others = volumes.into_iter().filter(|v| v.removing.is_none() && v.spec.name != *name);
+        let is_there = |v: &StoredVolume| v.removing.is_none() && !v.spec.device.is_cdrom();
+        let others = volumes.into_iter().filter(|v| is_there(v) && v.spec.name != *name);
         others.map(|v| (v.spec.disk, v.spec.bus)).collect()
     }
 
@@ -210,8 +211,13 @@ impl Ways {
         Ok(info.map(|i| i.state))
     }
 
-    /// Whether the running domain has our disk of that name. A domain that does not run has none.
-    pub(super) async fn shows_disk(&self, disk: &VolumeName) -> Result<bool, Failure> {
+    /// Whether the running domain has our disk of that name, or a medium with that source in a drive. A
+    /// domain that does not run has none.
+    pub(super) async fn shows_disk(
+        &self,
+        disk: &VolumeName,
+        medium: Option<&str>,
+    ) -> Result<bool, Failure> {
         let runs =
             matches!(self.domain_state().await?, Some(DomainState::Running | DomainState::Paused));
         if !runs {
@@ -222,7 +228,10 @@ impl Ways {
         let xml = connection.xml(&self.vm.domain, Definition::Live, limit).await?;
         let unread = |e| Failure::of(Reason::DomainXmlUnsupported, &e);
         let domain = domain::xml::parse(&xml).map_err(unread)?;
-        Ok(domain.disk(&domain::alias(disk)).is_some())
+        Ok(match medium {
+            Some(source) => domain.drive_with(source).is_some(),
+            None => domain.disk(&domain::alias(disk)).is_some(),
+        })
     }
 
     /// The VM's place, all of it proven anew; the domain must run.
@@ -380,8 +389,12 @@ pub struct Looked {
 
 #[async_trait]
 impl Steps for Ways {
-    async fn check_add(&self, spec: &VolumeSpec) -> Result<Power, Refusal> {
-        within(self.settings().check, "the check", checks::add(self, spec)).await
+    async fn check_add(
+        &self,
+        spec: &VolumeSpec,
+        leaving: &BTreeSet<VolumeName>,
+    ) -> Result<Power, Refusal> {
+        within(self.settings().check, "the check", checks::add(self, spec, leaving)).await
     }
 
     async fn check_remove(

@@ -64,7 +64,8 @@ impl Sweep {
     }
 
     pub(crate) fn world(&self) -> World {
-        let world = World::new();
+        let media = self.spec.device.is_cdrom();
+        let world = if media { World::with_drives(&["sda"]) } else { World::new() };
         if self.beside {
             world.life(async |daemon| {
                 assert_eq!(daemon.add(1, &volume("beside", 7)).await.phase, Phase::Ready);

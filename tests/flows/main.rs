@@ -7,6 +7,7 @@
 mod bad_input;
 mod batch;
 mod cancel;
+mod cdrom;
 mod chap;
 mod crash;
 mod discover;

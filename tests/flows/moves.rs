@@ -10,7 +10,9 @@ use lunplug::vm::facade::{Refusal, VmState, Volumes};
 
 use crate::faults::each;
 use crate::starts::{Parts, nothing_left, opens, power_on, powered_off, reasons};
-use crate::world::{Daemon, World, domain, initiator, node, single, uid, vm, vm_spec, volume};
+use crate::world::{
+    Daemon, World, domain, initiator, medium, node, single, uid, vm, vm_spec, volume,
+};
 
 /// The pod to which the first VM moves.
 fn other() -> String {
@@ -97,6 +99,26 @@ fn a_guest_moves_to_another_pod_with_its_volumes() {
         for name in ["a", "b", "c", "d"] {
             daemon.remove(1, name).await;
         }
+        daemon.quiet().await;
+        nothing_left(&world, "moved");
+    });
+}
+
+#[test]
+fn a_medium_moves_with_its_guest() {
+    let host = node();
+    host.add_pod(&other());
+    host.hypervisor.with_domain(&World::endpoint(1), &domain(1), |d| d.add_drive("sda")).unwrap();
+    let world = World::over(host, lunplug::journal::Desired::in_memory().unwrap());
+    world.life(async |daemon| {
+        assert_eq!(daemon.add(1, &medium("iso", 1)).await.phase, Phase::Ready);
+        daemon.prepare_move().await.unwrap();
+        world.host.migrate(&uid(1), &other(), &domain(1)).unwrap();
+        assert_eq!(reasons(daemon.finish().await), [("iso".to_owned(), None)]);
+        let status = daemon.ready(1, "iso").await;
+        assert_eq!(status.target.as_deref(), Some("sda"));
+        daemon.quiet().await;
+        daemon.remove(1, "iso").await;
         daemon.quiet().await;
         nothing_left(&world, "moved");
     });

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use lunplug::config::Config;
 use lunplug::daemon::{self, Doors, Form};
+use lunplug::host::sim::domain::SimDomain;
 use lunplug::host::sim::{Appears, Fault, FaultAction, SimBlock, SimHost, SimStorage};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
@@ -110,6 +111,7 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         disk: name.parse().unwrap(),
         serial: Some(name.parse().unwrap()),
         device: DiskType::Disk,
+        drive: None,
         reservations: false,
         dedicated_io_thread: false,
         bus: Bus::Scsi,
@@ -126,6 +128,12 @@ pub(crate) fn volume(name: &str, lun: u64) -> VolumeSpec {
         limits: IoLimits::default(),
         names: Names::new(),
     }
+}
+
+/// A medium for the only drive that is empty.
+pub(crate) fn medium(name: &str, lun: u64) -> VolumeSpec {
+    let device = DiskType::Cdrom;
+    VolumeSpec { serial: None, device, read_only: true, ..volume(name, lun) }
 }
 
 /// The same by both HBAs.
@@ -198,6 +206,16 @@ impl World {
     /// A world over [`node`], with a store in memory.
     pub(crate) fn new() -> Self {
         Self::over(node(), Desired::in_memory().unwrap())
+    }
+
+    /// The same, each VM with such empty drives.
+    pub(crate) fn with_drives(drives: &[&str]) -> Self {
+        let host = node();
+        for number in 1..=VMS {
+            let add = |d: &mut SimDomain| drives.iter().for_each(|drive| d.add_drive(drive));
+            host.hypervisor.with_domain(&Self::endpoint(number), &domain(number), add).unwrap();
+        }
+        Self::over(host, Desired::in_memory().unwrap())
     }
 
     /// The first two VMs are registered.

@@ -10,6 +10,7 @@ mod agent;
 mod attach;
 mod bad_input;
 mod batch;
+mod cdrom;
 mod chap;
 mod cost;
 mod daemon;

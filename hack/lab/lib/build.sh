@@ -117,7 +117,7 @@ build_guest_initramfs() {
   local root=$1.root tree rule command
   tree=$(tree_dir)
   new_initramfs_root "$root"
-  copy_modules "$root" virtio_scsi sd_mod virtio_blk ext4 dm_mod
+  copy_modules "$root" virtio_scsi sd_mod sr_mod virtio_blk ext4 dm_mod
   copy_programs "$root" /usr/bin/udevadm /usr/lib/udev/scsi_id /usr/lib/udev/ata_id \
     /usr/sbin/qemu-ga /usr/sbin/lvm /usr/sbin/sfdisk /usr/sbin/mkfs.ext4
   ln -s ../bin/udevadm "$root/usr/sbin/udevd"

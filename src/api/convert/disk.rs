@@ -52,7 +52,11 @@ pub(super) fn device(value: i32) -> Result<DiskType, Refusal> {
     match v1::DiskType::try_from(value) {
         Ok(v1::DiskType::Unspecified | v1::DiskType::Disk) => Ok(DiskType::Disk),
         Ok(v1::DiskType::Lun) => Ok(DiskType::Lun),
-        Err(_) => Err(unknown_value("volume.disk_type", value, "disk (1) or lun (2)")),
+        Ok(v1::DiskType::Cdrom) => Ok(DiskType::Cdrom),
+        Err(_) => {
+            let rule = "disk (1), lun (2) or cdrom (3)";
+            Err(unknown_value("volume.disk_type", value, rule))
+        }
     }
 }
 
@@ -61,6 +65,7 @@ pub fn wire_disk_type(device: DiskType) -> v1::DiskType {
     match device {
         DiskType::Disk => v1::DiskType::Disk,
         DiskType::Lun => v1::DiskType::Lun,
+        DiskType::Cdrom => v1::DiskType::Cdrom,
     }
 }
 

@@ -147,14 +147,18 @@ pub fn wire_spec(spec: &VolumeSpec) -> v1::VolumeSpec {
         source: Some(wire_source(&spec.source)),
         serial: spec.serial.as_ref().map(ToString::to_string).unwrap_or_default(),
         bus: match spec.bus {
+            // The drive's.
+            _ if spec.device.is_cdrom() => v1::Bus::Unspecified,
             Bus::Scsi => v1::Bus::Scsi,
             Bus::Virtio => v1::Bus::Virtio,
         }
         .into(),
         disk_type: wire_disk_type(spec.device).into(),
+        drive: spec.drive.as_ref().map(ToString::to_string).unwrap_or_default(),
         persistent_reservations: spec.reservations,
         dedicated_io_thread: spec.dedicated_io_thread,
         cache: match spec.cache {
+            _ if spec.device.is_cdrom() => v1::CacheMode::Unspecified,
             CacheMode::None => v1::CacheMode::None,
             CacheMode::Writethrough => v1::CacheMode::Writethrough,
             CacheMode::Writeback => v1::CacheMode::Writeback,

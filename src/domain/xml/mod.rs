@@ -5,6 +5,7 @@
 //! docs/formatdomain.rst.
 
 mod addresses;
+mod drive;
 mod iothreads;
 mod raw;
 
@@ -12,6 +13,7 @@ use std::collections::BTreeSet;
 
 use crate::types::IoLimits;
 use addresses::addresses;
+pub use drive::with_medium;
 pub use iothreads::IoThreads;
 use raw::{RawChannel, RawDomain};
 
@@ -72,6 +74,8 @@ pub struct Disk {
     pub serial: Option<String>,
     /// `dev` or `file` of the source; `None` for network sources and empty drives.
     pub source: Option<String>,
+    /// What of whatever kind is in it, in words; `None` for an empty drive.
+    pub medium: Option<String>,
     /// The guest may not write.
     pub readonly: bool,
     /// Others may write too.

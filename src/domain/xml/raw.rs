@@ -122,7 +122,34 @@ pub(super) struct RawSource {
     pub(super) dev: Option<String>,
     #[serde(rename = "@file")]
     pub(super) file: Option<String>,
+    #[serde(rename = "@dir")]
+    pub(super) dir: Option<String>,
+    #[serde(rename = "@protocol")]
+    pub(super) protocol: Option<String>,
+    #[serde(rename = "@name")]
+    pub(super) name: Option<String>,
+    #[serde(rename = "@pool")]
+    pub(super) pool: Option<String>,
+    #[serde(rename = "@volume")]
+    pub(super) volume: Option<String>,
+    /// Of the kinds that have no path (`nvme`, `vhostuser`, `vhostvdpa`).
+    #[serde(rename = "@type")]
+    pub(super) kind: Option<String>,
     pub(super) reservations: Option<Empty>,
+}
+
+impl RawSource {
+    /// What it leads to, in words; `None` where it leads nowhere, as that of an empty drive with a
+    /// startup policy.
+    fn medium(&self) -> Option<String> {
+        let path = self.dev.as_ref().or(self.file.as_ref()).or(self.dir.as_ref());
+        if let Some(path) = path {
+            return Some(path.clone());
+        }
+        let parts = [&self.protocol, &self.kind, &self.pool, &self.name, &self.volume];
+        let parts: Vec<&str> = parts.into_iter().flatten().map(String::as_str).collect();
+        (!parts.is_empty()).then(|| parts.join(" "))
+    }
 }
 
 #[derive(Deserialize)]
@@ -247,6 +274,7 @@ impl RawDisk {
             bus,
             device: self.device.unwrap_or_else(|| "disk".into()),
             serial: self.serial.filter(|s| !s.is_empty()),
+            medium: self.source.as_ref().and_then(RawSource::medium),
             reservations: self.source.as_ref().is_some_and(|s| s.reservations.is_some()),
             source: self.source.and_then(|s| s.dev.or(s.file)),
             readonly: self.readonly.is_some(),

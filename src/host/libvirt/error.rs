@@ -50,6 +50,12 @@ pub enum LibvirtError {
         /// libvirt's words.
         message: String,
     },
+    /// The guest has locked a drive's tray.
+    #[error("the guest has locked the tray: {message}")]
+    TrayLocked {
+        /// libvirt's words.
+        message: String,
+    },
     /// Devices of the domain use the I/O thread.
     #[error("the I/O thread is in use: {message}")]
     IoThreadUsed {
@@ -124,6 +130,7 @@ impl LibvirtError {
             | Self::IoThreadUsed { .. }
             | Self::Other { .. } => Reason::LibvirtFailed,
             Self::UnplugRejected { .. } => Reason::GuestRefusedUnplug,
+            Self::TrayLocked { .. } => Reason::InUseByGuest,
             Self::UnplugPending { .. } => Reason::DetachUnacknowledged,
             Self::NoConnect { .. } => Reason::LibvirtUnreachable,
             Self::TimedOut { .. } | Self::InFlight { .. } => Reason::LibvirtUnreachable,
@@ -157,6 +164,13 @@ impl LibvirtError {
             || message.contains("cannot find IOThread")
         {
             return Self::DeviceMissing { message };
+        }
+        // qemuHotplugWaitForTrayEject: the guest was asked to open it (QEMU's blockdev-open-tray) and has
+        // not; an older libvirt hands on QEMU's own refusal.
+        if message.contains("waiting for disk tray status update")
+            || message.contains("is locked and force was not specified")
+        {
+            return Self::TrayLocked { message };
         }
         // qemuDomainDelIOThreadCheck: "cannot remove IOThread 1 since it is being used by disk 'vda'".
         if message.contains("cannot remove IOThread") {
@@ -300,6 +314,8 @@ mod tests {
         let used =
             read("invalid argument: cannot remove IOThread 7 since it is being used by disk 'vda'");
         assert!(matches!(used, LibvirtError::IoThreadUsed { .. }));
+        let locked = read("operation failed: timed out waiting for disk tray status update");
+        assert!(matches!(locked, LibvirtError::TrayLocked { .. }));
         let other = read("internal error: unexpected qemu URI path '/system', try qemu:///session");
         assert!(other.is_other_instance());
         assert!(!missing.is_other_instance());

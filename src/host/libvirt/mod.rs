@@ -185,6 +185,17 @@ impl Affect {
     pub const CONFIG: Self = Self { live: false, config: true };
 }
 
+/// What becomes of a drive's medium.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Medium {
+    /// One is put in.
+    Insert,
+    /// It is taken out, unless the guest has locked the tray.
+    Eject,
+    /// Also then (`VIR_DOMAIN_DEVICE_MODIFY_FORCE`).
+    EjectByForce,
+}
+
 /// Calls that change a domain's devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Calls {
@@ -265,6 +276,18 @@ pub trait Connection: Send + Sync {
         domain: &str,
         alias: &str,
         affect: Affect,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError>;
+
+    /// Changes the medium of a drive of the running domain (`virDomainUpdateDeviceFlags`), which `landed` knows
+    /// as `device`; `xml` is the whole of the drive. libvirt asks a guest that has locked the tray to open
+    /// it and waits 5 s for that (`CHANGE_MEDIA_TIMEOUT`): [`LibvirtError::TrayLocked`].
+    async fn update_drive(
+        &self,
+        domain: &str,
+        device: &str,
+        xml: &str,
+        how: Medium,
         deadline: Duration,
     ) -> Result<(), LibvirtError>;
 

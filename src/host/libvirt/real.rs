@@ -15,7 +15,7 @@ use super::ffi::{self, Handle};
 use super::workers::Workers;
 use super::{
     Affect, Calls, Connection, Definition, DomainEvents, DomainInfo, DomainState, Endpoint,
-    EventSender, Hypervisor, InFlight, Instance, LibvirtError, Socket, Version,
+    EventSender, Hypervisor, InFlight, Instance, LibvirtError, Medium, Socket, Version,
 };
 use crate::types::IoLimits;
 
@@ -307,6 +307,32 @@ impl Connection for RealConnection {
         self.with_domain("detach", domain, deadline, move |d| {
             let _flight = flight;
             ffi::detach_alias(d, &alias, flags(affect))
+        })
+        .await
+    }
+
+    async fn update_drive(
+        &self,
+        domain: &str,
+        device: &str,
+        xml: &str,
+        how: Medium,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let xml = xml.to_owned();
+        let flight = match how {
+            Medium::Insert => self.in_flight.attach(&self.name, domain, device),
+            Medium::Eject | Medium::EjectByForce => {
+                self.in_flight.detach(&self.name, domain, device)
+            }
+        };
+        let force = match how {
+            Medium::EjectByForce => sys::VIR_DOMAIN_DEVICE_MODIFY_FORCE,
+            Medium::Insert | Medium::Eject => 0,
+        };
+        self.with_domain("update", domain, deadline, move |d| {
+            let _flight = flight;
+            d.update_device_flags(&xml, flags(Affect::LIVE) | force)
         })
         .await
     }

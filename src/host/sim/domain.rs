@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
 
+use super::iothreads::refuse_io_thread;
 use crate::domain::xml::{self, Disk, Domain};
 use crate::host::libvirt::{Affect, Definition, DomainInfo, DomainState, Job, LibvirtError};
 use crate::types::IoLimits;
@@ -37,8 +38,8 @@ pub struct SimAgent {
 #[derive(Debug, Clone)]
 pub struct SimDomain {
     name: String,
-    live: Option<String>,
-    config: Option<String>,
+    pub(super) live: Option<String>,
+    pub(super) config: Option<String>,
     /// The guest is held.
     pub paused: bool,
     /// It is so because of an I/O error.
@@ -51,7 +52,9 @@ pub struct SimDomain {
     pub agent: SimAgent,
     unanswered: BTreeSet<String>,
     /// How many bytes QEMU shows the guest of each disk, by its alias.
-    shown: BTreeMap<String, u64>,
+    pub(super) shown: BTreeMap<String, u64>,
+    /// Target names of the drives whose trays the guest has locked.
+    pub(super) locked: BTreeSet<String>,
     /// What the device behind each disk is, by the disk's alias.
     identities: BTreeMap<String, String>,
 }
@@ -79,6 +82,7 @@ impl SimDomain {
             agent: SimAgent { connected: true, ..SimAgent::default() },
             unanswered: BTreeSet::new(),
             shown: BTreeMap::new(),
+            locked: BTreeSet::new(),
             identities: BTreeMap::new(),
         }
     }
@@ -158,6 +162,7 @@ impl SimDomain {
     pub fn stop(&mut self) -> bool {
         self.live = None;
         self.unanswered.clear();
+        self.locked.clear();
         self.config.is_some()
     }
 
@@ -293,50 +298,6 @@ impl SimDomain {
         Ok(())
     }
 
-    /// Adds an I/O thread (`qemuDomainAddIOThreadCheck`).
-    pub fn add_io_thread(&mut self, id: u32, affect: Affect) -> Result<(), LibvirtError> {
-        self.change_io_threads(affect, |domain| {
-            if !domain.io_threads.ids.insert(id) {
-                let why =
-                    format!("invalid argument: an IOThread is already using iothread_id '{id}'");
-                return Err(refused(why));
-            }
-            Ok(())
-        })
-    }
-
-    /// Removes one (`qemuDomainDelIOThreadCheck`).
-    pub fn del_io_thread(&mut self, id: u32, affect: Affect) -> Result<(), LibvirtError> {
-        self.change_io_threads(affect, |domain| {
-            if !domain.io_threads.ids.remove(&id) {
-                let why = format!("cannot find IOThread '{id}' in iothreadids list");
-                return Err(LibvirtError::DeviceMissing { message: why });
-            }
-            if domain.io_threads.users.contains_key(&id) {
-                let why = format!("cannot remove IOThread {id} since it is being used by disk");
-                return Err(LibvirtError::IoThreadUsed { message: why });
-            }
-            Ok(())
-        })
-    }
-
-    fn change_io_threads(
-        &mut self,
-        affect: Affect,
-        change: impl Fn(&mut Domain) -> Result<(), LibvirtError>,
-    ) -> Result<(), LibvirtError> {
-        let changed = |text: &str| {
-            let mut domain = read(text)?;
-            change(&mut domain)?;
-            Ok::<_, LibvirtError>(with_io_threads(text, &domain.io_threads.ids))
-        };
-        let live = affect.live.then(|| changed(self.running()?)).transpose()?;
-        let config = affect.config.then(|| changed(self.defined()?)).transpose()?;
-        self.live = live.or_else(|| self.live.take());
-        self.config = config.or_else(|| self.config.take());
-        Ok(())
-    }
-
     fn by_source(&self, source: &str) -> Result<Disk, LibvirtError> {
         let disks = read(self.running()?)?.disks;
         let found = disks.into_iter().find(|disk| disk.source.as_deref() == Some(source));
@@ -442,24 +403,24 @@ impl SimDomain {
         lines
     }
 
-    fn running(&self) -> Result<&str, LibvirtError> {
+    pub(super) fn running(&self) -> Result<&str, LibvirtError> {
         self.live.as_deref().ok_or_else(|| LibvirtError::NotRunning {
             message: "Requested operation is not valid: domain is not running".into(),
         })
     }
 
-    fn defined(&self) -> Result<&str, LibvirtError> {
+    pub(super) fn defined(&self) -> Result<&str, LibvirtError> {
         self.config.as_deref().ok_or_else(|| LibvirtError::NotRunning {
             message: "Requested operation is not valid: transient domains do not have any persistent config".into(),
         })
     }
 }
 
-fn refused(message: String) -> LibvirtError {
+pub(super) fn refused(message: String) -> LibvirtError {
     LibvirtError::Other { code: 27, message }
 }
 
-fn read(text: &str) -> Result<Domain, LibvirtError> {
+pub(super) fn read(text: &str) -> Result<Domain, LibvirtError> {
     xml::parse(text).map_err(|e| refused(e.to_string()))
 }
 
@@ -512,41 +473,6 @@ fn refuse_lun(disk: &Disk) -> Result<(), LibvirtError> {
         _ if disk.reservations => unsupported("<reservations/> allowed only for lun devices"),
         _ => Ok(()),
     }
-}
-
-/// What libvirt refuses of a disk with an I/O thread (`qemuDomainCheckIothreads`).
-fn refuse_io_thread(disk: &Disk, domain: &Domain) -> Result<(), LibvirtError> {
-    let unsupported = |why: String| Err(refused(format!("unsupported configuration: {why}")));
-    match disk.io_thread {
-        Some(_) if disk.bus != "virtio" => unsupported(format!(
-            "IOThreads not available for bus {} target {}",
-            disk.bus, disk.target
-        )),
-        Some(id) if !domain.io_threads.ids.contains(&id) => {
-            unsupported(format!("IOThread '{id}' not defined in iothreadid"))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The XML with these I/O threads.
-fn with_io_threads(text: &str, ids: &BTreeSet<u32>) -> String {
-    let mut text = text.to_owned();
-    for element in ["iothreads", "iothreadids"] {
-        let end = format!("</{element}>\n");
-        if let Some((from, to)) = text.find(&format!("  <{element}>")).zip(text.find(&end)) {
-            text.replace_range(from..to + end.len(), "");
-        }
-    }
-    if ids.is_empty() {
-        return text;
-    }
-    let all: String = ids.iter().map(|id| format!("<iothread id='{id}'/>")).collect();
-    let new = format!(
-        "</name>\n  <iothreads>{}</iothreads>\n  <iothreadids>{all}</iothreadids>\n",
-        ids.len()
-    );
-    text.replacen("</name>\n", &new, 1)
 }
 
 /// Gives the disk with that source another `<iotune>`.

@@ -1,7 +1,8 @@
 //! A simulated libvirt: domains with real XML that attach and detach edit, events, a guest agent.
 //!
 //! Faults: `libvirt.connect` (detail: the endpoint), and `libvirt.info`, `libvirt.xml`,
-//! `libvirt.attach`, `libvirt.detach`, `libvirt.iothreadadd`, `libvirt.iothreaddel`, `libvirt.capacity`,
+//! `libvirt.attach`, `libvirt.detach`, `libvirt.update`, `libvirt.iothreadadd`,
+//! `libvirt.iothreaddel`, `libvirt.capacity`,
 //! `libvirt.resize`, `libvirt.limit`, `libvirt.agent` (detail:
 //! `DOMAIN` and the device's XML, alias, source or command). As with the real one, a call whose caller gave up may still take effect later: one that
 //! was stalled, when the faults are cleared; one that a libvirtd had received before it hung
@@ -20,7 +21,7 @@ use super::Faults;
 use super::domain::{SimDevice, SimDomain, Unplug};
 use crate::host::libvirt::{
     Affect, Calls, Connection, Definition, DomainEvent, DomainEvents, DomainInfo, Endpoint,
-    EventSender, Flight, Hypervisor, InFlight, Job, LibvirtError, Lifecycle, Version,
+    EventSender, Flight, Hypervisor, InFlight, Job, LibvirtError, Lifecycle, Medium, Version,
 };
 use crate::types::IoLimits;
 
@@ -193,7 +194,7 @@ impl SimHypervisor {
     }
 
     /// The libvirtd at this endpoint hangs from when it receives this call on (`info`, `xml`, `attach`,
-    /// `detach`, `agent`; the next one when empty), as one that is stopped by a signal does.
+    /// `detach`, `update`, `agent`; the next one when empty), as one that is stopped by a signal does.
     pub fn hang(&self, endpoint: &str, call: &'static str) {
         if let Some(libvirt) = self.lock().libvirts.get_mut(endpoint) {
             libvirt.hangs_at = Some(call);
@@ -521,6 +522,34 @@ impl Connection for SimConnection {
                 Some(Unplug::Silent) | None => {}
             }
             Ok(())
+        })
+        .await
+    }
+
+    async fn update_drive(
+        &self,
+        domain: &str,
+        device: &str,
+        xml: &str,
+        how: Medium,
+        deadline: Duration,
+    ) -> Result<(), LibvirtError> {
+        let flight = match how {
+            Medium::Insert => self.host.in_flight.attach(&self.endpoint, domain, device),
+            Medium::Eject | Medium::EjectByForce => {
+                self.host.in_flight.detach(&self.endpoint, domain, device)
+            }
+        };
+        let drive = xml.to_owned();
+        self.call("update", domain, xml, deadline, Some(flight), move |s| {
+            refuse_busy(s.domain)?;
+            let endpoint = s.endpoint;
+            let check = |path: &str| {
+                s.open_check.as_ref().map_or(Ok(()), |check| check(endpoint, path, true))
+            };
+            let found =
+                |path: &str| s.device_check.as_ref().and_then(|found| found(endpoint, path));
+            s.domain.update(&drive, how == Medium::EjectByForce, &check, &found)
         })
         .await
     }

@@ -1,8 +1,10 @@
 //! A live migration between two pods of the simulated node, as libvirt goes about it.
 
 use super::SimHost;
-use crate::domain::{ALIAS_PREFIX, xml};
+use crate::domain::ALIAS_PREFIX;
+use crate::domain::xml::{self, Disk};
 use crate::host::grants::Hierarchy;
+use crate::vm::discover::HOTPLUG_DIR_IN_POD;
 
 impl SimHost {
     /// Adds a pod with a libvirt that has no domain yet.
@@ -27,8 +29,13 @@ impl SimHost {
         let moving = moving.ok_or_else(|| format!("no domain {domain}"))?;
         self.pods.start_qemu(to, domain);
         let disks = xml::parse(moving.live().unwrap_or_default()).map_err(|e| e.to_string())?.disks;
-        let hotplugged = |alias: &String| alias.starts_with(ALIAS_PREFIX);
-        for disk in disks.iter().filter(|disk| disk.alias.as_ref().is_some_and(hotplugged)) {
+        // A medium is in a drive of the domain's own.
+        let starts =
+            |text: &Option<String>, with| text.as_ref().is_some_and(|t| t.starts_with(with));
+        let hotplugged = |disk: &&Disk| {
+            starts(&disk.alias, ALIAS_PREFIX) || starts(&disk.source, HOTPLUG_DIR_IN_POD)
+        };
+        for disk in disks.iter().filter(hotplugged) {
             let path = disk.source.as_deref().unwrap_or_default();
             if let Err(why) = self.hypervisor.may_open(&there, path, disk.readonly) {
                 self.pods.kill_qemu(to);

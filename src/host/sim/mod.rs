@@ -3,9 +3,11 @@
 //! Each door's model is in its own file; [`Faults`] makes any of them fail or hang.
 
 pub mod domain;
+mod drives;
 mod faults;
 mod host;
 pub mod hypervisor;
+mod iothreads;
 mod migration;
 pub mod pods;
 pub mod storage;

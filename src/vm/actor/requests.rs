@@ -9,6 +9,9 @@
 //! Additions ask libvirt alone, which answers all of them or none: they are taken on together, in their order.
 //! A removal asks the guest too, which may take its time: it is taken on when its own check has ended.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use futures_util::future::join_all;
 use tracing::{Instrument, Span, info};
 
@@ -28,7 +31,13 @@ use crate::vm::publish;
 impl Actor {
     /// Takes wishes; those that are admitted are checked. `of` is the revision that they belong to.
     pub(super) async fn wishes(&mut self, asked: Vec<Asked>, of: Option<i64>) {
-        let known = self.known();
+        let of_removal = |asked: &Asked| match &asked.wish {
+            Wish::Remove { name, .. } => Some(name.clone()),
+            Wish::Add { .. } => None,
+        };
+        let leaving: BTreeSet<_> = asked.iter().filter_map(of_removal).collect();
+        let known = plan::without(self.known(), &leaving);
+        let leaving = Arc::new(leaving);
         let (mut adds, mut removals) = (Vec::new(), Vec::new());
         for Asked { wish, asker } in asked {
             match wish {
@@ -37,7 +46,8 @@ impl Actor {
                         Err(refusal) => asker.answer(Err(refusal)),
                         Ok(Admission::Ignore) => asker.answer(self.again(&spec, options).await),
                         Ok(Admission::Accept | Admission::Forget) => {
-                            adds.push(Add { spec, options, asker });
+                            let leaving = Arc::clone(&leaving);
+                            adds.push(Add { spec, options, asker, leaving });
                         }
                     }
                 }
@@ -86,7 +96,8 @@ impl Actor {
         self.spawn(async move {
             let checks = adds
                 .iter()
-                .map(|add| whole(steps.check_add(&add.spec)).instrument(add.asker.span.clone()));
+                .map(|add| (whole(steps.check_add(&add.spec, &add.leaving)), &add.asker.span))
+                .map(|(check, span)| check.instrument(span.clone()));
             let checked = join_all(checks).await.into_iter().map(|checked| checked?);
             let checked: Vec<_> = checked.collect();
             Message::AddsChecked { checked: adds.into_iter().zip(checked).collect(), of }
@@ -102,7 +113,8 @@ impl Actor {
         let current = set::admit_of(self.revision.as_ref(), of);
         // Other requests may have been taken since these were sent off to be checked; and each of these
         // counts for those after it.
-        let mut known = self.known();
+        let leaving = checked.first().map(|(add, _)| Arc::clone(&add.leaving)).unwrap_or_default();
+        let mut known = plan::without(self.known(), &leaving);
         let (mut taken, mut marks) = (Vec::new(), false);
         for (add, checked) in checked {
             let admitted = current.clone().and(checked).and_then(|power| {
@@ -150,7 +162,7 @@ impl Actor {
             self.fc_marked = true;
             self.tell_who_needs_hbas();
         }
-        for (Add { spec, options: _, asker }, stored) in adds.into_iter().zip(stored) {
+        for (Add { spec, options: _, asker, leaving: _ }, stored) in adds.into_iter().zip(stored) {
             let answer = match &stored_now {
                 Ok(()) => Ok(Outcome::Done(self.begin(stored, &asker.span))),
                 Err(failure) => {

@@ -55,7 +55,11 @@ impl Script {
 
 #[async_trait]
 impl Steps for Script {
-    async fn check_add(&self, spec: &VolumeSpec) -> Result<Power, Refusal> {
+    async fn check_add(
+        &self,
+        spec: &VolumeSpec,
+        _: &BTreeSet<VolumeName>,
+    ) -> Result<Power, Refusal> {
         let slow = self.slow_checks.lock().unwrap().remove(spec.name.as_str());
         if let Some(goes_on) = slow {
             goes_on.notified().await;

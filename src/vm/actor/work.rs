@@ -159,6 +159,7 @@ impl Actor {
                     self.volumes.remove(name);
                     self.tools.board.close(&key);
                     info!(volume = %name, ?gave_up, "volume gone");
+                    self.drives_came_free();
                     if let Some(idle) = self.watcher.take_if(|_| self.volumes.is_empty()) {
                         idle.abort();
                         self.looks.stop();
@@ -178,6 +179,13 @@ impl Actor {
         // A removal that was taken on is carried through, however long it takes.
         let at = self.retry(name);
         self.tools.board.trouble(&key, phase, &failure, at);
+    }
+
+    /// What waits for a drive need not wait for its time.
+    fn drives_came_free(&mut self) {
+        let waits = |name: &VolumeName| self.status(name).reason == Some(Reason::DriveBusy);
+        let names: Vec<_> = self.volumes.keys().filter(|name| waits(name)).cloned().collect();
+        names.iter().for_each(|name| self.work(name));
     }
 
     /// Forgets a volume in both stores, the mark of its removal last.

@@ -207,9 +207,14 @@ pub(super) async fn below(
 
 /// Whether the device takes I/O, as far as its driver tells; `Some` is the state that it is in instead.
 pub(super) async fn state(sysfs: &dyn Sysfs, device: &Device) -> Result<Option<String>, Error> {
+    // Other drivers mean other things by it: Xen's disks are `Connected`.
+    let works = match scsi_of(sysfs, &device.dir).await? {
+        Some(_) => "running",
+        None if device.name.starts_with("nvme") => "live",
+        None => return Ok(None),
+    };
     let state = text(sysfs, &format!("{}/device/state", device.dir)).await?;
-    // `running` is a SCSI device's word, `live` NVMe's.
-    Ok(state.filter(|state| !["running", "live"].contains(&state.as_str())))
+    Ok(state.filter(|state| state != works))
 }
 
 async fn slaves(sysfs: &dyn Sysfs, dir: &str) -> Result<Vec<String>, Error> {

@@ -191,6 +191,22 @@ async fn it_must_be_what_is_expected_and_what_it_was() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn whoever_looks_at_the_stores_can_read_a_lease() {
+    let (node, _) = Node::new();
+    node.attach(&data("a")).await;
+    let rundir = node.sim.rundir();
+    let names = rundir.list("leases/local").await.expect("listed");
+    let [name] = &names[..] else { panic!("{names:?}") };
+    let file = format!("leases/local/{name}");
+    let bytes = rundir.load(&file).await.expect("read").expect("there");
+    let lease = crate::connector::facts::read_lease(&file, &bytes).expect("a lease");
+    assert_eq!((lease.file(), lease.target.as_str()), (file, "block:///dev/vg/data"));
+    let [user] = &lease.users[..] else { panic!("{lease:?}") };
+    assert_eq!((&user.owner, user.lun, user.attached), (&owner("a"), None, true));
+    assert_eq!(user.wwid.as_ref().map(Wwid::as_str), Some("dm.LVM-data"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_device_that_somebody_holds_is_refused() {
     let (node, dev) = Node::new();
     node.sim.hold(dev, "mount of /srv");

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 
-use super::attach::Way;
+use super::attach::{Way, source_of};
 use super::detach::Unwind;
 use super::discover::Place;
 use super::facade::Refusal;
@@ -25,9 +25,6 @@ use crate::spec::VolumeSpec;
 use crate::step::Step;
 use crate::types::VolumeName;
 
-/// No device has this one: what is asked before it is known which device it will be.
-const NO_DEVICE: &str = "/dev/block/0:0";
-
 impl Way<'_> {
     /// Before anything is made: whether there is a drive that the medium can come into.
     pub(super) async fn drive_is_free(&self, place: &Place) -> Result<(), Failure> {
@@ -35,7 +32,7 @@ impl Way<'_> {
             return Ok(());
         }
         let (ways, spec) = (self.ways, self.spec);
-        let desired = desired_before(spec, place);
+        let desired = desired_at(ways, spec, place);
         let connection = ways.libvirt().await?;
         let limit = ways.settings().libvirt;
         match media::find(&*connection, &ways.vm.domain, &desired, limit).await {
@@ -82,11 +79,9 @@ fn desired(
     DesiredMedium { volume: spec.disk.clone(), source, drive, keep_owner }
 }
 
-/// The same before it is known which device it will be.
-fn desired_before(spec: &VolumeSpec, place: &Place) -> DesiredMedium {
-    let in_pod = place.pod.as_ref().map(|pod| pod.dir_in_pod.join(spec.disk.as_str()));
-    let source = in_pod.map_or(NO_DEVICE.into(), |path| path.to_string_lossy().into_owned());
-    desired(spec, source, None, place.pod.is_some())
+/// The same of one that no drive has yet.
+fn desired_at(ways: &Ways, spec: &VolumeSpec, place: &Place) -> DesiredMedium {
+    desired(spec, source_of(ways, place, spec), None, place.pod.is_some())
 }
 
 /// What of a medium in its drive is not as it was made.
@@ -113,7 +108,7 @@ pub(super) async fn check(
     leaving: &BTreeSet<VolumeName>,
 ) -> Result<(), Refusal> {
     let connection = ways.libvirt().await?;
-    let desired = desired_before(spec, place);
+    let desired = desired_at(ways, spec, place);
     let limit = ways.settings().libvirt;
     let found = media::find(&*connection, &ways.vm.domain, &desired, limit).await;
     let Err(error) = found else { return Ok(()) };

@@ -99,7 +99,7 @@ fn a_domain_of_the_hosts_starts_with_the_disk_of_its_definition() {
 
     lunplug(&["addvolume", "defined", "--volume-name", "data", "--source", &lun.source()]).ok();
     let is = |phase: &str| {
-        let told = lunplug(&["describe", "defined", "--volume-name", "data", "-o", "json"]).ok();
+        let told = lunplug(&["describe", "defined", "data", "-o", "json"]).ok();
         let told: serde_json::Value = serde_json::from_str(&told).expect("JSON");
         told["phase"] == phase
     };
@@ -110,7 +110,7 @@ fn a_domain_of_the_hosts_starts_with_the_disk_of_its_definition() {
         let shown = "virsh -q -c qemu:///system dumpxml defined | grep -c '<disk '";
         assert_eq!(sh(shown).ok().trim(), "1");
         // It is this LUN that QEMU has.
-        let qemu = "pgrep -f 'guest=defined,'";
+        let qemu = "cat /run/libvirt/qemu/defined.pid";
         let number =
             format!("stat -c %Hr:%Lr /proc/$({qemu})/root/dev/lunplug/default_defined/data");
         assert_eq!(sh(&number).ok(), sh("stat -c %Hr:%Lr /dev/lunplug/default_defined/data").ok());
@@ -124,6 +124,9 @@ fn a_domain_of_the_hosts_starts_with_the_disk_of_its_definition() {
     let failed = start().fails();
     assert!(failed.stderr.contains("LUN_NOT_FOUND"), "{failed:?}");
     lunplug(&["removevolume", "defined", "--volume-name", "data"]).ok();
+    // It was tried again, and a login that was under way then is undone when it ends.
+    until("no session is left", long, || sh("iscsiadm -m session").code != 0);
+    until("no record is left", long, || sh("iscsiadm -m node").code != 0);
     story.nothing_left();
     lunplug(&["vm", "unregister", "defined"]).ok();
     drop(hooked);

@@ -167,7 +167,8 @@ impl LibvirtError {
         }
         // qemuHotplugWaitForTrayEject: the guest was asked to open it (QEMU's blockdev-open-tray) and has
         // not; an older libvirt hands on QEMU's own refusal.
-        if message.contains("waiting for disk tray status update")
+        if message.contains("timed out waiting to open tray")
+            || message.contains("waiting for disk tray status update")
             || message.contains("is locked and force was not specified")
         {
             return Self::TrayLocked { message };
@@ -314,8 +315,10 @@ mod tests {
         let used =
             read("invalid argument: cannot remove IOThread 7 since it is being used by disk 'vda'");
         assert!(matches!(used, LibvirtError::IoThreadUsed { .. }));
-        let locked = read("operation failed: timed out waiting for disk tray status update");
-        assert!(matches!(locked, LibvirtError::TrayLocked { .. }));
+        for words in ["to open tray of 'sdz'", "for disk tray status update"] {
+            let locked = read(&format!("operation failed: timed out waiting {words}"));
+            assert!(matches!(locked, LibvirtError::TrayLocked { .. }), "{words}");
+        }
         let other = read("internal error: unexpected qemu URI path '/system', try qemu:///session");
         assert!(other.is_other_instance());
         assert!(!missing.is_other_instance());

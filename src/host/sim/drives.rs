@@ -74,7 +74,7 @@ impl SimDomain {
             self.shown.insert(new.alias.clone().unwrap_or_default(), size);
         }
         if self.locked.contains(&new.target) && !force {
-            let message = "operation failed: timed out waiting for disk tray status update";
+            let message = "operation failed: timed out waiting to open tray";
             return Err(LibvirtError::TrayLocked { message: message.into() });
         }
         self.locked.remove(&new.target);

@@ -88,7 +88,10 @@ fn defined(domain: &str, xml: &str) -> Result<Option<Defined>, Failure> {
         let message = format!("the definition of domain {domain} {why}");
         Failure::of(Reason::DomainXmlUnsupported, message)
     };
-    let parsed = xml::parse(xml).map_err(|error| refused(format!("cannot be read: {error}")))?;
+    let parsed = xml::parse(xml).map_err(|error| {
+        let why = std::error::Error::source(&error).map(|why| format!(": {why}"));
+        refused(format!("cannot be used: {error}{}", why.unwrap_or_default()))
+    })?;
     let mut found: Option<Defined> = None;
     let sources = parsed.disks.iter().filter_map(|disk| disk.source.as_deref());
     for source in sources.filter_map(|source| Path::new(source).strip_prefix(HOST_NODES).ok()) {
@@ -123,11 +126,13 @@ mod tests {
     fn domain(sources: &[&str]) -> String {
         let disk = |source: &&str| {
             format!(
-                "<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{source}'/><target dev='sda' bus='scsi'/></disk>"
+                "<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{source}'/><target dev='sda' bus='scsi'/><address type='drive' controller='0' bus='0' target='0' unit='1'/></disk>"
             )
         };
         let disks: String = sources.iter().map(disk).collect();
-        format!("<domain type='kvm'><name>plain</name><devices>{disks}</devices></domain>")
+        format!(
+            "<domain type='kvm'><name>plain</name><os><type machine='q35'>hvm</type></os><devices>{disks}</devices></domain>"
+        )
     }
 
     #[test]

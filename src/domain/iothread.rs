@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::apply::{At, Error};
 use super::diff::{Needs, Views};
 use super::xml::Domain;
-use crate::host::libvirt::{Affect, Connection, Definition, DomainState, LibvirtError};
+use crate::host::libvirt::{Affect, Connection, Definition, DomainState, IoThread, LibvirtError};
 use crate::types::VolumeName;
 
 /// The ids of our threads. All of them are positive as an `int`, which libvirt makes of them for the
@@ -120,9 +120,10 @@ pub(super) async fn add(at: &At<'_>, alias: &str, thread: &Thread) -> Result<(),
         [(thread.needs.live, Affect::LIVE), (thread.needs.config, Affect::CONFIG)]
     {
         if needed {
+            let (how, left) = (IoThread::Add, at.left());
             let added =
-                at.connection.add_io_thread(at.domain, alias, thread.id, affect, at.left()).await;
-            added.map_err(at.failed("addition of an I/O thread", alias))?;
+                at.connection.change_io_thread(at.domain, alias, thread.id, how, affect, left);
+            added.await.map_err(at.failed("addition of an I/O thread", alias))?;
         }
     }
     Ok(())
@@ -138,7 +139,8 @@ pub(super) async fn remove(at: &At<'_>, alias: &str, id: u32, from: Needs) -> Re
         if !wanted {
             continue;
         }
-        match at.connection.del_io_thread(at.domain, alias, id, affect, at.left()).await {
+        let (how, left) = (IoThread::Remove, at.left());
+        match at.connection.change_io_thread(at.domain, alias, id, how, affect, left).await {
             Ok(())
             | Err(
                 LibvirtError::DeviceMissing { .. }

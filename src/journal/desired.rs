@@ -116,14 +116,6 @@ impl Desired {
         Ok(marked.unwrap_or(false))
     }
 
-    /// Takes the mark from a VM.
-    pub async fn unmark_fc(&self, vm: &VmId) -> Result<(), Error> {
-        let vm = vm.to_string();
-        self.write(move |c| c.execute("UPDATE vms SET fc_marked = 0 WHERE vm = ?1", [vm]))
-            .await
-            .map(drop)
-    }
-
     /// Forgets a VM, its volumes, their identities and its revision.
     pub async fn delete_vm(&self, vm: &VmId) -> Result<(), Error> {
         let vm = vm.to_string();
@@ -271,15 +263,19 @@ impl Desired {
         .map(drop)
     }
 
-    /// Forgets a volume. Its identity stays: a LUN that was swapped is noticed when a
-    /// volume of that name and source comes back.
-    pub async fn delete_volume(&self, key: &VolumeKey) -> Result<(), Error> {
+    /// Forgets a volume, with `unmark_fc` the VM's mark as well. Its identity stays: a LUN that was swapped is
+    /// noticed when a volume of that name and source comes back.
+    pub async fn delete_volume(&self, key: &VolumeKey, unmark_fc: bool) -> Result<(), Error> {
         let (vm, name) = (key.vm.to_string(), key.volume.to_string());
         self.write(move |c| {
-            c.execute("DELETE FROM volumes WHERE vm = ?1 AND volume = ?2", params![vm, name])
+            let tx = c.transaction()?;
+            if unmark_fc {
+                tx.execute("UPDATE vms SET fc_marked = 0 WHERE vm = ?1", [&vm])?;
+            }
+            tx.execute("DELETE FROM volumes WHERE vm = ?1 AND volume = ?2", params![vm, name])?;
+            tx.commit()
         })
         .await
-        .map(drop)
     }
 
     /// The identity proven at the first attach of this volume from this source.

@@ -10,6 +10,7 @@
 
 use super::detach::{self, Unwind};
 use super::discover::{self, Place, PodPlace};
+use super::disk::source_of;
 use super::failure::Failure;
 use super::incoming;
 use super::plan::Left;
@@ -17,14 +18,12 @@ use super::steps::{AttachFailure, Came, Circumstances};
 use super::ways::Ways;
 use crate::cgroup::{Access, GrantRecord};
 use crate::connector::{AttachRequest, Attachment, Expect};
-use crate::devnode::host_node;
-use crate::domain::{self, DesiredDisk, OwnThread, iothread};
-use crate::host::libvirt::Connection;
+use crate::domain;
 use crate::journal::{DiskEffect, Effects, NodeEffect, StoredVolume};
 use crate::reason::Reason;
 use crate::spec::{Phase, VolumeSpec};
 use crate::step::Step;
-use crate::types::{Bus, DevNum, VolumeKey, VolumeName};
+use crate::types::{DevNum, VolumeKey};
 
 /// Attaches a volume, or finds it attached; publishes each phase.
 pub(super) async fn attach(
@@ -37,7 +36,8 @@ pub(super) async fn attach(
     let key = ways.key(&volume.spec.name);
     let effects = begun(ways, &key, &volume.spec).await.map_err(failed)?;
     let had_disk = !how.libvirt_waits && had_disk(ways, &effects).await;
-    let mut way = Way { ways, key, spec: &volume.spec, effects, had_disk, returns: false };
+    let spec = &volume.spec;
+    let mut way = Way { ways, key, spec, effects, had_disk, returns: false, off: false };
     let limit = ways.settings().attach;
     let failure = match tokio::time::timeout(limit, way.walk(volume, how)).await {
         Ok(Ok(came)) => return Ok(came),
@@ -49,9 +49,9 @@ pub(super) async fn attach(
     };
     // Those behind it need not wait for what goes back.
     drop(on_the_way);
-    if how.libvirt_waits {
-        // Undone once it can be asked what it has of this: by the next try.
-        return Err(AttachFailure { failure, left: Left::Unknown });
+    if way.off && (had_disk || how.libvirt_waits) {
+        // No guest has it, but a definition may; and a libvirt that waits cannot be asked.
+        return Err(AttachFailure { failure, left: Left::Off });
     }
     if had_disk && !has_ended(ways, &failure, &volume.spec).await {
         // The guest has used the disk; whatever is wrong now, it is not taken away for that.
@@ -122,20 +122,18 @@ pub(super) struct Way<'a> {
     pub(super) had_disk: bool,
     /// It was attached before.
     pub(super) returns: bool,
+    /// The VM does not run: it is about to start.
+    pub(super) off: bool,
 }
 
 impl Way<'_> {
     async fn walk(&mut self, volume: &StoredVolume, how: Circumstances) -> Result<Came, Failure> {
-        let place = match how.libvirt_waits {
-            true => None,
-            false => match self.ways.place().await {
-                Err(failure) if how.starting && failure.reason == Reason::VmNotRunning => None,
-                place => Some(place?),
-            },
-        };
-        let (place, came) = match place {
+        let (place, came) = match self.guests_place(how).await? {
             Some(place) => (place, Came::ToGuest),
-            None => (self.ways.place_to_be().await?, Came::ToPod),
+            None => {
+                (self.off, self.had_disk) = (true, false);
+                (self.ways.place_to_be().await?, Came::ToPod)
+            }
         };
         if came == Came::ToGuest && self.spec.device.is_cdrom() {
             self.drive_is_free(&place).await?;
@@ -155,6 +153,17 @@ impl Way<'_> {
             Came::ToPod => self.may_be_taken(source_of(self.ways, &place, self.spec)).await?,
         }
         Ok(came)
+    }
+
+    /// The place of the guest; `None` while there is none and one is about to start.
+    async fn guests_place(&self, how: Circumstances) -> Result<Option<Place>, Failure> {
+        if how.libvirt_waits {
+            return Ok(None);
+        }
+        match self.ways.place().await {
+            Err(failure) if how.starting && failure.reason == Reason::VmNotRunning => Ok(None),
+            place => place.map(Some),
+        }
     }
 
     /// From here on QEMU can take the device by the domain's definition, unseen: whoever goes back from here
@@ -300,39 +309,6 @@ impl Way<'_> {
         Ok(())
     }
 
-    /// Waits for the volumes that were asked for before this one and come back with it. Returns the
-    /// disks of those that are wanted: their places are left to them. A store that cannot be read now
-    /// costs the order, not the volume.
-    async fn in_order(&self) -> Vec<(VolumeName, Bus)> {
-        let own = &self.spec.name;
-        let mut before = self.ways.desired.volumes(&self.ways.vm.id).await.unwrap_or_default();
-        before.truncate(before.iter().take_while(|v| v.spec.name != *own).count());
-        let has_it = self.effects.disk.as_ref().is_some_and(|disk| disk.target.is_some());
-        if self.returns && !has_it {
-            let names = before.iter().map(|v| v.spec.name.clone()).collect();
-            self.ways.order.after(&names).await;
-        }
-        before.retain(|v| v.removing.is_none() && !v.spec.device.is_cdrom());
-        before.into_iter().map(|v| (v.spec.disk, v.spec.bus)).collect()
-    }
-
-    /// The id of the disk's own I/O thread, written down before that is made.
-    async fn io_thread(&mut self, connection: &dyn Connection) -> Result<Option<u32>, Failure> {
-        let (ways, spec) = (self.ways, self.spec);
-        let recorded = self.effects.disk.as_ref().and_then(|disk| disk.io_thread);
-        let (name, limit) = (&ways.vm.domain, ways.settings().libvirt);
-        let chosen =
-            iothread::to_record(connection, name, &spec.disk, recorded, spec.persist, limit)
-                .await?;
-        if chosen != recorded
-            && let Some(disk) = &mut self.effects.disk
-        {
-            disk.io_thread = chosen;
-            ways.effects.put(&self.key, &self.effects).await?;
-        }
-        Ok(chosen)
-    }
-
     /// The guest has it.
     async fn disk(&mut self, place: &Place, source: String) -> Result<(), Failure> {
         let ways = self.ways;
@@ -356,68 +332,5 @@ impl Way<'_> {
             status.phase = Step::Ready.phase();
         });
         Ok(())
-    }
-
-    /// The domain has the disk; returns its target name.
-    async fn plug(&mut self, source: String, keep_owner: bool) -> Result<String, Failure> {
-        let ahead = self.in_order().await;
-        let (ways, spec) = (self.ways, self.spec);
-        let before = self.effects.disk.take();
-        let (target, io_thread) = before.map_or((None, None), |d| (d.target, d.io_thread));
-        let alias = domain::alias(&spec.disk);
-        self.effects.disk =
-            Some(DiskEffect { alias, bus: spec.bus, target, io_thread, medium: None });
-        self.announce(Step::Disk).await?;
-        let connection = ways.libvirt().await?;
-        let mut desired = desired_disk(ways, spec, source, keep_owner);
-        let limit = ways.settings().libvirt;
-        // Before the turn, which others need.
-        domain::settled(&*connection, &ways.vm.domain, &spec.disk, limit).await?;
-        let _turn = ways.turn.lock().await;
-        if let Some(own) = &mut desired.io_thread {
-            own.recorded = self.io_thread(&*connection).await?;
-        }
-        let leaving = ways.leaving();
-        let (name, persist) = (&ways.vm.domain, spec.persist);
-        let attach = domain::attach(&*connection, name, &desired, persist, &leaving, &ahead, limit);
-        Ok(ways.host.tracker.run(Step::Disk, attach).await?.into_inner().target)
-    }
-}
-
-/// The device as QEMU sees it.
-pub(super) fn source_of(ways: &Ways, place: &Place, spec: &VolumeSpec) -> String {
-    let node = match &place.pod {
-        Some(pod) => pod.dir_in_pod.join(spec.disk.as_str()),
-        // libvirt itself makes it accessible to QEMU. It is a node of our own and no link of udev's, which
-        // may lead elsewhere by the time it is opened.
-        None => host_node(&ways.vm.id, &spec.disk),
-    };
-    node.to_string_lossy().into_owned()
-}
-
-/// The disk as libvirt is to have it. In a pod the node's owner is right already (`keep_owner`).
-pub(super) fn desired_disk(
-    ways: &Ways,
-    spec: &VolumeSpec,
-    source: String,
-    keep_owner: bool,
-) -> DesiredDisk {
-    let helper = ways.settings().pr_helper.clone();
-    DesiredDisk {
-        volume: spec.disk.clone(),
-        source,
-        serial: spec.serial.clone(),
-        device: spec.device,
-        // Admitted only where there is one; where it was taken away since, libvirt says what it lacks.
-        reservations: spec.reservations.then(|| helper.unwrap_or_default()),
-        bus: spec.bus,
-        cache: spec.cache,
-        read_only: spec.read_only,
-        shareable: spec.shareable,
-        error_policy: spec.error_policy,
-        io_thread: spec.dedicated_io_thread.then(OwnThread::default),
-        tuning: spec.tuning,
-        limits: spec.limits,
-        keep_owner,
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::attach::{desired_disk, source_of};
+use super::disk::{desired_disk, source_of};
 use super::facade::Refusal;
 use super::failure::Failure;
 use super::media;

@@ -282,17 +282,9 @@ async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
     if let VmPlace::Pod { uid, .. } = &mut place {
         uid.clone_from(&effects.incarnation);
     }
-    let pods = &ways.host.pods;
-    let found = match discover::hotplug_dir(pods, &ways.settings().discover, &place).await {
-        Ok(None) => {
-            let dir = pods.dirs.host_nodes(&ways.vm.id, false).await;
-            dir.map(Some).map_err(DiscoverError::Hotplug)
-        }
-        found => found,
-    };
-    match found {
-        Ok(None) => {}
-        Ok(Some(dir)) => {
+    let (pods, settings) = (&ways.host.pods, &ways.settings().discover);
+    match discover::node_dir(pods, settings, &ways.vm.id, &place).await {
+        Ok(dir) => {
             ways.nodes.remove(&dir, &effects.spec.disk, node.dev).await?;
         }
         Err(

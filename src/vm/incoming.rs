@@ -44,7 +44,7 @@ pub(super) async fn admit(ways: &Ways, spec: &VolumeSpec) -> Result<(), Failure>
         None => ways.effects.begin(ways.incarnation(), spec),
     };
     let dev = device.device.dev;
-    let mut way = Way { ways, key, spec, effects, had_disk: false, returns: false };
+    let mut way = Way { ways, key, spec, effects, had_disk: false, returns: false, off: false };
     way.effects.device = Some(device);
     way.node(pod, dev).await?;
     way.grant(pod, dev).await

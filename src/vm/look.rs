@@ -4,8 +4,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::attach::{desired_disk, source_of};
-use super::discover::{DiscoverError, Place, PodPlace};
+use super::discover::{self, Place, PodPlace};
+use super::disk::{desired_disk, source_of};
 use super::failure::Failure;
 use super::media;
 use super::steps::Sight;
@@ -105,9 +105,11 @@ impl Seen<'_> {
     }
 
     async fn wrong_on_host(&self, dev: DevNum) -> Option<String> {
-        let dir = match self.ways.host.pods.dirs.host_nodes(&self.ways.vm.id, false).await {
+        let (pods, vm) = (&self.ways.host.pods, &self.ways.vm);
+        let settings = &self.ways.settings().discover;
+        let dir = match discover::node_dir(pods, settings, &vm.id, &vm.place).await {
             Ok(dir) => dir,
-            Err(error) => return Some(Failure::from(DiscoverError::Hotplug(error)).message),
+            Err(error) => return Some(Failure::from(error).message),
         };
         match self.ways.nodes.observe(&dir, &self.volume.disk).await {
             Ok(Some(there)) if there == dev => None,

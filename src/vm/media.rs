@@ -9,9 +9,10 @@
 
 use std::collections::BTreeSet;
 
-use super::attach::{Way, source_of};
+use super::attach::Way;
 use super::detach::Unwind;
 use super::discover::Place;
+use super::disk::source_of;
 use super::facade::Refusal;
 use super::failure::Failure;
 use super::ways::Ways;

@@ -22,6 +22,7 @@ mod checks;
 mod credentials;
 mod detach;
 pub mod discover;
+mod disk;
 mod expand;
 pub mod facade;
 pub mod failure;

@@ -155,6 +155,8 @@ pub enum Left {
     Nothing,
     /// The disk, which the guest had before and still has: nothing was undone.
     Disk,
+    /// What a VM that does not run had before: its next try, which knows more of it, undoes that or uses it.
+    Off,
     /// Something, or nobody knows: the journal could not be read, or undoing failed as well. It is
     /// gone on from there, whatever the reason.
     Unknown,
@@ -175,6 +177,8 @@ pub enum Next {
 pub fn after_failure(reason: Reason, left: Left, lasting: bool, shown: Phase) -> Next {
     match left {
         Left::Disk => Next::Retry(Phase::Ready),
+        // Whatever was shown of it last.
+        Left::Off => Next::Retry(Phase::Pending),
         Left::Unknown if shown == Phase::Ready => Next::Retry(Phase::Ready),
         Left::Unknown => Next::Retry(Phase::Pending),
         Left::Nothing if lasting || reason.is_transient() || reason.is_vm_away() => {
@@ -438,6 +442,7 @@ mod tests {
             (lasts, Left::Disk, true, Phase::Pending, ready),
             (away, Left::Unknown, false, Phase::Bound, pending),
             (lasts, Left::Unknown, false, Phase::Ready, ready),
+            (lasts, Left::Off, true, Phase::Ready, pending),
         ] {
             let became = after_failure(reason, left, lasting, shown);
             assert_eq!(became, next, "{reason} {left:?} {lasting} {shown:?}");

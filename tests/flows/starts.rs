@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use lunplug::host::grants::Access;
-use lunplug::host::sim::FaultAction;
 use lunplug::host::sim::domain::SimDomain;
+use lunplug::host::sim::{Fault, FaultAction};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
 use lunplug::spec::{AddOptions, FcSupport, Phase, VmPlace, VmSpec, VolumeStatus};
@@ -363,5 +363,71 @@ fn a_start_is_announced_by_libvirt_for_the_vm_of_that_domain_alone() {
             );
             assert!(refusal.message.contains(why), "{}", refusal.message);
         }
+    });
+}
+
+/// That it was ready before its VM ended does not make it ready for the next start, whether that it ended was
+/// seen or not.
+#[test]
+fn a_disk_that_was_ready_and_does_not_come_again_is_told_as_such() {
+    let refused = [("data".to_owned(), Some(Reason::NodeRefused))];
+    let world = plain();
+    world.life(async |daemon| {
+        daemon.register_plain().await;
+        let options = AddOptions::default();
+        daemon.registry.add_volume(&plain_vm(), volume("data", 1), options).await.unwrap();
+        daemon.plain_is(|s| s.reason == Some(Reason::VmNotRunning)).await;
+        daemon.hook(&world).await.unwrap();
+        world.host.hypervisor.start_domain(HOST, "plain");
+        daemon.plain_is(|s| s.phase == Phase::Ready).await;
+        daemon.quiet().await;
+        world.host.hypervisor.stop_domain(HOST, "plain");
+        world.inject_all("nodes.observe");
+        assert_eq!(reasons(daemon.hook(&world).await), refused);
+    });
+    let world = powered_off();
+    power_on(&world);
+    world.life(async |daemon| {
+        daemon.add(1, &volume("data", 1)).await;
+        daemon.quiet().await;
+        world.host.pods.kill_qemu(&uid(1));
+        world.host.hypervisor.stop_domain(&World::endpoint(1), &domain(1));
+        world.inject_all("nodes.create");
+        assert_eq!(reasons(daemon.prepare_start().await), refused);
+    });
+}
+
+/// A controller that announces the start as well does not make lunplugd ask a libvirt that waits.
+#[test]
+fn a_start_may_be_announced_by_others_while_libvirt_waits() {
+    let world = plain();
+    world.life(async |daemon| {
+        daemon.register_plain().await;
+        for (name, lun) in [("data", 1), ("other", 2)] {
+            let options = AddOptions::default();
+            daemon.registry.add_volume(&plain_vm(), volume(name, lun), options).await.unwrap();
+        }
+        daemon.plain_is(|s| s.reason == Some(Reason::VmNotRunning)).await;
+        daemon.quiet().await;
+        let stall = world.fault("nodes.create", 0, FaultAction::Stall);
+        world.host.faults.inject(Fault { detail: "other".into(), ..stall });
+        world.host.hypervisor.hang(HOST, "");
+        let start = Start { within: None, domain: Some("plain".into()) };
+        let vm = plain_vm();
+        let hook = daemon.registry.prepare_start(&vm, start);
+        let controller = async {
+            daemon.plain_is(|s| s.phase == Phase::MountedToPod).await;
+            let goes_on = async { world.host.faults.clear() };
+            let announced = daemon.registry.prepare_start(&vm, Start::default());
+            tokio::join!(announced, goes_on).0
+        };
+        let (hook, controller) = tokio::join!(hook, controller);
+        let all = [("data".to_owned(), None), ("other".to_owned(), None)];
+        assert_eq!(reasons(hook), all);
+        assert_eq!(reasons(controller), all);
+        for status in daemon.registry.list_volumes(Some(&vm)).await {
+            assert_eq!(status.phase, Phase::MountedToPod, "{}: {}", status.key, status.message);
+        }
+        world.host.hypervisor.go_on(HOST);
     });
 }

@@ -12,8 +12,8 @@ use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
 
-use super::Job;
 use super::events::{DomainEvent, EventSender, Lifecycle};
+use super::{IoThread, Job};
 use crate::types::IoLimits;
 
 /// Starts libvirt's event loop, once for the process and before the first connection (libvirt
@@ -162,13 +162,17 @@ pub(super) fn detach_alias(domain: &Domain, alias: &CStr, flags: c_uint) -> Resu
 }
 
 /// Adds or removes an I/O thread; the virt crate has no binding for these.
-pub(super) fn io_thread(domain: &Domain, id: u32, add: bool, flags: c_uint) -> Result<(), Error> {
+pub(super) fn io_thread(
+    domain: &Domain,
+    id: u32,
+    how: IoThread,
+    flags: c_uint,
+) -> Result<(), Error> {
     // SAFETY: the domain is a live handle; the other arguments are numbers.
     let result = unsafe {
-        if add {
-            sys::virDomainAddIOThread(domain.as_ptr(), id, flags)
-        } else {
-            sys::virDomainDelIOThread(domain.as_ptr(), id, flags)
+        match how {
+            IoThread::Add => sys::virDomainAddIOThread(domain.as_ptr(), id, flags),
+            IoThread::Remove => sys::virDomainDelIOThread(domain.as_ptr(), id, flags),
         }
     };
     if result < 0 { Err(Error::last_error()) } else { Ok(()) }

@@ -185,6 +185,15 @@ impl Affect {
     pub const CONFIG: Self = Self { live: false, config: true };
 }
 
+/// What becomes of an I/O thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoThread {
+    /// It is added.
+    Add,
+    /// It is removed.
+    Remove,
+}
+
 /// What becomes of a drive's medium.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Medium {
@@ -199,7 +208,7 @@ pub enum Medium {
 /// Calls that change a domain's devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Calls {
-    /// Those that add something alone: [`Connection::attach_device`], [`Connection::add_io_thread`].
+    /// Those that add something alone: [`Connection::attach_device`], an insert, an added I/O thread.
     Attach,
     /// Those that remove something too.
     All,
@@ -324,23 +333,15 @@ pub trait Connection: Send + Sync {
     ) -> Result<(), LibvirtError>;
 
     /// Adds an I/O thread (`virDomainAddIOThread`) for the device that `landed` knows as `device`; an
-    /// error where there is one of that id.
-    async fn add_io_thread(
+    /// error where there is one of that id. Or removes it (`virDomainDelIOThread`):
+    /// [`LibvirtError::DeviceMissing`] where there is none, [`LibvirtError::IoThreadUsed`] where a device
+    /// has it.
+    async fn change_io_thread(
         &self,
         domain: &str,
         device: &str,
         id: u32,
-        affect: Affect,
-        deadline: Duration,
-    ) -> Result<(), LibvirtError>;
-
-    /// Removes an I/O thread (`virDomainDelIOThread`): [`LibvirtError::DeviceMissing`] where there is
-    /// none, [`LibvirtError::IoThreadUsed`] where a device has it.
-    async fn del_io_thread(
-        &self,
-        domain: &str,
-        device: &str,
-        id: u32,
+        how: IoThread,
         affect: Affect,
         deadline: Duration,
     ) -> Result<(), LibvirtError>;

@@ -15,7 +15,7 @@ use super::ffi::{self, Handle};
 use super::workers::Workers;
 use super::{
     Affect, Calls, Connection, Definition, DomainEvents, DomainInfo, DomainState, Endpoint,
-    EventSender, Hypervisor, InFlight, Instance, LibvirtError, Medium, Socket, Version,
+    EventSender, Hypervisor, InFlight, Instance, IoThread, LibvirtError, Medium, Socket, Version,
 };
 use crate::types::IoLimits;
 
@@ -383,34 +383,22 @@ impl Connection for RealConnection {
         .await
     }
 
-    async fn add_io_thread(
+    async fn change_io_thread(
         &self,
         domain: &str,
         device: &str,
         id: u32,
+        how: IoThread,
         affect: Affect,
         deadline: Duration,
     ) -> Result<(), LibvirtError> {
-        let flight = self.in_flight.attach(&self.name, domain, device);
-        self.with_domain("iothreadadd", domain, deadline, move |d| {
+        let (call, flight) = match how {
+            IoThread::Add => ("iothreadadd", self.in_flight.attach(&self.name, domain, device)),
+            IoThread::Remove => ("iothreaddel", self.in_flight.detach(&self.name, domain, device)),
+        };
+        self.with_domain(call, domain, deadline, move |d| {
             let _flight = flight;
-            ffi::io_thread(d, id, true, flags(affect))
-        })
-        .await
-    }
-
-    async fn del_io_thread(
-        &self,
-        domain: &str,
-        device: &str,
-        id: u32,
-        affect: Affect,
-        deadline: Duration,
-    ) -> Result<(), LibvirtError> {
-        let flight = self.in_flight.detach(&self.name, domain, device);
-        self.with_domain("iothreaddel", domain, deadline, move |d| {
-            let _flight = flight;
-            ffi::io_thread(d, id, false, flags(affect))
+            ffi::io_thread(d, id, how, flags(affect))
         })
         .await
     }

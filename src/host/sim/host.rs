@@ -35,14 +35,13 @@ impl Default for SimHost {
         let kernel = pods.clone();
         // QEMU opens a disk as the kernel lets it: the node must be there, its own, and granted.
         hypervisor.set_open_check(Arc::new(move |endpoint, path, read_only| {
-            let Some(uid) = pod_of(endpoint) else { return Ok(()) };
             let access = if read_only { Access::READ } else { Access::READ_WRITE };
-            let opened = kernel.open(uid, Path::new(path), access);
+            let opened = kernel.open_as(pod_of(endpoint), Path::new(path), access);
             opened.map(drop).map_err(|error| error.to_string())
         }));
         let (kernel, disks) = (pods.clone(), storage.clone());
         hypervisor.set_device_check(Arc::new(move |endpoint, path| {
-            let dev = kernel.open(pod_of(endpoint)?, Path::new(path), Access::READ).ok()?;
+            let dev = kernel.open_as(pod_of(endpoint), Path::new(path), Access::READ).ok()?;
             Some(SimDevice { size: disks.size_of(dev)?, identity: disks.identity_of(dev) })
         }));
         Self { storage, pods, hypervisor, faults }

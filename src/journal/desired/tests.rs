@@ -32,7 +32,7 @@ async fn what_was_stored_is_there_after_reopening_and_in_order() {
         for name in ["z", "y", "x"] {
             store.put_volume(&vm("a").id, &stored(name)).await.unwrap();
         }
-        store.delete_volume(&key("a", "y")).await.unwrap();
+        store.delete_volume(&key("a", "y"), false).await.unwrap();
         store.put_volume(&vm("a").id, &stored("z")).await.unwrap();
         let leaving = [(key("a", "x").volume, force)];
         store.put_removals(&vm("a").id, &leaving).await.unwrap();
@@ -53,7 +53,7 @@ async fn an_identity_outlives_its_volume_but_not_its_vm() {
     store.put_identity(&key("a", "v"), "src", &wwid).await.unwrap();
     let volumes = store.volumes(&vm("a").id).await.unwrap();
     assert!(!volumes[0].accept_new_identity, "the permission is used up");
-    store.delete_volume(&key("a", "v")).await.unwrap();
+    store.delete_volume(&key("a", "v"), false).await.unwrap();
     assert_eq!(store.identity(&key("a", "v"), "src").await.unwrap(), Some(wwid));
     assert_eq!(store.identity(&key("a", "v"), "other").await.unwrap(), None);
     store.delete_vm(&vm("a").id).await.unwrap();
@@ -73,7 +73,7 @@ async fn a_size_is_raised_without_touching_a_removal_or_bringing_a_volume_back()
     let mut raised = StoredVolume { removing: Some(force), ..stored("v") };
     raised.spec.expect_size = Some(1 << 40);
     assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [raised]);
-    store.delete_volume(&key("a", "v")).await.unwrap();
+    store.delete_volume(&key("a", "v"), false).await.unwrap();
     store.raise_size(&key("a", "v"), 1 << 41).await.unwrap();
     assert_eq!(store.volumes(&vm("a").id).await.unwrap(), []);
 }
@@ -105,7 +105,7 @@ async fn a_mark_comes_with_volumes_and_outlives_a_registration_anew() {
     store.put_vm(&VmSpec { fc: FcSupport::Unsupported, ..vm("a") }).await.unwrap();
     assert!(store.fc_marked(&vm("a").id).await.unwrap());
     assert!(!store.fc_marked(&vm("b").id).await.unwrap());
-    store.unmark_fc(&vm("a").id).await.unwrap();
+    store.delete_volume(&key("a", "x"), true).await.unwrap();
     assert!(!store.fc_marked(&vm("a").id).await.unwrap());
 }
 

@@ -37,20 +37,16 @@ impl Actor {
         }
     }
 
-    /// Forgets that a volume is wanted, and the VM's mark where it was the last that needs it. The mark goes
-    /// first: killed in between, the volume is forgotten by the next daemon.
+    /// Forgets that a volume is wanted, and the VM's mark with it where it was the last that needs it.
     pub(super) async fn disown(&mut self, key: &VolumeKey) -> Result<(), journal::Error> {
-        let last = self.is_last_fc(&key.volume);
-        if let Some(last) = last {
-            let (ability, rules) = (self.fc_ability(), self.tools.rules);
+        let (ability, rules) = (self.fc_ability(), self.tools.rules);
+        let unmarks = self.is_last_fc(&key.volume).is_some_and(|last| {
             let change = Change::Detach { last };
-            if fc::decide(ability, change, rules.after_last_fc) == Verdict::Unmark {
-                self.tools.desired.unmark_fc(&self.vm).await?;
-                self.fc_marked = false;
-                self.tell_who_needs_hbas();
-            }
-        }
-        self.tools.desired.delete_volume(key).await
+            fc::decide(ability, change, rules.after_last_fc) == Verdict::Unmark
+        });
+        self.tools.desired.delete_volume(key, unmarks).await?;
+        self.fc_marked &= !unmarks;
+        Ok(())
     }
 
     /// Whether no other volume is had by Fibre Channel; `None` where this one is not.

@@ -81,7 +81,7 @@ impl Actor {
         }
         info!(%until, "the VM is about to start");
         self.starts_within(within);
-        self.moving.libvirt_waits = libvirt_waits;
+        self.moving.libvirt_waits |= libvirt_waits;
         let wanted = self.volumes.iter().filter(|(_, v)| v.removing.is_none() && !v.failed);
         let names: BTreeSet<VolumeName> = wanted.map(|(name, _)| name.clone()).collect();
         for name in &names {

@@ -30,6 +30,7 @@ use crate::host::pods::PodDoors;
 use crate::host::procs::{DirView, ProcessId, ProcessInfo};
 use crate::reason::Reason;
 use crate::spec::VmPlace;
+use crate::types::VmId;
 pub use process::Wanted;
 
 /// kubelet's root directory unless configured.
@@ -240,17 +241,33 @@ pub async fn endpoint(
     }
 }
 
-/// Finds the hotplug directory as the host sees it, `None` on a plain libvirt host. Enough to remove
-/// nodes when the VM has ended; to make one, [`discover`] has to prove more.
-pub async fn hotplug_dir(
+/// Finds the directory in which a VM's nodes are, as the host sees it. Enough to remove nodes when the VM has
+/// ended; to make one in a pod, [`discover`] has to prove more.
+pub async fn node_dir(
     doors: &PodDoors,
     settings: &Settings,
+    vm: &VmId,
     place: &VmPlace,
-) -> Result<Option<HotplugDir>> {
-    let VmPlace::Pod { uid, hotplug_dir, .. } = place else { return Ok(None) };
+) -> Result<HotplugDir> {
+    match place {
+        VmPlace::Host { .. } => {
+            doors.dirs.host_nodes(vm, false).await.map_err(DiscoverError::Hotplug)
+        }
+        VmPlace::Pod { uid, hotplug_dir, .. } => {
+            in_pod(doors, settings, uid, hotplug_dir.as_deref()).await
+        }
+    }
+}
+
+async fn in_pod(
+    doors: &PodDoors,
+    settings: &Settings,
+    uid: &str,
+    hotplug_dir: Option<&Path>,
+) -> Result<HotplugDir> {
     let pod = pod_dir(doors, settings, uid).await?;
-    let rel = hotplug_dir.as_deref().unwrap_or(Path::new(HOTPLUG_DIR));
-    doors.dirs.hotplug(&pod, rel).await.map(Some).map_err(DiscoverError::Hotplug)
+    let rel = hotplug_dir.unwrap_or(Path::new(HOTPLUG_DIR));
+    doors.dirs.hotplug(&pod, rel).await.map_err(DiscoverError::Hotplug)
 }
 
 /// How many processes a VM's pod has, as the host counts them. That its directory is gone does not say
@@ -277,11 +294,10 @@ pub async fn discover(
     wanted: &Wanted,
 ) -> Result<Place> {
     let libvirt = endpoint(doors, settings, place).await?;
-    let hotplug = hotplug_dir(doors, settings, place).await?;
-    let (VmPlace::Pod { uid, cgroup, hotplug_dir_in_pod, .. }, Some(hotplug)) = (place, hotplug)
-    else {
+    let VmPlace::Pod { uid, cgroup, hotplug_dir, hotplug_dir_in_pod, .. } = place else {
         return Ok(Place { libvirt, pod: None });
     };
+    let hotplug = in_pod(doors, settings, uid, hotplug_dir.as_deref()).await?;
     let dir_in_pod =
         hotplug_dir_in_pod.clone().unwrap_or_else(|| PathBuf::from(HOTPLUG_DIR_IN_POD));
     if !dir_in_pod.is_absolute() || dir_in_pod.components().any(|c| c == Component::ParentDir) {

@@ -67,8 +67,9 @@ async fn the_libvirt_of_a_pod_is_known_before_its_vm_runs() {
     pods.kill_qemu(UID);
     let found = endpoint(&pods.doors(), &Settings::default(), &pod()).await;
     assert!(found.expect("it is there").to_string().ends_with("libvirt-sock"));
-    let dir = hotplug_dir(&pods.doors(), &Settings::default(), &pod()).await.expect("there");
-    assert!(dir.is_some(), "nodes can be removed after its end");
+    let vm = "default/vm".parse().expect("a name");
+    let dir = node_dir(&pods.doors(), &Settings::default(), &vm, &pod()).await;
+    dir.expect("nodes can be removed after its end");
     let error = find(&pods, &pod()).await.expect_err("there is no QEMU");
     assert_eq!(error.reason(), Reason::QemuNotFound);
 }

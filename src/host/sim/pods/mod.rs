@@ -19,7 +19,7 @@ use nix::libc;
 use super::Faults;
 use crate::host::grants::{Access, CgroupRef, Hierarchy};
 use crate::host::nodes::{NODE_MODE, NodeOwner, Seen};
-use crate::host::poddir::LibvirtEndpoint;
+use crate::host::poddir::{HOST_NODES, LibvirtEndpoint};
 use crate::host::pods::PodDoors;
 use crate::host::procs::{Membership, ProcessId, ProcessInfo};
 use crate::types::{DevNum, VolumeName};
@@ -211,7 +211,23 @@ impl SimPods {
         path: &Path,
         access: Access,
     ) -> io::Result<DevNum> {
-        self.open(libvirt.pod_uid().unwrap_or_default(), path, access)
+        self.open_as(libvirt.pod_uid(), path, access)
+    }
+
+    /// The same by the pod's UID; without one by the host's own libvirt, which allows its QEMUs all that is there.
+    pub fn open_as(&self, uid: Option<&str>, path: &Path, access: Access) -> io::Result<DevNum> {
+        if let Some(uid) = uid {
+            return self.open(uid, path, access);
+        }
+        let state = self.lock();
+        let node = state.host_nodes.iter().find_map(|(dir, nodes)| {
+            let name = path.strip_prefix(Path::new(HOST_NODES).join(dir)).ok()?.to_str()?;
+            nodes.get(&name.parse().ok()?)
+        });
+        match node {
+            Some(Seen::Node { dev, .. }) => Ok(*dev),
+            _ => Err(io::Error::from_raw_os_error(libc::ENOENT)),
+        }
     }
 
     /// What open(2) of `path` (as QEMU sees it) gives in that pod: the device, or the errno that the

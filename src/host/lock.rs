@@ -1,6 +1,7 @@
 //! OFD locks and small state files under /run/lunplug.
 
 mod real;
+mod temporary;
 
 use std::io;
 use std::time::Duration;

@@ -3,11 +3,10 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
-use super::{LockError, LockGuard, RunDir, check_name};
+use super::{LockError, LockGuard, RunDir, check_name, temporary};
 use crate::host::workers::Workers;
 
 /// How often a lock is tried when no event tells that it is free: a holder that was killed lets go
@@ -27,8 +26,6 @@ use crate::host::workers::Workers;
 const RETRY: Duration = Duration::from_millis(200);
 /// /run is a tmpfs; only a machine in great trouble takes this long.
 const FILE_DEADLINE: Duration = Duration::from_secs(10);
-/// Names with this are being written.
-const TEMPORARY: &str = ".tmp-";
 
 type Queues = Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>;
 
@@ -39,12 +36,11 @@ pub struct RealRunDir {
     workers: Workers,
     /// Within this process a lock is queued for here, so that only one waits in the kernel.
     queues: Queues,
-    temporaries: Arc<AtomicU64>,
 }
 
 impl RealRunDir {
     /// Makes the directory (mode 0700) if need be. One that is a symlink, belongs to someone else
-    /// or can be written by others is refused.
+    /// or can be written by others is refused. What killed writers left in it is removed.
     pub fn open(base: impl Into<PathBuf>) -> io::Result<Self> {
         let base = base.into();
         make_dirs(&base)?;
@@ -61,13 +57,13 @@ impl RealRunDir {
                 ),
             ));
         }
+        temporary::sweep(&base)?;
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
         Ok(Self {
             base,
             boot_id,
             workers: Workers::new("lunplug-run", 8, 8),
             queues: Mutex::default(),
-            temporaries: Arc::default(),
         })
     }
 
@@ -223,19 +219,9 @@ impl RunDir for RealRunDir {
 
     async fn store(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let (path, bytes) = (self.path(name)?, bytes.to_vec());
-        let n = self.temporaries.fetch_add(1, Ordering::Relaxed);
         let call = move || {
-            let dir = path.parent().unwrap_or(Path::new("/"));
-            make_dirs(dir)?;
-            let temp = dir.join(format!("{TEMPORARY}{}-{n}", std::process::id()));
-            let mut options = OpenOptions::new();
-            let file = options.write(true).create(true).truncate(true).mode(0o600).open(&temp);
-            let stored =
-                file.and_then(|mut f| f.write_all(&bytes)).and_then(|()| fs::rename(&temp, &path));
-            if stored.is_err() {
-                let _ = fs::remove_file(&temp);
-            }
-            stored
+            make_dirs(path.parent().unwrap_or(Path::new("/")))?;
+            temporary::replace(&path, &bytes)
         };
         self.run(call).await
     }
@@ -260,7 +246,7 @@ impl RunDir for RealRunDir {
             for entry in entries {
                 let entry = entry?;
                 let name = entry.file_name().to_string_lossy().into_owned();
-                if entry.file_type()?.is_file() && !name.starts_with(TEMPORARY) {
+                if entry.file_type()?.is_file() && !temporary::is_temporary(&name) {
                     names.push(name);
                 }
             }

@@ -344,13 +344,17 @@ impl Config {
                 return Err((key, format!("{path:?} is not an absolute path")));
             }
         }
-        for root in &self.local.block_roots {
+        let roots = [
+            ("local.block_roots", &self.local.block_roots),
+            ("local.file_roots", &self.local.file_roots),
+        ];
+        for (key, root) in roots.iter().flat_map(|(key, all)| all.iter().map(move |r| (*key, r))) {
             let plain = |c: std::path::Component<'_>| {
                 !matches!(c, std::path::Component::ParentDir | std::path::Component::CurDir)
             };
             if !root.is_absolute() || !root.components().all(plain) {
                 let message = format!("{root:?} is not an absolute path without '..'");
-                return Err(("local.block_roots", message));
+                return Err((key, message));
             }
         }
         // What the kernel reports for every uid that has no mapping (user_namespaces(7)).

@@ -159,9 +159,13 @@ reasons! {
     /// The target does not export that LUN to us.
     LunNotFound = "LUN_NOT_FOUND", Precondition, "Map the LUN to this initiator at the array.";
     /// What is on the host is not beneath a directory from which volumes may be had.
-    SourceNotAllowed = "SOURCE_NOT_ALLOWED", Precondition, "Name a directory above it in local.block_roots of the node's configuration, if guests may have what is there.";
+    SourceNotAllowed = "SOURCE_NOT_ALLOWED", Precondition, "Name a directory above it in local.block_roots (files: local.file_roots) of the node's configuration, if guests may have what is there.";
     /// What is on the host is not there, or is something else.
-    SourceNotFound = "SOURCE_NOT_FOUND", Precondition, "Give the path of a whole block device of the node's, once that is there.";
+    SourceNotFound = "SOURCE_NOT_FOUND", Precondition, "Give the path of a whole block device, or of a file with something in it, once that is there.";
+    /// A file is not the disk image that it is said to be, or one that refers to other files.
+    ImageRefused = "IMAGE_REFUSED", Precondition, "Make it a whole image of its own with qemu-img convert -O qcow2, or give the format that it has.";
+    /// QEMU's user cannot open a file, or not as the volume's options need.
+    FileNotAccessible = "FILE_NOT_ACCESSIBLE", Precondition, "Give the file to QEMU's user, or add the volume read-only, or with another cache mode, as the message says.";
     /// The LUN is not the one that this volume was.
     IdentityChanged = "IDENTITY_CHANGED", Precondition, "If the change is meant, add it with --accept-new-identity.";
     /// The LUN is not the one that was expected.

@@ -4,7 +4,7 @@
 //!
 //! By Fibre Channel: `fc://WWPN[,WWPN]/LUN`, and more behind a `?` ([`fc_source`] has the rules).
 //!
-//! What is on the host already: `block:///dev/NAME`, the path as it is.
+//! What is on the host already: `block:///dev/NAME`, `file:///PATH` and `file+qcow2:///PATH`, the path as it is.
 //!
 //! A further transport is a further scheme here.
 
@@ -39,6 +39,9 @@ impl FromStr for Source {
         }
         if is("block") {
             return local::read_block(s).map(Self::Block);
+        }
+        if let Some(format) = local::file_format(s) {
+            return local::read_file(s, format).map(Self::File);
         }
         let IscsiUrl { first, more, iface } = s.parse()?;
         let source = source_of(first, more, s)?;
@@ -170,6 +173,7 @@ impl fmt::Display for Source {
             }
             Self::Fc(source) => f.write_str(&fc::write(source)),
             Self::Block(source) => write!(f, "block://{}", source.path),
+            Self::File(source) => f.write_str(&local::write_file(source)),
         }
     }
 }

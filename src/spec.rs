@@ -17,7 +17,9 @@ use crate::types::{
 };
 use crate::vm::resolve::Names;
 
-pub use source::{BlockSource, ChapFrom, FcSource, FcTarget, IscsiSource, IscsiTarget, Source};
+pub use source::{
+    BlockSource, ChapFrom, FcSource, FcTarget, FileSource, IscsiSource, IscsiTarget, Source,
+};
 pub use vm::{FcSupport, VmPlace, VmSpec};
 
 /// How many paths a volume must have.
@@ -196,7 +198,7 @@ pub struct VolumeStatus {
 /// What is known of a volume's device on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
-    /// major:minor of the map or the single path.
+    /// major:minor of the map or the single path; [`DevNum::NONE`] of a file.
     pub dev: DevNum,
     /// Proven identity.
     pub wwid: Wwid,

@@ -83,9 +83,10 @@ prop_compose! {
             (false, true) => "?initiator=iqn.2001-04.com.example:vm",
             (true, true) => "?iface=iser&initiator=iqn.2001-04.com.example:vm",
         };
-        let local = kind == 2;
+        let local = kind >= 2;
         let url = if local {
-            format!("block:///dev/vg/{name}-{lun}")
+            let scheme = ["block", "file", "file+qcow2"][usize::from(kind) - 2];
+            format!("{scheme}:///dev/vg/{name}-{lun}")
         } else if kind == 1 {
             let wwpn = "500a0982991b8dc5";
             let map = if map { format!("map=21000024ff3d2e5c/{wwpn}&lip") } else { "wildcard_scan".into() };
@@ -157,7 +158,7 @@ proptest! {
             dedicated_io_thread: false,
             // What is on the host may be no LUN.
             source: match spec.source {
-                Source::Block(_) => "fc://500a0982991b8dc5/7".parse().unwrap(),
+                Source::Block(_) | Source::File(_) => "fc://500a0982991b8dc5/7".parse().unwrap(),
                 source => source,
             },
             bus: Bus::Scsi,

@@ -2,11 +2,13 @@
 
 mod disk;
 mod fc;
+mod local;
 mod wire;
 
 use std::path::{Component, Path, PathBuf};
 
 pub use disk::{io_limits, wire_detect_zeroes, wire_discard, wire_disk_type, wire_io_mode};
+pub use local::wire_format;
 pub use wire::{
     wire_addressing, wire_discovered, wire_error_policy, wire_node, wire_phase, wire_source,
     wire_spec, wire_vm, wire_vm_id, wire_volume,
@@ -19,8 +21,7 @@ use crate::reason::Reason;
 use crate::source::{portals_of, source_of};
 use crate::spec::FcSupport;
 use crate::spec::{
-    BlockSource, ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec,
-    VolumeSpec,
+    ChapFrom, IscsiSource, IscsiTarget, MultipathPolicy, Source, VmPlace, VmSpec, VolumeSpec,
 };
 use crate::types::{
     Addressing, Bus, CacheMode, Chap, DiskType, ErrorPolicy, Iface, IfaceName, Lun, Malformed,
@@ -206,10 +207,8 @@ fn source(source: Option<v1::Source>) -> Result<Source, Refusal> {
     match source.and_then(|source| source.kind) {
         Some(v1::source::Kind::Iscsi(iscsi)) => iscsi_source(iscsi).map(Source::Iscsi),
         Some(v1::source::Kind::Fc(given)) => fc::source(&given).map(Source::Fc),
-        Some(v1::source::Kind::Block(given)) => {
-            let path = parse("volume.source.block.path", &given.path)?;
-            Ok(Source::Block(BlockSource { path }))
-        }
+        Some(v1::source::Kind::Block(given)) => local::block(&given),
+        Some(v1::source::Kind::File(given)) => local::file(&given),
         None => Err(missing(
             "volume.source",
             Reason::InvalidSource,

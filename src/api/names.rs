@@ -44,7 +44,7 @@ fn portals(spec: &mut v1::VolumeSpec) -> impl Iterator<Item = &mut String> {
     let kind = spec.source.as_mut().and_then(|source| source.kind.as_mut());
     let iscsi = kind.and_then(|kind| match kind {
         v1::source::Kind::Iscsi(iscsi) => Some(iscsi),
-        v1::source::Kind::Fc(_) | v1::source::Kind::Block(_) => None,
+        v1::source::Kind::Fc(_) | v1::source::Kind::Block(_) | v1::source::Kind::File(_) => None,
     });
     iscsi.into_iter().flat_map(|iscsi| {
         let more = iscsi.more_targets.iter_mut().flat_map(|target| &mut target.portals);

@@ -82,7 +82,7 @@ pub(super) struct Args {
     /// A shorter name for the disk, seen in its alias and its node [default: the volume's name].
     #[arg(long, value_name = "NAME")]
     disk_name: Option<String>,
-    /// Where the data lives: a URL, e.g. iscsi://10.0.0.1,san-b/IQN/LUN, fc://WWPN,WWPN/LUN or block:///dev/NAME; where the LUN is to
+    /// Where the data lives: a URL, e.g. iscsi://10.0.0.1,san-b/IQN/LUN, fc://WWPN,WWPN/LUN, block:///dev/NAME, file:///PATH or file+qcow2:///PATH; where the LUN is to
     /// be had at further targets, each of them after a +.
     #[arg(long, value_name = "URL", required_unless_present = "file")]
     source: Option<String>,

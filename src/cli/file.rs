@@ -172,6 +172,11 @@ impl VolumeFile {
         self.source = Some(SourceFile::block(path));
     }
 
+    /// Has it be a raw file that is on the node already.
+    pub(super) fn set_file(&mut self, path: String) {
+        self.source = Some(SourceFile::file(path));
+    }
+
     /// Has the source refer to a secret.
     pub(super) fn set_chap_secret(&mut self, name: &str) -> Result<(), Failure> {
         if let Some(source) = &self.source {
@@ -316,9 +321,28 @@ unit_serial: 6000-A
         assert!(failure.message.contains("an iscsi source"), "{}", failure.message);
         let two = "source: {block: {path: /dev/a}, fc: {targets: []}}";
         let error = VolumeFile::parse(two).unwrap_err().to_string();
-        assert!(error.contains("one of iscsi, fc and block"), "{error}");
+        assert!(error.contains("one of iscsi, fc, block and file"), "{error}");
         let failure = VolumeFile::parse("source: 'block://dev'").unwrap().to_wire().unwrap_err();
         assert_eq!((failure.field.as_str(), failure.exit), ("source", Exit::Usage));
+    }
+
+    #[test]
+    fn a_file_of_the_node_is_read_in_either_form() {
+        for (text, url) in [
+            ("{path: /srv/a}", "file:///srv/a"),
+            ("{path: /srv/a, format: raw}", "file:///srv/a"),
+            ("{path: /srv/a, format: qcow2}", "file+qcow2:///srv/a"),
+        ] {
+            let full = VolumeFile::parse(&format!("source: {{file: {text}}}")).unwrap();
+            assert_eq!(full.source_url(), url);
+            let again = VolumeFile::from_wire(&full.to_wire().unwrap());
+            assert_eq!(again.source_url(), url);
+            let by_url = VolumeFile::parse(&format!("source: '{url}'")).unwrap();
+            assert_eq!(VolumeFile::from_wire(&by_url.to_wire().unwrap()).source_url(), url);
+        }
+        let wrong = VolumeFile::parse("source: {file: {path: /srv/a, format: vmdk}}").unwrap();
+        let failure = wrong.to_wire().unwrap_err();
+        assert_eq!((failure.field.as_str(), failure.exit), ("source.file.format", Exit::Usage));
     }
 
     #[test]

@@ -57,21 +57,30 @@ fn of_kind(path: &str, map: &Mapping) -> Option<Result<Foreign, String>> {
     Some(local(Fields::new(&format!("{path}local."), kind("local")?), path, mode))
 }
 
-/// `spec.local` of a PersistentVolume, whose mode is beside it.
+/// The file in a PersistentVolume of mode Filesystem that is the disk, as KubeVirt has it.
+const DISK_IMAGE: &str = "disk.img";
+
+/// `spec.local` of a PersistentVolume, whose mode is beside it: a device, or a directory with the disk in it.
 fn local(mut fields: Fields<'_>, path: &str, mode: Option<&str>) -> Result<Foreign, String> {
-    // Filesystem is what Kubernetes takes where nothing is said, and then it is a directory.
-    if !path.is_empty() && mode != Some("Block") {
-        let mode = mode.unwrap_or("Filesystem");
-        return Err(format!(
-            "{path}volumeMode: {mode:?} is not possible: a local volume must be of mode Block"
-        ));
-    }
     let mut volume = VolumeFile::default();
-    match fields.text("path")? {
-        device if device.is_empty() => return Err(format!("{}path is missing", fields.path)),
-        device => volume.set_block(device),
+    let given = fields.text("path")?;
+    if given.is_empty() {
+        return Err(format!("{}path is missing", fields.path));
     }
-    fields.pass("fsType", "the guest gets a block device");
+    match mode {
+        // A stanza by itself says nothing of it.
+        Some("Block") => volume.set_block(given),
+        None if path.is_empty() => volume.set_block(given),
+        // Filesystem is what Kubernetes takes where nothing is said.
+        None | Some("Filesystem") => {
+            let image = format!("{}/{DISK_IMAGE}", given.trim_end_matches('/'));
+            volume.set_file(image);
+        }
+        Some(mode) => {
+            return Err(format!("{path}volumeMode: {mode:?} is not possible: Block or Filesystem"));
+        }
+    }
+    fields.pass("fsType", "what is there is taken as it is");
     Ok(Foreign { volume, notes: fields.end()? })
 }
 

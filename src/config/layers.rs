@@ -308,6 +308,7 @@ mod tests {
             ("allowed_uids = [65534]", "allowed_uids"),
             ("[local]\nblock_roots = ['dev']", "local.block_roots"),
             ("[local]\nblock_roots = ['/dev/../etc']", "local.block_roots"),
+            ("[local]\nfile_roots = ['srv']", "local.file_roots"),
             ("[limits]\nmax_vms = 0", "limits.max_vms"),
             ("[log]\nlevel = 'lunplug=loud'", "log.level"),
         ] {

@@ -12,6 +12,7 @@ use crate::types::{DevNum, IfaceName, Lun, Portal, Wwid};
 
 pub use super::identity::IdentityError;
 pub use super::iscsi::LoginError;
+use super::local::HeaderError;
 pub use super::size::SizeError;
 
 /// An attach or detach did not succeed; nothing half done remains unless the message says so.
@@ -202,6 +203,24 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The same of a file.
+    #[error("flushing {path} failed; it stays attached")]
+    FlushFile {
+        /// The file.
+        path: String,
+        /// Why.
+        #[source]
+        source: SourceError,
+    },
+    /// A file is not the image that it is said to be.
+    #[error("{path} cannot be given to a guest as a qcow2 image")]
+    Image {
+        /// The file.
+        path: String,
+        /// Why.
+        #[source]
+        source: HeaderError,
+    },
     /// A path could not be removed.
     #[error("the path at {at} could not be removed: {problem}")]
     Path {
@@ -338,9 +357,11 @@ impl Error {
             Self::NoIface { .. } => Reason::IfaceNotFound,
             Self::NoHba { .. } => Reason::NoFcHba,
             Self::PortNotFound { .. } => Reason::FcPortNotFound,
-            Self::NotAllowed { .. } | Self::Source(SourceError::Leaves { .. }) => {
+            Self::NotAllowed { .. }
+            | Self::Source(SourceError::Leaves { .. } | SourceError::Symlink { .. }) => {
                 Reason::SourceNotAllowed
             }
+            Self::Source(SourceError::Exchanged(_)) => Reason::DeviceHeld,
             Self::Source(SourceError::Io { source, .. }) => match source.kind() {
                 io::ErrorKind::TimedOut => Reason::DeadlineExceeded,
                 _ => Reason::HostIoFailed,
@@ -358,7 +379,8 @@ impl Error {
             Self::Swapped { .. } => Reason::IdentityChanged,
             Self::MultipathUnavailable(_) => Reason::MultipathUnavailable,
             Self::Map { .. } | Self::Multipathd(_) => Reason::MapFailed,
-            Self::Flush { .. } => Reason::FlushFailed,
+            Self::Flush { .. } | Self::FlushFile { .. } => Reason::FlushFailed,
+            Self::Image { .. } => Reason::ImageRefused,
             Self::Command { source, .. } => match source {
                 CmdError::Missing(_) => Reason::ToolMissing,
                 CmdError::TimedOut { .. } => Reason::DeadlineExceeded,

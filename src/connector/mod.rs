@@ -33,6 +33,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
+use crate::host::local::HostFile;
 use crate::spec::{DeviceStatus, MultipathPolicy, Source};
 use crate::types::{Chap, DevNum, Iqn, Outcome, Portal, UnitSerial, VolumeKey, Wwid, Wwpn};
 
@@ -124,15 +125,26 @@ pub struct PathStatus {
     pub name: String,
 }
 
-/// An attached volume: one verified block device. Kept by the journal.
+/// An attached volume: one verified block device, or a file. Kept by the journal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
     /// The device to give to the VM.
     pub device: DeviceStatus,
-    /// Its disk sequence number (`diskseq`), unique in this boot.
+    /// Its disk sequence number (`diskseq`), unique in this boot; 0 of a file.
     pub diskseq: u64,
     /// Its verified paths.
     pub paths: Vec<PathStatus>,
+    /// The file, where it is one: there is no device then, and nothing that could be granted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<HostFile>,
+}
+
+impl Attachment {
+    /// Whether two are of the same device or file.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let which = |a: &Self| (a.device.dev, a.diskseq, a.file.as_ref().map(|f| f.inode));
+        which(self) == which(other)
+    }
 }
 
 /// The size of a LUN, as all its paths show it.

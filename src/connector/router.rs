@@ -86,7 +86,7 @@ impl Kind {
         match source {
             Source::Iscsi(_) => Self::Iscsi,
             Source::Fc(_) => Self::Fc,
-            Source::Block(_) => Self::Local,
+            Source::Block(_) | Source::File(_) => Self::Local,
         }
     }
 }

@@ -57,6 +57,8 @@ pub struct Settings {
 pub struct LocalSettings {
     /// Directories beneath which block devices may be given to guests: none, unless set.
     pub block_roots: Vec<PathBuf>,
+    /// Directories beneath which files may be given to guests: none, unless set.
+    pub file_roots: Vec<PathBuf>,
     /// What becomes of a device that has no unique identity.
     pub without_identity: WithoutIdentity,
 }

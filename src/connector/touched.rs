@@ -187,6 +187,7 @@ mod tests {
             },
             diskseq: 9,
             paths: vec![path("3:0:0:1", "8:0", "sda"), path("4:0:0:1", "8:16", "sdb")],
+            file: None,
         }
     }
 

@@ -28,14 +28,18 @@ pub struct DevNodeError {
 impl DevNodeError {
     /// The stable code.
     pub fn reason(&self) -> Reason {
-        match &self.source {
-            NodeError::Dir(source) => path_reason(source, Reason::HotplugDirUnsafe),
-            NodeError::Refused { .. } => Reason::NodeRefused,
-            NodeError::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
-                Reason::DeadlineExceeded
-            }
-            NodeError::Io { .. } => Reason::NodeRefused,
+        reason_of(&self.source)
+    }
+}
+
+/// The reason behind an error of a name in a pod's directory.
+pub(crate) fn reason_of(error: &NodeError) -> Reason {
+    match error {
+        NodeError::Dir(source) => path_reason(source, Reason::HotplugDirUnsafe),
+        NodeError::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
+            Reason::DeadlineExceeded
         }
+        NodeError::Refused { .. } | NodeError::Io { .. } => Reason::NodeRefused,
     }
 }
 

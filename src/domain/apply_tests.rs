@@ -33,6 +33,7 @@ fn disk(volume: &str, bus: Bus) -> DesiredDisk {
     DesiredDisk {
         volume: volume.parse().unwrap(),
         source: format!("/hotplug/{volume}"),
+        file: None,
         serial: format!("S-{volume}").parse().ok(),
         device: DiskType::Disk,
         reservations: None,

@@ -76,6 +76,7 @@ impl Domain {
             device: "disk".into(),
             serial: Some(format!("kept for {alias}")),
             source: None,
+            format: None,
             medium: None,
             readonly: false,
             shareable: false,

@@ -7,7 +7,8 @@ use std::collections::BTreeSet;
 
 use crate::reason::Reason;
 use crate::types::{
-    Bus, CacheMode, DetectZeroes, DiskType, ErrorPolicy, IoLimits, Serial, Tuning, VolumeName,
+    Bus, CacheMode, DetectZeroes, DiskType, ErrorPolicy, FileFormat, IoLimits, Serial, Tuning,
+    VolumeName,
 };
 
 use super::iothread::{self, OwnThread, Thread};
@@ -24,8 +25,10 @@ pub const CONTROLLER_MODEL: &str = "virtio-scsi";
 pub struct DesiredDisk {
     /// The volume that it is; its alias is [`super::alias`] of this.
     pub volume: VolumeName,
-    /// The block device's path as QEMU sees it.
+    /// The path of the block device or file as QEMU sees it.
     pub source: String,
+    /// What is in the file; `None` of a block device, which is raw.
+    pub file: Option<FileFormat>,
     /// Its serial; a LUN that is passed through has its own.
     pub serial: Option<Serial>,
     /// What kind of device the guest sees.
@@ -51,6 +54,13 @@ pub struct DesiredDisk {
     /// The node is ours and its owner right already: libvirt is told to leave it alone. False on a
     /// plain libvirt host, where libvirt has to make the device accessible itself.
     pub keep_owner: bool,
+}
+
+impl DesiredDisk {
+    /// What is in the device or file.
+    pub fn format(&self) -> FileFormat {
+        self.file.unwrap_or_default()
+    }
 }
 
 /// The definitions that a change is for, both with the disk afterwards.
@@ -375,6 +385,8 @@ fn refuse_difference(disk: &Disk, desired: &DesiredDisk, alias: &str) -> Result<
     let threaded = desired.io_thread.is_none() || disk.io_thread.is_some();
     let pairs = [
         ("source", disk.source.as_deref().unwrap_or(""), desired.source.as_str()),
+        // A guest that has an image as a raw disk sees its tables.
+        ("format", disk.format.as_deref().unwrap_or("raw"), desired.format().as_str()),
         ("disk_type", disk.device.as_str(), desired.device.as_str()),
         ("persistent_reservations", flag(disk.reservations), flag(desired.reservations.is_some())),
         ("serial", found(&disk.serial), desired.serial.as_ref().map_or("", Serial::as_str)),

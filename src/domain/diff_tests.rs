@@ -17,6 +17,7 @@ fn desired(volume: &str, bus: Bus) -> DesiredDisk {
     DesiredDisk {
         volume: volume.parse().unwrap(),
         source: format!("/hotplug/{volume}"),
+        file: None,
         serial: volume.parse().ok(),
         device: DiskType::Disk,
         reservations: None,

@@ -26,8 +26,10 @@ use crate::types::{Outcome, TargetName, VolumeName};
 pub struct DesiredMedium {
     /// The volume that it is.
     pub volume: VolumeName,
-    /// The block device's path as QEMU sees it.
+    /// The path of the block device or file as QEMU sees it.
     pub source: String,
+    /// It is a file.
+    pub file: bool,
     /// The drive; the one that can take it where `None`.
     pub drive: Option<TargetName>,
     /// As for a disk.
@@ -170,7 +172,7 @@ pub async fn insert(
     };
     let written = |source| Error::Template { volume: desired.volume.clone(), source };
     let dac_keep = desired.keep_owner && live.dac_relabels;
-    let source = template::medium(&desired.source, dac_keep).map_err(written)?;
+    let source = template::medium(&desired.source, desired.file, dac_keep).map_err(written)?;
     let alias = super::alias(&desired.volume);
     change(&at, &alias, &text, &target, &source, Medium::Insert).await?;
     let (live, _) = read(&at).await?;

@@ -56,6 +56,8 @@ struct DiskXml<'a> {
     error_policy: Option<&'a str>,
     io_thread: Option<u32>,
     source: &'a str,
+    file: bool,
+    format: &'a str,
     dac_keep: bool,
     target: &'a str,
     bus: &'a str,
@@ -70,6 +72,7 @@ struct DiskXml<'a> {
 #[template(path = "medium.xml")]
 struct MediumXml<'a> {
     source: &'a str,
+    file: bool,
     dac_keep: bool,
 }
 
@@ -97,6 +100,8 @@ pub fn disk(desired: &DesiredDisk, placement: &Placement) -> Result<String, Temp
         error_policy: desired.error_policy.map(|p| p.as_str()),
         io_thread: placement.io_thread.map(|thread| thread.id),
         source: &desired.source,
+        file: desired.file.is_some(),
+        format: desired.format().as_str(),
         dac_keep: placement.dac_keep,
         target: &placement.target,
         bus: desired.bus.as_str(),
@@ -110,8 +115,8 @@ pub fn disk(desired: &DesiredDisk, placement: &Placement) -> Result<String, Temp
 }
 
 /// The source of a medium, as it stands in its drive's XML.
-pub fn medium(source: &str, dac_keep: bool) -> Result<String, TemplateError> {
-    Ok(MediumXml { source, dac_keep }.render()?)
+pub fn medium(source: &str, file: bool, dac_keep: bool) -> Result<String, TemplateError> {
+    Ok(MediumXml { source, file, dac_keep }.render()?)
 }
 
 /// A virtio-scsi controller's XML.
@@ -135,6 +140,7 @@ mod tests {
         let desired = DesiredDisk {
             volume: "vol1".parse().unwrap(),
             source: "/hotplug/vol1".into(),
+            file: None,
             serial: "Serial-1".parse().ok(),
             device: DiskType::Disk,
             reservations: None,

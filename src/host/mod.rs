@@ -21,6 +21,7 @@ pub mod multipathd;
 pub mod nodes;
 pub mod place;
 pub mod poddir;
+pub mod podfiles;
 pub mod pods;
 pub mod procs;
 pub mod resolver;

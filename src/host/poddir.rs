@@ -15,6 +15,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use serde::{Deserialize, Serialize};
 
 use super::blocking::blocking;
 use super::libvirt::{Endpoint, Instance};
@@ -66,8 +67,8 @@ impl From<io::Error> for PathError {
 
 type Result<T> = std::result::Result<T, PathError>;
 
-/// An inode: a directory that is recognised again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// An inode: a directory or a file that is recognised again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Inode {
     /// The file system's device number.
     pub dev: u64,

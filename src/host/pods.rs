@@ -8,6 +8,7 @@ use super::devlist::CgroupV1Devices;
 use super::grants::{DeviceLists, Overrides};
 use super::nodes::{HostNodes, Nodes};
 use super::poddir::{HostPodDirs, PodDirs};
+use super::podfiles::{HostPodFiles, PodFiles};
 use super::procs::{HostProcs, Procs};
 
 /// The doors to pods' directories, nodes, grants and processes.
@@ -17,6 +18,8 @@ pub struct PodDoors {
     pub dirs: Arc<dyn PodDirs>,
     /// Device nodes.
     pub nodes: Arc<dyn Nodes>,
+    /// Files of the host's in pods.
+    pub files: Arc<dyn PodFiles>,
     /// Grants of cgroup v2.
     pub overrides: Arc<dyn Overrides>,
     /// Grants of cgroup v1.
@@ -28,12 +31,14 @@ pub struct PodDoors {
 impl PodDoors {
     /// This host's, with procfs at `proc`. Changes nothing on the host.
     pub fn real(proc: &Path) -> Self {
+        let procs = HostProcs::new(proc);
         Self {
             dirs: Arc::new(HostPodDirs),
             nodes: Arc::new(HostNodes),
+            files: Arc::new(HostPodFiles::new(procs.clone())),
             overrides: Arc::new(BpfOverrides::new()),
             lists: Arc::new(CgroupV1Devices::new()),
-            procs: Arc::new(HostProcs::new(proc)),
+            procs: Arc::new(procs),
         }
     }
 }

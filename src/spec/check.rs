@@ -1,7 +1,7 @@
 //! What of a volume's options excludes each other. `Err` names the field.
 
 use super::{MultipathPolicy, Source, VolumeSpec};
-use crate::types::{Bus, CacheMode, DiskType, Malformed, Serial, Tuning};
+use crate::types::{Bus, CacheMode, DiskType, FileFormat, Malformed, Serial, Tuning};
 
 impl VolumeSpec {
     /// Rules between fields, which no single field's type can express. `Err` names the field.
@@ -44,6 +44,7 @@ impl VolumeSpec {
                 Err(("source.targets", malformed("targets", "", "at least one target port")))
             }
             Source::Block(_) => self.check_local(),
+            Source::File(source) => self.check_file(source.format),
             Source::Iscsi(_) | Source::Fc(_) => Ok(()),
         }
     }
@@ -54,7 +55,7 @@ impl VolumeSpec {
     fn check_local(&self) -> Result<(), (&'static str, Malformed)> {
         let no = |field, what, value: &str, rule| Err((field, Malformed::new(what, value, rule)));
         if self.multipath == MultipathPolicy::Required {
-            let rule = "preferred or off: what is on the host already is taken as it is; for a map give the path of the map";
+            let rule = "preferred or off: what is on the host already is taken as it is; for a map give its path by block://";
             return no("multipath", "multipath", "required", rule);
         }
         if self.device == DiskType::Lun {
@@ -63,6 +64,21 @@ impl VolumeSpec {
             return no("disk_type", "disk_type", "lun", rule);
         }
         Ok(())
+    }
+
+    /// A file may besides have a format, which only QEMU understands.
+    fn check_file(&self, format: FileFormat) -> Result<(), (&'static str, Malformed)> {
+        let no = |field, what, value: &str, rule| Err((field, Malformed::new(what, value, rule)));
+        if !format.is_raw() && self.shareable {
+            let rule =
+                "only raw files can be shared: each QEMU would change the image's tables by itself";
+            return no("shareable", "option", "true with format qcow2", rule);
+        }
+        if !format.is_raw() && self.device.is_cdrom() {
+            let rule = "disk_type cdrom takes raw files, e.g. an ISO image: the drive is as the domain defines it";
+            return no("source.format", "file format", format.as_str(), rule);
+        }
+        self.check_local()
     }
 
     /// What a LUN that is passed through excludes, and what needs one. QEMU's scsi-block does not carry
@@ -236,6 +252,23 @@ mod tests {
         {
             assert_eq!(spec.check().unwrap_err().0, field);
         }
+        let source = "file+qcow2:///srv/image".parse().unwrap();
+        let image = VolumeSpec { source, ..spec.clone() };
+        image.check().unwrap();
+        let cdrom =
+            VolumeSpec { device: DiskType::Cdrom, serial: None, read_only: true, ..image.clone() };
+        for (field, spec) in [
+            ("shareable", VolumeSpec { shareable: true, ..image.clone() }),
+            ("multipath", VolumeSpec { multipath: required, ..image.clone() }),
+            ("source.format", cdrom),
+        ] {
+            assert_eq!(spec.check().unwrap_err().0, field);
+        }
+        let source: Source = "file:///srv/disk.img".parse().unwrap();
+        assert_eq!(
+            serde_json::to_value(&source).unwrap(),
+            serde_json::json!({"file": {"path": "/srv/disk.img"}})
+        );
         let json = serde_json::to_value(&spec).unwrap();
         assert_eq!(json["source"], serde_json::json!({"block": {"path": "/dev/vg/data"}}));
         assert_eq!(serde_json::from_value::<VolumeSpec>(json).unwrap(), spec);

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{HostPath, Iface, Iqn, Lun, Portal, SecretName, Wwpn};
+use crate::types::{FileFormat, HostPath, Iface, Iqn, Lun, Portal, SecretName, Wwpn};
 
 /// A target at which a LUN is to be had.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -110,6 +110,16 @@ pub struct BlockSource {
     pub path: HostPath,
 }
 
+/// A file that is on the host already: a disk image, or the `disk.img` of a PersistentVolume that is a file system.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FileSource {
+    /// Its path.
+    pub path: HostPath,
+    /// What is in it.
+    #[serde(default, skip_serializing_if = "FileFormat::is_raw")]
+    pub format: FileFormat,
+}
+
 /// Where a volume's data lives. NVMe is a further variant.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -120,6 +130,8 @@ pub enum Source {
     Fc(FcSource),
     /// A block device that is on the host already.
     Block(BlockSource),
+    /// A file that is on the host already.
+    File(FileSource),
 }
 
 impl Source {
@@ -144,7 +156,7 @@ impl Source {
     pub fn as_iscsi(&self) -> Option<&IscsiSource> {
         match self {
             Self::Iscsi(source) => Some(source),
-            Self::Fc(_) | Self::Block(_) => None,
+            Self::Fc(_) | Self::Block(_) | Self::File(_) => None,
         }
     }
 
@@ -152,7 +164,7 @@ impl Source {
     pub fn as_iscsi_mut(&mut self) -> Option<&mut IscsiSource> {
         match self {
             Self::Iscsi(source) => Some(source),
-            Self::Fc(_) | Self::Block(_) => None,
+            Self::Fc(_) | Self::Block(_) | Self::File(_) => None,
         }
     }
 
@@ -160,7 +172,16 @@ impl Source {
     pub fn host_path(&self) -> Option<&HostPath> {
         match self {
             Self::Block(source) => Some(&source.path),
+            Self::File(source) => Some(&source.path),
             Self::Iscsi(_) | Self::Fc(_) => None,
+        }
+    }
+
+    /// The file on the host, where it is one.
+    pub fn as_file(&self) -> Option<&FileSource> {
+        match self {
+            Self::File(source) => Some(source),
+            Self::Iscsi(_) | Self::Fc(_) | Self::Block(_) => None,
         }
     }
 
@@ -169,12 +190,13 @@ impl Source {
         matches!(self, Self::Fc(_))
     }
 
-    /// What its URL begins with.
+    /// What its key begins with.
     pub fn scheme(&self) -> &'static str {
         match self {
             Self::Iscsi(_) => "iscsi",
             Self::Fc(_) => "fc",
             Self::Block(_) => "block",
+            Self::File(_) => "file",
         }
     }
 
@@ -190,6 +212,7 @@ impl Source {
             }
             Self::Fc(source) => source.targets.iter().map(ToString::to_string).collect(),
             Self::Block(source) => vec![source.path.to_string()],
+            Self::File(source) => vec![source.path.to_string()],
         };
         keys.sort();
         keys

@@ -90,6 +90,26 @@ words! {
     }
 }
 
+words! {
+    /// What is in a file that is a disk. It is said and never guessed: in a raw one the guest may have written
+    /// the header of any other.
+    #[derive(Default)]
+    FileFormat "file format" "raw or qcow2" {
+        /// The disk's bytes, one after the other.
+        #[default]
+        Raw "raw",
+        /// QEMU's copy-on-write image.
+        Qcow2 "qcow2",
+    }
+}
+
+impl FileFormat {
+    /// Whether it is the disk's bytes alone.
+    pub fn is_raw(&self) -> bool {
+        *self == Self::Raw
+    }
+}
+
 impl DiskType {
     /// Whether it is a disk emulated by QEMU.
     pub fn is_disk(&self) -> bool {

@@ -86,7 +86,7 @@ mod names;
 mod san;
 
 pub use chap::{Chap, Login, SecretName, SecretText};
-pub use disk::{BlockSize, Blocks, DetectZeroes, Discard, DiskType, IoMode, Tuning};
+pub use disk::{BlockSize, Blocks, DetectZeroes, Discard, DiskType, FileFormat, IoMode, Tuning};
 pub use endpoint::{Endpoint, HostPort};
 pub use fc::Wwpn;
 pub use hostpath::HostPath;

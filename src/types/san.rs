@@ -263,6 +263,9 @@ pub struct DevNum {
 }
 
 impl DevNum {
+    /// The number of no block device: major 0 is for file systems without one (Documentation/admin-guide/devices.txt).
+    pub const NONE: Self = Self { major: 0, minor: 0 };
+
     /// From the kernel's `dev_t` as stat(2) gives it.
     pub fn from_dev_t(dev: u64) -> Self {
         Self { major: nix::libc::major(dev), minor: nix::libc::minor(dev) }

@@ -138,15 +138,9 @@ impl Way<'_> {
         if came == Came::ToGuest && self.spec.device.is_cdrom() {
             self.drive_is_free(&place).await?;
         }
-        let dev = self.host(volume, how.returns).await?.device.dev;
+        let attachment = self.host(volume, how.returns).await?;
         let place = self.still_there(place).await?;
-        match &place.pod {
-            Some(pod) => {
-                self.node(pod, dev).await?;
-                self.grant(pod, dev).await?;
-            }
-            None => self.host_node(dev).await?,
-        }
+        self.show(&place, &attachment).await?;
         self.reached(Step::Grant.phase());
         match came {
             Came::ToGuest => self.disk(&place, source_of(self.ways, &place, self.spec)).await?,
@@ -257,12 +251,17 @@ impl Way<'_> {
         let Some(then) = self.effects.device.as_ref().filter(|_| self.had_disk) else {
             return Ok(());
         };
-        if (then.device.dev, then.diskseq) == (now.device.dev, now.diskseq) {
+        if then.is_same(now) {
             return Ok(());
         }
+        let which = |a: &Attachment| match &a.file {
+            Some(file) => format!("file {} (inode {})", file.path().display(), file.inode.ino),
+            None => format!("device {}", a.device.dev),
+        };
         let message = format!(
-            "the guest was given device {} and that is {} now: remove the volume and add it again",
-            then.device.dev, now.device.dev
+            "the guest was given {} and that is {} now: remove the volume and add it again",
+            which(then),
+            which(now)
         );
         Err(Failure::new(Reason::DeviceHeld, message))
     }
@@ -277,7 +276,7 @@ impl Way<'_> {
     }
 
     /// The block node on a plain host: by a path that stays the same, so that a definition can have it.
-    async fn host_node(&mut self, dev: DevNum) -> Result<(), Failure> {
+    pub(super) async fn host_node(&mut self, dev: DevNum) -> Result<(), Failure> {
         let dir = self.ways.host.pods.dirs.host_nodes(&self.ways.vm.id, true).await;
         let dir = dir.map_err(discover::DiscoverError::Hotplug)?;
         self.effects.node = Some(NodeEffect { dev: Some(dev) });

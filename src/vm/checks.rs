@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::disk::{desired_disk, source_of};
 use super::facade::Refusal;
 use super::failure::Failure;
+use super::file;
 use super::media;
 use super::plan::fc::Power;
 use super::ways::Ways;
@@ -13,7 +14,7 @@ use crate::connector::local;
 use crate::domain::{self, InGuest, Usage};
 use crate::host::libvirt::{Definition, DomainState};
 use crate::reason::Reason;
-use crate::spec::{RemoveOptions, VolumeSpec};
+use crate::spec::{RemoveOptions, VmPlace, VolumeSpec};
 use crate::types::{Bus, VolumeName};
 
 /// Whether the domain could take the disk: its place is proven, its XML is understood, there is a free
@@ -53,11 +54,18 @@ pub(super) async fn add(
 /// configuration may be another one.
 fn may_be_given(ways: &Ways, spec: &VolumeSpec) -> Result<(), Refusal> {
     let Some(path) = spec.source.host_path() else { return Ok(()) };
-    if local::allowed(&ways.settings().local, path).is_some() {
+    let is_file = spec.source.as_file().is_some();
+    if is_file && matches!(ways.vm.place, VmPlace::Host { .. }) {
+        let refusal = Refusal::new(Reason::Unsupported, file::ONLY_IN_PODS);
+        return Err(refusal.field("volume.source.file"));
+    }
+    if local::allowed(&ways.settings().local, &spec.source).is_some() {
         return Ok(());
     }
-    let message = format!("{path} is beneath no directory that local.block_roots names");
-    Err(Refusal::new(Reason::SourceNotAllowed, message).field("volume.source.block.path"))
+    let setting = local::roots_setting(&spec.source);
+    let message = format!("{path} is beneath no directory that {setting} names");
+    let field = if is_file { "volume.source.file.path" } else { "volume.source.block.path" };
+    Err(Refusal::new(Reason::SourceNotAllowed, message).field(field))
 }
 
 /// Whether a volume may be taken from the guest; returns what that gives up, in words. By force it

@@ -10,6 +10,7 @@
 
 use super::discover::{self, DiscoverError};
 use super::failure::Failure;
+use super::file;
 use super::incoming;
 use super::media;
 use super::ways::Ways;
@@ -118,7 +119,11 @@ pub(super) async fn unwind(
     if reached_guest {
         tracker.run(Step::Unplug, disk(ways, key, effects, why)).await?;
     }
-    leave_pod(ways, key, effects).await?;
+    let force = match why {
+        Unwind::Removed(options, list) => options.force.then_some(list),
+        Unwind::Failed => None,
+    };
+    leave_pod(ways, key, effects, force).await?;
     if reached_guest {
         tracker.run(Step::Confirm, no_disk(ways, key, effects, why)).await?;
     }
@@ -252,18 +257,20 @@ async fn no_qemu(ways: &Ways, failure: Failure) -> Result<(), Failure> {
     }
 }
 
-/// Takes what was made of a volume in a pod from there: the grant, then the node.
+/// Takes what was made of a volume in a pod from there: the grant, then the node, or the file. With `force` also a file
+/// that is open there.
 pub(super) async fn leave_pod(
     ways: &Ways,
     key: &VolumeKey,
     effects: &mut Effects,
+    force: Option<&GaveUp>,
 ) -> Result<(), Failure> {
     let tracker = &ways.host.tracker;
     if effects.grant.is_some() {
         tracker.run(Step::Revoke, grant(ways, key, effects)).await?;
     }
     if effects.node.is_some() {
-        tracker.run(Step::Unlink, node(ways, key, effects)).await?;
+        tracker.run(Step::Unlink, node(ways, key, effects, force)).await?;
     }
     Ok(())
 }
@@ -275,7 +282,12 @@ async fn grant(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<()
     strike(ways, key, effects, Step::Revoke).await
 }
 
-async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(), Failure> {
+async fn node(
+    ways: &Ways,
+    key: &VolumeKey,
+    effects: &mut Effects,
+    force: Option<&GaveUp>,
+) -> Result<(), Failure> {
     let Some(node) = &effects.node else { return Ok(()) };
     // That of the pod for which it was made.
     let mut place = ways.vm.place.clone();
@@ -284,6 +296,9 @@ async fn node(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<(),
     }
     let (pods, settings) = (&ways.host.pods, &ways.settings().discover);
     match discover::node_dir(pods, settings, &ways.vm.id, &place).await {
+        Ok(dir) if effects.spec.source.as_file().is_some() => {
+            file::unmount(ways, &place, &dir, &effects.spec.disk, force).await?;
+        }
         Ok(dir) => {
             ways.nodes.remove(&dir, &effects.spec.disk, node.dev).await?;
         }

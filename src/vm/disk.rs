@@ -98,6 +98,7 @@ pub(super) fn desired_disk(
     DesiredDisk {
         volume: spec.disk.clone(),
         source,
+        file: spec.source.as_file().map(|file| file.format),
         serial: spec.serial.clone(),
         device: spec.device,
         // Admitted only where there is one; where it was taken away since, libvirt says what it lacks.

@@ -74,5 +74,6 @@ failures!(
     crate::cgroup::CgroupError,
     crate::domain::Error,
     crate::host::libvirt::LibvirtError,
+    crate::host::podfiles::FileError,
     super::discover::DiscoverError,
 );

@@ -31,29 +31,27 @@ pub(super) async fn admit(ways: &Ways, spec: &VolumeSpec) -> Result<(), Failure>
         Failure::new(Reason::VolumeNotReady, message)
     })?;
     let place = ways.place_to_be().await?;
-    let Some(pod) = &place.pod else {
+    if place.pod.is_none() {
         let message = "a VM moves on one node only from pod to pod";
         return Err(Failure::new(Reason::Unsupported, message));
-    };
+    }
     let effects = match ways.effects.get(&key).await? {
         Some(effects) if effects.incarnation == ways.incarnation() => effects,
         Some(mut other) => {
-            detach::leave_pod(ways, &key, &mut other).await?;
+            detach::leave_pod(ways, &key, &mut other, None).await?;
             ways.effects.begin(ways.incarnation(), spec)
         }
         None => ways.effects.begin(ways.incarnation(), spec),
     };
-    let dev = device.device.dev;
     let mut way = Way { ways, key, spec, effects, had_disk: false, returns: false, off: false };
-    way.effects.device = Some(device);
-    way.node(pod, dev).await?;
-    way.grant(pod, dev).await
+    way.effects.device = Some(device.clone());
+    way.show(&place, &device).await
 }
 
 /// Undoes what [`admit`] has made of a volume.
 pub(super) async fn dismiss(ways: &Ways, key: &VolumeKey) -> Result<(), Failure> {
     let Some(mut effects) = ways.effects.get(key).await? else { return Ok(()) };
-    detach::leave_pod(ways, key, &mut effects).await?;
+    detach::leave_pod(ways, key, &mut effects, None).await?;
     Ok(ways.effects.delete(key).await?)
 }
 
@@ -73,7 +71,7 @@ pub(super) async fn taken_over(
         return Ok(before);
     };
     tracing::info!(volume = %key.volume, from = before.incarnation, "the volume has moved with its VM");
-    detach::leave_pod(ways, key, &mut before).await?;
+    detach::leave_pod(ways, key, &mut before, None).await?;
     // Whether the guest has brought the disk along is seen by its name.
     let (alias, bus) = (domain::alias(&before.spec.disk), before.spec.bus);
     let disk = before.disk.as_ref().map(|disk| DiskEffect {

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::discover::{self, Place, PodPlace};
 use super::disk::{desired_disk, source_of};
 use super::failure::Failure;
+use super::file;
 use super::media;
 use super::steps::Sight;
 use super::ways::Ways;
@@ -55,7 +56,7 @@ pub(super) async fn look(
             (None, Err(error)) => Sight::Unclear(Failure::from(error)),
             (None, Ok(Health::Right { attachment, paths })) => {
                 let given = effects.iter().flatten().find_map(|e| e.device.as_ref());
-                if given.is_some_and(|g| g.device.dev == attachment.device.dev) {
+                if given.is_some_and(|given| given.is_same(&attachment)) {
                     Sight::Right { attachment, paths }
                 } else {
                     Sight::Differs("the host has another device for it".into())
@@ -124,7 +125,11 @@ impl Seen<'_> {
         effects: &Effects,
         granted: &BTreeSet<DevNum>,
     ) -> Option<String> {
-        let dev = effects.device.as_ref()?.device.dev;
+        let device = effects.device.as_ref()?;
+        if let Some(given) = &device.file {
+            return file::wrong(self.ways, pod, self.volume, given).await;
+        }
+        let dev = device.device.dev;
         let name = &self.volume.disk;
         match self.ways.nodes.is_right(&pod.hotplug, name, dev, pod.owner).await {
             Ok(true) => {}

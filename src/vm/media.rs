@@ -77,7 +77,8 @@ fn desired(
     keep_owner: bool,
 ) -> DesiredMedium {
     let drive = spec.drive.clone().or_else(|| has.and_then(|has| has.parse().ok()));
-    DesiredMedium { volume: spec.disk.clone(), source, drive, keep_owner }
+    let file = spec.source.as_file().is_some();
+    DesiredMedium { volume: spec.disk.clone(), source, file, drive, keep_owner }
 }
 
 /// The same of one that no drive has yet.

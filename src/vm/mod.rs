@@ -26,6 +26,7 @@ mod disk;
 mod expand;
 pub mod facade;
 pub mod failure;
+mod file;
 pub mod handler;
 mod incoming;
 mod limits;

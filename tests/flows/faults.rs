@@ -7,7 +7,7 @@ use lunplug::spec::{AddOptions, MultipathPolicy, Phase, RemoveOptions, Source, V
 use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{Daemon, World, block, fibre, key, single, split, vm, vm_spec, volume};
+use crate::world::{Daemon, World, block, fibre, file, key, single, split, vm, vm_spec, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
@@ -20,7 +20,7 @@ fn hang() -> FaultAction {
 }
 
 /// The kinds of volumes whose calls differ.
-pub(crate) fn kinds() -> [Sweep; 7] {
+pub(crate) fn kinds() -> [Sweep; 8] {
     let alone = |spec| Sweep { spec, beside: false };
     let virtio = VolumeSpec {
         bus: Bus::Virtio,
@@ -36,6 +36,7 @@ pub(crate) fn kinds() -> [Sweep; 7] {
         alone(split("data", 1)),
         alone(fibre("data", 1)),
         alone(block("data", 1)),
+        alone(file("data", 1)),
     ]
 }
 
@@ -58,7 +59,7 @@ impl Sweep {
             Source::Iscsi(source) => source.targets().iter().map(|t| t.portals.len()).sum(),
             // Each port is seen by one HBA.
             Source::Fc(source) => source.targets.len(),
-            Source::Block(_) => 1,
+            Source::Block(_) | Source::File(_) => 1,
         };
         u32::try_from(routes).unwrap()
     }

@@ -16,6 +16,7 @@ mod expand;
 mod faults;
 mod fc;
 mod fc_ability;
+mod files;
 mod force;
 mod guest;
 mod identity;

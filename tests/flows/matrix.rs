@@ -7,14 +7,14 @@ use lunplug::spec::{MultipathPolicy, Phase, Source, VolumeSpec};
 use lunplug::step::{KillPoint, Step, Way};
 
 use crate::faults::{Sweep, each};
-use crate::world::{World, block, fibre, single, split, volume};
+use crate::world::{World, block, fibre, file, single, split, volume};
 
 /// The kinds of sources. multipathd makes a map of a single path as well, so that with policy `off`
 /// one has to be taken off.
-fn kinds() -> [VolumeSpec; 6] {
+fn kinds() -> [VolumeSpec; 7] {
     let off = VolumeSpec { multipath: MultipathPolicy::Off, ..volume("data", 1) };
     let (one, two) = (volume("data", 1), single("data", 1));
-    [one, two, off, split("data", 1), fibre("data", 1), block("data", 1)]
+    [one, two, off, split("data", 1), fibre("data", 1), block("data", 1), file("data", 1)]
 }
 
 /// The points that a clean add and a clean removal reach, in their order.
@@ -61,10 +61,16 @@ fn a_way_takes_all_its_steps_in_their_order() {
             // A port logs in by itself, and what is on the host is there.
             let of_sessions = [Step::Record, Step::Login, Step::Logout, Step::DeleteRecord];
             let of_paths = [Step::Scan, Step::Map, Step::Unmap, Step::DeletePath, Step::ForgetMap];
+            // A file is no device.
+            let of_devices = [Step::Grant, Step::Revoke];
             let is_without = |step: Step| match spec.source {
                 Source::Iscsi(_) => false,
                 Source::Fc(_) => of_sessions.contains(&step),
                 Source::Block(_) => of_sessions.contains(&step) || of_paths.contains(&step),
+                Source::File(_) => {
+                    let without = [&of_sessions[..], &of_paths[..], &of_devices[..]];
+                    without.iter().any(|all| all.contains(&step))
+                }
             };
             let want: Vec<_> = KillPoint::of(way).filter(|p| !is_without(p.step)).collect();
             let names = |all: &[KillPoint]| all.iter().map(ToString::to_string).collect::<Vec<_>>();

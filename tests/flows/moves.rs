@@ -11,7 +11,7 @@ use lunplug::vm::facade::{Refusal, VmState, Volumes};
 use crate::faults::each;
 use crate::starts::{Parts, nothing_left, opens, power_on, powered_off, reasons};
 use crate::world::{
-    Daemon, World, domain, initiator, medium, node, single, uid, vm, vm_spec, volume,
+    Daemon, World, domain, file, initiator, medium, node, single, uid, vm, vm_spec, volume,
 };
 
 /// The pod to which the first VM moves.
@@ -64,16 +64,16 @@ impl Daemon {
 fn a_guest_moves_to_another_pod_with_its_volumes() {
     let world = two_pods();
     world.life(async |daemon| {
-        for spec in [volume("a", 1), single("b", 2), initiator("c", 3, 7)] {
+        for spec in [volume("a", 1), single("b", 2), initiator("c", 3, 7), file("f", 1)] {
             assert_eq!(daemon.add(1, &spec).await.phase, Phase::Ready);
         }
         daemon.quiet().await;
         let host = hosts_side(&world);
-        let all = ["a", "b", "c"].map(|name| (name.to_owned(), None));
+        let all = ["a", "b", "c", "f"].map(|name| (name.to_owned(), None));
         assert_eq!(reasons(daemon.prepare_move().await), all);
         assert_eq!(reasons(daemon.prepare_move().await), all, "asked again");
         assert_eq!(hosts_side(&world), host, "one device, one owner");
-        for name in ["a", "b", "c"] {
+        for name in ["a", "b", "c", "f"] {
             assert!(opens(&world, &uid(1), name) && opens(&world, &other(), name), "{name}");
         }
 
@@ -88,7 +88,7 @@ fn a_guest_moves_to_another_pod_with_its_volumes() {
         assert_eq!(hosts_side(&world), host, "the LUNs are not let go of in between");
         assert_eq!(daemon.cancel().await.unwrap_err().reason, Reason::VmRunning);
         assert_eq!(reasons(daemon.finish().await), all);
-        for name in ["a", "b", "c"] {
+        for name in ["a", "b", "c", "f"] {
             daemon.ready(1, name).await;
             assert!(!opens(&world, &uid(1), name) && opens(&world, &other(), name), "{name}");
         }
@@ -96,7 +96,7 @@ fn a_guest_moves_to_another_pod_with_its_volumes() {
         let vms = daemon.registry.list_vms().await;
         assert_eq!((&vms[0].spec.place, vms[0].state), (&place(&other()), VmState::Running));
         assert_eq!(daemon.add(1, &volume("d", 4)).await.phase, Phase::Ready);
-        for name in ["a", "b", "c", "d"] {
+        for name in ["a", "b", "c", "d", "f"] {
             daemon.remove(1, name).await;
         }
         daemon.quiet().await;

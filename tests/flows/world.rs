@@ -6,7 +6,7 @@ use std::time::Duration;
 use lunplug::config::Config;
 use lunplug::daemon::{self, Doors, Form};
 use lunplug::host::sim::domain::SimDomain;
-use lunplug::host::sim::{Appears, Fault, FaultAction, SimBlock, SimHost, SimStorage};
+use lunplug::host::sim::{Appears, Fault, FaultAction, SimBlock, SimFile, SimHost, SimStorage};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
 use lunplug::spec::{
@@ -81,7 +81,7 @@ pub(crate) fn port(number: u8) -> Wwpn {
 }
 
 /// A node with VMs and a target of 16 LUNs behind two portals, its mirror, and two HBAs, each of which sees a
-/// port of it; and 4 logical volumes of its own.
+/// port of it; and 4 logical volumes and files of its own.
 pub(crate) fn node() -> SimHost {
     let host = SimHost::default();
     host.add_target(&target(), &[portal(1), portal(2)], 16);
@@ -97,6 +97,7 @@ pub(crate) fn node() -> SimHost {
     for number in 0..4 {
         let kind = SimBlock::Lvm(format!("LVM-data{number}"));
         host.storage.add_local(&lv(number), kind, 1 << 30);
+        host.storage.files().put(&img(number), SimFile::raw(1 << 30));
     }
     (1..=VMS).for_each(|n| host.add_vm(&uid(n), &domain(n)));
     host
@@ -150,6 +151,23 @@ pub(crate) fn lv(number: u64) -> String {
 /// A logical volume of the node's own.
 pub(crate) fn block(name: &str, number: u64) -> VolumeSpec {
     let source = format!("block://{}", lv(number));
+    VolumeSpec { source: source.parse().unwrap(), ..volume(name, number) }
+}
+
+/// The n-th file, from 0.
+pub(crate) fn img(number: u64) -> String {
+    format!("/srv/guests/disk-{number}.img")
+}
+
+/// A raw file of the node's own.
+pub(crate) fn file(name: &str, number: u64) -> VolumeSpec {
+    let source = format!("file://{}", img(number));
+    VolumeSpec { source: source.parse().unwrap(), ..volume(name, number) }
+}
+
+/// The same as an image.
+pub(crate) fn image(name: &str, number: u64) -> VolumeSpec {
+    let source = format!("file+qcow2://{}", img(number));
     VolumeSpec { source: source.parse().unwrap(), ..volume(name, number) }
 }
 
@@ -225,6 +243,7 @@ impl World {
         // The sweeps count calls: those of the slow timer would come between them.
         config.reconcile.interval = Duration::from_secs(24 * 60 * 60);
         config.local.block_roots = vec!["/dev/vg".into()];
+        config.local.file_roots = vec!["/srv/guests".into()];
         let before = host.snapshot();
         let form = Form { simulated: true, ..Form::default() };
         let world = Self { host, config, form, desired, before };

@@ -20,6 +20,7 @@ mod doctor;
 mod emulation;
 mod expand;
 mod fc;
+mod files;
 mod gone;
 mod grant;
 mod guest;

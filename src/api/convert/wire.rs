@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 
 use super::disk::wire_io_limits;
-use super::fc;
+use super::{fc, local};
 use super::{wire_detect_zeroes, wire_discard, wire_disk_type, wire_io_mode};
 use crate::api::{names, v1};
 use crate::connector::Discovered;
@@ -15,7 +15,7 @@ use crate::spec::{
     VolumeStatus,
 };
 use crate::types::{
-    Addressing, BlockSize, Blocks, Bus, CacheMode, DetectZeroes, ErrorPolicy, VmId,
+    Addressing, BlockSize, Blocks, Bus, CacheMode, DetectZeroes, DevNum, ErrorPolicy, VmId,
 };
 use crate::vm::facade::{NodeInfo, VmInfo, VmState};
 
@@ -121,7 +121,8 @@ pub fn wire_source(source: &Source) -> v1::Source {
             initiator_name: s.iface.initiator.as_ref().map(ToString::to_string).unwrap_or_default(),
         }),
         Source::Fc(s) => v1::source::Kind::Fc(fc::wire_source(s)),
-        Source::Block(s) => v1::source::Kind::Block(v1::BlockSource { path: s.path.to_string() }),
+        Source::Block(source) => local::wire_block(source),
+        Source::File(source) => local::wire_file(source),
     };
     v1::Source { kind: Some(kind) }
 }
@@ -241,7 +242,7 @@ pub fn wire_volume(volume: &VolumeStatus) -> v1::Volume {
 
 fn wire_device(device: &DeviceStatus) -> v1::Device {
     v1::Device {
-        dev: device.dev.to_string(),
+        dev: if device.dev == DevNum::NONE { String::new() } else { device.dev.to_string() },
         wwid: device.wwid.to_string(),
         size_bytes: device.size,
         map: device.map.clone().unwrap_or_default(),

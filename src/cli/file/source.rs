@@ -12,7 +12,7 @@ use super::words::word;
 use crate::api::{convert, v1};
 use crate::cli::failure::Failure;
 use crate::source::{IscsiUrl, query_of};
-use crate::spec::{IscsiTarget, Source};
+use crate::spec::{FileSource, IscsiTarget, Source};
 use crate::types::{Addressing, Endpoint, Iface, Lun, Malformed};
 
 /// A source: its URL, or the fields of its kind.
@@ -29,6 +29,7 @@ pub(in crate::cli) enum SourceKind {
     Iscsi(IscsiFile),
     Fc(FcFile),
     Block(BlockFile),
+    File(FileFile),
 }
 
 /// What is on the host already.
@@ -36,6 +37,46 @@ pub(in crate::cli) enum SourceKind {
 #[serde(deny_unknown_fields)]
 pub(in crate::cli) struct BlockFile {
     path: String,
+}
+
+/// A file on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::cli) struct FileFile {
+    path: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    format: String,
+}
+
+const FILE_FORMAT: &str = "FILE_FORMAT_";
+
+impl FileFile {
+    fn to_wire(&self) -> Result<v1::FileSource, Failure> {
+        let format = match self.format.as_str() {
+            "" => v1::FileFormat::Unspecified,
+            text => convert::wire_format(word("source.file.format", text)?),
+        };
+        Ok(v1::FileSource { path: self.path.clone(), format: format.into() })
+    }
+
+    fn from_wire(wire: v1::FileSource) -> Self {
+        let format = plain(wire.format().as_str_name(), FILE_FORMAT);
+        Self { path: wire.path, format }
+    }
+
+    fn url(&self) -> String {
+        match self.format.as_str() {
+            "" | "raw" => format!("file://{}", self.path),
+            format => format!("file+{format}://{}", self.path),
+        }
+    }
+}
+
+impl From<FileSource> for FileFile {
+    fn from(source: FileSource) -> Self {
+        let format = if source.format.is_raw() { "" } else { source.format.as_str() };
+        Self { path: source.path.into(), format: format.into() }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,6 +177,11 @@ impl SourceFile {
         Self::Kind(SourceKind::Block(BlockFile { path }))
     }
 
+    /// The raw file that is on the node already.
+    pub(super) fn file(path: String) -> Self {
+        Self::Kind(SourceKind::File(FileFile { path, format: String::new() }))
+    }
+
     /// The same with a reference to a secret.
     pub(super) fn with_chap_secret(&self, name: &str) -> Result<Self, Failure> {
         Ok(Self::of(IscsiFile { chap_secret: name.into(), ..self.fields()? }))
@@ -158,6 +204,7 @@ impl SourceFile {
             Some(SourceKind::Block(BlockFile { path })) => {
                 v1::source::Kind::Block(v1::BlockSource { path })
             }
+            Some(SourceKind::File(file)) => v1::source::Kind::File(file.to_wire()?),
             Some(SourceKind::Iscsi(fields)) => v1::source::Kind::Iscsi(fields.to_wire()?),
             None => v1::source::Kind::Iscsi(self.fields()?.to_wire()?),
         };
@@ -169,6 +216,7 @@ impl SourceFile {
             v1::source::Kind::Iscsi(iscsi) => Self::of(IscsiFile::from_wire(iscsi)),
             v1::source::Kind::Fc(fc) => Self::fc(FcFile::from_wire(fc)),
             v1::source::Kind::Block(v1::BlockSource { path }) => Self::block(path),
+            v1::source::Kind::File(file) => Self::Kind(SourceKind::File(FileFile::from_wire(file))),
         }
     }
 
@@ -183,6 +231,7 @@ impl SourceFile {
             }
             Self::Kind(SourceKind::Fc(s)) => s.url(),
             Self::Kind(SourceKind::Block(s)) => format!("block://{}", s.path),
+            Self::Kind(SourceKind::File(s)) => s.url(),
         }
     }
 
@@ -200,6 +249,7 @@ impl SourceFile {
                 Source::Block(source) => {
                     Some(SourceKind::Block(BlockFile { path: source.path.into() }))
                 }
+                Source::File(source) => Some(SourceKind::File(source.into())),
                 Source::Iscsi(_) => None,
             },
             Self::Url(_) => None,
@@ -211,7 +261,8 @@ impl SourceFile {
         let IscsiUrl { first, more, iface } = match self {
             Self::Kind(SourceKind::Iscsi(fields)) => return Ok(fields.clone()),
             Self::Url(url) if is_iscsi(url) => word::<IscsiUrl<Endpoint>>("source", url)?,
-            Self::Url(_) | Self::Kind(SourceKind::Fc(_) | SourceKind::Block(_)) => {
+            Self::Url(_)
+            | Self::Kind(SourceKind::Fc(_) | SourceKind::Block(_) | SourceKind::File(_)) => {
                 let rule =
                     "an iscsi source: others have no credentials, iface records or initiator names";
                 let malformed = Malformed::new("source", &self.url(), rule);
@@ -228,7 +279,7 @@ impl SourceFile {
 /// Whether a URL is of iSCSI: of no other kind that there is.
 fn is_iscsi(url: &str) -> bool {
     let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
-    !["fc", "block"].iter().any(|other| scheme.eq_ignore_ascii_case(other))
+    !["fc", "block", "file", "file+qcow2"].iter().any(|other| scheme.eq_ignore_ascii_case(other))
 }
 
 impl IscsiFile {
@@ -297,7 +348,7 @@ impl<'de> Deserialize<'de> for SourceFile {
             type Value = SourceFile;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(
-                    "a URL (iscsi://PORTAL[,PORTAL]/IQN/LUN, fc://WWPN[,WWPN]/LUN, block:///PATH), iscsi: {target, portals, lun}, fc: {targets: [{wwpn, lun}]} or block: {path}",
+                    "a URL (iscsi://PORTAL[,PORTAL]/IQN/LUN, fc://WWPN[,WWPN]/LUN, block:///PATH, file:///PATH), iscsi: {target, portals, lun}, fc: {targets: [{wwpn, lun}]}, block: {path} or file: {path, format}",
                 )
             }
             fn visit_str<E>(self, url: &str) -> Result<SourceFile, E> {
@@ -311,18 +362,20 @@ impl<'de> Deserialize<'de> for SourceFile {
                     iscsi: Option<IscsiFile>,
                     fc: Option<FcFile>,
                     block: Option<BlockFile>,
+                    file: Option<FileFile>,
                 }
-                let Kinds { iscsi, fc, block } =
+                let Kinds { iscsi, fc, block, file } =
                     Kinds::deserialize(MapAccessDeserializer::new(map))?;
                 let kinds = [
                     iscsi.map(SourceKind::Iscsi),
                     fc.map(SourceKind::Fc),
                     block.map(SourceKind::Block),
+                    file.map(SourceKind::File),
                 ];
                 let mut given = kinds.into_iter().flatten();
                 match (given.next(), given.next()) {
                     (Some(kind), None) => Ok(SourceFile::Kind(kind)),
-                    _ => Err(serde::de::Error::custom("give one of iscsi, fc and block")),
+                    _ => Err(serde::de::Error::custom("give one of iscsi, fc, block and file")),
                 }
             }
         }

@@ -58,7 +58,7 @@ fn an_fc_stanza_is_read_verbatim() {
 }
 
 #[test]
-fn a_local_volume_of_mode_block_is_a_device_of_the_node() {
+fn a_local_volume_is_a_device_or_a_disk_image_of_the_node() {
     let pv = |spec: &str| of(&format!("kind: PersistentVolume\nspec: {spec}"));
     let (wire, notes, file) =
         pv("{volumeMode: Block, local: {path: /dev/vg/data, fsType: ext4}}").unwrap();
@@ -68,9 +68,13 @@ fn a_local_volume_of_mode_block_is_a_device_of_the_node() {
     assert_eq!(file.source_url(), "block:///dev/vg/data");
     assert!(notes.len() == 1 && notes[0].contains("spec.local.fsType"), "{notes:?}");
     assert!(of("local: {path: /dev/vg/data}").is_ok());
+    for mode in ["", "volumeMode: Filesystem, "] {
+        let (_, _, file) = pv(&format!("{{{mode}local: {{path: /mnt/disks/a/}}}}")).unwrap();
+        assert_eq!(file.source_url(), "file:///mnt/disks/a/disk.img");
+    }
     for (spec, words) in [
-        ("{local: {path: /mnt/disks/a}}", "spec.volumeMode: \"Filesystem\""),
-        ("{volumeMode: Filesystem, local: {path: /mnt/a}}", "must be of mode Block"),
+        ("{volumeMode: Raw, local: {path: /mnt/a}}", "Block or Filesystem"),
+        ("{volumeMode: Filesystem, local: {}}", "spec.local.path is missing"),
         ("{volumeMode: Block, local: {}}", "spec.local.path is missing"),
         ("{volumeMode: Block, local: {path: /dev/a, node: x}}", "spec.local.node"),
     ] {

@@ -114,7 +114,7 @@ impl Transport for Fc {
     fn source(source: &Source) -> Option<&FcSource> {
         match source {
             Source::Fc(source) => Some(source),
-            Source::Iscsi(_) | Source::Block(_) => None,
+            Source::Iscsi(_) | Source::Block(_) | Source::File(_) => None,
         }
     }
 

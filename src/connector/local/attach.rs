@@ -2,13 +2,13 @@
 
 use super::device::{self, Device, known_by};
 use super::lease::{Found, LocalUser, TRANSPORT};
-use super::{Local, allowed};
+use super::{Local, allowed, not_local, roots_setting};
 use crate::connector::error::Error;
 use crate::connector::identity::{Identity, judge};
 use crate::connector::lease::Claim;
 use crate::connector::settings::{WithoutIdentity, ms};
 use crate::connector::{AttachRequest, Attachment, DetachOptions, Expect, scsi};
-use crate::spec::{BlockSource, DeviceStatus, MultipathPolicy};
+use crate::spec::{BlockSource, DeviceStatus, MultipathPolicy, Source};
 use crate::step::Step;
 use crate::types::{Outcome, Wwid};
 
@@ -17,19 +17,18 @@ impl Local {
     pub(super) async fn attach(
         &self,
         request: &AttachRequest,
-        source: &BlockSource,
     ) -> Result<Outcome<Attachment>, Error> {
         let _lock = self.lock(&request.source).await?;
         let before = self.leases.user(&request.source, &request.owner).await?;
         if let Some(user) = &before
-            && let Some((found, _)) = self.seen(user).await?
+            && let Some((found, _)) = self.seen(&request.source, user).await?
             && self.is_expected(&found, &request.expect)
         {
             return Ok(Outcome::Already(found));
         }
         // What a guest may have in use is not undone because looking at it again failed.
         let in_use = before.as_ref().is_some_and(|user| user.attachment.is_some());
-        match self.build(request, source, before).await {
+        match self.build(request, before).await {
             Ok(attachment) => Ok(Outcome::Done(attachment)),
             Err(cause) if in_use => Err(cause),
             Err(cause) => {
@@ -52,14 +51,13 @@ impl Local {
     async fn build(
         &self,
         request: &AttachRequest,
-        source: &BlockSource,
         before: Option<LocalUser>,
     ) -> Result<Attachment, Error> {
         if request.multipath == MultipathPolicy::Required {
+            let path = request.source.host_path().map(ToString::to_string).unwrap_or_default();
             let rule = "no map is made of what is on the host: give the path of the map";
-            return Err(Error::NoMapOfLocal { path: source.path.to_string(), rule });
+            return Err(Error::NoMapOfLocal { path, rule });
         }
-        let tracker = &self.doors.tracker;
         let mut user = LocalUser {
             owner: request.owner.clone(),
             shareable: request.shareable,
@@ -67,17 +65,37 @@ impl Local {
             attachment: before.and_then(|user| user.attachment),
             step: Some(Step::Lease),
         };
+        let lease = self.leases.put(&request.source, user.clone());
+        self.doors.tracker.run(Step::Lease, lease).await?;
+        let attachment = match &request.source {
+            Source::Block(source) => self.take_device(request, source, &mut user).await?,
+            Source::File(source) => self.take_file(request, source, &mut user).await?,
+            other => return Err(not_local(other)),
+        };
+        user.attachment = Some(attachment.clone());
+        user.step = Some(Step::Remember);
+        self.leases.put(&request.source, user).await?;
+        Ok(attachment)
+    }
+
+    /// Proves that the device may be had, and claims it for the user.
+    async fn take_device(
+        &self,
+        request: &AttachRequest,
+        source: &BlockSource,
+        user: &mut LocalUser,
+    ) -> Result<Attachment, Error> {
+        let tracker = &self.doors.tracker;
         let in_use = user.attachment.is_some();
-        tracker.run(Step::Lease, self.leases.put(&request.source, user.clone())).await?;
-        let found = self.prove(source, &request.expect);
+        let found = self.prove(request, source);
         let (device, identity) = tracker.run(Step::Identity, found).await?;
-        tracker.run(Step::Claim, self.claim(request, &mut user, &device, &identity)).await?;
+        tracker.run(Step::Claim, self.claim(request, user, &device, &identity)).await?;
         if !request.read_only && scsi::is_protected(&*self.doors.sysfs, &device.dir).await? {
             let device = at(source, &device);
             return Err(Error::ReadOnly { device, hint: " on the node" });
         }
         self.refuse_holders(request, source, &device, in_use).await?;
-        let attachment = Attachment {
+        Ok(Attachment {
             device: DeviceStatus {
                 dev: device.dev,
                 wwid: identity.wwid,
@@ -87,21 +105,18 @@ impl Local {
             },
             diskseq: device.diskseq,
             paths: Vec::new(),
-        };
-        user.attachment = Some(attachment.clone());
-        user.step = Some(Step::Remember);
-        self.leases.put(&request.source, user).await?;
-        Ok(attachment)
+            file: None,
+        })
     }
 
     /// Finds the device, has it read anew where it is a LUN, and judges it.
     async fn prove(
         &self,
+        request: &AttachRequest,
         source: &BlockSource,
-        expect: &Expect,
     ) -> Result<(Device, Identity), Error> {
-        let Some((root, rest)) = allowed(&self.settings.local, &source.path) else {
-            let setting = "local.block_roots";
+        let Some((root, rest)) = allowed(&self.settings.local, &request.source) else {
+            let setting = roots_setting(&request.source);
             return Err(Error::NotAllowed { path: source.path.to_string(), setting });
         };
         let dev = self.doors.local.block(root, rest).await?;
@@ -127,7 +142,7 @@ impl Local {
             }
             None => return Err(Error::NoIdentity { device: shown }),
         };
-        judge(&shown, expect, &identity, device.size)?;
+        judge(&shown, &request.expect, &identity, device.size)?;
         Ok((device, identity))
     }
 
@@ -140,7 +155,8 @@ impl Local {
         identity: &Identity,
     ) -> Result<(), Error> {
         let wwid = identity.wwid.clone();
-        let found = Found { wwid: wwid.clone(), dev: device.dev, diskseq: device.diskseq };
+        let (dev, diskseq) = (device.dev, device.diskseq);
+        let found = Found { wwid: wwid.clone(), dev, diskseq, file: None };
         // In the lease first, so that a detach finds the claim whatever happens in between.
         user.step = Some(Step::Claim);
         let before = user.found.replace(found.clone());
@@ -161,9 +177,9 @@ impl Local {
         self.claims.claim(&wwid, claim, async |c| self.is_live(&c, &wwid).await).await
     }
 
-    /// Two paths to a device without an identity have nothing in common but its number: noted and compared
-    /// under one lock.
-    async fn claim_unproven(
+    /// Two paths to a device without an identity have nothing in common but its number, and two to a file its inode:
+    /// noted and compared under one lock.
+    pub(super) async fn claim_unproven(
         &self,
         request: &AttachRequest,
         user: &LocalUser,
@@ -173,8 +189,7 @@ impl Local {
         let _guard = self.doors.rundir.lock("locks/local-unproven", wait).await?;
         let all = self.leases.all().await?;
         let same = |u: &&LocalUser| {
-            let has = u.found.as_ref().map(|f| (f.dev, f.diskseq));
-            u.owner != user.owner && has == Some((found.dev, found.diskseq))
+            u.owner != user.owner && u.found.as_ref().is_some_and(|f| f.is_same(found))
         };
         let other = all.iter().flat_map(|lease| &lease.users).find(same);
         if let Some(other) = other.filter(|o| !(o.shareable && user.shareable)) {

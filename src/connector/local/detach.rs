@@ -3,8 +3,9 @@
 use super::Local;
 use super::device;
 use super::lease::LocalUser;
-use crate::connector::error::Error;
-use crate::connector::{DetachOptions, scsi};
+use crate::connector::error::{Error, chain};
+use crate::connector::{Attachment, DetachOptions, scsi};
+use crate::host::local::SourceError;
 use crate::host::sysfs::is_gone;
 use crate::spec::Source;
 use crate::step::Step;
@@ -41,6 +42,9 @@ impl Local {
         options: DetachOptions<'_>,
     ) -> Result<(), Error> {
         let Some(attachment) = &user.attachment else { return Ok(()) };
+        if attachment.file.is_some() {
+            return self.flush_file(source, user, attachment, options).await;
+        }
         let (sysfs, dev) = (&*self.doors.sysfs, attachment.device.dev);
         let device = device::read(sysfs, dev).await?;
         let Some(device) = device.filter(|d| d.diskseq == attachment.diskseq) else {
@@ -69,6 +73,37 @@ impl Local {
         }
     }
 
+    /// The same of a file.
+    async fn flush_file(
+        &self,
+        source: &Source,
+        user: &LocalUser,
+        attachment: &Attachment,
+        options: DetachOptions<'_>,
+    ) -> Result<(), Error> {
+        let path = source.host_path().map(ToString::to_string).unwrap_or_default();
+        let flushed = async {
+            let Some(disk) = self.same_file(source, attachment).await? else {
+                return Ok(()); // Whoever it belongs to has removed it, or put another in its place.
+            };
+            if disk.seen.locked && !self.is_shared(&user.owner, source).await? {
+                let holder = "a process that has locked it as QEMU does".into();
+                return Err(Error::DeviceHeld { device: path.clone(), holder });
+            }
+            match self.doors.local.sync(&disk.file).await {
+                Ok(()) | Err(SourceError::NotThere(_) | SourceError::Exchanged(_)) => Ok(()),
+                Err(source) => Err(Error::FlushFile { path, source }),
+            }
+        };
+        match flushed.await {
+            Err(error) if options.force => {
+                options.gave_up(format!("{}: it was left as it is", chain(&error)));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
     /// Whether somebody else has the device, too.
     pub(super) async fn is_shared(
         &self,
@@ -78,8 +113,8 @@ impl Local {
         let Some(user) = self.leases.user(source, owner).await? else { return Ok(false) };
         let Some(found) = user.found else { return Ok(false) };
         let has = |u: &LocalUser| {
-            let same = |f: &super::lease::Found| (f.dev, f.diskseq) == (found.dev, found.diskseq);
-            u.owner != *owner && u.attachment.is_some() && u.found.as_ref().is_some_and(same)
+            let same = u.found.as_ref().is_some_and(|f| f.is_same(&found));
+            u.owner != *owner && u.attachment.is_some() && same
         };
         let all = self.leases.all().await?;
         Ok(all.iter().flat_map(|lease| &lease.users).any(has))

@@ -11,6 +11,7 @@ use crate::connector::Attachment;
 use crate::connector::error::{Error, chain};
 use crate::connector::lease::file_name;
 use crate::host::lock::RunDir;
+use crate::host::poddir::Inode;
 use crate::spec::Source;
 use crate::step::Step;
 use crate::types::{DevNum, VolumeKey, Wwid};
@@ -53,6 +54,17 @@ pub(crate) struct Found {
     pub(crate) dev: DevNum,
     /// Its sequence number.
     pub(crate) diskseq: u64,
+    /// Which file it is, where it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) file: Option<Inode>,
+}
+
+impl Found {
+    /// Whether two are of the same device or file.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        let which = |f: &Self| (f.dev, f.diskseq, f.file);
+        which(self) == which(other)
+    }
 }
 
 /// All leases on what is on the host.

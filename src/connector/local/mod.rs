@@ -1,4 +1,4 @@
-//! Block devices that are on the host already: had by path, proven, claimed, and left as they are.
+//! Block devices and files that are on the host already: had by path, proven, claimed, and left as they are.
 //!
 //! ```text
 //! attach:  lease (intent) -> opened beneath a configured directory -> identity, judged
@@ -10,12 +10,14 @@
 //! attached the device to the host (a CSI driver, LVM, a person) grows it and takes it away.
 //!
 //! The path counts when the volume is attached. From then on it is the device that was found there, by number
-//! and sequence number, whatever the path leads to later.
+//! and sequence number, or the file, by its inode, whatever the path leads to later. A file has no identity but its path.
 
 mod attach;
 mod detach;
 mod device;
+mod file;
 mod lease;
+mod qcow2;
 #[cfg(test)]
 mod tests;
 
@@ -27,8 +29,10 @@ use tokio::sync::broadcast;
 use tracing::Instrument;
 
 pub(crate) use lease::{LocalLease, LocalUser, TRANSPORT};
+pub use qcow2::HeaderError;
 
 use self::device::Device;
+use self::file::DiskFile;
 use self::lease::LocalLeases;
 use super::bounded::bounded;
 use super::error::Error;
@@ -41,7 +45,7 @@ use super::{
 };
 use crate::host::lock::LockGuard;
 use crate::host::storage::StorageDoors;
-use crate::spec::{BlockSource, Source};
+use crate::spec::Source;
 use crate::step::Step;
 use crate::types::{HostPath, Outcome, Portal, VolumeKey, Wwid};
 
@@ -71,9 +75,22 @@ impl Local {
         Ok(self.doors.rundir.lock(&name, ms(self.settings.lock_ms)).await?)
     }
 
-    /// What a user has, read again: the device by number, sequence and identity.
-    async fn seen(&self, user: &LocalUser) -> Result<Option<(Attachment, Device)>, Error> {
+    /// What a user has, read again: the device by number, sequence and identity, the file by path and inode.
+    async fn seen(
+        &self,
+        source: &Source,
+        user: &LocalUser,
+    ) -> Result<Option<(Attachment, Thing)>, Error> {
         let Some(attachment) = &user.attachment else { return Ok(None) };
+        let thing = match &attachment.file {
+            Some(_) => self.same_file(source, attachment).await?.map(Thing::File),
+            None => self.same_device(attachment).await?.map(Thing::Device),
+        };
+        Ok(thing.map(|thing| (attachment.clone(), thing)))
+    }
+
+    /// The device that an attachment is of, if it is still that one.
+    async fn same_device(&self, attachment: &Attachment) -> Result<Option<Device>, Error> {
         let sysfs = &*self.doors.sysfs;
         let Some(device) = device::read(sysfs, attachment.device.dev).await? else {
             return Ok(None);
@@ -86,8 +103,7 @@ impl Local {
             Err(Error::Identity(_)) => false,
             Err(error) => return Err(error),
         };
-        let same = same && device.diskseq == attachment.diskseq;
-        Ok(same.then(|| (attachment.clone(), device)))
+        Ok((same && device.diskseq == attachment.diskseq).then_some(device))
     }
 
     async fn inspect_one(&self, owner: &VolumeKey, source: &Source) -> Result<Health, Error> {
@@ -97,15 +113,22 @@ impl Local {
         if user.attachment.is_none() {
             return Ok(Health::Differs("its attach was not finished".into()));
         }
-        let Some((attachment, device)) = self.seen(&user).await? else {
-            return Ok(Health::Differs("its device is gone, or is another now".into()));
+        let Some((attachment, thing)) = self.seen(source, &user).await? else {
+            let what = if source.as_file().is_some() { "file" } else { "device" };
+            return Ok(Health::Differs(format!("its {what} is gone, or is another now")));
         };
-        let mut paths = Paths { wanted: 1, present: 1, ..Paths::default() };
-        paths.grown = device.size > attachment.device.size;
-        paths.protected = scsi::is_protected(&*self.doors.sysfs, &device.dir).await?;
-        match device::state(&*self.doors.sysfs, &device).await? {
-            Some(state) => paths.dead.push(format!("{} is {state}", device.name)),
-            None => paths.living = 1,
+        let grown = thing.size() > attachment.device.size;
+        let mut paths = Paths { wanted: 1, present: 1, grown, ..Paths::default() };
+        match &thing {
+            Thing::File(disk) => (paths.living, paths.protected) = (1, disk.seen.read_only),
+            Thing::Device(device) => {
+                let sysfs = &*self.doors.sysfs;
+                paths.protected = scsi::is_protected(sysfs, &device.dir).await?;
+                match device::state(sysfs, device).await? {
+                    Some(state) => paths.dead.push(format!("{} is {state}", device.name)),
+                    None => paths.living = 1,
+                }
+            }
         }
         Ok(Health::Right { attachment, paths })
     }
@@ -119,36 +142,66 @@ impl Local {
         let user = self.leases.user(source, owner).await?;
         let user = user.filter(|user| user.attachment.is_some());
         let user = user.ok_or_else(|| Error::NotAttached { owner: owner.to_string() })?;
-        let Some((attachment, device)) = self.seen(&user).await? else {
-            let problem = "it is gone, or another device has its number".into();
+        let Some((attachment, thing)) = self.seen(source, &user).await? else {
+            let problem = "it is gone, or another has its place".into();
             return Err(Error::Path { at: source.to_string(), problem });
         };
-        let name = format!("{source} ({})", device.name);
-        Ok((user, attachment, (name, device.size)))
+        let name = match &thing {
+            Thing::Device(device) => format!("{source} ({})", device.name),
+            Thing::File(_) => source.to_string(),
+        };
+        Ok((user, attachment, (name, thing.size())))
     }
 }
 
-/// Which of the configured directories a path is beneath, and the rest of it.
+/// What a volume was given, as it is now.
+enum Thing {
+    Device(Device),
+    File(DiskFile),
+}
+
+impl Thing {
+    /// The size of the disk, in bytes.
+    fn size(&self) -> u64 {
+        match self {
+            Self::Device(device) => device.size,
+            Self::File(file) => file.size,
+        }
+    }
+}
+
+/// Which of the configured directories a source is beneath, and the rest of its path.
 pub fn allowed<'a>(
     settings: &'a LocalSettings,
-    path: &'a HostPath,
+    source: &'a Source,
 ) -> Option<(&'a Path, &'a Path)> {
-    path.beneath(settings.block_roots.iter().map(std::path::PathBuf::as_path))
+    let roots = match source {
+        Source::Block(_) => &settings.block_roots,
+        Source::File(_) => &settings.file_roots,
+        Source::Iscsi(_) | Source::Fc(_) => return None,
+    };
+    source.host_path()?.beneath(roots.iter().map(std::path::PathBuf::as_path))
 }
 
-fn of(source: &Source) -> Result<&BlockSource, Error> {
-    match source {
-        Source::Block(source) => Ok(source),
-        other => Err(Error::OtherTransport { transport: TRANSPORT, source_key: other.key() }),
-    }
+/// The setting that names those directories.
+pub fn roots_setting(source: &Source) -> &'static str {
+    if source.as_file().is_some() { "local.file_roots" } else { "local.block_roots" }
+}
+
+fn not_local(source: &Source) -> Error {
+    Error::OtherTransport { transport: TRANSPORT, source_key: source.key() }
+}
+
+fn path_of(source: &Source) -> Result<&HostPath, Error> {
+    source.host_path().ok_or_else(|| not_local(source))
 }
 
 #[async_trait]
 impl Connector for Local {
     async fn attach(&self, request: &AttachRequest) -> Result<Outcome<Attachment>, Error> {
-        let source = of(&request.source)?;
-        let span = tracing::info_span!("attach", owner = %request.owner, path = %source.path);
-        Local::attach(self, request, source).instrument(span).await
+        let path = path_of(&request.source)?;
+        let span = tracing::info_span!("attach", owner = %request.owner, %path);
+        Local::attach(self, request).instrument(span).await
     }
 
     async fn detach(
@@ -157,7 +210,7 @@ impl Connector for Local {
         source: &Source,
         options: DetachOptions<'_>,
     ) -> Result<Outcome, Error> {
-        let span = tracing::info_span!("detach", %owner, path = %of(source)?.path);
+        let span = tracing::info_span!("detach", %owner, path = %path_of(source)?);
         async {
             let _lock = self.lock(source).await?;
             self.release(owner, source, options).await
@@ -177,7 +230,7 @@ impl Connector for Local {
         source: &Source,
     ) -> Result<Option<Attachment>, Error> {
         match self.leases.user(source, owner).await? {
-            Some(user) => Ok(self.seen(&user).await?.map(|(attachment, _)| attachment)),
+            Some(user) => Ok(self.seen(source, &user).await?.map(|(attachment, _)| attachment)),
             None => Ok(None),
         }
     }

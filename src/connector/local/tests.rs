@@ -54,7 +54,9 @@ impl Node {
     fn with(without_identity: WithoutIdentity) -> (Self, DevNum) {
         let sim = SimStorage::new(Arc::new(Faults::default()));
         let dev = sim.add_local("/dev/vg/data", lvm("data"), GIB);
-        let local = LocalSettings { block_roots: vec!["/dev".into()], without_identity };
+        let block_roots = vec!["/dev".into()];
+        let file_roots = vec!["/srv".into()];
+        let local = LocalSettings { block_roots, file_roots, without_identity };
         let settings = Settings { local, ..Settings::default() };
         let connector = Connectors::new(StorageDoors::sim(&sim), settings);
         (Self { sim, connector }, dev)

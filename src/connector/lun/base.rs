@@ -117,6 +117,7 @@ pub(super) fn describe(paths: &[ScsiPath], map: Option<&Map>) -> Attachment {
         },
         diskseq,
         paths: paths.iter().map(ScsiPath::status).collect(),
+        file: None,
     }
 }
 

@@ -327,6 +327,8 @@ fn is_local(error: &Error) -> bool {
         | Error::Map { .. }
         | Error::Multipathd(_)
         | Error::Flush { .. }
+        | Error::FlushFile { .. }
+        | Error::Image { .. }
         | Error::Path { .. }
         | Error::Swapped { .. }
         | Error::Command { .. }

@@ -122,7 +122,8 @@ fn exchanged(disk: &[Part<'_>], source: &str) -> String {
         let of_medium = depth == 1 && OF_MEDIUM.contains(&tag.name.as_str());
         match tag.kind {
             Kind::Start if depth == 0 => {
-                text += &element(tag, &[("type", "block")]);
+                let kind = if source.starts_with("<source file=") { "file" } else { "block" };
+                text += &element(tag, &[("type", kind)]);
             }
             Kind::Start if of_medium => skipping = true,
             Kind::End if of_medium => skipping = false,
@@ -207,9 +208,9 @@ mod tests {
     #[test]
     fn what_a_drive_lacks_is_added_and_another_disk_is_none() {
         assert_eq!(
-            drive("sdb", "<source dev='/new'/>"),
-            "<disk type='block' device='cdrom'><target dev='sdb' bus='sata'/>\
-             <driver name='qemu' type='raw'/><source dev='/new'/><readonly/></disk>"
+            drive("sdb", "<source file='/new'/>"),
+            "<disk type='file' device='cdrom'><target dev='sdb' bus='sata'/>\
+             <driver name='qemu' type='raw'/><source file='/new'/><readonly/></disk>"
         );
         assert_eq!(with_medium(DOMAIN, "sdz", "").unwrap(), None);
         assert!(with_medium("<domain><devices>", "sda", "").is_ok_and(|found| found.is_none()));

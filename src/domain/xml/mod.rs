@@ -74,6 +74,8 @@ pub struct Disk {
     pub serial: Option<String>,
     /// `dev` or `file` of the source; `None` for network sources and empty drives.
     pub source: Option<String>,
+    /// `type` of the driver: what is in the source.
+    pub format: Option<String>,
     /// What of whatever kind is in it, in words; `None` for an empty drive.
     pub medium: Option<String>,
     /// The guest may not write.

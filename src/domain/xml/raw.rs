@@ -82,6 +82,8 @@ pub(super) struct Empty {}
 
 #[derive(Deserialize, Default)]
 pub(super) struct RawDriver {
+    #[serde(rename = "@type")]
+    pub(super) format: Option<String>,
     #[serde(rename = "@io")]
     pub(super) io: Option<String>,
     #[serde(rename = "@discard")]
@@ -277,6 +279,7 @@ impl RawDisk {
             medium: self.source.as_ref().and_then(RawSource::medium),
             reservations: self.source.as_ref().is_some_and(|s| s.reservations.is_some()),
             source: self.source.and_then(|s| s.dev.or(s.file)),
+            format: driver.format,
             readonly: self.readonly.is_some(),
             shareable: self.shareable.is_some(),
             // That it is a number was seen where its users are counted.

@@ -1,16 +1,19 @@
 //! What is on the real host.
 
-use std::fs::{File, FileType};
+use std::fs::{File, FileType, Metadata};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{AT_FDCWD, FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
+use nix::libc;
+use nix::sys::statvfs::{FsFlags, fstatvfs};
 
-use super::{LocalSources, SourceError};
+use super::{FILE_HEAD, FileSeen, HostFile, LocalSources, SourceError};
+use crate::host::poddir::{Inode, proc_path};
 use crate::host::workers::Workers;
 use crate::types::DevNum;
 
@@ -32,15 +35,69 @@ impl RealLocalSources {
     }
 }
 
+impl RealLocalSources {
+    async fn run<T: Send + 'static>(
+        &self,
+        at: Beneath,
+        call: impl FnOnce(Beneath) -> Result<T, SourceError> + Send + 'static,
+    ) -> Result<T, SourceError> {
+        let path = at.path();
+        // The outer result is the worker's, the inner one what was found.
+        let call = move || Ok(call(at));
+        let ran = self.workers.run(&path.to_string_lossy(), self.deadline, call).await;
+        ran.unwrap_or_else(|source| Err(SourceError::Io { path, source }))
+    }
+}
+
 #[async_trait]
 impl LocalSources for RealLocalSources {
     async fn block(&self, root: &Path, rest: &Path) -> Result<DevNum, SourceError> {
-        let path = root.join(rest);
-        let at = Beneath { root: root.to_owned(), rest: rest.to_owned() };
-        // The outer result is the worker's, the inner one what was found.
-        let call = move || Ok(at.block());
-        let ran = self.workers.run(&path.to_string_lossy(), self.deadline, call).await;
-        ran.unwrap_or_else(|source| Err(SourceError::Io { path, source }))
+        self.run(Beneath::new(root, rest), |at| at.block()).await
+    }
+
+    async fn file(&self, root: &Path, rest: &Path) -> Result<FileSeen, SourceError> {
+        self.run(Beneath::new(root, rest), |at| at.file()).await
+    }
+
+    async fn sync(&self, file: &HostFile) -> Result<(), SourceError> {
+        let at = Beneath::new(&file.root, &file.rest);
+        let file = file.clone();
+        let sync = move |at: Beneath| {
+            let opened = File::open(proc_path(&open_file(&file)?)).map_err(|e| at.io(e))?;
+            opened.sync_all().map_err(|e| at.io(e))
+        };
+        self.run(at, sync).await
+    }
+}
+
+/// Opens a file as O_PATH, if it is still the one that it was.
+pub(in crate::host) fn open_file(file: &HostFile) -> Result<File, SourceError> {
+    let (found, meta) = Beneath::new(&file.root, &file.rest).regular()?;
+    if inode_of(&meta) == file.inode { Ok(found) } else { Err(SourceError::Exchanged(file.path())) }
+}
+
+fn inode_of(meta: &Metadata) -> Inode {
+    Inode { dev: meta.dev(), ino: meta.ino() }
+}
+
+/// The bytes that QEMU locks of an image that it has open: 100 and on for what it does, 200 and on for what it
+/// lets others do (block/file-posix.c).
+const QEMU_LOCKS: (i64, i64) = (100, 164);
+
+/// Whether somebody has such a lock, though only to read.
+fn locked(file: &File) -> io::Result<bool> {
+    let mut lock = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: QEMU_LOCKS.0,
+        l_len: QEMU_LOCKS.1,
+        l_pid: 0,
+    };
+    match fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)) {
+        Ok(_) => Ok(lock.l_type != libc::F_UNLCK as i16),
+        // A file system that has no locks keeps QEMU from having any.
+        Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOLCK) => Ok(false),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -51,6 +108,10 @@ struct Beneath {
 }
 
 impl Beneath {
+    fn new(root: &Path, rest: &Path) -> Self {
+        Self { root: root.to_owned(), rest: rest.to_owned() }
+    }
+
     fn path(&self) -> PathBuf {
         self.root.join(&self.rest)
     }
@@ -77,6 +138,9 @@ impl Beneath {
         match openat2(&root, &self.rest, how) {
             Ok(fd) => Ok(File::from(fd)),
             Err(Errno::ENOENT | Errno::ENOTDIR) => Err(SourceError::NotThere(self.path())),
+            Err(Errno::ELOOP) if resolve.contains(ResolveFlag::RESOLVE_NO_SYMLINKS) => {
+                Err(SourceError::Symlink { path: self.path(), root: self.root.clone() })
+            }
             Err(Errno::EXDEV | Errno::ELOOP) => {
                 Err(SourceError::Leaves { path: self.path(), root: self.root.clone() })
             }
@@ -92,6 +156,38 @@ impl Beneath {
         }
         let is = kind(meta.file_type());
         Err(SourceError::Other { path: self.path(), is, wanted: "a block device" })
+    }
+
+    /// A regular file, as O_PATH: a pipe or a device that is in its place is not opened.
+    fn regular(&self) -> Result<(File, Metadata), SourceError> {
+        let file = self.open(
+            ResolveFlag::RESOLVE_BENEATH
+                | ResolveFlag::RESOLVE_NO_SYMLINKS
+                | ResolveFlag::RESOLVE_NO_MAGICLINKS,
+        )?;
+        let meta = file.metadata().map_err(|e| self.io(e))?;
+        if meta.is_file() {
+            return Ok((file, meta));
+        }
+        let is = kind(meta.file_type());
+        Err(SourceError::Other { path: self.path(), is, wanted: "a regular file" })
+    }
+
+    fn file(&self) -> Result<FileSeen, SourceError> {
+        let (file, meta) = self.regular()?;
+        let io = |e: io::Error| self.io(e);
+        let opened = File::open(proc_path(&file)).map_err(io)?;
+        let mut head = vec![0; FILE_HEAD];
+        let read = opened.read_at(&mut head, 0).map_err(io)?;
+        head.truncate(read);
+        let system = fstatvfs(&opened).map_err(|e| self.io(e))?;
+        Ok(FileSeen {
+            inode: inode_of(&meta),
+            size: meta.len(),
+            head,
+            read_only: system.flags().contains(FsFlags::ST_RDONLY),
+            locked: locked(&opened).map_err(io)?,
+        })
     }
 }
 
@@ -169,6 +265,73 @@ mod tests {
         assert!(error.contains("a regular file"), "{error}");
     }
 
+    async fn file(root: &Path, rest: &str) -> Result<FileSeen, SourceError> {
+        RealLocalSources::new(Duration::from_secs(60)).file(root, Path::new(rest)).await
+    }
+
+    #[tokio::test]
+    async fn a_file_is_found_without_a_symlink_and_nothing_else_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        std::fs::create_dir(root.join("pvc")).unwrap();
+        std::fs::write(root.join("pvc/disk.img"), [7; 4096]).unwrap();
+        let seen = file(root, "pvc/disk.img").await.unwrap();
+        let meta = std::fs::metadata(root.join("pvc/disk.img")).unwrap();
+        assert_eq!((seen.inode.dev, seen.inode.ino), (meta.dev(), meta.ino()));
+        assert_eq!((seen.size, seen.head.len(), seen.locked), (4096, FILE_HEAD, false));
+        std::fs::write(root.join("short"), "abc").unwrap();
+        assert_eq!(file(root, "short").await.unwrap().head, b"abc");
+
+        symlink("pvc/disk.img", root.join("link")).unwrap();
+        symlink("pvc", root.join("dir")).unwrap();
+        for rest in ["link", "dir/disk.img"] {
+            let error = file(root, rest).await.unwrap_err();
+            assert!(matches!(error, SourceError::Symlink { .. }), "{rest}: {error}");
+        }
+        // Opening it would wait for a writer.
+        nix::unistd::mkfifo(&root.join("pipe"), Mode::S_IRWXU).unwrap();
+        for (rest, is) in [("pipe", "a pipe"), ("pvc", "a directory")] {
+            let error = file(root, rest).await.unwrap_err().to_string();
+            assert!(error.contains(is) && error.contains("a regular file"), "{error}");
+        }
+        assert!(matches!(file(root, "none").await, Err(SourceError::NotThere(_))));
+        assert!(matches!(file(root, "../x").await, Err(SourceError::Leaves { .. })));
+    }
+
+    #[tokio::test]
+    async fn the_lock_of_a_qemu_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, [0; 512]).unwrap();
+        let qemu = File::open(&path).unwrap();
+        // BLK_PERM_CONSISTENT_READ, which every QEMU holds that has it open.
+        let lock = libc::flock {
+            l_type: libc::F_RDLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: QEMU_LOCKS.0,
+            l_len: 1,
+            l_pid: 0,
+        };
+        fcntl(&qemu, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+        assert!(file(dir.path(), "disk").await.unwrap().locked);
+        drop(qemu);
+        assert!(!file(dir.path(), "disk").await.unwrap().locked);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_was_exchanged_is_not_synced() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("disk"), "a").unwrap();
+        std::fs::write(dir.path().join("other"), "b").unwrap();
+        let inode = file(dir.path(), "disk").await.unwrap().inode;
+        let host = HostFile { root: dir.path().into(), rest: "disk".into(), inode };
+        let local = RealLocalSources::new(Duration::from_secs(60));
+        local.sync(&host).await.unwrap();
+        std::fs::rename(dir.path().join("other"), dir.path().join("disk")).unwrap();
+        let error = local.sync(&host).await.unwrap_err();
+        assert!(matches!(error, SourceError::Exchanged(_)), "{error}");
+    }
+
     #[tokio::test]
     async fn root_a_device_is_found_by_its_number() {
         if !nix::unistd::geteuid().is_root() {
@@ -236,7 +399,8 @@ mod tests {
         };
         let doors = StorageDoors::real(&options).unwrap();
         let without_identity = WithoutIdentity::Path;
-        let local = LocalSettings { block_roots: vec!["/dev".into()], without_identity };
+        let block_roots = vec!["/dev".into()];
+        let local = LocalSettings { block_roots, file_roots: Vec::new(), without_identity };
         let settings = Settings { local, holders_ms: 500, ..Settings::default() };
         let connector = Connectors::new(doors, settings);
         let request = request(&format!("block://{}", device.0));

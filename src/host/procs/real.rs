@@ -41,6 +41,17 @@ impl HostProcs {
         Self { shared: Arc::new(shared) }
     }
 
+    /// The mount namespace of a process, if that still runs. Blocks.
+    pub(in crate::host) fn mount_namespace(&self, id: ProcessId) -> io::Result<OwnedFd> {
+        let gone = || io::Error::from_raw_os_error(libc::ESRCH);
+        let held = self.shared.hold(id)?.ok_or_else(gone)?;
+        let namespace = File::open(self.shared.dir(id.pid).join("ns/mnt"))?;
+        if has_ended(&held)? {
+            return Err(gone());
+        }
+        Ok(namespace.into())
+    }
+
     async fn run<T: Send + 'static>(
         &self,
         what: &'static str,

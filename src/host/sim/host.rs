@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::domain::{SimDevice, SimDomain};
 use super::hypervisor::SimHypervisor;
-use super::pods::SimPods;
+use super::pods::{SimOpened, SimPods};
 use super::{Faults, SimBlock, SimLun, SimStorage};
 use crate::host::grants::{Access, Hierarchy};
 use crate::types::{Iqn, Lun, Portal, Wwid};
@@ -30,7 +30,7 @@ impl Default for SimHost {
     fn default() -> Self {
         let faults = Arc::new(Faults::default());
         let storage = SimStorage::new(faults.clone());
-        let pods = SimPods::new(faults.clone());
+        let pods = SimPods::with_files(faults.clone(), storage.files().clone());
         let hypervisor = SimHypervisor::new(faults.clone());
         let kernel = pods.clone();
         // QEMU opens a disk as the kernel lets it: the node must be there, its own, and granted.
@@ -41,8 +41,14 @@ impl Default for SimHost {
         }));
         let (kernel, disks) = (pods.clone(), storage.clone());
         hypervisor.set_device_check(Arc::new(move |endpoint, path| {
-            let dev = kernel.open_as(pod_of(endpoint), Path::new(path), Access::READ).ok()?;
-            Some(SimDevice { size: disks.size_of(dev)?, identity: disks.identity_of(dev) })
+            match kernel.open_as(pod_of(endpoint), Path::new(path), Access::READ).ok()? {
+                SimOpened::Device(dev) => {
+                    Some(SimDevice { size: disks.size_of(dev)?, identity: disks.identity_of(dev) })
+                }
+                SimOpened::File(inode) => {
+                    Some(SimDevice { size: disks.files().size_of(inode)?, identity: None })
+                }
+            }
         }));
         Self { storage, pods, hypervisor, faults }
     }

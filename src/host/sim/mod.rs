@@ -5,6 +5,7 @@
 pub mod domain;
 mod drives;
 mod faults;
+mod files;
 mod host;
 pub mod hypervisor;
 mod iothreads;
@@ -13,5 +14,6 @@ pub mod pods;
 pub mod storage;
 
 pub use faults::{Fault, FaultAction, Faults};
+pub use files::{QEMU_USER, SimFile, SimFiles, SimMount};
 pub use host::SimHost;
 pub use storage::{Appears, FindMultipaths, PortalState, SimBlock, SimLun, SimStorage};

@@ -167,7 +167,10 @@ fn right(living: u32) -> Sight {
         paths: 2,
     };
     let paths = Paths { wanted: 2, present: 2, living, ..Paths::default() };
-    Sight::Right { attachment: Attachment { device, diskseq: 1, paths: Vec::new() }, paths }
+    Sight::Right {
+        attachment: Attachment { device, diskseq: 1, paths: Vec::new(), file: None },
+        paths,
+    }
 }
 
 fn vm() -> VmId {

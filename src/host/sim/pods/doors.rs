@@ -21,6 +21,7 @@ use crate::host::poddir::{
     EndpointPlace, HOST_NODES, HotplugDir, Inode, LibvirtEndpoint, PathError, PodDir, PodDirs,
     check_uid, host_dir, plain,
 };
+use crate::host::podfiles::FileError;
 use crate::host::procs::{DirView, Membership, ProcessId, ProcessInfo, Procs};
 use crate::types::{DevNum, Outcome, VmId, VolumeName};
 
@@ -28,7 +29,16 @@ use crate::types::{DevNum, Outcome, VmId, VolumeName};
 const DEADLINE: Duration = Duration::from_secs(10);
 
 impl SimPods {
-    async fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
+    /// Works in a pod, if its hotplug directory is still the one that was found.
+    pub(in crate::host::sim) fn with_hotplug<T>(
+        &self,
+        dir: &HotplugDir,
+        work: impl FnOnce(&mut SimPod) -> T,
+    ) -> Result<T, FileError> {
+        Ok(work(self.lock().hotplug(dir).map_err(FileError::Place)?))
+    }
+
+    pub(in crate::host::sim) async fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
         tokio::time::timeout(DEADLINE, self.faults.pass(point, detail))
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))

@@ -16,10 +16,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::libc;
 
-use super::Faults;
+use super::files::write_mounts;
+use super::{Faults, SimFiles, SimMount};
 use crate::host::grants::{Access, CgroupRef, Hierarchy};
 use crate::host::nodes::{NODE_MODE, NodeOwner, Seen};
-use crate::host::poddir::{HOST_NODES, LibvirtEndpoint};
+use crate::host::poddir::{HOST_NODES, Inode};
 use crate::host::pods::PodDoors;
 use crate::host::procs::{Membership, ProcessId, ProcessInfo};
 use crate::types::{DevNum, VolumeName};
@@ -41,6 +42,15 @@ pub enum SimEntry {
     Symlink,
     /// A plain file.
     File,
+}
+
+/// What an open(2) in a pod gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SimOpened {
+    /// A device.
+    Device(DevNum),
+    /// A file.
+    File(Inode),
 }
 
 /// A pod with a VM in it. The public fields may be changed by [`SimPods::edit`].
@@ -74,6 +84,8 @@ pub struct SimPod {
     pub pod_cgroup: CgroupRef,
     /// Nodes and whatever else is in the hotplug directory.
     pub nodes: BTreeMap<VolumeName, Seen>,
+    /// Files that are mounted on names in it, as the container sees it.
+    pub mounts: BTreeMap<VolumeName, SimMount>,
 }
 
 impl SimPod {
@@ -98,15 +110,25 @@ struct State {
 /// The pods of one simulated host.
 pub struct SimPods {
     faults: Arc<Faults>,
+    files: SimFiles,
     state: Mutex<State>,
 }
 
 impl SimPods {
     /// A host without pods, with its own libvirt socket.
     pub fn new(faults: Arc<Faults>) -> Arc<Self> {
+        Self::with_files(faults, SimFiles::default())
+    }
+
+    /// The same on a host with files.
+    pub fn with_files(faults: Arc<Faults>, files: SimFiles) -> Arc<Self> {
         let mut state = State::default();
         state.host_sockets.insert("/run/libvirt/libvirt-sock".into());
-        Arc::new(Self { faults, state: Mutex::new(state) })
+        Arc::new(Self { faults, files, state: Mutex::new(state) })
+    }
+
+    pub(in crate::host::sim) fn files(&self) -> &SimFiles {
+        &self.files
     }
 
     /// Its doors.
@@ -114,6 +136,7 @@ impl SimPods {
         PodDoors {
             dirs: self.clone(),
             nodes: self.clone(),
+            files: self.clone(),
             overrides: self.clone(),
             lists: self.clone(),
             procs: self.clone(),
@@ -158,9 +181,14 @@ impl SimPods {
         });
     }
 
-    /// Ends all QEMU processes of a pod.
+    /// Ends all QEMU processes of a pod. Where nothing else runs in it, its mounts go, too.
     pub fn kill_qemu(&self, uid: &str) {
-        self.edit(uid, |pod| pod.processes.retain(|process| process.exe != Path::new(QEMU)));
+        self.edit(uid, |pod| {
+            pod.processes.retain(|process| process.exe != Path::new(QEMU));
+            if pod.processes.is_empty() {
+                pod.mounts.clear();
+            }
+        });
     }
 
     /// Removes a pod's directory alone; its processes go on.
@@ -181,7 +209,10 @@ impl SimPods {
         state.lists.clear();
         state.host_nodes.clear();
         state.installed = false;
-        state.pods.values_mut().for_each(|pod| pod.processes.clear());
+        for pod in state.pods.values_mut() {
+            pod.processes.clear();
+            pod.mounts.clear();
+        }
     }
 
     /// Changes a pod.
@@ -204,18 +235,9 @@ impl SimPods {
         state.pods.get(uid).is_some_and(|pod| state.allowed(&pod.cgroup, dev).covers(access))
     }
 
-    /// [`SimPods::open`] in the pod in which that libvirt listens.
-    pub fn open_at(
-        &self,
-        libvirt: &LibvirtEndpoint,
-        path: &Path,
-        access: Access,
-    ) -> io::Result<DevNum> {
-        self.open_as(libvirt.pod_uid(), path, access)
-    }
-
-    /// The same by the pod's UID; without one by the host's own libvirt, which allows its QEMUs all that is there.
-    pub fn open_as(&self, uid: Option<&str>, path: &Path, access: Access) -> io::Result<DevNum> {
+    /// [`SimPods::open`] in the pod of that UID; without one by the host's own libvirt, which allows its QEMUs all that
+    /// is there.
+    pub fn open_as(&self, uid: Option<&str>, path: &Path, access: Access) -> io::Result<SimOpened> {
         if let Some(uid) = uid {
             return self.open(uid, path, access);
         }
@@ -225,31 +247,42 @@ impl SimPods {
             nodes.get(&name.parse().ok()?)
         });
         match node {
-            Some(Seen::Node { dev, .. }) => Ok(*dev),
+            Some(Seen::Node { dev, .. }) => Ok(SimOpened::Device(*dev)),
             _ => Err(io::Error::from_raw_os_error(libc::ENOENT)),
         }
     }
 
-    /// What open(2) of `path` (as QEMU sees it) gives in that pod: the device, or the errno that the
+    /// What open(2) of `path` (as QEMU sees it) gives in that pod: the device or file, or the errno that the
     /// kernel would give.
-    pub fn open(&self, uid: &str, path: &Path, access: Access) -> io::Result<DevNum> {
+    pub fn open(&self, uid: &str, path: &Path, access: Access) -> io::Result<SimOpened> {
         let fail = |errno| Err(io::Error::from_raw_os_error(errno));
         let state = self.lock();
         let Some(pod) = state.pods.get(uid) else { return fail(libc::ENOENT) };
         let name = path.strip_prefix(&pod.hotplug_in_pod).ok().and_then(Path::to_str);
-        let name = name.and_then(|n| n.parse::<VolumeName>().ok());
-        let Some(Seen::Node { dev, owner, mode }) = name.and_then(|n| pod.nodes.get(&n)) else {
+        let Some(name) = name.and_then(|n| n.parse::<VolumeName>().ok()) else {
             return fail(libc::ENOENT);
+        };
+        let (dev, owner, mode) = match pod.nodes.get(&name) {
+            Some(Seen::Node { dev, owner, mode }) => (*dev, *owner, *mode),
+            Some(Seen::Other) => {
+                // A placeholder without its mount can be opened by nobody.
+                let Some(mount) = pod.mounts.get(&name) else { return fail(libc::EACCES) };
+                if mount.read_only && access.covers(Access::READ_WRITE) {
+                    return fail(libc::EROFS);
+                }
+                return Ok(SimOpened::File(mount.inode));
+            }
+            Some(Seen::Directory) | None => return fail(libc::ENOENT),
         };
         let shifted = NodeOwner { uid: owner.uid + pod.idmap, gid: owner.gid + pod.idmap };
         let mine = pod.processes.iter().any(|p| (p.uid, p.gid) == (shifted.uid, shifted.gid));
-        if pod.nodev || !mine || *mode != NODE_MODE {
+        if pod.nodev || !mine || mode != NODE_MODE {
             return fail(libc::EACCES);
         }
-        if !state.allowed(&pod.cgroup, *dev).covers(access) {
+        if !state.allowed(&pod.cgroup, dev).covers(access) {
             return fail(libc::EPERM);
         }
-        Ok(*dev)
+        Ok(SimOpened::Device(dev))
     }
 
     /// All pods, nodes and grants as text, the same for the same state.
@@ -259,6 +292,7 @@ impl SimPods {
         for (uid, pod) in &state.pods {
             let _ = writeln!(text, "pod {uid} processes={}", pod.processes.len());
             write_nodes(&mut text, &pod.nodes);
+            write_mounts(&mut text, &pod.mounts);
         }
         for (dir, nodes) in state.host_nodes.iter().filter(|(_, nodes)| !nodes.is_empty()) {
             let _ = writeln!(text, "host {}", dir.display());
@@ -342,5 +376,6 @@ fn new_pod(uid: &str, hierarchy: Hierarchy, number: u32) -> SimPod {
         cgroup,
         pod_cgroup: CgroupRef { path, hierarchy, id },
         nodes: BTreeMap::new(),
+        mounts: BTreeMap::new(),
     }
 }

@@ -32,7 +32,10 @@ async fn a_device_opens_only_with_node_and_grant_in_both_hierarchies() {
         assert!(grants.grant(&record).await.expect("granted").changed());
         assert!(!grants.grant(&record).await.expect("granted").changed());
         assert_eq!(grants.observe(&cgroup, DISK).await.expect("ok"), Access::READ_WRITE);
-        assert_eq!(pods.open("uid-1", path, Access::READ_WRITE).expect("it opens"), DISK);
+        assert_eq!(
+            pods.open("uid-1", path, Access::READ_WRITE).expect("it opens"),
+            SimOpened::Device(DISK)
+        );
 
         assert!(grants.revoke(&record).await.expect("revoked").changed());
         assert!(!grants.revoke(&record).await.expect("revoked").changed());

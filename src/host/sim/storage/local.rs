@@ -10,7 +10,7 @@ use async_trait::async_trait;
 
 use super::SimStorage;
 use super::kernel::{World, block_properties};
-use crate::host::local::{LocalSources, SourceError};
+use crate::host::local::{FileSeen, HostFile, LocalSources, SourceError};
 use crate::types::DevNum;
 
 /// What kind of device one is, by which its identity is told.
@@ -199,5 +199,21 @@ impl LocalSources for SimStorage {
         }
         let found = self.world().local.paths.get(&path).copied();
         found.ok_or(SourceError::NotThere(path))
+    }
+
+    async fn file(&self, root: &Path, rest: &Path) -> Result<FileSeen, SourceError> {
+        let path = root.join(rest);
+        if let Err(source) = self.pass("local.file", &path.to_string_lossy()).await {
+            return Err(SourceError::Io { path, source });
+        }
+        self.files().seen(&path)
+    }
+
+    async fn sync(&self, file: &HostFile) -> Result<(), SourceError> {
+        let path = file.path();
+        if let Err(source) = self.pass("local.sync", &path.to_string_lossy()).await {
+            return Err(SourceError::Io { path, source });
+        }
+        self.files().same(file).map(drop)
     }
 }

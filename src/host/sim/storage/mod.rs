@@ -56,7 +56,7 @@ use crate::doctor::Service;
 use crate::host::cmd::Tool;
 use crate::host::lock::RunDir;
 use crate::host::place::PlaceError;
-use crate::host::sim::Faults;
+use crate::host::sim::{Faults, SimFiles};
 use crate::types::{Chap, DevNum, IfaceName, Iqn, Lun, Portal, SecretName, SecretText, Wwid};
 
 /// Enough for the events of hundreds of disks at once; a slower reader is told that it lost some.
@@ -70,6 +70,7 @@ pub struct SimStorage {
 
 struct Inner {
     faults: Arc<Faults>,
+    files: SimFiles,
     world: Mutex<World>,
     run: Mutex<Arc<Mutex<RunState>>>,
     started: AtomicU64,
@@ -104,6 +105,7 @@ impl SimStorage {
         Self {
             inner: Arc::new(Inner {
                 faults,
+                files: SimFiles::default(),
                 world: Mutex::new(World::new(events)),
                 run: Mutex::default(),
                 started: AtomicU64::new(0),
@@ -158,6 +160,11 @@ impl SimStorage {
     pub fn reboot(&self) {
         self.world().reboot();
         *lock(&self.inner.run) = Arc::default();
+    }
+
+    /// The files that are on the host.
+    pub fn files(&self) -> &SimFiles {
+        &self.inner.files
     }
 
     /// Has a target demand CHAP, and prove itself by `back` where there is one; or lets anybody in.

@@ -1,5 +1,7 @@
 //! Files of the host's that are seen in a pod's hotplug directory.
 
+#[cfg(test)]
+mod container;
 mod mount;
 mod open;
 mod real;

@@ -12,7 +12,7 @@ use lunplug::types::{Outcome, VmId, VolumeKey, VolumeName};
 use lunplug::vm::facade::{Answer, Refusal, Start, Volumes};
 
 use crate::moves::hosts_side;
-use crate::world::{Daemon, World, domain, node, single, uid, vm, volume};
+use crate::world::{Daemon, World, domain, file, node, single, uid, vm, volume};
 
 /// The first VM does not run; its pod and libvirt are there.
 pub(crate) fn powered_off() -> World {
@@ -63,13 +63,14 @@ impl Daemon {
 fn volumes_are_ready_for_a_vm_before_it_starts() {
     let world = powered_off();
     world.life(async |daemon| {
-        for spec in [volume("a", 1), single("b", 2)] {
+        for spec in [volume("a", 1), single("b", 2), file("f", 1)] {
             let status = daemon.add(1, &spec).await;
             assert_eq!((status.phase, status.reason), (Phase::Pending, Some(Reason::VmNotRunning)));
         }
         assert!(!opens(&world, &uid(1), "a"));
-        assert_eq!(reasons(daemon.prepare_start().await), [("a".into(), None), ("b".into(), None)]);
-        for name in ["a", "b"] {
+        let all = ["a", "b", "f"].map(|name| (name.to_owned(), None));
+        assert_eq!(reasons(daemon.prepare_start().await), all);
+        for name in ["a", "b", "f"] {
             assert!(waits(&daemon.get(1, name).await.unwrap()));
             assert!(
                 opens(&world, &uid(1), name),
@@ -80,12 +81,14 @@ fn volumes_are_ready_for_a_vm_before_it_starts() {
         assert!(again.iter().all(|(_, answer)| matches!(answer, Ok(Outcome::Already(_)))));
 
         power_on(&world);
-        daemon.ready(1, "a").await;
-        daemon.ready(1, "b").await;
+        for name in ["a", "b", "f"] {
+            daemon.ready(1, name).await;
+        }
         let again = daemon.prepare_start().await.unwrap();
         assert!(again.iter().all(|(_, answer)| matches!(answer, Ok(Outcome::Already(_)))));
-        daemon.remove(1, "a").await;
-        daemon.remove(1, "b").await;
+        for name in ["a", "b", "f"] {
+            daemon.remove(1, name).await;
+        }
         daemon.quiet().await;
         nothing_left(&world, "started");
     });

@@ -38,24 +38,26 @@ impl Local {
         Ok(DiskFile { file: HostFile { root, rest, inode: seen.inode }, seen, size })
     }
 
-    /// The file that an attachment is of, if it is still that one.
+    /// The file that an attachment is of, if it is still that one. That it may be had was asked when it was
+    /// attached.
     pub(super) async fn same_file(
         &self,
         of: &Source,
         attachment: &Attachment,
     ) -> Result<Option<DiskFile>, Error> {
-        let (Some(source), Some(given)) = (of.as_file(), &attachment.file) else {
+        let (Some(source), Some(file)) = (of.as_file(), &attachment.file) else {
             return Ok(None);
         };
-        match self.find_file(of, source).await {
-            Ok(found) => Ok((found.file.inode == given.inode).then_some(found)),
-            Err(Error::NotAllowed { .. } | Error::Image { .. }) => Ok(None),
-            Err(Error::Source(SourceError::Io { path, source })) => {
-                Err(SourceError::Io { path, source }.into())
-            }
-            Err(Error::Source(_)) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let seen = match self.doors.local.file(&file.root, &file.rest).await {
+            Err(error @ SourceError::Io { .. }) => return Err(error.into()),
+            Err(_) => return Ok(None),
+            Ok(seen) => seen,
+        };
+        let same = seen.inode == file.inode;
+        Ok(match disk_size(source, &seen) {
+            Ok(size) if same => Some(DiskFile { file: file.clone(), seen, size }),
+            _ => None,
+        })
     }
 
     /// Proves that the file may be had, and claims it for the user.

@@ -235,144 +235,83 @@ pub(super) fn observe(
 
 #[cfg(test)]
 mod tests {
+    use super::super::container::{Pod, inode};
     use super::*;
-    use std::process::{Child, Command, Stdio};
-
-    /// A process in a mount namespace of its own.
-    struct Container(Child);
-
-    impl Container {
-        fn new() -> Option<(Self, OwnedFd)> {
-            let child = Command::new("unshare")
-                .args(["--mount", "--propagation", "private", "sleep", "600"])
-                .stdout(Stdio::null())
-                .spawn()
-                .ok()?;
-            let container = Self(child);
-            let at = format!("/proc/{}/ns/mnt", container.0.id());
-            let ours = std::fs::read_link("/proc/self/ns/mnt").unwrap();
-            for _ in 0..200 {
-                if std::fs::read_link(&at).is_ok_and(|theirs| theirs != ours) {
-                    return Some((container, File::open(&at).unwrap().into()));
-                }
-                std::thread::sleep(std::time::Duration::from_millis(10));
-            }
-            None
-        }
-    }
-
-    impl Drop for Container {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
 
     fn path_fd(path: &Path) -> OwnedFd {
         let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC);
         openat2(AT_FDCWD, path, how).unwrap()
     }
 
-    fn is_root() -> bool {
-        let root = nix::unistd::geteuid().is_root();
-        if !root {
-            eprintln!("skipped: mounts need root");
-        }
-        root
-    }
-
-    struct Pod {
-        _dir: tempfile::TempDir,
-        hotplug: std::path::PathBuf,
-        source: std::path::PathBuf,
-        _container: Container,
-        namespace: OwnedFd,
+    /// A pod with a placeholder.
+    fn pod() -> Option<Pod> {
+        let pod = Pod::new()?;
+        std::fs::write(pod.hotplug.join("disk"), "").unwrap();
+        Some(pod)
     }
 
     impl Pod {
-        fn new() -> Option<Self> {
-            let dir = tempfile::tempdir().unwrap();
-            let (hotplug, source) = (dir.path().join("hotplug"), dir.path().join("disk.img"));
-            std::fs::create_dir(&hotplug).unwrap();
-            std::fs::write(&source, "data").unwrap();
-            std::fs::write(hotplug.join("disk"), "").unwrap();
-            let (container, namespace) = Container::new()?;
-            Some(Self { _dir: dir, hotplug, source, _container: container, namespace })
-        }
-
         fn dir(&self) -> (&Path, Inode) {
-            (&self.hotplug, inode_of(&path_fd(&self.hotplug)).unwrap())
+            (&self.hotplug, inode(&self.hotplug))
         }
 
-        fn placeholder(&self) -> Inode {
-            inode_of(&path_fd(&self.hotplug.join("disk"))).unwrap()
+        fn on(&self, placeholder: Inode, read_only: bool) -> io::Result<bool> {
+            let source = path_fd(&self.source);
+            mount(&self.namespace(), self.dir(), "disk", placeholder, &source, read_only)
         }
 
         fn mount(&self, read_only: bool) -> io::Result<bool> {
-            let source = path_fd(&self.source);
-            mount(&self.namespace, self.dir(), "disk", self.placeholder(), &source, read_only)
+            self.on(inode(&self.hotplug.join("disk")), read_only)
         }
 
-        fn there(&self) -> std::path::PathBuf {
-            let root = format!("/proc/{}/root", self._container.0.id());
-            Path::new(&root).join(self.hotplug.strip_prefix("/").unwrap()).join("disk")
+        fn observe(&self) -> Option<SeenFile> {
+            observe(&self.namespace(), self.dir(), "disk").unwrap()
+        }
+
+        fn unmount(&self) -> io::Result<bool> {
+            unmount(&self.namespace(), self.dir(), "disk")
         }
     }
 
     #[test]
     fn root_a_file_is_seen_in_the_pod_alone_and_goes_again() {
-        if !is_root() {
-            return;
-        }
-        let pod = Pod::new().unwrap();
-        let source = inode_of(&path_fd(&pod.source)).unwrap();
+        let Some(pod) = pod() else { return };
         assert!(pod.mount(false).unwrap());
         assert!(!pod.mount(false).unwrap(), "it is there already");
-        assert_eq!(std::fs::read_to_string(pod.there()).unwrap(), "data");
-        std::fs::write(pod.there(), "written").unwrap();
+        assert_eq!(std::fs::read_to_string(pod.sees("disk")).unwrap(), "data");
+        std::fs::write(pod.sees("disk"), "written").unwrap();
         assert_eq!(std::fs::read_to_string(&pod.source).unwrap(), "written");
         assert_eq!(std::fs::read_to_string(pod.hotplug.join("disk")).unwrap(), "");
-        let seen = observe(&pod.namespace, pod.dir(), "disk").unwrap();
-        assert_eq!(seen, Some(SeenFile { inode: source, mounted: true }));
-        let open = File::open(pod.there()).unwrap();
-        let busy = unmount(&pod.namespace, pod.dir(), "disk").unwrap_err();
-        assert_eq!(busy.raw_os_error(), Some(libc::EBUSY));
+        let source = inode(&pod.source);
+        assert_eq!(pod.observe(), Some(SeenFile { inode: source, mounted: true }));
+        let open = File::open(pod.sees("disk")).unwrap();
+        assert_eq!(pod.unmount().unwrap_err().raw_os_error(), Some(libc::EBUSY));
         drop(open);
-        assert!(unmount(&pod.namespace, pod.dir(), "disk").unwrap());
-        assert!(!unmount(&pod.namespace, pod.dir(), "disk").unwrap());
-        let seen = observe(&pod.namespace, pod.dir(), "disk").unwrap();
-        assert_eq!(seen, Some(SeenFile { inode: pod.placeholder(), mounted: false }));
+        assert!(pod.unmount().unwrap());
+        assert!(!pod.unmount().unwrap());
+        let placeholder = inode(&pod.hotplug.join("disk"));
+        assert_eq!(pod.observe(), Some(SeenFile { inode: placeholder, mounted: false }));
     }
 
     #[test]
     fn root_a_mount_goes_with_its_placeholder() {
-        if !is_root() {
-            return;
-        }
-        let pod = Pod::new().unwrap();
+        let Some(pod) = pod() else { return };
         assert!(pod.mount(false).unwrap());
-        let mut open = File::open(pod.there()).unwrap();
+        let open = File::open(pod.sees("disk")).unwrap();
         std::fs::remove_file(pod.hotplug.join("disk")).unwrap();
-        assert_eq!(observe(&pod.namespace, pod.dir(), "disk").unwrap(), None);
-        let mounts = format!("/proc/{}/mountinfo", pod._container.0.id());
-        assert!(!std::fs::read_to_string(mounts).unwrap().contains("hotplug/disk"));
-        let mut text = String::new();
-        std::io::Read::read_to_string(&mut open, &mut text).unwrap();
+        assert_eq!(pod.observe(), None);
+        assert!(!pod.mounts().contains("hotplug/disk"));
+        let text = io::read_to_string(open).unwrap();
         assert_eq!(text, "data", "whoever has it open keeps it");
     }
 
     #[test]
     fn root_a_read_only_file_cannot_be_written_nor_executed() {
-        if !is_root() {
-            return;
-        }
-        let pod = Pod::new().unwrap();
+        let Some(pod) = pod() else { return };
         assert!(pod.mount(true).unwrap());
-        let error = std::fs::write(pod.there(), "x").unwrap_err();
+        let error = std::fs::write(pod.sees("disk"), "x").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EROFS));
-        let mounts =
-            std::fs::read_to_string(format!("/proc/{}/mountinfo", pod._container.0.id())).unwrap();
-        let mounts = crate::host::mounts::parse(&mounts);
+        let mounts = crate::host::mounts::parse(&pod.mounts());
         let ours = mounts.iter().find(|m| m.mount_point.ends_with("hotplug/disk")).unwrap();
         for option in ["ro", "nosuid", "nodev", "noexec"] {
             assert!(ours.options.iter().any(|o| o == option), "{:?}", ours.options);
@@ -381,28 +320,25 @@ mod tests {
 
     #[test]
     fn root_nothing_is_mounted_where_the_pod_has_exchanged_something() {
-        if !is_root() {
-            return;
-        }
-        let pod = Pod::new().unwrap();
-        let placeholder = pod.placeholder();
+        let Some(pod) = pod() else { return };
+        let placeholder = inode(&pod.hotplug.join("disk"));
         std::fs::remove_file(pod.hotplug.join("disk")).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", pod.hotplug.join("disk")).unwrap();
-        let source = path_fd(&pod.source);
-        let mount = |dir, placeholder| {
-            mount(&pod.namespace, dir, "disk", placeholder, &source, false).unwrap_err()
+        let refused = |placeholder| {
+            let error = pod.on(placeholder, false).unwrap_err();
+            assert!(is_changed(&error) && error.to_string().contains("placeholder"), "{error}");
         };
-        assert!(mount(pod.dir(), placeholder).to_string().contains("placeholder"));
+        refused(placeholder);
         // Nor where the symlink has the number of the file that was removed.
-        let symlink = std::fs::symlink_metadata(pod.hotplug.join("disk")).unwrap();
-        let recurring = Inode { dev: symlink.dev(), ino: symlink.ino() };
-        assert!(mount(pod.dir(), recurring).to_string().contains("placeholder"));
+        refused(inode(&pod.hotplug.join("disk")));
         std::fs::remove_file(pod.hotplug.join("disk")).unwrap();
         std::fs::write(pod.hotplug.join("other"), "").unwrap();
         std::fs::write(pod.hotplug.join("disk"), "").unwrap();
-        let other = inode_of(&path_fd(&pod.hotplug.join("other"))).unwrap();
-        assert!(mount(pod.dir(), other).to_string().contains("placeholder"));
-        let elsewhere = (pod.dir().0, other);
-        assert!(mount(elsewhere, pod.placeholder()).to_string().contains("hotplug directory"));
+        refused(inode(&pod.hotplug.join("other")));
+        let elsewhere = (pod.dir().0, inode(&pod.source));
+        let placeholder = inode(&pod.hotplug.join("disk"));
+        let source = path_fd(&pod.source);
+        let error = mount(&pod.namespace(), elsewhere, "disk", placeholder, &source, false);
+        assert!(error.unwrap_err().to_string().contains("hotplug directory"));
     }
 }

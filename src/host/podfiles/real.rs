@@ -82,9 +82,9 @@ impl PodFiles for HostPodFiles {
         blocking("taking a file from a pod", move || {
             let (procs, dir, seen, name) = work;
             let place = Place::open(&dir, &name)?;
-            let Some(Thing::Placeholder(_)) = place.look()? else {
+            if !matches!(place.look()?, Some(Thing::Placeholder(_) | Thing::Mounted)) {
                 return Ok(Taken { outcome: Outcome::Already(()), was_open: false });
-            };
+            }
             let mut was_open = false;
             // Whoever has ended since sees nothing any more.
             if let Some(at) = seen
@@ -93,7 +93,9 @@ impl PodFiles for HostPodFiles {
                 was_open = place.unmount(&at, &namespace, force)?;
             }
             // What of it is mounted anywhere still goes with it.
-            place.unlink()?;
+            if let Some(Thing::Placeholder(_)) = place.look()? {
+                place.unlink()?;
+            }
             Ok(Taken { outcome: Outcome::Done(()), was_open })
         })
         .await
@@ -118,6 +120,8 @@ struct Place<'a> {
 enum Thing {
     /// An empty file that nobody can open, root's: made here.
     Placeholder(Inode),
+    /// Something that is mounted on the name, which the node sees where the pod's mounts are shared with it.
+    Mounted,
     Directory,
     Other,
 }
@@ -148,7 +152,7 @@ impl<'a> Place<'a> {
         let file = match openat2(&self.fd, self.name, how) {
             Ok(fd) => File::from(fd),
             Err(Errno::ENOENT) => return Ok(None),
-            Err(Errno::EXDEV) => return Err(self.refused("something is mounted in its place")),
+            Err(Errno::EXDEV) => return Ok(Some(Thing::Mounted)),
             Err(e) => return Err(self.failed("looking at")(e)),
         };
         let meta = file.metadata().map_err(self.failed("looking at"))?;
@@ -176,6 +180,9 @@ impl<'a> Place<'a> {
         for _ in 0..TRIES {
             match self.look()? {
                 Some(Thing::Placeholder(inode)) => return Ok(inode),
+                Some(Thing::Mounted) => {
+                    return Err(self.refused("something is mounted in its place"));
+                }
                 Some(Thing::Directory) => return Err(self.refused("a directory is in its place")),
                 Some(Thing::Other) => self.unlink()?,
                 None => {}
@@ -238,5 +245,114 @@ impl<'a> Place<'a> {
             Err(e) if mount::is_changed(&e) || e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(io("unmounting the file in the pod")(e)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::container::{Pod, inode};
+    use super::*;
+    use crate::reason::Reason;
+
+    struct Scene {
+        pod: Pod,
+        files: HostPodFiles,
+        name: VolumeName,
+        file: HostFile,
+    }
+
+    impl Scene {
+        fn new() -> Option<Self> {
+            let pod = Pod::new()?;
+            let (root, rest) = (pod.source.parent()?.into(), "disk.img".into());
+            let file = HostFile { root, rest, inode: inode(&pod.source) };
+            let files = HostPodFiles::new(HostProcs::new("/proc"));
+            Some(Self { pod, files, name: "vol-1".parse().unwrap(), file })
+        }
+
+        async fn ensure(&self) -> Result<Outcome> {
+            self.files.ensure(&self.pod.place(), &self.name, &self.file, false).await
+        }
+
+        async fn is_seen(&self) -> bool {
+            let at = self.pod.place();
+            self.files.is_seen(&at, &self.name, self.file.inode).await.unwrap()
+        }
+
+        async fn remove(&self, force: bool) -> Result<Taken> {
+            let at = self.pod.place();
+            self.files.remove(&at.hotplug, Some(&at), &self.name, force).await
+        }
+
+        fn on_host(&self) -> std::path::PathBuf {
+            self.pod.hotplug.join("vol-1")
+        }
+    }
+
+    const DONE: Taken = Taken { outcome: Outcome::Done(()), was_open: false };
+    const NOTHING: Taken = Taken { outcome: Outcome::Already(()), was_open: false };
+
+    #[tokio::test]
+    async fn root_whatever_has_the_name_is_replaced_and_a_directory_is_not() {
+        let Some(s) = Scene::new() else { return };
+        std::os::unix::fs::symlink("/etc/passwd", s.on_host()).unwrap();
+        assert!(!s.is_seen().await);
+        assert_eq!(s.ensure().await.unwrap(), Outcome::Done(()));
+        assert_eq!(s.ensure().await.unwrap(), Outcome::Already(()));
+        assert!(s.is_seen().await);
+        assert_eq!(std::fs::read_to_string(s.pod.sees("vol-1")).unwrap(), "data");
+        let meta = std::fs::symlink_metadata(s.on_host()).unwrap();
+        assert_eq!((meta.len(), meta.mode() & 0o7777, meta.uid()), (0, 0, 0));
+        assert_eq!(s.remove(false).await.unwrap(), DONE);
+        assert_eq!(s.remove(false).await.unwrap(), NOTHING);
+        assert!(!s.on_host().exists() && !s.pod.mounts().contains("vol-1"));
+
+        std::fs::write(s.on_host(), "theirs").unwrap();
+        assert_eq!(s.remove(true).await.unwrap(), NOTHING, "it is none of ours");
+        std::fs::remove_file(s.on_host()).unwrap();
+        std::fs::create_dir(s.on_host()).unwrap();
+        let error = s.ensure().await.unwrap_err();
+        assert_eq!(error.reason(), Reason::NodeRefused, "{error}");
+    }
+
+    #[tokio::test]
+    async fn root_a_file_that_is_open_goes_by_force_alone() {
+        let Some(s) = Scene::new() else { return };
+        s.ensure().await.unwrap();
+        let open = File::open(s.pod.sees("vol-1")).unwrap();
+        assert_eq!(s.remove(false).await.unwrap_err().reason(), Reason::DeviceHeld);
+        assert!(s.is_seen().await, "it stays");
+        let taken = s.remove(true).await.unwrap();
+        assert_eq!(taken, Taken { was_open: true, ..DONE });
+        assert!(!s.pod.mounts().contains("vol-1"));
+        drop(open);
+    }
+
+    #[tokio::test]
+    async fn root_another_file_of_the_same_path_takes_the_place_of_the_old_one() {
+        let Some(mut s) = Scene::new() else { return };
+        s.ensure().await.unwrap();
+        let other = s.pod.source.with_file_name("other");
+        std::fs::write(&other, "other").unwrap();
+        std::fs::rename(other, &s.pod.source).unwrap();
+        let error = s.files.ensure(&s.pod.place(), &s.name, &s.file, false).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::DeviceHeld, "{error}");
+        s.file.inode = inode(&s.pod.source);
+        assert_eq!(s.ensure().await.unwrap(), Outcome::Done(()));
+        assert_eq!(std::fs::read_to_string(s.pod.sees("vol-1")).unwrap(), "other");
+        // Without anybody in the pod to ask, it goes with its placeholder.
+        let at = s.pod.place();
+        assert_eq!(s.files.remove(&at.hotplug, None, &s.name, false).await.unwrap(), DONE);
+        assert!(!s.pod.mounts().contains("vol-1"));
+    }
+
+    #[tokio::test]
+    async fn root_a_process_that_has_ended_is_not_entered() {
+        let Some(s) = Scene::new() else { return };
+        let mut at = s.pod.place();
+        at.process.start += 1;
+        let error = s.files.ensure(&at, &s.name, &s.file, false).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::HostIoFailed, "{error}");
+        assert!(!s.on_host().exists(), "nothing was made");
     }
 }

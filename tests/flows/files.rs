@@ -189,29 +189,6 @@ fn what_may_not_be_had_is_refused_by_its_field() {
 }
 
 #[test]
-fn files_survive_the_daemon_and_the_node() {
-    let world = world();
-    world.life(async |daemon| {
-        assert_eq!(daemon.add(1, &file("data", 1)).await.phase, Phase::Ready);
-        daemon.quiet().await;
-    });
-    let before = world.picture();
-    world.life(async |daemon| {
-        daemon.ready(1, "data").await;
-        daemon.quiet().await;
-    });
-    assert_eq!(world.picture(), before, "nothing was made anew");
-    world.shut_down();
-    world.boot();
-    world.life(async |daemon| {
-        daemon.ready(1, "data").await;
-        daemon.remove(1, "data").await;
-        daemon.quiet().await;
-        world.assert_clean("rebooted");
-    });
-}
-
-#[test]
 fn a_file_that_was_replaced_under_a_guest_is_told_and_the_guest_keeps_its_own() {
     let world = world();
     world.life(async |daemon| {

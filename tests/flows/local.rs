@@ -8,7 +8,7 @@ use lunplug::spec::{MultipathPolicy, Phase, VolumeSpec, VolumeStatus};
 use lunplug::types::DiskType;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{Daemon, World, block, key, lv, volume};
+use crate::world::{Daemon, World, block, file, key, lv, volume};
 
 const GIB: u64 = 1 << 30;
 
@@ -81,11 +81,11 @@ fn what_may_not_be_had_is_refused_before_anything_is_touched() {
     });
 }
 
-#[test]
-fn block_volumes_survive_the_daemon_and_the_node() {
+/// Nothing is made anew for another daemon, and all of it after a reboot.
+fn survives(spec: &VolumeSpec) {
     let world = world();
     world.life(async |daemon| {
-        assert_eq!(daemon.add(1, &block("data", 1)).await.phase, Phase::Ready);
+        assert_eq!(daemon.add(1, spec).await.phase, Phase::Ready);
         daemon.quiet().await;
     });
     let before = world.picture();
@@ -102,6 +102,12 @@ fn block_volumes_survive_the_daemon_and_the_node() {
         daemon.quiet().await;
         world.assert_clean("rebooted");
     });
+}
+
+#[test]
+fn what_is_on_the_node_survives_the_daemon_and_the_node() {
+    survives(&block("data", 1));
+    survives(&file("data", 1));
 }
 
 #[test]

@@ -65,7 +65,14 @@ fn links_lead_somewhere() {
     let adr = std::fs::read_dir(root.join("docs/adr")).unwrap();
     let adr = adr.map(|e| format!("docs/adr/{}", e.unwrap().file_name().to_str().unwrap()));
     let mut files: Vec<String> = adr.collect();
-    let others = ["README", "CONTRIBUTING", "docs/architecture", "docs/errors", "docs/operations"];
+    let others = [
+        "README",
+        "CONTRIBUTING",
+        "docs/architecture",
+        "docs/errors",
+        "docs/operations",
+        "docs/performance",
+    ];
     files.extend(others.map(|name| format!("{name}.md")));
     for file in files {
         let text = std::fs::read_to_string(root.join(&file)).unwrap();

@@ -21,20 +21,21 @@ use crate::vm::resolve::Names;
 /// Serves `lunplug.v1.LunplugService`.
 pub struct Service {
     pub(super) volumes: Arc<dyn Volumes>,
+    turns: super::watch::Turns,
     stopping: watch::Receiver<bool>,
 }
 
 impl Service {
     /// `stopping` turns true when streams have to end.
     pub fn new(volumes: Arc<dyn Volumes>, stopping: watch::Receiver<bool>) -> Self {
-        Self { volumes, stopping }
+        Self { volumes, turns: Default::default(), stopping }
     }
 
     /// Of a filter: the VM must be registered, or a typing error would look like "no volumes".
     async fn filter(&self, vm: Option<&v1::VmId>) -> Result<Option<VmId>, Refusal> {
         let Some(vm) = vm else { return Ok(None) };
         let vm = convert::vm_id("vm", Some(vm))?;
-        if self.volumes.list_vms().await.iter().any(|known| known.spec.id == vm) {
+        if self.volumes.is_registered(&vm).await {
             return Ok(Some(vm));
         }
         Err(Refusal::new(Reason::VmNotFound, format!("no VM {vm} is registered here")).field("vm"))
@@ -336,7 +337,12 @@ impl LunplugService for Service {
         let request = request.into_inner();
         answer("WatchVolumes", about(request.vm.as_ref(), ""), async {
             let vm = self.filter(request.vm.as_ref()).await?;
-            let stream = super::watch::stream(self.volumes.clone(), vm, self.stopping.clone());
+            let stream = super::watch::stream(
+                self.volumes.clone(),
+                vm,
+                self.turns.clone(),
+                self.stopping.clone(),
+            );
             Ok(Box::pin(stream) as Self::WatchVolumesStream)
         })
         .await

@@ -5,12 +5,15 @@
 //!                 ^                          |
 //!                 +---- too slow (lagged) ---+
 //! ```
+//! A node's list is megabytes, and after a burst or a restart many clients want theirs at once: they are
+//! made in turn, each when the ones before have been taken, or their clients had [`TURN`] for it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::sync::{Semaphore, broadcast, mpsc, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -27,12 +30,26 @@ use crate::vm::facade::{Refusal, Volumes};
 /// and said to be, when that overflows.
 const IN_FLIGHT: usize = 16;
 
+/// How long a client may keep the others from their lists by not taking its own.
+const TURN: Duration = Duration::from_secs(1);
+
+/// Whose turn it is to have a list made. Clones share it.
+#[derive(Clone)]
+pub(super) struct Turns(Arc<Semaphore>);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(2)))
+    }
+}
+
 type Item = Result<v1::WatchVolumesResponse, Status>;
 
 /// One client's stream. Its task ends with the client, or when `stopping` turns true.
 pub(super) fn stream(
     volumes: Arc<dyn Volumes>,
     vm: Option<VmId>,
+    turns: Turns,
     mut stopping: watch::Receiver<bool>,
 ) -> impl Stream<Item = Item> + Send {
     let (client, receiver) = mpsc::channel(IN_FLIGHT);
@@ -42,7 +59,7 @@ pub(super) fn stream(
             let _ = stopping.wait_for(|stop| *stop).await;
         };
         tokio::select! {
-            () = feed(&*volumes, vm, &client) => {}
+            () = feed(&*volumes, vm, &turns, &client) => {}
             () = stopped => {
                 let refusal = Refusal::new(Reason::ShuttingDown, "lunplugd is stopping");
                 // A client whose buffer is full learns it from the connection's end.
@@ -54,18 +71,24 @@ pub(super) fn stream(
 }
 
 /// Sends until the client is gone.
-async fn feed(volumes: &dyn Volumes, vm: Option<VmId>, client: &mpsc::Sender<Item>) {
+async fn feed(volumes: &dyn Volumes, vm: Option<VmId>, turns: &Turns, client: &mpsc::Sender<Item>) {
     let mut changes = volumes.watch();
     let mut seen = Seen::default();
     let mut events_lost = false;
     loop {
+        // It is never closed.
+        let turn = turns.0.acquire().await;
         let list = volumes.list_volumes(vm.as_ref()).await;
         seen.replace(&list);
         let volumes = list.iter().map(convert::wire_volume).collect();
+        drop(list);
         let snapshot = Event::Snapshot(v1::VolumeSnapshot { volumes, events_lost });
         if send(client, snapshot).await.is_err() {
             return;
         }
+        // An error means that the client is gone, which is seen next.
+        let _ = tokio::time::timeout(TURN, client.reserve_many(client.max_capacity())).await;
+        drop(turn);
         if follow(&mut changes, vm.as_ref(), &mut seen, client).await.is_err() {
             return;
         }

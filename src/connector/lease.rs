@@ -197,7 +197,7 @@ impl User {
 
 /// What a transport keeps in its leases.
 pub(crate) trait Made:
-    Default + PartialEq + Serialize + DeserializeOwned + Send + Sync + 'static
+    Clone + Default + PartialEq + Serialize + DeserializeOwned + Send + Sync + 'static
 {
     /// The transport's name, in file names.
     const TRANSPORT: &'static str;
@@ -249,7 +249,12 @@ impl Leases {
         let lock = format!("locks/lease-{}-{file}", M::TRANSPORT);
         let _guard = self.doors.rundir.lock(&lock, self.lock).await?;
         let mut lease = self.load::<M>(target).await?;
+        let before = lease.clone();
         let result = change(&mut lease);
+        // Everybody who uses the target is in the file: what is so already is not written again.
+        if lease == before && !lease.users.is_empty() {
+            return Ok(result);
+        }
         let name = format!("leases/{}/{file}", M::TRANSPORT);
         let written = if lease.users.is_empty() && lease.made == M::default() {
             self.doors.rundir.remove(&name).await

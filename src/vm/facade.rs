@@ -33,6 +33,9 @@ pub trait Volumes: Send + Sync {
     /// All VMs, in the order of their names.
     async fn list_vms(&self) -> Vec<VmInfo>;
 
+    /// Whether that VM is registered, served or not. Asks nothing of the host.
+    async fn is_registered(&self, id: &VmId) -> bool;
+
     /// Wants a volume. Returns when the wish is durable, not when the volume is ready.
     async fn add_volume(
         &self,

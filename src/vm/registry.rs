@@ -25,6 +25,7 @@ use super::plan::Rules;
 use super::plan::fc::AfterLast;
 use super::publish::Board;
 use super::resolve::{self, Names};
+use super::turns::Turns;
 use super::ways::{Host, Ways};
 use crate::connector::bounded::bounded_rundir;
 use crate::connector::{Authentication, Discovered, Hba};
@@ -69,6 +70,7 @@ pub struct Registry {
     storage: StorageDoors,
     desired: Desired,
     board: Board,
+    turns: Turns,
     vms: std::sync::Mutex<BTreeMap<VmId, Arc<Served>>>,
     /// VMs that are stored but could not be taken up, and why and since when.
     unserved: std::sync::Mutex<BTreeMap<VmId, (VmSpec, Failure, Timestamp)>>,
@@ -103,6 +105,7 @@ impl Registry {
             storage,
             desired,
             board: Board::default(),
+            turns: Turns::default(),
             vms: std::sync::Mutex::default(),
             unserved: std::sync::Mutex::default(),
             reserved: std::sync::Mutex::default(),
@@ -200,6 +203,7 @@ impl Registry {
             backoff: self.settings.backoff,
             look_interval: self.settings.look_interval,
             auto_expand: self.settings.auto_expand,
+            turns: self.turns.clone(),
             rules: Rules {
                 max_volumes: self.settings.node.max_volumes_per_vm as usize,
                 require_wwid: self.settings.node.require_wwid,
@@ -349,6 +353,10 @@ impl Volumes for Registry {
         infos.extend(self.unserved().values().map(unserved_info));
         infos.sort_by(|a, b| a.spec.id.cmp(&b.spec.id));
         infos
+    }
+
+    async fn is_registered(&self, id: &VmId) -> bool {
+        self.vms().contains_key(id) || self.unserved().contains_key(id)
     }
 
     async fn add_volume(

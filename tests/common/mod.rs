@@ -124,6 +124,10 @@ impl Volumes for Facade {
         self.0.vms.lock().unwrap().values().map(info).collect()
     }
 
+    async fn is_registered(&self, id: &VmId) -> bool {
+        self.0.vms.lock().unwrap().contains_key(id)
+    }
+
     async fn add_volume(
         &self,
         vm: &VmId,

@@ -85,8 +85,8 @@ impl World {
         let found: Vec<(u64, SimLun)> = target
             .luns
             .iter()
+            .filter(|(n, _)| lun.is_none_or(|wanted| wanted == n.scsi()))
             .map(|(n, l)| (n.scsi(), l.clone()))
-            .filter(|(n, _)| lun.is_none_or(|wanted| wanted == *n))
             .collect();
         for (scsi_lun, known) in found {
             let hctl = format!("{}:0:{}:{scsi_lun}", behind.host, behind.id);
@@ -96,9 +96,21 @@ impl World {
         }
     }
 
+    /// The lowest that no disk has, as the kernel gives them out.
+    fn free_index(&self) -> u32 {
+        let mut used = vec![false; self.disks.len()];
+        for disk in self.disks.values() {
+            // Of so many disks one at least has none of these, if one of them is beyond.
+            if let Some(used) = used.get_mut(disk.index as usize) {
+                *used = true;
+            }
+        }
+        let free = used.iter().position(|used| !used).unwrap_or(used.len());
+        u32::try_from(free).unwrap_or(u32::MAX)
+    }
+
     fn add_disk(&mut self, behind: &Behind, scsi_lun: u64, known: SimLun) {
-        let used = |n: &u32| self.disks.values().any(|d| d.index == *n);
-        let index = (0..).find(|n| !used(n)).unwrap_or(0);
+        let index = self.free_index();
         let disk = ScsiDev {
             hctl: format!("{}:0:{}:{scsi_lun}", behind.host, behind.id),
             sid: behind.sid,

@@ -1,0 +1,166 @@
+//! A node with 1000 VMs of 10 volumes each: memory, idle CPU, bursts, watchers and a restart.
+//!
+//! The daemon runs as a process of its own, over its gRPC socket, with SQLite and the run directory as on
+//! a real node; SAN, pods and libvirt are simulated within it, so its memory and CPU have those in them.
+//! One JSON object a line is what was measured, on standard output; what goes on is told on the other.
+//!
+//! `cargo bench --bench node -- [--vms N] [--idle SECONDS]`
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    missing_docs,
+    unreachable_pub,
+    unsafe_code
+)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod clients;
+mod measure;
+mod serve;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clients::{Clients, Watchers};
+use common::table::{self, Limit};
+use measure::{Daemon, MIB};
+
+#[global_allocator]
+static HEAP: common::heap::Counting = common::heap::Counting;
+
+/// Tells a value.
+fn row(what: &str, value: f64, unit: &str, limit: Limit) {
+    table::row("node", what, value, unit, limit);
+}
+
+/// Volumes of a VM.
+const VOLUMES: u32 = 10;
+/// Clients that watch.
+const WATCHERS: usize = 100;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let value = |name: &str, default: u32| {
+        let at = arguments.iter().position(|a| a == name);
+        at.map_or(default, |at| arguments[at + 1].parse().unwrap())
+    };
+    let vms = value("--vms", 1000);
+    if let Some(at) = arguments.iter().position(|a| a == "--serve") {
+        return serve::run(Path::new(&arguments[at + 1]), vms);
+    }
+    let idle = Duration::from_secs(value("--idle", 60).into());
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(bench(vms, idle));
+}
+
+async fn bench(vms: u32, idle: Duration) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut daemon = Daemon::start(dir.path(), vms);
+    let empty = daemon.rss();
+    row("simulated node alone: RSS", empty / MIB, "MiB", Limit::None);
+    let clients = Clients::connect(&dir.path().join("lunplugd.sock")).await;
+
+    let begin = Instant::now();
+    clients.register(vms).await;
+    row("register a VM", begin.elapsed().as_secs_f64() * 1e3 / f64::from(vms), "ms", Limit::None);
+    let begin = Instant::now();
+    clients.add_to_each(vms, 0..VOLUMES - 1).await;
+    clients.all_ready(vms * (VOLUMES - 1)).await;
+    let each = begin.elapsed().as_secs_f64() * 1e3 / f64::from(vms * (VOLUMES - 1));
+    row("a volume, in batches of 9: host and all", each, "ms", Limit::None);
+
+    burst(&clients, &daemon, vms).await;
+    at_rest(&mut daemon, idle).await;
+    fan_out(&clients, &daemon, dir.path(), vms).await;
+    drop(clients);
+    restart(&mut daemon, dir.path(), vms * VOLUMES).await;
+    daemon.quit();
+}
+
+/// One volume more for each VM, all asked for at once.
+async fn burst(clients: &Clients, daemon: &Daemon, vms: u32) {
+    daemon.forget_peak();
+    let before = daemon.rss();
+    let begin = Instant::now();
+    let slowest = clients.add_one_to_each(vms, VOLUMES - 1).await;
+    let durable = begin.elapsed();
+    clients.all_ready(vms * VOLUMES).await;
+    let ready = begin.elapsed();
+    row("1000 adds at once: all durable after", durable.as_secs_f64(), "s", Limit::None);
+    row("1000 adds at once: slowest answer", slowest.as_secs_f64(), "s", Limit::None);
+    row("1000 adds at once: all ready after", ready.as_secs_f64(), "s", Limit::None);
+    let peak = daemon.peak_rss() - before;
+    row("1000 adds at once: RSS more at the peak", peak / MIB, "MiB", Limit::AtMost(64.0));
+}
+
+/// Memory and CPU when nothing happens.
+async fn at_rest(daemon: &mut Daemon, idle: Duration) {
+    // The looks at volumes that came to be ready are over after five seconds, and then spread.
+    tokio::time::sleep(Duration::from_secs(15)).await;
+    row("at rest: RSS, the simulated node included", daemon.rss() / MIB, "MiB", Limit::None);
+    let in_use = daemon.tell("heap")[0];
+    row("at rest: heap in use, the simulated node included", in_use / MIB, "MiB", Limit::None);
+    let (cpu, begin) = (daemon.cpu(), Instant::now());
+    tokio::time::sleep(idle).await;
+    let share = (daemon.cpu() - cpu).as_secs_f64() / begin.elapsed().as_secs_f64() * 100.0;
+    row("at rest: CPU, the simulated node included", share, "% of a core", Limit::AtMost(0.5));
+}
+
+async fn fan_out(clients: &Clients, daemon: &Daemon, dir: &Path, vms: u32) {
+    daemon.forget_peak();
+    let before = daemon.rss();
+    let begin = Instant::now();
+    let mut watchers = Watchers::connect(&dir.join("lunplugd.sock"), WATCHERS, vms * VOLUMES).await;
+    row("100 watchers: all have their list after", begin.elapsed().as_secs_f64(), "s", Limit::None);
+    row("100 watchers: bytes of a list", watchers.list_bytes() / MIB, "MiB", Limit::AtMost(4.0));
+    let peak = daemon.peak_rss() - before;
+    row("100 watchers: RSS more at the peak", peak / MIB, "MiB", Limit::AtMost(64.0));
+
+    let begin = Instant::now();
+    clients.limit(0, 0).await;
+    watchers.all_saw(1).await;
+    row(
+        "100 watchers: one change is with all after",
+        begin.elapsed().as_secs_f64() * 1e3,
+        "ms",
+        Limit::None,
+    );
+
+    daemon.forget_peak();
+    let (before, begin) = (daemon.rss(), Instant::now());
+    clients.remove_one_of_each(vms, VOLUMES - 1).await;
+    watchers.all_know(vms * (VOLUMES - 1)).await;
+    row(
+        "100 watchers, 1000 removals: all know after",
+        begin.elapsed().as_secs_f64(),
+        "s",
+        Limit::None,
+    );
+    row("100 watchers, 1000 removals: lists sent anew", watchers.lists_anew(), "", Limit::None);
+    let peak = daemon.peak_rss() - before;
+    row(
+        "100 watchers, 1000 removals: RSS more at the peak",
+        peak / MIB,
+        "MiB",
+        Limit::AtMost(64.0),
+    );
+    drop(watchers);
+    clients.add_one_to_each(vms, VOLUMES - 1).await;
+    clients.all_ready(vms * VOLUMES).await;
+}
+
+async fn restart(daemon: &mut Daemon, dir: &Path, volumes: u32) {
+    let own = daemon.tell("restart");
+    let begin = Instant::now();
+    let [freed, serving] = own[..] else { panic!("two numbers: {own:?}") };
+    row("own heap with all volumes", freed / MIB, "MiB", Limit::AtMost(64.0));
+    row("restart: serving after", serving, "s", Limit::AtMost(2.0));
+    let clients = Clients::connect(&dir.join("lunplugd.sock")).await;
+    let troubles = clients.all_ready(volumes).await;
+    let ready = serving + begin.elapsed().as_secs_f64();
+    row("restart: every volume found as it should be after", ready, "s", Limit::None);
+    row("restart: volumes that were in trouble meanwhile", troubles.into(), "", Limit::AtMost(0.0));
+    row("after the restart: RSS", daemon.rss() / MIB, "MiB", Limit::None);
+}

@@ -40,6 +40,7 @@ pub fn disk(name: &str) -> DesiredDisk {
     DesiredDisk {
         volume: name.parse().unwrap(),
         source: format!("/var/run/kubevirt/hotplug-disks/{name}"),
+        file: None,
         serial: name.parse().ok(),
         device: DiskType::Disk,
         reservations: None,

@@ -16,8 +16,9 @@ use tokio::time::timeout;
 
 /// Volumes that are worked on at once, those that have become slow not counted.
 const AT_ONCE: usize = 64;
-/// Work that takes longer is slow.
-const SLOW: Duration = Duration::from_secs(1);
+/// Work that takes longer is slow: more than a full set of turns takes on a busy machine, or the number at once
+/// would grow there after all.
+const SLOW: Duration = Duration::from_secs(5);
 
 /// Whose turn it is. Clones share it.
 #[derive(Debug, Clone)]

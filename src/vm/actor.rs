@@ -19,7 +19,6 @@ use super::handler::Message;
 use super::plan::{Known, Rules};
 use super::publish::{self, Board};
 use super::steps::Steps;
-use super::turns::Turns;
 use crate::connector::Attachment;
 use crate::journal::{Desired, EffectsStore, StoredVolume};
 use crate::spec::{RemoveOptions, Revision, VolumeStatus};
@@ -55,8 +54,6 @@ pub struct Tools {
     pub look_interval: Duration,
     /// A volume whose LUN has grown follows it unasked.
     pub auto_expand: bool,
-    /// Whose turn it is to be worked on, of all volumes of the node.
-    pub turns: Turns,
     /// What may be added.
     pub rules: Rules,
     /// The VM is about to move to another pod of this node.

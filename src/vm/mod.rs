@@ -38,5 +38,4 @@ pub mod publish;
 pub mod registry;
 pub mod resolve;
 pub mod steps;
-pub mod turns;
 pub mod ways;

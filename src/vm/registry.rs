@@ -25,7 +25,6 @@ use super::plan::Rules;
 use super::plan::fc::AfterLast;
 use super::publish::Board;
 use super::resolve::{self, Names};
-use super::turns::Turns;
 use super::ways::{Host, Ways};
 use crate::connector::bounded::bounded_rundir;
 use crate::connector::{Authentication, Discovered, Hba};
@@ -70,7 +69,6 @@ pub struct Registry {
     storage: StorageDoors,
     desired: Desired,
     board: Board,
-    turns: Turns,
     vms: std::sync::Mutex<BTreeMap<VmId, Arc<Served>>>,
     /// VMs that are stored but could not be taken up, and why and since when.
     unserved: std::sync::Mutex<BTreeMap<VmId, (VmSpec, Failure, Timestamp)>>,
@@ -105,7 +103,6 @@ impl Registry {
             storage,
             desired,
             board: Board::default(),
-            turns: Turns::default(),
             vms: std::sync::Mutex::default(),
             unserved: std::sync::Mutex::default(),
             reserved: std::sync::Mutex::default(),
@@ -203,7 +200,6 @@ impl Registry {
             backoff: self.settings.backoff,
             look_interval: self.settings.look_interval,
             auto_expand: self.settings.auto_expand,
-            turns: self.turns.clone(),
             rules: Rules {
                 max_volumes: self.settings.node.max_volumes_per_vm as usize,
                 require_wwid: self.settings.node.require_wwid,

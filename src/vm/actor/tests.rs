@@ -203,7 +203,6 @@ impl World {
             backoff: Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(60) },
             look_interval: Duration::from_secs(60),
             auto_expand: false,
-            turns: Turns::default(),
             rules: Rules {
                 max_volumes: 8,
                 require_wwid: false,

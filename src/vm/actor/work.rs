@@ -33,8 +33,7 @@ impl Actor {
         (volume.working, volume.again) = (true, false);
         let (cancel, cancelled) = oneshot::channel();
         volume.cancel = volume.removing.is_none().then_some(cancel);
-        let (steps, turns, name) =
-            (self.tools.steps.clone(), self.tools.turns.clone(), name.clone());
+        let (steps, name) = (self.tools.steps.clone(), name.clone());
         let (stored, removing) = (volume.stored.clone(), volume.removing);
         let libvirt_waits = self.moving.libvirt_waits;
         let how = Circumstances { returns: volume.lasting, starting, libvirt_waits };
@@ -47,7 +46,7 @@ impl Actor {
                 None => {
                     let attached = tokio::select! {
                         biased;
-                        attached = whole(turns.run(steps.attach(&stored, how))) => attached,
+                        attached = whole(steps.attach(&stored, how)) => attached,
                         Ok(()) = cancelled => {
                             Err(Failure::new(Reason::Cancelled, "the volume is wanted no more"))
                         }
@@ -60,7 +59,7 @@ impl Actor {
                 }
                 Some(options) => {
                     let detach = steps.detach(&stored.spec, options);
-                    let result = whole(turns.run(detach)).await.unwrap_or_else(Err);
+                    let result = whole(detach).await.unwrap_or_else(Err);
                     Message::Detached { name, result }
                 }
             }

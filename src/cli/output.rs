@@ -255,7 +255,7 @@ pub(super) fn volume(format: Format, volume: &v1::Volume, to: &mut dyn Write) ->
         ("WWID", on(|d| d.wwid.clone())),
         ("Size", on(|d| format!("{} ({} bytes)", size(d.size_bytes), d.size_bytes))),
         ("Map", on(|d| d.map.clone())),
-        ("Paths", on(|d| d.paths.to_string())),
+        ("Paths", on(|d| if d.dev.is_empty() { String::new() } else { d.paths.to_string() })),
         (
             "Disk",
             if v.spec.disk_name == v.spec.name { String::new() } else { v.spec.disk_name.clone() },

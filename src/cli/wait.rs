@@ -311,8 +311,11 @@ impl<'a, 'b> Shown<'a, 'b> {
         let mut line = format!("{of}{}", output::phase(volume.phase()));
         if let Some(device) = volume.device.as_ref().filter(|_| volume.trouble.is_none()) {
             let size = output::size(device.size_bytes);
-            line =
-                format!("{line}  {} {} {size}, paths: {}", device.dev, device.wwid, device.paths);
+            // A file has neither a number nor paths.
+            line = match device.dev.as_str() {
+                "" => format!("{line}  {} {size}", device.wwid),
+                dev => format!("{line}  {dev} {} {size}, paths: {}", device.wwid, device.paths),
+            };
         }
         if let Some(trouble) = &volume.trouble {
             line = format!("{line}  {}: {}", trouble.reason, trouble.message);

@@ -1,14 +1,15 @@
 //! A file as it is found, and what is known by it.
 
+use super::device::known_by;
 use super::lease::{Found, LocalUser};
-use super::{Local, allowed, qcow2};
+use super::{Local, allowed, qcow2, roots_setting};
 use crate::connector::error::Error;
 use crate::connector::identity::judge;
-use crate::connector::{AttachRequest, Attachment, Expect};
+use crate::connector::{AttachRequest, Attachment};
 use crate::host::local::{FileSeen, HostFile, SourceError};
 use crate::spec::{DeviceStatus, FileSource, Source};
 use crate::step::Step;
-use crate::types::{DevNum, FileFormat};
+use crate::types::{DevNum, FileFormat, Wwid};
 
 /// A file that is a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,7 +30,7 @@ impl Local {
         source: &FileSource,
     ) -> Result<DiskFile, Error> {
         let Some((root, rest)) = allowed(&self.settings.local, of) else {
-            let setting = super::roots_setting(of);
+            let setting = roots_setting(of);
             return Err(Error::NotAllowed { path: source.path.to_string(), setting });
         };
         let seen = self.doors.local.file(root, rest).await?;
@@ -68,7 +69,7 @@ impl Local {
         user: &mut LocalUser,
     ) -> Result<Attachment, Error> {
         let tracker = &self.doors.tracker;
-        let prove = self.prove_file(request, source, &request.expect);
+        let prove = self.prove_file(request, source);
         let (disk, identity) = tracker.run(Step::Identity, prove).await?;
         let found = Found {
             wwid: identity.clone(),
@@ -107,14 +108,13 @@ impl Local {
         &self,
         request: &AttachRequest,
         source: &FileSource,
-        expect: &Expect,
-    ) -> Result<(DiskFile, crate::types::Wwid), Error> {
+    ) -> Result<(DiskFile, Wwid), Error> {
         let disk = self.find_file(&request.source, source).await?;
         // A path of a source is within what an identity may be.
         let device = source.path.to_string();
         let wwid = format!("path.{}", source.path).parse();
-        let identity = super::device::known_by(wwid.map_err(|_| Error::NoIdentity { device })?);
-        judge(source.path.as_str(), expect, &identity, disk.size)?;
+        let identity = known_by(wwid.map_err(|_| Error::NoIdentity { device })?);
+        judge(source.path.as_str(), &request.expect, &identity, disk.size)?;
         Ok((disk, identity.wwid))
     }
 }

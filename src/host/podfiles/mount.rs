@@ -17,12 +17,15 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::libc;
 use nix::mount::{MntFlags, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::host::poddir::Inode;
 
@@ -210,7 +213,13 @@ pub(super) fn mount(
     })
 }
 
-/// Unmounts what is mounted on `name`; `false` when nothing is, EBUSY while somebody has it open.
+/// How long whoever has the file open may take to close it: a QEMU that lets go of it, a program that was just
+/// started and has not yet closed what it inherited.
+const CLOSING: Duration = Duration::from_secs(1);
+/// The event of a close comes a moment before the mount is free.
+const RETRY: Duration = Duration::from_millis(20);
+
+/// Unmounts what is mounted on `name`; `false` when nothing is, EBUSY when somebody has it open and does not close it.
 pub(super) fn unmount(namespace: &OwnedFd, dir: (&Path, Inode), name: &str) -> io::Result<bool> {
     within(namespace, move || {
         let dir = directory(dir.0, dir.1)?;
@@ -219,8 +228,26 @@ pub(super) fn unmount(namespace: &OwnedFd, dir: (&Path, Inode), name: &str) -> i
         }
         // This thread's directory is its own, so that the name is one beneath the directory that was proven.
         nix::unistd::fchdir(&dir)?;
-        umount2(name, MntFlags::UMOUNT_NOFOLLOW)?;
-        Ok(true)
+        let (end, mut closes) = (Instant::now() + CLOSING, None);
+        loop {
+            match umount2(name, MntFlags::UMOUNT_NOFOLLOW) {
+                Err(Errno::EBUSY) if Instant::now() < end => {}
+                other => return other.map(|()| true).map_err(io::Error::from),
+            }
+            let closes = match &closes {
+                Some(closes) => closes,
+                None => {
+                    let new = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+                    let flags = AddWatchFlags::IN_CLOSE | AddWatchFlags::IN_DONT_FOLLOW;
+                    new.add_watch(name, flags)?;
+                    &*closes.insert(new)
+                }
+            };
+            let mut ready = [PollFd::new(closes.as_fd(), PollFlags::POLLIN)];
+            poll(&mut ready, PollTimeout::try_from(RETRY).unwrap_or(PollTimeout::ZERO))?;
+            // Whatever they say, it is tried again.
+            let _ = closes.read_events();
+        }
     })
 }
 
@@ -286,8 +313,12 @@ mod tests {
         assert_eq!(pod.observe(), Some(SeenFile { inode: source, mounted: true }));
         let open = File::open(pod.sees("disk")).unwrap();
         assert_eq!(pod.unmount().unwrap_err().raw_os_error(), Some(libc::EBUSY));
-        drop(open);
-        assert!(pod.unmount().unwrap());
+        // Whoever is about to close it is waited for.
+        std::thread::scope(|scope| {
+            let unmount = scope.spawn(|| pod.unmount());
+            drop(open);
+            assert!(unmount.join().unwrap().unwrap());
+        });
         assert!(!pod.unmount().unwrap());
         let placeholder = inode(&pod.hotplug.join("disk"));
         assert_eq!(pod.observe(), Some(SeenFile { inode: placeholder, mounted: false }));

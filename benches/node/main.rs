@@ -88,11 +88,16 @@ async fn burst(clients: &Clients, daemon: &Daemon, vms: u32) {
     let durable = begin.elapsed();
     clients.all_ready(vms * VOLUMES).await;
     let ready = begin.elapsed();
-    row("1000 adds at once: all durable after", durable.as_secs_f64(), "s", Limit::None);
-    row("1000 adds at once: slowest answer", slowest.as_secs_f64(), "s", Limit::None);
-    row("1000 adds at once: all ready after", ready.as_secs_f64(), "s", Limit::None);
+    row(&format!("{vms} adds at once: all durable after"), durable.as_secs_f64(), "s", Limit::None);
+    row(&format!("{vms} adds at once: slowest answer"), slowest.as_secs_f64(), "s", Limit::None);
+    row(&format!("{vms} adds at once: all ready after"), ready.as_secs_f64(), "s", Limit::None);
     let peak = daemon.peak_rss() - before;
-    row("1000 adds at once: RSS more at the peak", peak / MIB, "MiB", Limit::AtMost(64.0));
+    row(
+        &format!("{vms} adds at once: RSS more at the peak"),
+        peak / MIB,
+        "MiB",
+        Limit::AtMost(64.0),
+    );
 }
 
 /// Memory and CPU when nothing happens.
@@ -133,15 +138,20 @@ async fn fan_out(clients: &Clients, daemon: &Daemon, dir: &Path, vms: u32) {
     clients.remove_one_of_each(vms, VOLUMES - 1).await;
     watchers.all_know(vms * (VOLUMES - 1)).await;
     row(
-        "100 watchers, 1000 removals: all know after",
+        &format!("100 watchers, {vms} removals: all know after"),
         begin.elapsed().as_secs_f64(),
         "s",
         Limit::None,
     );
-    row("100 watchers, 1000 removals: lists sent anew", watchers.lists_anew(), "", Limit::None);
+    row(
+        &format!("100 watchers, {vms} removals: lists sent anew"),
+        watchers.lists_anew(),
+        "",
+        Limit::None,
+    );
     let peak = daemon.peak_rss() - before;
     row(
-        "100 watchers, 1000 removals: RSS more at the peak",
+        &format!("100 watchers, {vms} removals: RSS more at the peak"),
         peak / MIB,
         "MiB",
         Limit::AtMost(64.0),

@@ -15,7 +15,7 @@ use super::apply::{At, Error};
 use super::diff::PlanError;
 use super::template;
 use super::unplug::{self, Detached};
-use super::xml::{self, Disk, Domain};
+use super::xml::{self, Disk, Domain, DriveSource};
 use crate::host::libvirt::{
     Calls, Connection, Definition, DomainInfo, DomainState, LibvirtError, Medium,
 };
@@ -188,7 +188,7 @@ async fn change(
     alias: &str,
     text: &str,
     target: &str,
-    source: &str,
+    source: &DriveSource,
     how: Medium,
 ) -> Result<(), Error> {
     let drive = xml::with_medium(text, target, source).map_err(at.unreadable())?;
@@ -260,7 +260,9 @@ async fn take_out(at: &At<'_>, alias: &str, source: &str, how: Eject) -> Result<
     let Some(drive) = live.drive_with(source) else {
         return Ok(done(Detached::Absent, false));
     };
-    let out = async |medium| change(at, alias, &text, &drive.target, "", medium).await;
+    let out = async |medium| {
+        change(at, alias, &text, &drive.target, &DriveSource::default(), medium).await
+    };
     let mut unlocked = false;
     let mut result = out(Medium::Eject).await;
     if how == Eject::Forced && matches!(result, Err(Error::TrayLocked { .. })) {

@@ -10,7 +10,7 @@ use askama::{Template, filters::Escaper};
 use crate::types::Blocks;
 
 use super::diff::{CONTROLLER_MODEL, DesiredDisk, DiskAddress, NewController, Placement};
-use super::xml::PciAddress;
+use super::xml::{DriveSource, PciAddress};
 
 /// A fragment could not be filled.
 #[derive(Debug, thiserror::Error)]
@@ -115,8 +115,8 @@ pub fn disk(desired: &DesiredDisk, placement: &Placement) -> Result<String, Temp
 }
 
 /// The source of a medium, as it stands in its drive's XML.
-pub fn medium(source: &str, file: bool, dac_keep: bool) -> Result<String, TemplateError> {
-    Ok(MediumXml { source, file, dac_keep }.render()?)
+pub fn medium(source: &str, file: bool, dac_keep: bool) -> Result<DriveSource, TemplateError> {
+    Ok(DriveSource { xml: MediumXml { source, file, dac_keep }.render()?, file })
 }
 
 /// A virtio-scsi controller's XML.

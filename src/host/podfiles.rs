@@ -52,7 +52,9 @@ pub enum FileError {
     #[error("the file cannot be shown in the pod")]
     Source(#[source] SourceError),
     /// Somebody has it open there.
-    #[error("{name} in {dir} is still open in the pod")]
+    #[error(
+        "{name} in {dir} is still open in the pod: fuser or lsof in its container tell by whom"
+    )]
     Busy {
         /// The directory.
         dir: String,

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::grants::{CgroupRef, Hierarchy};
 use super::poddir::Inode;
+pub(in crate::host) use cgroups::is_gone;
 pub use real::HostProcs;
 
 /// A process that cannot be mistaken for a later one with the same number.

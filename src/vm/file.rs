@@ -7,7 +7,7 @@
 //! with force the pod keeps what it has open, and that is said.
 
 use super::attach::Way;
-use super::discover::{self, Place, PodPlace, Wanted};
+use super::discover::{self, DiscoverError, Place, PodPlace, Wanted};
 use super::failure::Failure;
 use super::ways::Ways;
 use crate::connector::{Attachment, GaveUp};
@@ -87,7 +87,17 @@ pub(super) async fn unmount(
     disk: &VolumeName,
     force: Option<&GaveUp>,
 ) -> Result<(), Failure> {
-    let seen = seen_by(ways, place).await;
+    let seen = match seen_by(ways, place).await {
+        Err(failure) if force.is_none() => return Err(failure),
+        Err(failure) => {
+            tracing::warn!(
+                why = failure.message,
+                "nobody can say whether a file is open in the pod"
+            );
+            None
+        }
+        Ok(seen) => seen,
+    };
     let files = &ways.host.pods.files;
     let taken = files.remove(dir, seen.as_ref(), disk, force.is_some()).await?;
     if let (true, Some(gave_up)) = (taken.was_open, force) {
@@ -99,13 +109,16 @@ pub(super) async fn unmount(
 }
 
 /// The pod as a process sees it that has the mount: QEMU, or libvirt's daemon where QEMU has ended or is yet to come.
-/// Without either nobody has it open whom a guest's data are given to.
-async fn seen_by(ways: &Ways, place: &VmPlace) -> Option<InPod> {
+/// `None` where there is neither, or none that sees our directory: then nobody has it open whom a guest's data are
+/// given to. An error says that it could not be found out.
+async fn seen_by(ways: &Ways, place: &VmPlace) -> Result<Option<InPod>, Failure> {
     let (pods, settings) = (&ways.host.pods, &ways.settings().discover);
     for wanted in [Wanted::Qemu(ways.vm.domain.clone()), Wanted::Libvirt] {
-        if let Ok(found) = discover::discover(pods, settings, place, &wanted).await {
-            return found.pod.as_ref().map(in_pod);
+        match discover::discover(pods, settings, place, &wanted).await {
+            Ok(found) => return Ok(found.pod.as_ref().map(in_pod)),
+            Err(error @ DiscoverError::Procs { .. }) => return Err(error.into()),
+            Err(_) => {}
         }
     }
-    None
+    Ok(None)
 }

@@ -243,6 +243,13 @@ fn a_file_that_is_open_in_the_pod_is_waited_for_unless_forced() {
 
         daemon.add(1, &file("data", 1)).await;
         open(true);
+        // Where it cannot be found out who sees it, it is not taken for one that nobody has open.
+        world.inject_all("procs.list");
+        daemon.drop_volume(1, "data", RemoveOptions::default()).await.unwrap();
+        daemon.until(1, "data", |s| s.reason.is_some()).await;
+        assert!(snapshot(&world).contains("mount data"), "{}", snapshot(&world));
+        world.host.faults.clear();
+        daemon.until(1, "data", held).await;
         daemon.drop_volume(1, "data", FORCE).await.unwrap();
         daemon.gone(1, "data").await;
         daemon.quiet().await;

@@ -39,9 +39,22 @@ impl Tag<'_> {
     }
 }
 
-/// The element of the disk with that target name, its medium exchanged for `source`, which is written XML
-/// (empty for none). `None` where the domain has no such disk.
-pub fn with_medium(domain: &str, target: &str, source: &str) -> Result<Option<String>, XmlError> {
+/// What a drive is to have.
+#[derive(Debug, Clone, Default)]
+pub struct DriveSource {
+    /// Its elements as written XML; empty for none.
+    pub xml: String,
+    /// It is a file, and no block device.
+    pub file: bool,
+}
+
+/// The element of the disk with that target name, its medium exchanged for `source`. `None` where the domain has no
+/// such disk.
+pub fn with_medium(
+    domain: &str,
+    target: &str,
+    source: &DriveSource,
+) -> Result<Option<String>, XmlError> {
     let parts = parts(domain)?;
     let mut path: Vec<&str> = Vec::new();
     let mut from = None;
@@ -105,7 +118,7 @@ fn read<'a>(tag: &BytesStart<'_>, kind: Kind, text: &'a str) -> Result<Tag<'a>, 
 }
 
 /// A disk's parts written anew.
-fn exchanged(disk: &[Part<'_>], source: &str) -> String {
+fn exchanged(disk: &[Part<'_>], source: &DriveSource) -> String {
     let mut text = String::new();
     let (mut depth, mut skipping) = (0_usize, false);
     let (mut driver, mut readonly) = (false, false);
@@ -122,7 +135,7 @@ fn exchanged(disk: &[Part<'_>], source: &str) -> String {
         let of_medium = depth == 1 && OF_MEDIUM.contains(&tag.name.as_str());
         match tag.kind {
             Kind::Start if depth == 0 => {
-                let kind = if source.starts_with("<source file=") { "file" } else { "block" };
+                let kind = if source.file { "file" } else { "block" };
                 text += &element(tag, &[("type", kind)]);
             }
             Kind::Start if of_medium => skipping = true,
@@ -136,7 +149,7 @@ fn exchanged(disk: &[Part<'_>], source: &str) -> String {
             }
             Kind::End if depth == 0 => {
                 text += if driver { "" } else { "<driver name='qemu' type='raw'/>" };
-                text += source;
+                text += &source.xml;
                 text += if readonly { "" } else { "<readonly/>" };
                 text += tag.text;
             }
@@ -186,7 +199,8 @@ mod tests {
   </devices></domain>";
 
     fn drive(target: &str, source: &str) -> String {
-        let text = with_medium(DOMAIN, target, source).unwrap().unwrap();
+        let source = DriveSource { xml: source.into(), file: source.contains("file=") };
+        let text = with_medium(DOMAIN, target, &source).unwrap().unwrap();
         text.split_whitespace().collect::<Vec<_>>().join(" ")
     }
 
@@ -212,8 +226,11 @@ mod tests {
             "<disk type='file' device='cdrom'><target dev='sdb' bus='sata'/>\
              <driver name='qemu' type='raw'/><source file='/new'/><readonly/></disk>"
         );
-        assert_eq!(with_medium(DOMAIN, "sdz", "").unwrap(), None);
-        assert!(with_medium("<domain><devices>", "sda", "").is_ok_and(|found| found.is_none()));
-        assert!(with_medium("<domain <<", "sda", "").is_err());
+        assert_eq!(with_medium(DOMAIN, "sdz", &DriveSource::default()).unwrap(), None);
+        assert!(
+            with_medium("<domain><devices>", "sda", &DriveSource::default())
+                .is_ok_and(|found| found.is_none())
+        );
+        assert!(with_medium("<domain <<", "sda", &DriveSource::default()).is_err());
     }
 }

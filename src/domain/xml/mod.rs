@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 
 use crate::types::IoLimits;
 use addresses::addresses;
-pub use drive::with_medium;
+pub use drive::{DriveSource, with_medium};
 pub use iothreads::IoThreads;
 use raw::{RawChannel, RawDomain};
 

@@ -55,23 +55,39 @@ fn ours(file: &File) -> io::Result<bool> {
     Ok(set_lock(file, libc::F_WRLCK)? && file.metadata()?.nlink() > 0)
 }
 
-/// Removes what killed writers left in `dir` and beneath it.
+/// Removes what killed writers left in `dir` and beneath it. Others work there meanwhile: what goes, or gets its name,
+/// while it is looked at is as it should be.
 pub(super) fn sweep(dir: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
+    let Some(entries) = unless_gone(fs::read_dir(dir))? else { return Ok(()) };
+    for entry in entries {
         let entry = entry?;
-        let (path, kind) = (entry.path(), entry.file_type()?);
+        let path = entry.path();
+        let Some(kind) = unless_gone(entry.file_type())? else { continue };
         if kind.is_dir() {
             sweep(&path)?;
-        } else if kind.is_file() && is_temporary(&entry.file_name().to_string_lossy()) {
-            match OpenOptions::new().write(true).open(&path) {
-                Ok(file) if ours(&file)? => fs::remove_file(&path)?,
-                Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) => return Err(e),
-            }
+        } else if kind.is_file()
+            && is_temporary(&entry.file_name().to_string_lossy())
+            && let Some(file) = unless_gone(OpenOptions::new().write(true).open(&path))?
+        {
+            remove_left(&file, &path)?;
         }
     }
     Ok(())
+}
+
+/// Removes a file by its temporary name, if nobody writes it. One that has got its own name since it was opened keeps that.
+fn remove_left(file: &File, path: &Path) -> io::Result<()> {
+    if ours(file)? {
+        unless_gone(fs::remove_file(path))?;
+    }
+    Ok(())
+}
+
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
 }
 
 #[cfg(test)]
@@ -102,6 +118,18 @@ mod tests {
             [written.file_name().unwrap().to_str().unwrap(), "kept"],
             "the one that is locked stays"
         );
+    }
+
+    #[test]
+    fn a_file_that_gets_its_name_while_it_is_looked_at_keeps_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, temporary) = create(dir.path()).unwrap();
+        let seen = OpenOptions::new().write(true).open(&temporary).unwrap();
+        fs::rename(&temporary, dir.path().join("lease")).unwrap();
+        drop(file);
+        remove_left(&seen, &temporary).unwrap();
+        assert_eq!(names(dir.path()), ["lease"]);
+        sweep(&dir.path().join("gone")).unwrap();
     }
 
     #[test]

@@ -76,8 +76,18 @@ pub(super) fn is_changed(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<Changed>())
 }
 
+/// The result of one of the calls on mounts.
 fn call(result: libc::c_long) -> io::Result<libc::c_long> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result >= 0 {
+        return Ok(result);
+    }
+    match io::Error::last_os_error() {
+        e if e.raw_os_error() == Some(libc::ENOSYS) => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "files need Linux 5.12 or newer on the node",
+        )),
+        e => Err(e),
+    }
 }
 
 /// A mount of the file alone, in nobody's namespace yet: without set-uid, devices and programs, and for reading only
@@ -234,21 +244,24 @@ pub(super) fn unmount(namespace: &OwnedFd, dir: (&Path, Inode), name: &str) -> i
                 Err(Errno::EBUSY) if Instant::now() < end => {}
                 other => return other.map(|()| true).map_err(io::Error::from),
             }
-            let closes = match &closes {
-                Some(closes) => closes,
-                None => {
-                    let new = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-                    let flags = AddWatchFlags::IN_CLOSE | AddWatchFlags::IN_DONT_FOLLOW;
-                    new.add_watch(name, flags)?;
-                    &*closes.insert(new)
-                }
-            };
-            let mut ready = [PollFd::new(closes.as_fd(), PollFlags::POLLIN)];
-            poll(&mut ready, PollTimeout::try_from(RETRY).unwrap_or(PollTimeout::ZERO))?;
-            // Whatever they say, it is tried again.
-            let _ = closes.read_events();
+            await_close(closes.get_or_insert_with(|| closes_of(name)).as_ref());
         }
     })
+}
+
+/// The closes of a file, by its name in this thread's directory. `None` where no watch is to be had.
+fn closes_of(name: &str) -> Option<Inotify> {
+    let closes = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok()?;
+    closes.add_watch(name, AddWatchFlags::IN_CLOSE | AddWatchFlags::IN_DONT_FOLLOW).ok()?;
+    Some(closes)
+}
+
+/// Waits for a close, for a short time: whatever comes, or does not, it is tried again.
+fn await_close(closes: Option<&Inotify>) {
+    let wait = PollTimeout::try_from(RETRY).unwrap_or(PollTimeout::ZERO);
+    let watched = closes.map(|closes| PollFd::new(closes.as_fd(), PollFlags::POLLIN));
+    let _ = poll(&mut watched.into_iter().collect::<Vec<_>>(), wait);
+    let _ = closes.map(Inotify::read_events);
 }
 
 /// What is there, as it is seen in `namespace`.

@@ -16,7 +16,7 @@ use crate::host::blocking::blocking;
 use crate::host::local::{HostFile, open_file};
 use crate::host::nodes::NodeError;
 use crate::host::poddir::{HotplugDir, Inode, open_hotplug};
-use crate::host::procs::HostProcs;
+use crate::host::procs::{HostProcs, is_gone};
 use crate::types::{Outcome, VolumeName};
 
 /// The real host's.
@@ -86,11 +86,13 @@ impl PodFiles for HostPodFiles {
                 return Ok(Taken { outcome: Outcome::Already(()), was_open: false });
             }
             let mut was_open = false;
-            // Whoever has ended since sees nothing any more.
-            if let Some(at) = seen
-                && let Ok(namespace) = procs.mount_namespace(at.process)
-            {
-                was_open = place.unmount(&at, &namespace, force)?;
+            if let Some(at) = seen {
+                match procs.mount_namespace(at.process) {
+                    Ok(namespace) => was_open = place.unmount(&at, &namespace, force)?,
+                    // It has ended since, and sees nothing any more.
+                    Err(e) if is_gone(&e) => {}
+                    Err(e) => return Err(io("entering the pod")(e)),
+                }
             }
             // What of it is mounted anywhere still goes with it.
             if let Some(Thing::Placeholder(_)) = place.look()? {

@@ -152,6 +152,6 @@ pub(super) fn members(cgroup: &CgroupRef) -> io::Result<Vec<u32>> {
 }
 
 /// A cgroup or process that ended while it was looked at.
-pub(super) fn is_gone(error: &io::Error) -> bool {
+pub(in crate::host) fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ESRCH | libc::ENOTDIR))
 }

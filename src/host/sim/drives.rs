@@ -1,7 +1,7 @@
 //! The cdrom drives of a simulated domain, and what the guest does with their trays.
 
 use super::domain::{SimDevice, SimDomain, read, refused};
-use crate::domain::xml::{self, Disk};
+use crate::domain::xml::{self, Disk, DriveSource};
 use crate::host::libvirt::LibvirtError;
 
 impl SimDomain {
@@ -36,7 +36,8 @@ impl SimDomain {
 
     /// Somebody puts a file into a drive of the running domain, or takes out what is there.
     pub fn change_medium(&mut self, target: &str, file: Option<&str>) {
-        let source = file.map(|file| format!("<source file='{file}'/>")).unwrap_or_default();
+        let xml = file.map(|file| format!("<source file='{file}'/>")).unwrap_or_default();
+        let source = DriveSource { xml, file: file.is_some() };
         let live = self.live.clone().unwrap_or_default();
         if let Ok(Some(drive)) = xml::with_medium(&live, target, &source) {
             self.replace(target, &drive);

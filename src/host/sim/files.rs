@@ -88,26 +88,21 @@ impl SimFiles {
         self.lock().files.remove(Path::new(path));
     }
 
-    pub(super) fn seen(&self, path: &Path) -> Result<FileSeen, SourceError> {
+    fn get(&self, path: &Path) -> Result<(Inode, SimFile), SourceError> {
         let model = self.lock();
         let found = model.files.get(path);
         let (ino, file) = found.ok_or_else(|| SourceError::NotThere(path.to_owned()))?;
-        Ok(FileSeen {
-            inode: Inode { dev: 42, ino: *ino },
-            size: file.size,
-            head: file.head.clone(),
-            read_only: file.read_only,
-            locked: file.locked,
-        })
+        Ok((Inode { dev: 42, ino: *ino }, file.clone()))
+    }
+
+    pub(super) fn seen(&self, path: &Path) -> Result<FileSeen, SourceError> {
+        let (inode, SimFile { size, head, read_only, locked, .. }) = self.get(path)?;
+        Ok(FileSeen { inode, size, head, read_only, locked })
     }
 
     pub(super) fn same(&self, file: &HostFile) -> Result<SimFile, SourceError> {
-        if self.seen(&file.path())?.inode != file.inode {
-            return Err(SourceError::Exchanged(file.path()));
-        }
-        let model = self.lock();
-        let (_, found) = &model.files[&file.path()];
-        Ok(found.clone())
+        let (inode, found) = self.get(&file.path())?;
+        if inode == file.inode { Ok(found) } else { Err(SourceError::Exchanged(file.path())) }
     }
 
     /// How large the file of that inode is.

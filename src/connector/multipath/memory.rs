@@ -1,0 +1,135 @@
+//! What multipath remembers of a LUN once it has gone: its lines in `wwids` and `bindings`.
+
+use super::{by_uuid, remove};
+use crate::connector::error::Error;
+use crate::connector::settings::Settings;
+use crate::host::multipathd::Multipathd;
+use crate::host::storage::StorageDoors;
+use crate::types::{Outcome, Wwid};
+
+/// Waits until multipathd is done with the event that it is working on: it may be one of a path that
+/// has gone meanwhile, at whose end it writes `wwids` and `bindings`. The answer needs the lock that
+/// it works under; later events of such a path find no device. That it fails is not worse than not
+/// trying.
+pub(crate) async fn drain(multipathd: &dyn Multipathd) {
+    for command in ["show paths", "show maps"] {
+        if let Err(e) = multipathd.ask(command).await {
+            tracing::debug!(error = %e, "multipathd was not waited for");
+            return;
+        }
+    }
+}
+
+/// How often multipath is told again to forget a LUN that it has written down anew.
+const FORGETS: usize = 4;
+
+/// Has multipath forget the LUN of a map that was ours, in its own spelling.
+///
+/// multipathd writes `bindings` from what it has in memory, without a look at the file. Where it did so for another
+/// map just then, before it had noticed that ours is gone from the file, ours is back. It notices before it
+/// answers (its `uxlsnr` thread does both): so it is asked, and what came back meanwhile is removed once more.
+pub(crate) async fn forget(multipathd: &dyn Multipathd, uuid: &str) -> Result<(), Error> {
+    let Some(Ok(wwid)) = uuid.strip_prefix("mpath-").map(str::parse::<Wwid>) else {
+        return Ok(()); // Not a WWID that we could have attached.
+    };
+    for _ in 0..FORGETS {
+        let forgotten = multipathd.forget(&wwid).await.map_err(Error::Multipathd)?;
+        if matches!(forgotten, Outcome::Already(())) {
+            break;
+        }
+        drain(multipathd).await;
+    }
+    Ok(())
+}
+
+/// The same once its paths are deleted. A map that multipathd made of them in their last moment goes, too;
+/// one that has other paths is that of others, who have the LUN as well.
+pub(crate) async fn forget_deleted(
+    doors: &StorageDoors,
+    settings: &Settings,
+    uuid: &str,
+) -> Result<(), Error> {
+    if let Some(map) = by_uuid(&*doors.sysfs, uuid).await? {
+        for slave in &map.slaves {
+            // A deleted disk stays listed for as long as the map is there.
+            let there = doors.sysfs.text(&format!("block/{slave}/dev")).await;
+            if there.map_err(Error::io(format!("reading block/{slave}")))?.is_some() {
+                return Ok(());
+            }
+        }
+        remove(doors, settings, uuid).await?;
+    }
+    forget(&*doors.multipathd, uuid).await
+}
+
+/// The same, for a LUN that has no map now.
+pub(crate) async fn forget_unused(doors: &StorageDoors, wwid: &Wwid) -> Result<(), Error> {
+    let uuid = format!("mpath-{}", wwid.multipath());
+    match by_uuid(&*doors.sysfs, &uuid).await? {
+        Some(_) => Ok(()),
+        None => forget(&*doors.multipathd, &uuid).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use async_trait::async_trait;
+
+    use super::*;
+    use crate::host::multipathd::MultipathdError;
+
+    /// A multipathd that writes its file from memory some more times before it notices that it was changed.
+    #[derive(Default)]
+    struct Writing {
+        listed: Mutex<bool>,
+        late: Mutex<usize>,
+        commands: Mutex<Vec<String>>,
+    }
+
+    impl Writing {
+        fn with(late: usize) -> Self {
+            Self { listed: Mutex::new(true), late: Mutex::new(late), ..Self::default() }
+        }
+    }
+
+    #[async_trait]
+    impl Multipathd for Writing {
+        async fn ask(&self, command: &str) -> Result<String, MultipathdError> {
+            self.commands.lock().unwrap().push(command.to_owned());
+            let mut late = self.late.lock().unwrap();
+            if *late > 0 && command == "show paths" {
+                *late -= 1;
+                *self.listed.lock().unwrap() = true;
+            }
+            Ok("ok".into())
+        }
+
+        async fn forget(&self, _: &Wwid) -> Result<Outcome, MultipathdError> {
+            let was = std::mem::take(&mut *self.listed.lock().unwrap());
+            Ok(if was { Outcome::Done(()) } else { Outcome::Already(()) })
+        }
+    }
+
+    const UUID: &str = "mpath-360014050000000000000000000000001";
+
+    #[tokio::test]
+    async fn what_multipathd_writes_down_anew_is_forgotten_once_more() {
+        for late in [0, 1, 2] {
+            let multipathd = Writing::with(late);
+            forget(&multipathd, UUID).await.unwrap();
+            assert!(!*multipathd.listed.lock().unwrap(), "{late}");
+        }
+        let unknown = Writing::default();
+        forget(&unknown, UUID).await.unwrap();
+        assert!(unknown.commands.lock().unwrap().is_empty(), "nothing to wait for");
+    }
+
+    #[tokio::test]
+    async fn a_multipathd_that_never_stops_is_not_told_for_ever() {
+        let multipathd = Writing::with(usize::MAX);
+        forget(&multipathd, UUID).await.unwrap();
+        assert_eq!(multipathd.commands.lock().unwrap().len(), 2 * FORGETS);
+    }
+}

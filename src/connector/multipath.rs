@@ -238,9 +238,9 @@ pub(crate) async fn decide(
     settings: &Settings,
     paths: &[ScsiPath],
 ) -> Result<(), Error> {
-    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    let mut wait = Wait::for_udev(&*doors.uevents, ms(settings.map_ms));
     while !nudge(&*doors.multipathd, paths).await? {
-        // udev's own events are not the kernel's: without one of these it is asked again in a while.
+        // Where udev is not heard it is asked again in a while.
         let again = Instant::now() + ms(settings.map_nudge_ms);
         if above(&*doors.sysfs, paths).await? != Above::Nothing || !wait.next_before(again).await {
             break;

@@ -29,6 +29,11 @@ impl Wait {
         Self { stream: uevents.subscribe(), deadline: Instant::now() + within, over: false }
     }
 
+    /// For what comes of udev's rules: looks again whenever they have been run for a device.
+    pub(crate) fn for_udev(uevents: &dyn Uevents, within: Duration) -> Self {
+        Self { stream: uevents.subscribe_to_udev(), ..Self::new(uevents, within) }
+    }
+
     /// Returns when it is time to look again; `false` when the deadline has passed and the last
     /// look was taken.
     pub(crate) async fn next(&mut self) -> bool {

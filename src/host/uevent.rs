@@ -73,4 +73,10 @@ impl UeventStream {
 pub trait Uevents: Send + Sync {
     /// Subscribes; events from now on are seen.
     fn subscribe(&self) -> UeventStream;
+
+    /// Subscribes to udev's own events instead: each tells, by [`Notice::Recheck`], that the rules for some
+    /// device have been run. Where they cannot be had the kernel's come, which are somewhat early.
+    fn subscribe_to_udev(&self) -> UeventStream {
+        self.subscribe()
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use futures_util::future::join_all;
 use tokio::time::Instant;
 
 use super::Luns;
@@ -51,9 +52,7 @@ impl<T: Transport> Luns<T> {
             tracker.run(Step::Unmap, remove).await?;
             maps.insert(map.uuid);
         }
-        for path in user.paths.iter().filter(|p| p.made) {
-            tracker.run(Step::DeletePath, self.delete_path(user, path, &mut maps)).await?;
-        }
+        self.delete_paths(user, &mut maps).await?;
         // Last: as long as it had a path, multipathd could have written them again.
         if !maps.is_empty() {
             multipath::drain(&*self.doors.multipathd).await;
@@ -139,10 +138,7 @@ impl<T: Transport> Luns<T> {
             options.gave_up(flush_lost(map.dev, &error));
         }
         multipath::disarm(&self.doors, &self.settings, map).await?;
-        for path in user.paths.iter().filter(|p| p.made) {
-            self.delete_path(user, path, maps).await?;
-        }
-        Ok(())
+        self.delete_paths(user, maps).await
     }
 
     /// A map that multipathd made above our paths, though the lease does not know it (the attach
@@ -221,33 +217,47 @@ impl<T: Transport> Luns<T> {
         }
     }
 
-    /// Deletes a path of ours if it is still the one that it was, and nobody holds it; its address
-    /// is nobody's then.
-    async fn delete_path(
-        &self,
-        user: &User,
-        path: &PathLease,
-        maps: &mut BTreeSet<String>,
-    ) -> Result<(), Error> {
-        self.delete_device(user, path, maps).await?;
+    /// Deletes our paths, those that are still what they were and that nobody holds; their addresses are
+    /// nobody's then. One after the other they are taken out of maps, so that the last one of somebody's map is
+    /// found to be so; the kernel's part, which takes the longest, goes side by side.
+    async fn delete_paths(&self, user: &User, maps: &mut BTreeSet<String>) -> Result<(), Error> {
+        let mut free = Vec::new();
+        for path in user.paths.iter().filter(|p| p.made) {
+            free.push((path, self.free(user, path, maps).await?));
+        }
+        // multipathd may have made a map in between, and taken it off with a path, unseen.
+        let wwids = free.iter().filter_map(|(_, seen)| seen.as_ref()?.wwid.parse::<Wwid>().ok());
+        maps.extend(wwids.map(|wwid| format!("mpath-{}", wwid.multipath())));
+        let tracker = &self.doors.tracker;
+        let delete = |(path, seen)| tracker.run(Step::DeletePath, self.delete_path(path, seen));
+        let deleted = join_all(free.into_iter().map(delete)).await;
+        deleted.into_iter().collect()
+    }
+
+    async fn delete_path(&self, path: &PathLease, seen: Option<Seen>) -> Result<(), Error> {
+        if let Some(seen) = seen {
+            scsi::delete(&self.doors, &self.settings, path.hctl, &path.dir, &seen).await?;
+        }
         if scsi::disk(&*self.doors.sysfs, &path.dir).await?.is_none() {
             guestlun::unmark(&*self.doors.rundir, path.hctl).await?;
         }
         Ok(())
     }
 
-    async fn delete_device(
+    /// What a path of ours is now, once nobody holds it; `None` where there is nothing to be deleted.
+    async fn free(
         &self,
         user: &User,
         path: &PathLease,
         maps: &mut BTreeSet<String>,
-    ) -> Result<(), Error> {
+    ) -> Result<Option<Seen>, Error> {
         let sysfs = &*self.doors.sysfs;
         let Some(disk) = scsi::disk(sysfs, &path.dir).await? else {
-            return self.delete_diskless(path).await;
+            self.delete_diskless(path).await?;
+            return Ok(None);
         };
         let seen = match &path.seen {
-            Some(seen) if seen.diskseq != disk.diskseq => return Ok(()), // Another's by now.
+            Some(seen) if seen.diskseq != disk.diskseq => return Ok(None), // Another's by now.
             // What it shows now: a swapped one came here only by force.
             Some(seen) => Seen { wwid: scsi::raw_wwid(sysfs, &path.dir).await?, ..seen.clone() },
             // Announced, never seen: it was not there when the scan began, so it is of our scan.
@@ -260,12 +270,7 @@ impl<T: Transport> Luns<T> {
         };
         let block = format!("{}/block/{}", path.dir, seen.name);
         self.free_path(user, path.hctl, &block, &seen, maps).await?;
-        scsi::delete(&self.doors, &self.settings, path.hctl, &path.dir, &seen).await?;
-        // multipathd may have made a map in between, and taken it off with the path, unseen.
-        if let Ok(wwid) = seen.wwid.parse::<Wwid>() {
-            maps.insert(format!("mpath-{}", wwid.multipath()));
-        }
-        Ok(())
+        Ok(Some(seen))
     }
 
     /// Waits until nobody holds a path. multipathd may be about to make a map above it, or to make

@@ -1,18 +1,20 @@
 //! Block devices of the real host.
 #![allow(unsafe_code)]
 
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use nix::libc;
 use nix::sys::stat::{Mode, SFlag, mknod};
+use tokio::sync::oneshot;
 
 use super::{Blocks, Exclusive};
 use crate::host::workers::Workers;
@@ -28,6 +30,7 @@ mod ioctls {
 pub struct RealBlocks {
     opener: Arc<Opener>,
     proc: PathBuf,
+    asked: Arc<Asked>,
     workers: Workers,
     deadline: Duration,
 }
@@ -40,6 +43,7 @@ impl RealBlocks {
         Self {
             opener: Arc::new(Opener { nodes: nodes.into(), count: AtomicU64::new(0) }),
             proc: PathBuf::from("/proc"),
+            asked: Arc::default(),
             workers: Workers::new("lunplug-block", 64, 2),
             deadline,
         }
@@ -119,9 +123,45 @@ fn flush(file: &File) -> io::Result<()> {
     Ok(())
 }
 
+/// Who waits to be told who has a device open. A look at all processes takes as long as there are
+/// descriptors on the node, so it serves for all who wait when it begins.
+#[derive(Default)]
+struct Asked(Mutex<Vec<(DevNum, oneshot::Sender<Openers>)>>);
+
+type Openers = Result<Vec<String>, (io::ErrorKind, String)>;
+
+impl Asked {
+    fn lock(&self) -> MutexGuard<'_, Vec<(DevNum, oneshot::Sender<Openers>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask(&self, dev: DevNum) -> oneshot::Receiver<Openers> {
+        let (tell, told) = oneshot::channel();
+        self.lock().push((dev, tell));
+        told
+    }
+
+    /// Looks once for all who have asked by now.
+    fn answer(&self, proc: &Path) {
+        let asked = std::mem::take(&mut *self.lock());
+        let devices: HashSet<u64> = asked.iter().map(|(dev, _)| dev.to_dev_t()).collect();
+        if devices.is_empty() {
+            return;
+        }
+        let found = openers(proc, &devices).map_err(|e| (e.kind(), e.to_string()));
+        for (dev, tell) in asked {
+            let mine = |all: &HashMap<u64, Vec<String>>| all.get(&dev.to_dev_t()).cloned();
+            // Who has given up does not listen.
+            let _ = tell.send(
+                found.as_ref().map(|all| mine(all).unwrap_or_default()).map_err(Clone::clone),
+            );
+        }
+    }
+}
+
 /// Looks at every open descriptor of every process; those that vanish meanwhile are passed over.
-fn openers(proc: &Path, dev: DevNum) -> io::Result<Vec<String>> {
-    let mut found = Vec::new();
+fn openers(proc: &Path, devices: &HashSet<u64>) -> io::Result<HashMap<u64, Vec<String>>> {
+    let mut found: HashMap<u64, Vec<String>> = HashMap::new();
     let own = std::process::id().to_string();
     for process in fs::read_dir(proc)? {
         let process = process?;
@@ -130,17 +170,23 @@ fn openers(proc: &Path, dev: DevNum) -> io::Result<Vec<String>> {
             continue;
         }
         let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
-        let holds = descriptors.flatten().any(|fd| {
+        let device = |fd: fs::DirEntry| {
             // Follows the link to the open file itself; opens nothing.
-            fs::metadata(fd.path())
-                .is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == dev.to_dev_t())
-        });
-        if holds {
-            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            found.push(format!("{}[{pid}]", name.trim_end()));
+            let meta = fs::metadata(fd.path()).ok()?;
+            let is_asked = meta.file_type().is_block_device() && devices.contains(&meta.rdev());
+            is_asked.then(|| meta.rdev())
+        };
+        let held: HashSet<u64> = descriptors.flatten().filter_map(device).collect();
+        if held.is_empty() {
+            continue;
+        }
+        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        let opener = format!("{}[{pid}]", name.trim_end());
+        for device in held {
+            found.entry(device).or_default().push(opener.clone());
         }
     }
-    found.sort();
+    found.values_mut().for_each(|openers| openers.sort());
     Ok(found)
 }
 
@@ -163,9 +209,21 @@ impl Blocks for RealBlocks {
     }
 
     async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
-        let proc = self.proc.clone();
-        // A key of its own: a device that hangs does not hide who has it open.
-        self.workers.run("proc", self.deadline, move || openers(&proc, dev)).await
+        let (proc, asked) = (self.proc.clone(), self.asked.clone());
+        let told = self.asked.ask(dev);
+        let look = async {
+            // A key of its own: a device that hangs does not hide who has it open.
+            let looked = self.workers.run("proc", self.deadline, move || {
+                asked.answer(&proc);
+                Ok(())
+            });
+            looked.await?;
+            // By this look, or by one that has begun since it was asked.
+            let told = told.await.map_err(io::Error::other)?;
+            told.map_err(|(kind, text)| io::Error::new(kind, text))
+        };
+        let in_time = tokio::time::timeout(self.deadline, look).await;
+        in_time.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -279,6 +337,20 @@ mod tests {
         fs::write(process.join("comm"), "qemu-system-x86\n").unwrap();
         std::os::unix::fs::symlink(dev.path(), process.join("fd/9")).unwrap();
         fs::create_dir_all(proc.path().join("sys/fd")).unwrap();
-        assert_eq!(openers(proc.path(), number).unwrap(), ["qemu-system-x86[4242]"]);
+        let other = number.to_dev_t() + 1;
+        let found = openers(proc.path(), &[number.to_dev_t(), other].into()).unwrap();
+        assert_eq!(found, [(number.to_dev_t(), vec!["qemu-system-x86[4242]".to_owned()])].into());
+    }
+
+    #[tokio::test]
+    async fn one_look_answers_all_who_have_asked() {
+        let proc = tempfile::tempdir().unwrap();
+        let asked = Asked::default();
+        let [one, other] = [1, 2].map(|minor| asked.ask(DevNum { major: 60, minor }));
+        asked.answer(proc.path());
+        assert_eq!((one.await.unwrap(), other.await.unwrap()), (Ok(vec![]), Ok(vec![])));
+        let late = asked.ask(DevNum { major: 60, minor: 1 });
+        asked.answer(&proc.path().join("absent"));
+        assert_eq!(late.await.unwrap().unwrap_err().0, io::ErrorKind::NotFound);
     }
 }

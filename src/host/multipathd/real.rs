@@ -22,6 +22,8 @@ const ABSTRACT: &str = "\0/org/kernel/linux/storage/multipathd";
 const PATHNAME: &str = "/run/multipathd.socket";
 /// Longer commands are cut off by the daemon.
 const MAX_COMMAND: usize = 511;
+/// Between two tries to connect while multipathd has as many waiting clients as it lets wait.
+const NO_ROOM: Duration = Duration::from_millis(5);
 /// libmpathcmd's own bound (MAX_REPLY_LEN) on what it takes for an answer.
 const MAX_REPLY: usize = 32 << 20;
 
@@ -63,7 +65,7 @@ impl RealMultipathd {
     async fn connect(&self) -> Result<UnixStream, MultipathdError> {
         let mut refusal = MultipathdError::NotRunning;
         for path in &self.sockets {
-            let stream = match UnixStream::connect(path).await {
+            let stream = match connect_in_turn(path).await {
                 Ok(stream) => stream,
                 Err(e) if is_absent(&e, path) => continue,
                 Err(e) => {
@@ -87,6 +89,17 @@ fn beneath(places: Option<&Places>, dir: PathBuf) -> io::Result<Pinned> {
     match places.map(|places| places.of(Service::Multipathd)).transpose()? {
         Some(Place::Other(root)) => root.dir(&dir.to_string_lossy()),
         Some(Place::Ours) | None => Ok(Pinned::ours(dir)),
+    }
+}
+
+/// Connects as soon as multipathd has room for another client: it lets a few wait, and the kernel refuses the
+/// next of a burst at once (EAGAIN) and tells nobody when there is room. The caller has the deadline.
+async fn connect_in_turn(path: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(NO_ROOM).await,
+            connected => return connected,
+        }
     }
 }
 
@@ -252,6 +265,34 @@ mod tests {
         let strange = RealMultipathd::at(vec![socket], uid() + 1, dir.path(), LONG);
         let untrusted = strange.ask("show daemon").await;
         assert!(matches!(untrusted, Err(MultipathdError::Untrusted { uid: u }) if u == uid()));
+    }
+
+    #[tokio::test]
+    async fn a_client_of_a_burst_waits_until_there_is_room() {
+        use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        socket::bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &UnixAddr::new(&path).unwrap())
+            .unwrap();
+        socket::listen(&socket, Backlog::new(0).unwrap()).unwrap();
+        let listener = UnixListener::from(socket);
+        let _before = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let door = door(dir.path(), LONG);
+        let serve = async {
+            // The other one has tried by now, and there was no room.
+            drop(listener.accept().unwrap());
+            std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.write_all(&4_usize.to_ne_bytes()).unwrap();
+                stream.write_all(b"ok\n\0").unwrap();
+                let _ = stream.read_to_end(&mut Vec::new());
+            })
+        };
+        let (answer, server) = tokio::join!(door.ask("show daemon"), serve);
+        assert_eq!(answer.unwrap(), "ok\n");
+        server.join().unwrap();
     }
 
     #[tokio::test]

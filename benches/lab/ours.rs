@@ -1,0 +1,165 @@
+//! lunplugd, as it is installed on a node, asked over its socket.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use lunplug::api::v1::lunplug_service_client::LunplugServiceClient;
+use lunplug::api::v1::watch_volumes_response::Event;
+use lunplug::api::v1::{self, Phase};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::cases::{Case, Contender, Took};
+use crate::node::{Lun, PORTALS, Pod, sh};
+
+const SOCKET: &str = "/run/lunplug/lunplugd.sock";
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// A VM of lunplugd's.
+pub struct Ours {
+    runtime: Runtime,
+    client: LunplugServiceClient<Channel>,
+    changes: mpsc::UnboundedReceiver<(Instant, v1::Volume)>,
+    vm: v1::VmId,
+    iqn: String,
+    luns: Vec<Lun>,
+}
+
+impl Ours {
+    pub fn new(iqn: &str, luns: Vec<Lun>, pod: &Pod) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = { runtime }.worker_threads(1).enable_all().build().unwrap();
+        let vm = v1::VmId { namespace: "default".into(), name: pod.name.clone() };
+        let (client, changes) = runtime.block_on(register(&vm, pod));
+        Self { runtime, client, changes, vm, iqn: iqn.into(), luns }
+    }
+
+    /// Adds volumes, all by requests of their own at once, and waits for the last.
+    pub fn add(&mut self, luns: &[Lun], portals: usize) -> Took {
+        let begin = Instant::now();
+        for lun in luns {
+            let (mut client, request) = (self.client.clone(), self.request(lun, portals));
+            self.runtime.spawn(async move { client.add_volume(request).await.unwrap() });
+        }
+        let times = self.wait(luns, &[Phase::AttachedToNode, Phase::Ready]);
+        Took { host: times[0] - begin, whole: times[1] - begin }
+    }
+
+    /// Removes volumes in the same way. What is done on the host begins when the guest has let go of the
+    /// last; of several at once that is not all of it.
+    pub fn remove(&mut self, luns: &[Lun]) -> Took {
+        let begin = Instant::now();
+        for lun in luns {
+            let mut client = self.client.clone();
+            let request = v1::RemoveVolumeRequest {
+                vm: Some(self.vm.clone()),
+                volume: name(lun),
+                ..Default::default()
+            };
+            self.runtime.spawn(async move { client.remove_volume(request).await.unwrap() });
+        }
+        let times = self.wait(luns, &[Phase::UnmountedFromPod, Phase::Gone]);
+        Took { host: times[1] - times[0], whole: times[1] - begin }
+    }
+
+    fn request(&self, lun: &Lun, portals: usize) -> v1::AddVolumeRequest {
+        let source = v1::IscsiSource {
+            target: self.iqn.clone(),
+            portals: PORTALS[..portals].iter().map(|p| (*p).to_owned()).collect(),
+            lun: lun.number.into(),
+            ..Default::default()
+        };
+        let policy = match portals {
+            1 => v1::MultipathPolicy::Off,
+            _ => v1::MultipathPolicy::Required,
+        };
+        let volume = v1::VolumeSpec {
+            name: name(lun),
+            source: Some(v1::Source { kind: Some(v1::source::Kind::Iscsi(source)) }),
+            multipath: policy.into(),
+            ..Default::default()
+        };
+        v1::AddVolumeRequest {
+            vm: Some(self.vm.clone()),
+            volume: Some(volume),
+            ..Default::default()
+        }
+    }
+
+    /// When the last of the volumes was told to have come to each phase.
+    fn wait(&mut self, luns: &[Lun], phases: &[Phase]) -> Vec<Instant> {
+        let mut came: HashMap<(String, Phase), Instant> = HashMap::new();
+        let changes = &mut self.changes;
+        let all = async {
+            while came.len() < luns.len() * phases.len() {
+                let (at, volume) = changes.recv().await.expect("the daemon ended");
+                let name = volume.spec.as_ref().unwrap().name.clone();
+                if let Some(trouble) = &volume.trouble {
+                    panic!("{name}: {}: {}", trouble.reason, trouble.message);
+                }
+                if luns.iter().any(|lun| self::name(lun) == name)
+                    && phases.contains(&volume.phase())
+                {
+                    came.entry((name, volume.phase())).or_insert(at);
+                }
+            }
+        };
+        let ended = self.runtime.block_on(async { tokio::time::timeout(DEADLINE, all).await });
+        assert!(ended.is_ok(), "not in {DEADLINE:?}: {phases:?} of {luns:?}; came: {came:?}");
+        let last = |phase| came.iter().filter(|(k, _)| k.1 == phase).map(|(_, at)| *at).max();
+        phases.iter().map(|phase| last(*phase).unwrap()).collect()
+    }
+}
+
+impl Contender for Ours {
+    fn pid(&self) -> u32 {
+        sh("systemctl show --property MainPID --value lunplugd").parse().unwrap()
+    }
+
+    fn attach(&mut self, case: &Case) -> Took {
+        let luns = self.luns[..case.at_once.into()].to_vec();
+        self.add(&luns, case.portals)
+    }
+
+    fn detach(&mut self, case: &Case) -> Took {
+        let luns = self.luns[..case.at_once.into()].to_vec();
+        self.remove(&luns)
+    }
+}
+
+fn name(lun: &Lun) -> String {
+    format!("bench{}", lun.number)
+}
+
+async fn register(
+    vm: &v1::VmId,
+    pod: &Pod,
+) -> (LunplugServiceClient<Channel>, mpsc::UnboundedReceiver<(Instant, v1::Volume)>) {
+    let connector = tower::service_fn(|_| async {
+        let stream = tokio::net::UnixStream::connect(SOCKET).await?;
+        Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+    });
+    let channel = Endpoint::from_static("http://bench").connect_with_connector(connector).await;
+    let mut client = LunplugServiceClient::new(channel.unwrap());
+    let place = v1::PodPlace { uid: pod.uid.clone(), ..Default::default() };
+    let spec = v1::VmSpec {
+        id: Some(vm.clone()),
+        domain: pod.domain.clone(),
+        place: Some(v1::vm_spec::Place::Pod(place)),
+        ..Default::default()
+    };
+    client.register_vm(v1::RegisterVmRequest { vm: Some(spec) }).await.unwrap();
+    let request = v1::WatchVolumesRequest { vm: Some(vm.clone()) };
+    let mut watched = client.watch_volumes(request).await.unwrap().into_inner();
+    let (sender, changes) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(message) = watched.message().await.unwrap() {
+            match message.event.unwrap() {
+                Event::Changed(volume) => sender.send((Instant::now(), volume)).unwrap(),
+                Event::Snapshot(snapshot) => assert!(!snapshot.events_lost, "watched too slowly"),
+            }
+        }
+    });
+    (client, changes)
+}

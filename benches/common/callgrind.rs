@@ -73,8 +73,14 @@ impl Profile {
 
     /// Instructions within functions whose name contains `name`, called from others.
     pub fn entered(&self, name: &str) -> u64 {
-        let enters =
-            |call: &&(String, String, u64)| !call.0.contains(name) && call.1.contains(name);
+        self.entered_but_from(name, None)
+    }
+
+    /// The same, without calls from functions whose name contains `but`.
+    pub fn entered_but_from(&self, name: &str, but: Option<&str>) -> u64 {
+        let from =
+            |caller: &str| !caller.contains(name) && but.is_none_or(|but| !caller.contains(but));
+        let enters = |call: &&(String, String, u64)| from(&call.0) && call.1.contains(name);
         self.calls.iter().filter(enters).map(|call| call.2).sum()
     }
 }

@@ -2,22 +2,22 @@
 
 use super::fc::Made as FcMade;
 use super::iscsi::Made as IscsiMade;
-use super::lease::{Claim, Claims, Lease, Made, file_name};
-use super::local::{LocalLease, TRANSPORT as LOCAL};
+use super::lease::{Claim, Claims, Entry, Lease, Made, User, file_name, lease_file, user_file};
+use super::local::{LocalLease, LocalUser, TRANSPORT as LOCAL};
 use crate::types::{Lun, VolumeKey, Wwid};
 
-/// A target's lease.
+/// A file of a target's lease: its own, or that of one user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseFacts {
+    /// The name that such a file has below the run directory.
+    pub file: String,
     /// The boot that it is of.
     pub boot_id: String,
-    /// Its transport's name.
-    pub transport: &'static str,
     /// The target's name.
     pub target: String,
-    /// Who uses it.
+    /// Who uses it: of a target's own file, in the form of before.
     pub users: Vec<UserFacts>,
-    /// The portals at which a record or a session is lunplug's.
+    /// The portals at which a record or a session is lunplug's: of a target's own file.
     pub portals: Vec<String>,
 }
 
@@ -49,21 +49,22 @@ pub struct ClaimFacts {
     pub shareable: bool,
 }
 
-impl LeaseFacts {
-    /// The name that the lease has below the run directory.
-    pub fn file(&self) -> String {
-        format!("leases/{}/{}", self.transport, file_name(&self.target))
-    }
-}
-
 /// The name of a LUN's claims below the run directory.
 pub fn claims_file(wwid: &Wwid) -> String {
     format!("claims/{}", file_name(wwid.as_str()))
 }
 
-/// Reads a lease. Of a transport that is not known here: an error.
+/// Whether a file is of one user of a target.
+pub fn is_users(name: &str) -> bool {
+    name.split('/').count() > 3
+}
+
+/// Reads a file of a lease. Of a transport that is not known here: an error.
 pub fn read_lease(name: &str, bytes: &[u8]) -> Result<LeaseFacts, String> {
+    let of_user = is_users(name);
     match name.split('/').nth(1) {
+        Some(IscsiMade::TRANSPORT) if of_user => entry_facts(IscsiMade::TRANSPORT, bytes),
+        Some(FcMade::TRANSPORT) if of_user => entry_facts(FcMade::TRANSPORT, bytes),
         Some(IscsiMade::TRANSPORT) => lease_facts::<IscsiMade>(bytes, |made| {
             made.portals().iter().map(ToString::to_string).collect()
         }),
@@ -79,26 +80,40 @@ fn lease_facts<M: Made>(
     portals: impl Fn(&M) -> Vec<String>,
 ) -> Result<LeaseFacts, String> {
     let lease: Lease<M> = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    let user = |u: super::lease::User| UserFacts {
-        owner: u.owner,
-        lun: Some(u.lun),
-        wwid: u.wwid,
-        paths: u.paths.iter().map(|p| p.hctl.to_string()).collect(),
-        map: u.map.map(|m| m.uuid),
-        attached: u.attachment.is_some(),
-    };
     Ok(LeaseFacts {
-        boot_id: lease.boot_id().to_owned(),
-        transport: M::TRANSPORT,
+        file: lease_file(M::TRANSPORT, &lease.target),
+        boot_id: lease.boot_id,
         target: lease.target,
-        users: lease.users.into_iter().map(user).collect(),
+        users: lease.users.unwrap_or_default().into_iter().map(user_facts).collect(),
         portals: portals(&lease.made),
     })
 }
 
+fn entry_facts(transport: &str, bytes: &[u8]) -> Result<LeaseFacts, String> {
+    let entry: Entry<User> = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    Ok(LeaseFacts {
+        file: user_file(transport, &entry.target, &entry.user.owner, entry.user.lun),
+        boot_id: entry.boot_id,
+        target: entry.target,
+        users: vec![user_facts(entry.user)],
+        portals: Vec::new(),
+    })
+}
+
+fn user_facts(user: User) -> UserFacts {
+    UserFacts {
+        owner: user.owner,
+        lun: Some(user.lun),
+        wwid: user.wwid,
+        paths: user.paths.iter().map(|p| p.hctl.to_string()).collect(),
+        map: user.map.map(|m| m.uuid),
+        attached: user.attachment.is_some(),
+    }
+}
+
 fn local_facts(bytes: &[u8]) -> Result<LeaseFacts, String> {
     let lease: LocalLease = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    let user = |u: super::local::LocalUser| UserFacts {
+    let user = |u: LocalUser| UserFacts {
         owner: u.owner,
         lun: None,
         wwid: u.found.map(|found| found.wwid),
@@ -107,8 +122,8 @@ fn local_facts(bytes: &[u8]) -> Result<LeaseFacts, String> {
         attached: u.attachment.is_some(),
     };
     Ok(LeaseFacts {
+        file: lease_file(LOCAL, &lease.source),
         boot_id: lease.boot_id,
-        transport: LOCAL,
         target: lease.source,
         users: lease.users.into_iter().map(user).collect(),
         portals: Vec::new(),

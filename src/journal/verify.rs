@@ -321,14 +321,18 @@ impl Judge<'_> {
 
     fn leases(&mut self) {
         let found = self.found;
+        let mut made = Vec::new();
         for file in &found.leases {
-            let means =
-                "no volume of this target can be attached or detached; guests keep their disks";
+            let means = if facts::is_users(&file.name) {
+                "the volume that it is of cannot be detached, nor the sessions of its target ended; the guest keeps its disk"
+            } else {
+                "no volume of this target can be attached or detached; guests keep their disks"
+            };
             self.known.blind |= file.value.is_err();
             let Some(lease) = self.current(file, |l| &l.boot_id, means) else { continue };
             let place = self.file(&file.name);
-            if lease.file() != file.name {
-                let problem = format!("it is of target {}", lease.target);
+            if lease.file != file.name {
+                let problem = format!("what is in it belongs in {}", self.file(&lease.file));
                 self.problem(place.clone(), problem, means, DAMAGED_RECORDS);
             }
             for user in &lease.users {
@@ -338,7 +342,12 @@ impl Judge<'_> {
                 }
                 self.user(&place, user);
             }
-            if lease.users.is_empty() && !lease.portals.is_empty() {
+            if !lease.portals.is_empty() {
+                made.push((place, lease));
+            }
+        }
+        for (place, lease) in made {
+            if !self.known.users.iter().any(|(_, target)| *target == lease.target) {
                 let problem =
                     format!("nobody uses it, but lunplug has made {}", lease.portals.join(", "));
                 let means = "records or sessions at these portals that nobody needs";

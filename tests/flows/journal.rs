@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::world::{World, node, split, volume};
 
+/// The users of the first target.
+const SIM_USERS: &str = "leases/iscsi/iqn.2026-01.org.lunplug_3asim:users";
+
 /// Stores of a node with two volumes, one of them in its second VM and by two targets; the run directory is copied out of
 /// the simulated host, in the name of this machine's boot.
 struct Stores {
@@ -31,6 +34,8 @@ impl Stores {
                 "effects/default/vm-1",
                 "effects/default/vm-2",
                 "leases/iscsi",
+                SIM_USERS,
+                "leases/iscsi/iqn.2026-01.org.lunplug_3amirror:users",
                 "claims",
                 "guest-luns",
             ] {
@@ -116,11 +121,13 @@ fn a_sound_journal_is_shown_whole_and_found_clean_and_nothing_is_touched() {
     assert_eq!(dump["stores"][0]["volumes"][1]["volume"], "b");
     assert_eq!(dump["stores"][0]["volumes"][1]["spec"]["serial"], "b");
     assert_eq!(dump["effects"][0]["value"]["spec"]["name"], "a");
-    let owners = |lease: usize| {
-        let users = dump["leases"][lease]["value"]["users"].as_array().unwrap();
-        users.iter().map(|u| u["owner"]["volume"].as_str().unwrap()).collect::<Vec<_>>()
-    };
-    assert_eq!((owners(0), owners(1)), (vec!["b"], vec!["a", "b"]), "at the mirror, at the first");
+    let files = dump["leases"].as_array().unwrap().iter();
+    let users: Vec<_> = files
+        .map(|file| (&file["value"]["target"], &file["value"]["user"]["owner"]["volume"]))
+        .filter_map(|(target, volume)| Some((target.as_str()?, volume.as_str()?)))
+        .collect();
+    let (sim, mirror) = ("iqn.2026-01.org.lunplug:sim", "iqn.2026-01.org.lunplug:mirror");
+    assert_eq!(users, [(mirror, "b"), (sim, "a"), (sim, "b")]);
     let (_, yaml, _) = stores.ask("dump -o yaml");
     assert!(yaml.starts_with("---"), "{yaml}");
     assert!(everything(stores.dir.path()) == before, "something was changed");
@@ -166,7 +173,18 @@ fn each_thing_that_is_wrong_is_named_with_what_it_means_and_what_to_do() {
             s.sql("DELETE FROM volumes WHERE volume = 'b'");
             std::fs::remove_file(s.run("effects/default/vm-2/b.json")).unwrap();
         }),
-        ("leases/iscsi/iqn.2026-01.org.lunplug_3asim: default/vm-1/a", |s| {
+        ("lunplug_3asim:users/1:default_2fvm-1_2fa", |s| {
+            std::fs::write(s.run(SIM_USERS).join("1:default_2fvm-1_2fa"), "{").unwrap();
+        }),
+        ("lunplug_3asim:users/7:default_2fvm-1_2fa", |s| {
+            let users = s.run(SIM_USERS);
+            let (from, to) = ("1:default_2fvm-1_2fa", "7:default_2fvm-1_2fa");
+            std::fs::rename(users.join(from), users.join(to)).unwrap();
+        }),
+        ("leases/iscsi/iqn.2026-01.org.lunplug_3asim", |s| {
+            std::fs::remove_dir_all(s.run(SIM_USERS)).unwrap();
+        }),
+        ("lunplug_3asim:users/1:default_2fvm-1_2fa: default/vm-1/a", |s| {
             std::fs::remove_dir_all(s.run("claims")).unwrap();
         }),
         ("claims/", |s| std::fs::remove_dir_all(s.run("leases")).unwrap()),

@@ -24,6 +24,7 @@ mod ifaces;
 mod iothread;
 mod journal;
 mod late;
+mod leases;
 mod local;
 mod main_job;
 mod matrix;

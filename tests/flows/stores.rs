@@ -170,3 +170,28 @@ fn a_damaged_lease_is_its_targets_trouble_alone() {
         daemon.remove(2, "elsewhere").await;
     });
 }
+
+#[test]
+fn a_damaged_file_of_a_user_is_its_own_trouble_alone() {
+    let world = World::new();
+    let file = "leases/iscsi/iqn.2026-01.org.lunplug_3asim:users/1:default_2fvm-1_2fdata";
+    world.life(async |daemon| {
+        daemon.add(1, &volume("data", 1)).await;
+        daemon.add(2, &volume("other", 2)).await;
+        damage(&world, file).await;
+    });
+    let attached = world.picture();
+    world.life(async |daemon| {
+        let told = daemon.until(1, "data", |s| s.reason.is_some()).await;
+        assert_eq!((told.phase, told.reason), (Phase::Ready, Some(Reason::RecordCorrupt)));
+        assert!(told.message.contains(file), "{}", told.message);
+        daemon.ready(2, "other").await;
+        daemon.quiet().await;
+        assert_eq!(world.picture(), attached, "the guest keeps its disk");
+        daemon.add(2, &volume("more", 3)).await;
+        daemon.remove(2, "more").await;
+        daemon.remove(2, "other").await;
+        let sessions = world.picture().lines().filter(|l| l.starts_with("session ")).count();
+        assert_eq!(sessions, 2, "they are the volume's whose file cannot be read");
+    });
+}

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::ports::{self, RemotePort};
 use super::{Access, Inner, Job};
 use crate::connector::error::Error;
-use crate::connector::lease::{self, Lease};
+use crate::connector::lease;
 use crate::connector::lun::{Luns, Transport, Way};
 use crate::connector::scsi::Hctl;
 use crate::connector::{AttachRequest, Authentication, Discovered};
@@ -205,7 +205,7 @@ impl Transport for Fc {
     }
 
     /// The kernel scans too.
-    fn is_ours(_: &Lease<Made>, _: &Port, _: &RemotePort) -> bool {
+    fn is_ours(_: &Made, _: &Port, _: &RemotePort) -> bool {
         false
     }
 

@@ -17,7 +17,6 @@ use super::login::Made;
 use super::session::Session;
 use super::{Inner, Job};
 use crate::connector::error::Error;
-use crate::connector::lease::Lease;
 use crate::types::{Chap, Portal, SecretText};
 
 /// What the kernel shows of a session that has no name or secret.
@@ -61,7 +60,8 @@ impl Inner {
                 self.iscsiadm(target).delete_record(Some(portal)).await?;
                 missing.push(portal);
             }
-            self.leases.update::<Made, _>(target.as_str(), |l| l.made.chap.remove(&portal)).await?;
+            let forget = |made: &mut Made| made.chap.remove(&portal);
+            self.leases.update_made(target.as_str(), forget).await?;
         }
         Ok(missing)
     }
@@ -73,13 +73,13 @@ impl Inner {
         session: &Session,
     ) -> Result<(), Error> {
         let target = &job.source.target;
-        let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
+        let made: Made = self.leases.made(target.as_str()).await?;
         if !session.marked || !session.is_by(target) {
             return Ok(());
         }
         let same = match &job.with.chap {
             Some(chap) => self.is_by(session, chap).await?,
-            None => !lease.made.chap.contains(&session.portal),
+            None => !made.chap.contains(&session.portal),
         };
         if same {
             return Ok(());

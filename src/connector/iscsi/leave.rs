@@ -3,7 +3,7 @@
 use super::login::Made;
 use super::{Access, Inner};
 use crate::connector::error::Error;
-use crate::connector::lease::{Lease, file_name};
+use crate::connector::lease::file_name;
 use crate::connector::settings::ms;
 use crate::host::lock::LockGuard;
 use crate::host::place::is_place_error;
@@ -18,18 +18,17 @@ impl Inner {
 
     /// Undoes what was made at a target and that nobody wants there any more.
     pub(super) async fn leave(&self, at: &Access) -> Result<bool, Error> {
-        let lease: Lease<Made> = self.leases.load(at.lease()).await?;
-        self.adopt(at, &lease).await?;
-        let lease: Lease<Made> = self.leases.load(at.lease()).await?;
+        self.adopt(at, &self.leases.made(at.lease()).await?).await?;
+        let made: Made = self.leases.made(at.lease()).await?;
         let mut portals = at.routes.clone();
-        portals.extend(lease.made.portals());
+        portals.extend(made.portals());
         portals.sort();
         portals.dedup();
         self.settle(&at.target, &portals).await
     }
 
     /// Records of ours that a boot outlived its lease are known by their mark or their iface.
-    async fn adopt(&self, source: &Access, lease: &Lease<Made>) -> Result<(), Error> {
+    async fn adopt(&self, source: &Access, made: &Made) -> Result<(), Error> {
         let records = match self.doors.iscsidb.records(source.target.target()).await {
             // Where there is something to undo, it fails by that.
             Err(e) if is_place_error(&e) => return Ok(()),
@@ -42,10 +41,12 @@ impl Inner {
             let unknown = record.iface == source.target.iface().as_str()
                 && !record.corrupt
                 && source.routes.contains(&portal)
-                && !lease.made.records.contains(&portal);
+                && !made.records.contains(&portal);
             if unknown && self.is_ours(&source.target, portal).await? {
                 let target = source.lease();
-                self.leases.update::<Made, _>(target, |l| l.made.records.insert(portal)).await?;
+                self.leases
+                    .update_made(target, |made: &mut Made| made.records.insert(portal))
+                    .await?;
             }
         }
         Ok(())

@@ -128,13 +128,12 @@ impl Inner {
         if need.is_empty() {
             return Ok(progress);
         }
-        self.leases
-            .update::<Made, _>(target.as_str(), |lease| {
-                for portal in &need {
-                    lease.made.sessions.entry(*portal).or_insert(None);
-                }
-            })
-            .await?;
+        let note = |made: &mut Made| {
+            for portal in &need {
+                made.sessions.entry(*portal).or_insert(None);
+            }
+        };
+        self.leases.update_made(target.as_str(), note).await?;
         // One iscsiadm serves for all portals when it can meet no record but those.
         let groups: Vec<Vec<Portal>> =
             if alone { vec![need] } else { need.into_iter().map(|p| vec![p]).collect() };
@@ -274,22 +273,22 @@ impl Inner {
         let sid = self.sid(target, portal).await;
         let written = self
             .leases
-            .update::<Made, _>(target.as_str(), |lease| match (&result, sid) {
+            .update_made(target.as_str(), |made: &mut Made| match (&result, sid) {
                 (Ok(LoggedIn::New), Some(_)) => {
-                    if let Some(known) = lease.made.sessions.get_mut(&portal) {
+                    if let Some(known) = made.sessions.get_mut(&portal) {
                         *known = sid;
                     }
                 }
                 // Somebody else made it in the very moment: it is theirs, unless another process
                 // of ours has written its number down.
                 (Ok(LoggedIn::Existed), _)
-                    if lease.made.sessions.get(&portal).is_some_and(|known| *known != sid) =>
+                    if made.sessions.get(&portal).is_some_and(|known| *known != sid) =>
                 {
-                    lease.made.sessions.remove(&portal);
+                    made.sessions.remove(&portal);
                 }
                 // Where iscsid may still come to it, the intent stays: until nobody wants it.
                 (Err(error), None) if !error.is_open() => {
-                    lease.made.sessions.remove(&portal);
+                    made.sessions.remove(&portal);
                 }
                 _ => {}
             })

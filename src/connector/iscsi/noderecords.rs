@@ -13,7 +13,6 @@ use super::login::Made;
 use super::session;
 use super::{Inner, Job};
 use crate::connector::error::Error;
-use crate::connector::lease::Lease;
 use crate::host::iscsidb::Record;
 use crate::host::place::is_place_error;
 use crate::types::{IfaceName, Nexus, Portal};
@@ -37,21 +36,20 @@ impl Inner {
         let target = &job.source.target;
         self.put_iface(job).await?;
         let found = self.known_records(target).await?;
-        let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
-        let (mut ours, mut missing) = self.sort_out(target, &found, &lease.made, need).await?;
+        let made: Made = self.leases.made(target.as_str()).await?;
+        let (mut ours, mut missing) = self.sort_out(target, &found, &made, need).await?;
         let tags = self.tags(job, &found, &missing).await?;
         let without = self.make_room(job, &found, &mut missing, &tags).await?;
         let need: Vec<Portal> = need.iter().copied().filter(|p| !without.contains(p)).collect();
         ours.extend(&missing);
-        let missing = self.without_chap(job, &lease.made, &ours, missing, &need).await?;
+        let missing = self.without_chap(job, &made, &ours, missing, &need).await?;
         let mine: Vec<Portal> = need.iter().copied().filter(|p| ours.contains(p)).collect();
         let (intent, chap) = (ours.clone(), job.with.chap.is_some());
-        self.leases
-            .update::<Made, _>(target.as_str(), |l| {
-                l.made.records.extend(intent);
-                l.made.chap.extend(mine.iter().filter(|_| chap));
-            })
-            .await?;
+        let note = |made: &mut Made| {
+            made.records.extend(intent);
+            made.chap.extend(mine.iter().filter(|_| chap));
+        };
+        self.leases.update_made(target.as_str(), note).await?;
         for portal in &missing {
             self.iscsiadm(target).new_record(*portal, tags.get(portal).copied()).await?;
         }
@@ -166,8 +164,7 @@ impl Inner {
 
     async fn made_by(&self, target: &Nexus, iface: IfaceName) -> Result<Made, Error> {
         let other = Nexus::new(target.target().clone(), iface);
-        let lease: Lease<Made> = self.leases.load(other.as_str()).await?;
-        Ok(lease.made)
+        self.leases.made(other.as_str()).await
     }
 
     async fn set_group(&self, target: &Nexus, portal: Portal, tag: u16) -> Result<(), Error> {

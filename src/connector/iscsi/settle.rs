@@ -9,7 +9,6 @@ use super::login::{Made, login_lock};
 use super::noderecords::is_by;
 use super::session::{self, Session};
 use crate::connector::error::Error;
-use crate::connector::lease::Lease;
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::host::iscsidb::Record;
@@ -30,24 +29,23 @@ impl Inner {
     }
 
     async fn settle_portals(&self, target: &Nexus, portals: &[Portal]) -> Result<bool, Error> {
-        let lease: Lease<Made> = self.leases.load(target.as_str()).await?;
+        let made: Made = self.leases.made(target.as_str()).await?;
         let sessions = session::of_target(&*self.doors.sysfs, target.target()).await?;
-        let made = lease.made.portals();
-        let is_unwanted = |p: &Portal| {
-            let something =
-                made.contains(p) || sessions.iter().any(|s| s.portal == *p && s.is_by(target));
-            something && !lease.wants(&p.to_string())
+        let known = made.portals();
+        let something = |p: &Portal| {
+            known.contains(p) || sessions.iter().any(|s| s.portal == *p && s.is_by(target))
         };
-        let unwanted: Vec<Portal> = portals.iter().copied().filter(is_unwanted).collect();
+        let unwanted: Vec<Portal> = portals.iter().copied().filter(something).collect();
+        let unwanted = self.leases.unwanted::<Made, _>(target.as_str(), unwanted).await?;
         if unwanted.is_empty() {
             return Ok(false); // Also where nobody serves as iscsid, who has the records.
         }
-        if self.settle_target(target, &unwanted, &lease.made).await? {
+        if self.settle_target(target, &unwanted, &made).await? {
             return Ok(true);
         }
         let mut changed = false;
         for portal in unwanted {
-            changed |= self.settle_portal(target, portal, &lease.made).await?;
+            changed |= self.settle_portal(target, portal, &made).await?;
         }
         Ok(changed)
     }
@@ -94,12 +92,12 @@ impl Inner {
         if !self.known_records(target).await?.is_empty() {
             return Ok(false);
         }
-        let forget = |lease: &mut Lease<Made>| {
-            lease.made.sessions.retain(|portal, _| !unwanted.contains(portal));
-            lease.made.records.retain(|portal| !unwanted.contains(portal));
-            lease.made.chap.retain(|portal| !unwanted.contains(portal));
+        let forget = |made: &mut Made| {
+            made.sessions.retain(|portal, _| !unwanted.contains(portal));
+            made.records.retain(|portal| !unwanted.contains(portal));
+            made.chap.retain(|portal| !unwanted.contains(portal));
         };
-        self.leases.update::<Made, _>(target.as_str(), forget).await?;
+        self.leases.update_made(target.as_str(), forget).await?;
         Ok(true)
     }
 
@@ -135,9 +133,8 @@ impl Inner {
             changed = true;
         }
         if made.sessions.contains_key(&portal) {
-            self.leases
-                .update::<Made, _>(target.as_str(), |l| l.made.sessions.remove(&portal))
-                .await?;
+            let forget = |made: &mut Made| made.sessions.remove(&portal);
+            self.leases.update_made(target.as_str(), forget).await?;
         }
         if made.records.contains(&portal) && at_portal().await?.iter().all(|s| !s.is_by(target)) {
             if let Some(record) = self.record(target, portal).await? {
@@ -145,12 +142,11 @@ impl Inner {
                 self.doors.tracker.run(Step::DeleteRecord, delete).await?;
                 changed = true;
             }
-            self.leases
-                .update::<Made, _>(target.as_str(), |l| {
-                    l.made.chap.remove(&portal);
-                    l.made.records.remove(&portal)
-                })
-                .await?;
+            let forget = |made: &mut Made| {
+                made.chap.remove(&portal);
+                made.records.remove(&portal)
+            };
+            self.leases.update_made(target.as_str(), forget).await?;
         }
         Ok(changed)
     }

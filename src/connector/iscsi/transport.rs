@@ -10,7 +10,6 @@ use super::session::{self, Session};
 use super::verdict::LoginError;
 use super::{Access, Inner, Job};
 use crate::connector::error::Error;
-use crate::connector::lease::Lease;
 use crate::connector::lun::{Transport, Way};
 use crate::connector::scsi::Hctl;
 use crate::connector::{AttachRequest, Authentication, Discovered};
@@ -135,8 +134,8 @@ impl Transport for Iscsi {
     }
 
     /// A session of ours scans nothing by itself.
-    fn is_ours(lease: &Lease<Made>, target: &Nexus, session: &Session) -> bool {
-        lease.made.has(target, session)
+    fn is_ours(made: &Made, target: &Nexus, session: &Session) -> bool {
+        made.has(target, session)
     }
 
     async fn settle(luns: &Inner, target: &Nexus, portals: &[Portal]) -> Result<bool, Error> {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::connector::Attachment;
 use crate::connector::error::{Error, chain};
-use crate::connector::lease::file_name;
+use crate::connector::lease::lease_file;
 use crate::host::lock::RunDir;
 use crate::host::poddir::Inode;
 use crate::spec::Source;
@@ -147,5 +147,5 @@ impl LocalLeases {
 }
 
 fn file(key: &str) -> String {
-    format!("leases/{TRANSPORT}/{}", file_name(key))
+    lease_file(TRANSPORT, key)
 }

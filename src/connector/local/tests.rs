@@ -202,7 +202,7 @@ async fn whoever_looks_at_the_stores_can_read_a_lease() {
     let file = format!("leases/local/{name}");
     let bytes = rundir.load(&file).await.expect("read").expect("there");
     let lease = crate::connector::facts::read_lease(&file, &bytes).expect("a lease");
-    assert_eq!((lease.file(), lease.target.as_str()), (file, "block:///dev/vg/data"));
+    assert_eq!((&lease.file, lease.target.as_str()), (&file, "block:///dev/vg/data"));
     let [user] = &lease.users[..] else { panic!("{lease:?}") };
     assert_eq!((&user.owner, user.lun, user.attached), (&owner("a"), None, true));
     assert_eq!(user.wwid.as_ref().map(Wwid::as_str), Some("dm.LVM-data"));

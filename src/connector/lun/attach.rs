@@ -9,7 +9,7 @@ use super::gather::Gathered;
 use super::transport::{Job, Transport};
 use crate::connector::error::Error;
 use crate::connector::identity::Identity;
-use crate::connector::lease::{Claim, Lease, Made as _, MapLease, User};
+use crate::connector::lease::{Claim, Made as _, MapLease, User};
 use crate::connector::multipath::{self, Above, Map};
 use crate::connector::scsi::{self, ScsiPath};
 use crate::connector::{AttachRequest, Attachment, DetachOptions};
@@ -120,18 +120,12 @@ impl<T: Transport> Luns<T> {
     /// Enters the owner into the lease of each target; what an earlier try made stays known.
     async fn intend(&self, job: &Job<T>) -> Result<(), Error> {
         for part in job.parts() {
-            let enter = |lease: &mut Lease<T::Made>| {
-                let intent = part.user();
-                match lease.user_mut(&part.owner, part.source.lun) {
-                    Some(user) => {
-                        user.shareable = intent.shareable;
-                        user.routes = intent.routes;
-                        user.first = intent.first;
-                    }
-                    None => lease.users.push(intent),
-                }
+            let renew = |user: &mut User, intent: User| {
+                user.shareable = intent.shareable;
+                user.routes = intent.routes;
+                user.first = intent.first;
             };
-            self.leases.update::<T::Made, _>(part.source.lease(), enter).await?;
+            self.leases.enter::<T::Made>(part.source.lease(), part.user(), renew).await?;
         }
         Ok(())
     }
@@ -312,8 +306,8 @@ impl<T: Transport> Luns<T> {
     /// Tells udev that the paths at a target are guests', and has it look again at those that were there
     /// before.
     async fn mark(&self, owner: &VolumeKey, at: &Access<T>) -> Result<(), Error> {
-        let lease: Lease<T::Made> = self.leases.load(at.lease()).await?;
-        for path in lease.user(owner, at.lun).iter().flat_map(|user| &user.paths) {
+        let user = self.leases.user::<T::Made>(at.lease(), owner, at.lun).await?;
+        for path in user.iter().flat_map(|user| &user.paths) {
             guestlun::mark(&*self.doors.rundir, path.hctl).await?;
             if let Some(seen) = path.seen.as_ref().filter(|_| !path.made) {
                 let block = format!("{}/block/{}", path.dir, seen.name);

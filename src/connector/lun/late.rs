@@ -11,7 +11,7 @@ use super::gather::Late;
 use super::scan::Proven;
 use super::transport::{Job, Transport, Way as _};
 use crate::connector::error::Error;
-use crate::connector::lease::{Lease, PathLease, User};
+use crate::connector::lease::{PathLease, User};
 use crate::connector::scsi::ScsiPath;
 use crate::connector::{
     AttachRequest, Attachment, DetachOptions, Expect, guestlun, multipath, scsi,
@@ -183,11 +183,11 @@ impl<T: Transport> Luns<T> {
         let hctl = way.hctl(job.source.lun.scsi());
         {
             let _lun = self.lun_lock(&job.whole).await?;
-            let lease: Lease<T::Made> = self.leases.load(job.source.lease()).await?;
-            for user in lease.users.iter().filter(|u| u.lun == job.source.lun) {
+            let (at, lun) = (job.source.lease(), job.source.lun);
+            for user in self.leases.users_with::<T::Made>(at, lun).await? {
                 let used = user.paths.iter().any(|p| p.hctl == hctl && p.seen.is_some());
                 // A later attach of the same LUN sees to it itself.
-                if used || !self.has_volume(user).await? {
+                if used || !self.has_volume(&user).await? {
                     return Ok(());
                 }
             }
@@ -199,9 +199,9 @@ impl<T: Transport> Luns<T> {
 
     /// Removes one path from the host and from the owner's lease.
     async fn drop_path(&self, job: &Job<T>, hctl: scsi::Hctl) -> Result<(), Error> {
-        let lease: Lease<T::Made> = self.leases.load(job.source.lease()).await?;
-        let user = lease.user(&job.owner, job.source.lun);
-        let path = user.and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
+        let (at, lun) = (job.source.lease(), job.source.lun);
+        let user = self.leases.user::<T::Made>(at, &job.owner, lun).await?;
+        let path = user.iter().flat_map(|u| &u.paths).find(|p| p.hctl == hctl);
         if let Some(path) = path.filter(|p| p.made) {
             self.remove_path(job, path).await?;
         }

@@ -163,7 +163,7 @@ impl<T: Transport> Connector for Arc<Luns<T>> {
     }
 
     async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>> {
-        let mut leases: HashMap<T::Target, Lease<T::Made>> = HashMap::new();
+        let mut leases: HashMap<T::Target, Option<Lease<T::Made>>> = HashMap::new();
         let mut checked = None;
         let mut found = Vec::with_capacity(volumes.len());
         for (owner, source) in volumes {
@@ -222,9 +222,7 @@ impl<T: Transport> Connector for Arc<Luns<T>> {
     }
 
     async fn owners(&self) -> Result<Vec<VolumeKey>, Error> {
-        let leases = self.leases.all::<T::Made>().await?;
-        let owners: BTreeSet<_> =
-            leases.into_iter().flat_map(|l| l.users).map(|u| u.owner).collect();
+        let owners: BTreeSet<_> = self.leases.owners::<T::Made>().await?.into_iter().collect();
         Ok(owners.into_iter().collect())
     }
 }

@@ -5,7 +5,7 @@ use super::access::Access;
 use super::transport::Transport;
 use crate::connector::DetachOptions;
 use crate::connector::error::Error;
-use crate::connector::lease::{Claim, Lease, Made as _, User};
+use crate::connector::lease::{Claim, Made as _, User};
 use crate::step::Step;
 use crate::types::{Outcome, VolumeKey};
 
@@ -26,16 +26,22 @@ impl<T: Transport> Luns<T> {
             }
             // The first one knows the whole, so it is left last.
             for at in targets.iter().rev() {
-                let leave = |lease: &mut Lease<T::Made>| lease.remove_user(owner, at.lun);
-                let leave = self.leases.update::<T::Made, _>(at.lease(), leave);
+                let leave = self.leases.remove::<T::Made>(at.lease(), owner, at.lun);
                 tracker.run(Step::Unlease, leave).await?;
             }
         }
         let mut changed = user.is_some();
         let mut failed = None;
         for at in targets {
+            let leave = async {
+                if user.is_none() {
+                    // The file of a target whose first user had none yet, or whose last had gone.
+                    self.leases.remove::<T::Made>(at.lease(), owner, at.lun).await?;
+                }
+                T::leave(self, at).await
+            };
             // One target's trouble must not keep what is left at the others.
-            match T::leave(self, at).await {
+            match leave.await {
                 Ok(settled) => changed |= settled,
                 Err(error) => drop(failed.get_or_insert(error)),
             }
@@ -57,16 +63,16 @@ impl<T: Transport> Luns<T> {
         let owner = &user.owner;
         let (mut alone, mut spare, mut shared) = (Vec::new(), Vec::new(), false);
         for at in targets {
-            let lease: Lease<T::Made> = self.leases.load(at.lease()).await?;
-            let mine = lease.user(owner, at.lun).cloned();
-            if lease.other(owner, at.lun).is_none() {
+            let mine = self.leases.user::<T::Made>(at.lease(), owner, at.lun).await?;
+            let others = self.leases.others::<T::Made>(at.lease(), owner, at.lun).await?;
+            if others.is_empty() {
                 alone.extend(mine);
                 continue;
             }
             shared = true;
             // What an attach that failed made beside the others' paths is nobody's; else it is left to them.
             if user.attachment.is_none() {
-                spare.extend(mine.map(|mine| (at, lease.alone_with(mine))));
+                spare.extend(mine.map(|mine| (at, mine.without_paths_of(&others))));
             }
         }
         let sharers = self.sharers(owner, user.wwid.as_ref()).await?;
@@ -93,12 +99,7 @@ impl<T: Transport> Luns<T> {
         let Some(heir) = sharers.iter().find(|c| c.transport == <T::Made>::TRANSPORT) else {
             return Ok(());
         };
-        let take = |lease: &mut Lease<T::Made>| {
-            if let Some(heir) = lease.users.iter_mut().find(|u| u.owner == heir.owner) {
-                heir.take_map(user.map.as_ref());
-            }
-        };
-        self.leases.update::<T::Made, _>(&heir.target, take).await
+        self.leases.leave_map::<T::Made>(&heir.target, &heir.owner, user.map.as_ref()).await
     }
 
     /// Enters a map that multipathd made above our paths into the lease: once it and they are gone, it

@@ -9,7 +9,7 @@ use super::transport::{Job, Transport, Way as _};
 use crate::connector::error::Error;
 use crate::connector::guestlun;
 use crate::connector::identity::judge;
-use crate::connector::lease::{Lease, MapLease, PathLease, Seen, User};
+use crate::connector::lease::{MapLease, PathLease, Seen, User};
 use crate::connector::multipath;
 use crate::connector::scsi::{self, Deleted, Disk, Hctl, ScsiPath};
 use crate::connector::settings::ms;
@@ -92,13 +92,13 @@ impl<T: Transport> Luns<T> {
         dir: &str,
     ) -> Result<Option<Proven>, Error> {
         let sysfs = &*self.doors.sysfs;
-        let lease: Lease<T::Made> = self.leases.load(job.source.lease()).await?;
-        let others = lease.other(&job.owner, job.source.lun).is_some();
-        let mine = lease.user(&job.owner, job.source.lun);
-        let known = mine.and_then(|u| u.paths.iter().find(|p| p.hctl == hctl));
+        let users = self.leases.users_with::<T::Made>(job.source.lease(), job.source.lun).await?;
+        let (mine, others): (Vec<User>, _) = users.into_iter().partition(|u| u.owner == job.owner);
+        let known = mine.iter().flat_map(|u| &u.paths).find(|p| p.hctl == hctl);
+        let made: T::Made = self.leases.made(job.source.lease()).await?;
         // Where nobody else scans, what is under the way is ours or left by us.
-        let ours = !others
-            && (known.is_some_and(|p| p.made) || T::is_ours(&lease, &job.source.target, way));
+        let ours = others.is_empty()
+            && (known.is_some_and(|p| p.made) || T::is_ours(&made, &job.source.target, way));
         let mut leftover = false;
         let before = scsi::raw_wwid(sysfs, dir).await?;
         scsi::rescan(sysfs, dir).await?;
@@ -131,7 +131,7 @@ impl<T: Transport> Luns<T> {
                 Err(_) => {}
             }
         }
-        match self.remove_stale(job, &lease, hctl, dir, &before).await {
+        match self.remove_stale(job, &others, hctl, dir, &before).await {
             Ok(()) => Ok(None),
             // It is what it should be, only used by somebody.
             Err(Error::StaleDeviceHeld { holder, .. }) if leftover => {
@@ -145,7 +145,7 @@ impl<T: Transport> Luns<T> {
     async fn remove_stale(
         &self,
         job: &Job<T>,
-        lease: &Lease<T::Made>,
+        others: &[User],
         hctl: Hctl,
         dir: &str,
         before: &str,
@@ -156,8 +156,9 @@ impl<T: Transport> Luns<T> {
             found: if before.is_empty() { "no identity".into() } else { before.to_owned() },
             holder,
         };
-        let has = |u: &&User| u.owner != job.owner && u.paths.iter().any(|p| p.hctl == hctl);
-        for other in lease.users.iter().filter(has) {
+        // An address is of one LUN, so it is none of other LUNs' users.
+        let has = |u: &&User| u.paths.iter().any(|p| p.hctl == hctl);
+        for other in others.iter().filter(has) {
             if self.has_volume(other).await? {
                 return Err(held(format!("{}, for which it is attached", other.owner)));
             }

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use super::Luns;
 use super::access::Access;
 use crate::connector::error::Error;
-use crate::connector::lease::{self, Lease, User};
+use crate::connector::lease::{self, User};
 use crate::connector::scsi::Hctl;
 use crate::connector::{AttachRequest, Authentication, Discovered, Expect};
 use crate::spec::{MultipathPolicy, Source};
@@ -99,7 +99,7 @@ pub(crate) trait Transport: Debug + Clone + PartialEq + Eq + Send + Sync + 'stat
     async fn admit(luns: &Luns<Self>, job: &Job<Self>, way: &Self::Way) -> Result<(), Error>;
 
     /// Whether nobody but us scans by that way, so that what is behind it is ours or left by us.
-    fn is_ours(lease: &Lease<Self::Made>, target: &Self::Target, way: &Self::Way) -> bool;
+    fn is_ours(made: &Self::Made, target: &Self::Target, way: &Self::Way) -> bool;
 
     /// Undoes what was made for those of `routes` that no user of the target wants; whether there was
     /// something.

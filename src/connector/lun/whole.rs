@@ -1,6 +1,7 @@
 //! A volume that is reached by several targets, as one: what it has in each of their leases.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use super::Luns;
 use super::access::Access;
@@ -19,20 +20,23 @@ impl<T: Transport> Luns<T> {
         self.held_now(owner, targets, &mut HashMap::new()).await
     }
 
-    /// The same by leases that were read just now; what is missing of them is read.
+    /// The same by targets' own files that were read just now; what is missing of them is read.
     pub(super) async fn held_now(
         &self,
         owner: &VolumeKey,
         targets: &[Access<T>],
-        leases: &mut HashMap<T::Target, Lease<T::Made>>,
+        leases: &mut HashMap<T::Target, Option<Lease<T::Made>>>,
     ) -> Result<Option<User>, Error> {
+        let mut users = Vec::new();
         for at in targets {
-            if !leases.contains_key(&at.target) {
-                let lease = self.leases.load(at.lease()).await?;
-                leases.insert(at.target.clone(), lease);
-            }
+            let lease = match leases.entry(at.target.clone()) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => place.insert(self.leases.lease(at.lease()).await?),
+            };
+            let user = self.leases.user_beside(lease.as_ref(), at.lease(), owner, at.lun).await?;
+            users.extend(user);
         }
-        Ok(User::joined(targets.iter().filter_map(|at| leases[&at.target].user(owner, at.lun))))
+        Ok(User::joined(&users))
     }
 
     /// Changes what the owner has at the first of its targets; `None` where it has nothing there.
@@ -42,8 +46,7 @@ impl<T: Transport> Luns<T> {
         at: &Access<T>,
         change: impl FnOnce(&mut User) -> R + Send,
     ) -> Result<Option<R>, Error> {
-        let update = |lease: &mut Lease<T::Made>| lease.user_mut(owner, at.lun).map(change);
-        self.leases.update::<T::Made, _>(at.lease(), update).await
+        self.leases.change::<T::Made, _>(at.lease(), owner, at.lun, change).await
     }
 
     /// A LUN at one of `targets` that the owner has and that is none of theirs.
@@ -53,10 +56,9 @@ impl<T: Transport> Luns<T> {
         targets: &[Access<T>],
     ) -> Result<Option<(String, Lun)>, Error> {
         for at in targets {
-            let lease: Lease<T::Made> = self.leases.load(at.lease()).await?;
-            let known =
-                |u: &&User| !targets.iter().any(|t| t.target == at.target && t.lun == u.lun);
-            if let Some(other) = lease.users_of(owner).find(known) {
+            let other = |u: &User| !targets.iter().any(|t| t.target == at.target && t.lun == u.lun);
+            let users = self.leases.users_of::<T::Made>(at.lease(), owner).await?;
+            if let Some(other) = users.into_iter().find(other) {
                 return Ok(Some((at.target.to_string(), other.lun)));
             }
         }
@@ -67,8 +69,8 @@ impl<T: Transport> Luns<T> {
     pub(super) async fn has_volume(&self, user: &User) -> Result<bool, Error> {
         match &user.first {
             Some(first) if user.attachment.is_none() => {
-                let lease: Lease<T::Made> = self.leases.load(first).await?;
-                Ok(lease.users_of(&user.owner).any(|u| u.attachment.is_some()))
+                let users = self.leases.users_of::<T::Made>(first, &user.owner).await?;
+                Ok(users.iter().any(|u| u.attachment.is_some()))
             }
             _ => Ok(user.attachment.is_some()),
         }
@@ -81,9 +83,8 @@ impl<T: Transport> Luns<T> {
         if claim.transport != <T::Made>::TRANSPORT {
             return Ok(true);
         }
-        let lease: Lease<T::Made> = self.leases.load(&claim.target).await?;
-        let mut users = lease.users_of(&claim.owner);
-        Ok(users.any(|u| u.wwid.as_ref().is_none_or(|w| w == wwid)))
+        let users = self.leases.users_of::<T::Made>(&claim.target, &claim.owner).await?;
+        Ok(users.iter().any(|u| u.wwid.as_ref().is_none_or(|w| w == wwid)))
     }
 
     /// Who else has the LUN, by whatever target: all must share it.

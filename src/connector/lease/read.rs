@@ -1,0 +1,165 @@
+//! What leases say. Read without their lock: what a change is decided by is read again under it.
+
+use super::store::{entry_name, of_lun, users_dir};
+use super::{Lease, Leases, Made, User, file_name, lease_file, user_file};
+use crate::connector::error::{Error, chain};
+use crate::types::{Lun, VolumeKey};
+
+impl Leases {
+    /// A target's own file; `None` where there is none of this boot.
+    pub(crate) async fn lease<M: Made>(&self, target: &str) -> Result<Option<Lease<M>>, Error> {
+        self.read_lease(&lease_file(M::TRANSPORT, target)).await
+    }
+
+    /// What was made at a target for all of its users.
+    pub(crate) async fn made<M: Made>(&self, target: &str) -> Result<M, Error> {
+        Ok(self.lease::<M>(target).await?.map(|lease| lease.made).unwrap_or_default())
+    }
+
+    /// What an owner has of a LUN.
+    pub(crate) async fn user<M: Made>(
+        &self,
+        target: &str,
+        owner: &VolumeKey,
+        lun: Lun,
+    ) -> Result<Option<User>, Error> {
+        let lease = self.lease::<M>(target).await?;
+        self.user_beside(lease.as_ref(), target, owner, lun).await
+    }
+
+    /// The same beside a target's own file that was read just now: it is read first, for it says whether the
+    /// users have files.
+    pub(crate) async fn user_beside<M: Made>(
+        &self,
+        lease: Option<&Lease<M>>,
+        target: &str,
+        owner: &VolumeKey,
+        lun: Lun,
+    ) -> Result<Option<User>, Error> {
+        if let Some(users) = lease.and_then(|lease| lease.users.as_ref()) {
+            return Ok(users.iter().find(|u| u.is(owner, lun)).cloned());
+        }
+        let user = self.read_user(&user_file(M::TRANSPORT, target, owner, lun)).await?;
+        Ok(user.filter(|u| u.is(owner, lun)))
+    }
+
+    /// All that a volume has at a target: mostly one LUN.
+    pub(crate) async fn users_of<M: Made>(
+        &self,
+        target: &str,
+        owner: &VolumeKey,
+    ) -> Result<Vec<User>, Error> {
+        let end = format!(":{}", file_name(&owner.to_string()));
+        self.users_that::<M>(target, |name| name.ends_with(&end), |u| u.owner == *owner).await
+    }
+
+    /// All users of a LUN.
+    pub(crate) async fn users_with<M: Made>(
+        &self,
+        target: &str,
+        lun: Lun,
+    ) -> Result<Vec<User>, Error> {
+        let start = of_lun(lun);
+        self.users_that::<M>(target, |name| name.starts_with(&start), |u| u.lun == lun).await
+    }
+
+    /// The other users of the same LUN.
+    pub(crate) async fn others<M: Made>(
+        &self,
+        target: &str,
+        owner: &VolumeKey,
+        lun: Lun,
+    ) -> Result<Vec<User>, Error> {
+        let (start, mine) = (of_lun(lun), entry_name(owner, lun));
+        let named = |name: &str| name.starts_with(&start) && name != mine;
+        self.users_that::<M>(target, named, |u| u.lun == lun && u.owner != *owner).await
+    }
+
+    /// The users whose files are `named` so, if they are what the name says (`is`).
+    async fn users_that<M: Made>(
+        &self,
+        target: &str,
+        named: impl Fn(&str) -> bool + Send,
+        is: impl Fn(&User) -> bool + Send,
+    ) -> Result<Vec<User>, Error> {
+        if let Some(users) = self.lease::<M>(target).await?.and_then(|lease| lease.users) {
+            return Ok(users.into_iter().filter(is).collect());
+        }
+        let dir = users_dir(M::TRANSPORT, target);
+        let mut found = Vec::new();
+        for name in self.names(&dir).await?.iter().filter(|name| named(name)) {
+            found.extend(self.read_user(&format!("{dir}/{name}")).await?.filter(&is));
+        }
+        Ok(found)
+    }
+
+    /// Those of `routes` by which nobody wants to come to the target. Where somebody's file cannot be read,
+    /// nobody can say so of any.
+    pub(crate) async fn unwanted<M: Made, R: ToString + Send>(
+        &self,
+        target: &str,
+        routes: Vec<R>,
+    ) -> Result<Vec<R>, Error> {
+        let mut routes: Vec<(String, R)> =
+            routes.into_iter().map(|route| (route.to_string(), route)).collect();
+        let mut strike = |user: &User| {
+            routes.retain(|(route, _)| !user.routes.contains(route));
+            routes.is_empty()
+        };
+        match self.lease::<M>(target).await?.and_then(|lease| lease.users) {
+            Some(users) => drop(users.iter().any(&mut strike)),
+            None => {
+                let dir = users_dir(M::TRANSPORT, target);
+                for name in self.names(&dir).await? {
+                    match self.read_user(&format!("{dir}/{name}")).await {
+                        // Mostly the first has them all.
+                        Ok(Some(user)) if strike(&user) => break,
+                        Ok(_) => {}
+                        Err(error) => {
+                            tell(&error);
+                            return Ok(Vec::new());
+                        }
+                    }
+                }
+            }
+        }
+        Ok(routes.into_iter().map(|(_, route)| route).collect())
+    }
+
+    /// The own files of all targets of this boot that can be read. One that cannot is told and left: it is its
+    /// target's trouble alone.
+    pub(crate) async fn all<M: Made>(&self) -> Result<Vec<Lease<M>>, Error> {
+        let dir = format!("leases/{}", M::TRANSPORT);
+        let mut all = Vec::new();
+        for name in self.names(&dir).await? {
+            match self.read_lease(&format!("{dir}/{name}")).await {
+                Ok(lease) => all.extend(lease),
+                Err(error) => tell(&error),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Who has something at any target, as far as that can be read.
+    pub(crate) async fn owners<M: Made>(&self) -> Result<Vec<VolumeKey>, Error> {
+        let mut owners = Vec::new();
+        for lease in self.all::<M>().await? {
+            if let Some(users) = lease.users {
+                owners.extend(users.into_iter().map(|user| user.owner));
+                continue;
+            }
+            let dir = users_dir(M::TRANSPORT, &lease.target);
+            for name in self.names(&dir).await? {
+                match self.read_user(&format!("{dir}/{name}")).await {
+                    Ok(user) => owners.extend(user.map(|user| user.owner)),
+                    Err(error) => tell(&error),
+                }
+            }
+        }
+        Ok(owners)
+    }
+}
+
+fn tell(error: &Error) {
+    tracing::error!(why = chain(error), "see docs/operations.md, damaged records");
+}

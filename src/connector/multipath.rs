@@ -93,6 +93,11 @@ pub(crate) async fn read(sysfs: &dyn Sysfs, kernel: &str) -> Result<Option<Map>,
 pub(crate) async fn by_uuid(sysfs: &dyn Sysfs, uuid: &str) -> Result<Option<Map>, Error> {
     let all = sysfs.entries("block").await.map_err(Error::io("listing block devices"))?;
     for kernel in all.iter().filter(|n| n.starts_with("dm-")) {
+        // A node has thousands: the rest is read of the one alone. What cannot be read here is told by that.
+        let its = sysfs.text(&format!("block/{kernel}/dm/uuid")).await;
+        if its.is_ok_and(|its| its.as_deref() != Some(uuid)) {
+            continue;
+        }
         if let Some(map) = read(sysfs, kernel).await?
             && map.uuid == uuid
         {

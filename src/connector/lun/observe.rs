@@ -48,8 +48,9 @@ impl<T: Transport> Luns<T> {
         }
         if found.device.map.is_some() {
             let Some(lease) = &user.map else { return Ok(None) };
-            let map = multipath::by_uuid(sysfs, &lease.uuid).await?;
-            if !map.is_some_and(|m| m.diskseq == found.diskseq && m.dev == found.device.dev) {
+            // By its number, not by its uuid: a node has thousands of maps.
+            let map = self.map_at(&found).await?;
+            if !map.is_some_and(|m| m.uuid == lease.uuid && m.diskseq == found.diskseq) {
                 return Ok(None);
             }
         }

@@ -32,7 +32,7 @@ pub(super) struct ScsiDev {
     pub(super) target: Iqn,
     pub(super) scsi_lun: u64,
     /// Counts sd names and minors, lowest first.
-    index: u32,
+    pub(super) index: u32,
     pub(super) name: String,
     pub(super) dev: DevNum,
     pub(super) known: SimLun,
@@ -96,21 +96,8 @@ impl World {
         }
     }
 
-    /// The lowest that no disk has, as the kernel gives them out.
-    fn free_index(&self) -> u32 {
-        let mut used = vec![false; self.disks.len()];
-        for disk in self.disks.values() {
-            // Of so many disks one at least has none of these, if one of them is beyond.
-            if let Some(used) = used.get_mut(disk.index as usize) {
-                *used = true;
-            }
-        }
-        let free = used.iter().position(|used| !used).unwrap_or(used.len());
-        u32::try_from(free).unwrap_or(u32::MAX)
-    }
-
     fn add_disk(&mut self, behind: &Behind, scsi_lun: u64, known: SimLun) {
-        let index = self.free_index();
+        let index = self.disks.indexes.take();
         let disk = ScsiDev {
             hctl: format!("{}:0:{}:{scsi_lun}", behind.host, behind.id),
             sid: behind.sid,
@@ -131,7 +118,7 @@ impl World {
             }
             self.emit("add", &target_dir, "scsi", &[("DEVTYPE", "scsi_target".into())]);
         }
-        self.disks.insert(disk.hctl.clone(), disk.clone());
+        self.disks.insert(disk.clone());
         self.show_disk(&target_dir, &disk, diskseq);
         self.multipath.pending.push(disk.hctl);
     }
@@ -213,7 +200,7 @@ impl World {
             self.emit("change", &block, "block", &[("DISK_RO", ro)]);
             self.protection_changed(disk.dev);
         }
-        self.disks.insert(hctl.to_owned(), disk);
+        self.disks.insert(disk);
     }
 
     /// Removes a SCSI device, whoever uses it: the kernel asks nobody.

@@ -22,7 +22,7 @@ pub(super) struct Dm {
 
 impl Dm {
     pub(super) fn dev(&self) -> DevNum {
-        DevNum { major: DM_MAJOR, minor: self.minor }
+        dev_of(self.minor)
     }
 
     pub(super) fn kernel_name(&self) -> String {
@@ -34,10 +34,20 @@ impl Dm {
     }
 }
 
+/// The number of the dm device with that minor.
+pub(super) fn dev_of(minor: u32) -> DevNum {
+    DevNum { major: DM_MAJOR, minor }
+}
+
 impl World {
+    /// The dm device of that number.
+    pub(super) fn dm_at(&self, dev: DevNum) -> Option<&Dm> {
+        self.dm.get(dev.minor).filter(|_| dev.major == DM_MAJOR)
+    }
+
     /// Makes a dm device on `slaves`; its number is the lowest that is free.
     pub(super) fn create_dm(&mut self, name: &str, uuid: &str, slaves: &[DevNum]) -> u32 {
-        let minor = (0..).find(|n| !self.dm.contains_key(n)).unwrap_or(0);
+        let minor = self.dm.minors.take();
         let diskseq = self.next_diskseq();
         let dm = Dm {
             minor,
@@ -63,7 +73,7 @@ impl World {
         {
             tree.link(&link, &dir);
         }
-        self.dm.insert(minor, dm);
+        self.dm.insert(dm);
         self.emit("add", &dir, "block", &block_properties(&kernel, dev, diskseq));
         self.set_slaves(minor, slaves.to_vec());
         minor
@@ -73,10 +83,9 @@ impl World {
     /// it: a table is reloaded with the size that it has ([`World::resize_dm`] is for another). It is
     /// for reading only when a slave is.
     pub(super) fn set_slaves(&mut self, minor: u32, slaves: Vec<DevNum>) {
-        let Some(dm) = self.dm.get_mut(&minor) else { return };
-        let before = std::mem::replace(&mut dm.slaves, slaves.clone());
+        let Some(dm) = self.dm.get(minor) else { return };
         let (dir, kernel, dev) = (dm.dir(), dm.kernel_name(), dm.dev());
-        for slave in before {
+        for slave in self.dm.set_slaves(minor, slaves.clone()) {
             if let Some((name, block)) = self.block_dir(slave) {
                 self.tree.remove(&format!("{dir}/slaves/{name}"));
                 self.tree.remove(&format!("{block}/holders/{kernel}"));
@@ -100,7 +109,7 @@ impl World {
 
     /// Loads a table of the size that the first slave has now; `false` when there is none.
     pub(super) fn resize_dm(&mut self, minor: u32) -> bool {
-        let Some(dm) = self.dm.get(&minor) else { return false };
+        let Some(dm) = self.dm.get(minor) else { return false };
         let (dir, kernel, dev) = (dm.dir(), dm.kernel_name(), dm.dev());
         let Some((_, block)) = dm.slaves.first().and_then(|slave| self.block_dir(*slave)) else {
             return false;
@@ -119,12 +128,12 @@ impl World {
 
     /// Removes a dm device; `false` when somebody uses it.
     pub(super) fn remove_dm(&mut self, minor: u32) -> bool {
-        let Some(dm) = self.dm.get(&minor).cloned() else { return true };
+        let Some(dm) = self.dm.get(minor).cloned() else { return true };
         if !self.users(dm.dev()).is_empty() {
             return false;
         }
         self.set_slaves(minor, Vec::new());
-        self.dm.remove(&minor);
+        self.dm.remove(minor);
         let (dir, kernel, dev) = (dm.dir(), dm.kernel_name(), dm.dev());
         for path in [
             format!("class/block/{kernel}"),
@@ -142,8 +151,7 @@ impl World {
     pub(super) fn drop_path(&mut self, dev: DevNum, name: &str) {
         let above: Vec<(u32, Vec<DevNum>)> = self
             .dm
-            .values()
-            .filter(|d| d.slaves.contains(&dev))
+            .above(dev)
             .map(|d| (d.minor, d.slaves.iter().copied().filter(|s| *s != dev).collect()))
             .collect();
         for (minor, slaves) in above {
@@ -155,19 +163,18 @@ impl World {
     /// Everybody who uses a device: claims, opens, and dm devices on top of it.
     pub(super) fn users(&self, dev: DevNum) -> Vec<String> {
         let placed = [&self.claims, &self.opens];
-        let stacked = self.dm.values().filter(|d| d.slaves.contains(&dev)).map(|d| d.name.clone());
+        let stacked = self.dm.above(dev).map(|d| d.name.clone());
         placed.into_iter().filter_map(|m| m.get(&dev)).flatten().cloned().chain(stacked).collect()
     }
 
     /// Whether an exclusive open would find it busy.
     pub(super) fn claimed(&self, dev: DevNum) -> bool {
-        self.claims.get(&dev).is_some_and(|c| !c.is_empty())
-            || self.dm.values().any(|d| d.slaves.contains(&dev))
+        self.claims.get(&dev).is_some_and(|c| !c.is_empty()) || self.dm.above(dev).next().is_some()
     }
 
     /// Whether I/O to it can succeed; `None` when there is no such device.
     pub(super) fn io_works(&self, dev: DevNum) -> Option<bool> {
-        if let Some(disk) = self.disks.values().find(|d| d.dev == dev) {
+        if let Some(disk) = self.disks.by_dev(dev) {
             let dir = self.disk_dir(&disk.hctl)?;
             if self.is_offline(&dir) {
                 return None;
@@ -178,7 +185,7 @@ impl World {
         if self.has_local(dev) {
             return Some(true);
         }
-        let dm = self.dm.values().find(|d| d.dev() == dev)?;
+        let dm = self.dm_at(dev)?;
         Some(!dm.error && dm.slaves.iter().any(|s| self.io_works(*s) == Some(true)))
     }
 

@@ -174,27 +174,27 @@ impl SimStorage {
     fn dmsetup(&self, args: &[String]) -> Output {
         let words: Vec<&str> = args.iter().map(String::as_str).collect();
         let mut world = self.world();
-        let dm = world.dm.values_mut().find(|d| {
+        let dm = world.dm.values().find(|d| {
             words.iter().any(|w| *w == d.name || *w == d.uuid || w.ends_with(&d.kernel_name()))
         });
+        let dm = dm.map(|d| (d.minor, d.error));
         let (code, stdout) = match (words.first(), dm) {
             (_, None) => (1, String::new()),
-            (Some(&"wipe_table"), Some(dm)) => {
-                dm.error = true;
-                let minor = dm.minor;
+            (Some(&"wipe_table"), Some((minor, _))) => {
+                world.dm.set_error(minor, true);
                 world.set_slaves(minor, Vec::new());
                 (0, String::new())
             }
-            (Some(&"remove"), Some(dm)) => {
-                let minor = dm.minor;
+            (Some(&"remove"), Some((minor, _))) => {
                 (i32::from(!world.remove_dm(minor)), String::new())
             }
-            (Some(&("load" | "reload")), Some(dm)) => {
-                dm.error = words.iter().any(|w| w.split_whitespace().any(|f| f == "error"));
+            (Some(&("load" | "reload")), Some((minor, _))) => {
+                let error = words.iter().any(|w| w.split_whitespace().any(|f| f == "error"));
+                world.dm.set_error(minor, error);
                 (0, String::new())
             }
-            (Some(&"table"), Some(dm)) => {
-                (0, format!("0 1 {}\n", if dm.error { "error" } else { "multipath" }))
+            (Some(&"table"), Some((_, error))) => {
+                (0, format!("0 1 {}\n", if error { "error" } else { "multipath" }))
             }
             (Some(&("suspend" | "resume" | "info" | "message")), Some(_)) => (0, String::new()),
             _ => (1, String::new()),

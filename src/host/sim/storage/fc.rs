@@ -264,9 +264,7 @@ impl World {
             {
                 self.tree.put(&format!("{dir}/state"), if up { "running" } else { "blocked" });
             }
-            if let Some(disk) = self.disks.get_mut(&hctl) {
-                disk.online = up;
-            }
+            self.disks.set_online(&hctl, up);
         }
     }
 

@@ -7,9 +7,9 @@ use nix::libc;
 use tokio::sync::broadcast;
 
 use super::array::{PortalState, SimTarget};
-use super::disks::{Behind, ScsiDev};
-use super::dm::Dm;
+use super::disks::Behind;
 use super::fc::{RemotePort, SimHba};
+use super::indexed::{Disks, Maps};
 use super::iscsiadm::Records;
 use super::local::LocalModel;
 use super::multipathd::MultipathModel;
@@ -71,8 +71,8 @@ pub(super) struct World {
     pub(super) lips: u32,
     /// What is on the host already.
     pub(super) local: LocalModel,
-    pub(super) disks: BTreeMap<String, ScsiDev>,
-    pub(super) dm: BTreeMap<u32, Dm>,
+    pub(super) disks: Disks,
+    pub(super) dm: Maps,
     pub(super) multipath: MultipathModel,
     /// Exclusive claims (mounts and the like) that tests place.
     pub(super) claims: BTreeMap<DevNum, Vec<String>>,
@@ -100,8 +100,8 @@ impl World {
             fc_scans: true,
             lips: 0,
             local: LocalModel::default(),
-            disks: BTreeMap::new(),
-            dm: BTreeMap::new(),
+            disks: Disks::default(),
+            dm: Maps::default(),
             multipath: MultipathModel::default(),
             claims: BTreeMap::new(),
             opens: BTreeMap::new(),
@@ -117,8 +117,8 @@ impl World {
     pub(super) fn reboot(&mut self) {
         self.boot += 1;
         self.sessions.clear();
-        self.disks.clear();
-        self.dm.clear();
+        self.disks = Disks::default();
+        self.dm = Maps::default();
         self.claims.clear();
         self.opens.clear();
         self.db_lock = None;
@@ -341,9 +341,7 @@ impl World {
                 {
                     self.tree.put(&format!("{dir}/state"), state);
                 }
-                if let Some(disk) = self.disks.get_mut(&hctl) {
-                    disk.online = !failed;
-                }
+                self.disks.set_online(&hctl, !failed);
             }
         }
     }

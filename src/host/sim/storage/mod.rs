@@ -29,6 +29,7 @@ mod disks;
 mod dm;
 mod doors;
 mod fc;
+mod indexed;
 mod iscsiadm;
 mod iscsidb;
 mod kernel;
@@ -415,7 +416,7 @@ impl SimStorage {
     pub fn stack_dm(&self, on: DevNum, name: &str, uuid: &str) -> DevNum {
         let mut world = self.world();
         let minor = world.create_dm(name, uuid, &[on]);
-        world.dm[&minor].dev()
+        dm::dev_of(minor)
     }
 
     /// Removes such a device; `false` when it is in use.
@@ -426,9 +427,9 @@ impl SimStorage {
     /// Which LUN a device is, as the array has it now: what a guest that has it reaches.
     pub fn lun_of(&self, dev: DevNum) -> Option<(Iqn, Lun)> {
         let world = self.world();
-        let slave = world.dm.values().find(|d| d.dev() == dev).map(|d| d.slaves.first().copied());
+        let slave = world.dm_at(dev).map(|d| d.slaves.first().copied());
         let path = slave.unwrap_or(Some(dev))?;
-        let disk = world.disks.values().find(|d| d.dev == path)?;
+        let disk = world.disks.by_dev(path)?;
         let luns = &world.targets.get(&disk.target)?.luns;
         let lun = luns.keys().find(|lun| lun.scsi() == disk.scsi_lun)?;
         Some((disk.target.clone(), *lun))
@@ -492,7 +493,8 @@ impl SimStorage {
             let through = world.sessions.get(&d.sid).is_some_and(|s| s.portal == portal);
             through && d.target == *target && d.scsi_lun == lun.scsi()
         };
-        if let Some(hctl) = world.disks.values().find(of_it).map(|d| d.hctl.clone()) {
+        let hctl = world.disks.values().find(of_it).map(|d| d.hctl.clone());
+        if let Some(hctl) = hctl {
             world.rescan(&hctl);
         }
     }

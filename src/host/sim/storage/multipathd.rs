@@ -1,7 +1,8 @@
 //! multipathd.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use super::dm::Dm;
 use super::kernel::World;
 use crate::types::{DevNum, Wwid};
 
@@ -40,6 +41,10 @@ pub(super) struct MultipathModel {
     pub(super) wwids: BTreeSet<String>,
     /// `/etc/multipath/bindings`: alias to WWID.
     pub(super) bindings: BTreeMap<String, String>,
+    /// The same by WWID.
+    aliases: HashMap<String, String>,
+    /// No alias is free before the one of this number.
+    taken: u32,
 }
 
 impl Default for MultipathModel {
@@ -56,6 +61,8 @@ impl Default for MultipathModel {
             delayed: Vec::new(),
             wwids: BTreeSet::new(),
             bindings: BTreeMap::new(),
+            aliases: HashMap::new(),
+            taken: 0,
         }
     }
 }
@@ -91,7 +98,7 @@ impl World {
             return false;
         }
         let uuid = format!("mpath-{wwid}");
-        let map = self.dm.values().find(|d| d.uuid == uuid).map(|d| (d.minor, d.slaves.clone()));
+        let map = self.dm.by_uuid(&uuid).map(|d| (d.minor, d.slaves.clone()));
         match map {
             Some((_, slaves)) if slaves.contains(&disk.dev) => {}
             Some((minor, mut slaves)) => {
@@ -115,9 +122,8 @@ impl World {
 
     /// The disks of that WWID that it may use.
     fn paths_of(&self, wwid: &str) -> Vec<DevNum> {
-        let is_of = |w: &Wwid| w.multipath() == wwid;
-        let disks = self.disks.values().filter(|d| d.known.wwid.as_ref().is_some_and(is_of));
-        disks
+        self.disks
+            .of_wwid(wwid)
             .filter(|d| !self.multipath.pending.contains(&d.hctl))
             .filter(|d| d.known.size > 0 && !self.claims.contains_key(&d.dev))
             .map(|d| d.dev)
@@ -133,23 +139,29 @@ impl World {
 
     /// The alias that the bindings file has for a WWID, or the first that is free.
     fn alias(&mut self, wwid: &str) -> String {
-        let bindings = &mut self.multipath.bindings;
-        if let Some((alias, _)) = bindings.iter().find(|(_, w)| *w == wwid) {
+        let model = &mut self.multipath;
+        if let Some(alias) = model.aliases.get(wwid) {
             return alias.clone();
         }
-        let alias = (0..)
-            .map(|n| format!("mpath{}", super::letters(n)))
-            .find(|a| !bindings.contains_key(a))
-            .unwrap_or_default();
-        bindings.insert(alias.clone(), wwid.to_owned());
+        let mut alias = alias_of(model.taken);
+        while model.bindings.contains_key(&alias) {
+            model.taken += 1;
+            alias = alias_of(model.taken);
+        }
+        model.bindings.insert(alias.clone(), wwid.to_owned());
+        model.aliases.insert(wwid.to_owned(), alias.clone());
         alias
     }
 
     /// Removes a LUN's entries from both files; whether there were any.
     pub(super) fn forget(&mut self, wwid: &str) -> bool {
-        let aliases = self.multipath.bindings.len();
-        self.multipath.bindings.retain(|_, w| w != wwid);
-        self.multipath.wwids.remove(wwid) || self.multipath.bindings.len() != aliases
+        let model = &mut self.multipath;
+        let alias = model.aliases.remove(wwid);
+        if let Some(alias) = &alias {
+            model.bindings.remove(alias);
+            model.taken = 0;
+        }
+        model.wwids.remove(wwid) || alias.is_some()
     }
 
     /// Carries out one command of the daemon's socket.
@@ -188,8 +200,9 @@ impl World {
             ["del" | "remove", "path", name] => {
                 let Some(hctl) = self.hctl_of(name) else { return OK.into() };
                 self.multipath.pending.retain(|p| *p != hctl);
-                let dev = self.disks[&hctl].dev;
-                self.drop_from_map(dev);
+                if let Some(dev) = self.disks.get(&hctl).map(|d| d.dev) {
+                    self.drop_from_map(dev);
+                }
                 OK.into()
             }
             ["del" | "remove", "map" | "multipath", name] => match self.map_of(name) {
@@ -197,14 +210,8 @@ impl World {
                 None => FAIL.into(),
             },
             ["disablequeueing" | "restorequeueing", "map" | "multipath", name] => {
-                let minor = self.map_of(name);
-                match minor.and_then(|m| self.dm.get_mut(&m)) {
-                    Some(dm) => {
-                        dm.queueing = words[0] == "restorequeueing";
-                        OK.into()
-                    }
-                    None => FAIL.into(),
-                }
+                let queues = words[0] == "restorequeueing";
+                done(self.map_of(name).is_some_and(|minor| self.dm.set_queueing(minor, queues)))
             }
             ["resize", "map" | "multipath", name] => {
                 let minor = self.map_of(name);
@@ -212,14 +219,14 @@ impl World {
             }
             ["reload", "map" | "multipath", name] => match self.map_of(name) {
                 Some(minor) => {
-                    let slaves = self.dm[&minor].slaves.clone();
+                    let slaves = self.dm.get(minor).map(|d| d.slaves.clone()).unwrap_or_default();
                     self.set_slaves(minor, slaves);
                     OK.into()
                 }
                 None => FAIL.into(),
             },
             ["reconfigure", ..] => {
-                self.multipath.pending = self.disks.keys().cloned().collect();
+                self.multipath.pending = self.disks.values().map(|d| d.hctl.clone()).collect();
                 self.multipathd_settle();
                 OK.into()
             }
@@ -230,9 +237,7 @@ impl World {
     /// multipathd reloads the map of a path whose write protection has changed (main.c,
     /// uev_update_path).
     pub(super) fn protection_changed(&mut self, dev: DevNum) {
-        let map =
-            self.dm.values().find(|d| d.uuid.starts_with("mpath-") && d.slaves.contains(&dev));
-        let map = map.filter(|_| self.multipath.running && self.multipath.auto);
+        let map = self.map_above(dev).filter(|_| self.multipath.running && self.multipath.auto);
         if let Some((minor, slaves)) = map.map(|d| (d.minor, d.slaves.clone())) {
             self.set_slaves(minor, slaves);
         }
@@ -248,25 +253,28 @@ impl World {
     }
 
     fn drop_from_map(&mut self, dev: DevNum) {
-        let map =
-            self.dm.values().find(|d| d.uuid.starts_with("mpath-") && d.slaves.contains(&dev));
-        if let Some((minor, mut slaves)) = map.map(|d| (d.minor, d.slaves.clone())) {
+        if let Some((minor, mut slaves)) = self.map_above(dev).map(|d| (d.minor, d.slaves.clone()))
+        {
             slaves.retain(|s| *s != dev);
             self.set_slaves(minor, slaves);
         }
     }
 
     fn hctl_of(&self, name: &str) -> Option<String> {
-        let by_name = self.disks.values().find(|d| d.name == name || d.dev.to_string() == name);
-        by_name.map(|d| d.hctl.clone())
+        self.disks.by_name(name).map(|d| d.hctl.clone())
     }
 
     /// A map by alias, WWID or `dm-N`.
     pub(super) fn map_of(&self, name: &str) -> Option<u32> {
-        let maps = self.dm.values().filter(|d| d.uuid.starts_with("mpath-"));
-        maps.into_iter()
-            .find(|d| d.name == name || d.kernel_name() == name || d.uuid[6..] == *name)
-            .map(|d| d.minor)
+        let by_kernel = || self.dm.get(name.strip_prefix("dm-")?.parse().ok()?);
+        let by_wwid = || self.dm.by_uuid(&format!("mpath-{name}"));
+        let found = self.dm.by_name(name).or_else(by_kernel).or_else(by_wwid);
+        found.filter(|d| d.uuid.starts_with("mpath-")).map(|d| d.minor)
+    }
+
+    /// The map that a path is in.
+    fn map_above(&self, dev: DevNum) -> Option<&Dm> {
+        self.dm.above(dev).find(|d| d.uuid.starts_with("mpath-"))
     }
 
     fn show_maps(&self, format: &str) -> String {
@@ -288,10 +296,7 @@ impl World {
         self.disks
             .values()
             .map(|disk| {
-                let map = self
-                    .dm
-                    .values()
-                    .find(|d| d.uuid.starts_with("mpath-") && d.slaves.contains(&disk.dev));
+                let map = self.map_above(disk.dev);
                 fill(format, |wildcard| match wildcard {
                     'd' => Some(disk.name.clone()),
                     'D' => Some(disk.dev.to_string()),
@@ -306,6 +311,11 @@ impl World {
             })
             .collect()
     }
+}
+
+/// The n-th alias, from 0.
+fn alias_of(number: u32) -> String {
+    format!("mpath{}", super::letters(number))
 }
 
 /// What follows `format`, with the quotes taken off.

@@ -77,7 +77,7 @@ fn journal(c: &mut Criterion) {
         let dir = tempfile::tempdir().unwrap();
         let store = Desired::open(&dir.path().join("lunplug.db")).unwrap();
         let stored =
-            |n| StoredVolume { spec: lun(0, n), accept_new_identity: false, removing: None };
+            |n| StoredVolume { spec: lun(0, n).into(), accept_new_identity: false, removing: None };
         let there: Vec<StoredVolume> = (0..beside).map(stored).collect();
         let spec = VmSpec {
             id: vm.clone(),

@@ -7,6 +7,8 @@ mod check;
 mod source;
 mod vm;
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -170,8 +172,9 @@ impl Phase {
 pub struct VolumeStatus {
     /// Which volume.
     pub key: VolumeKey,
-    /// As asked for.
-    pub spec: VolumeSpec,
+    /// As asked for; its handler has the same.
+    #[serde(serialize_with = "shared")]
+    pub spec: Arc<VolumeSpec>,
     /// How far it is.
     pub phase: Phase,
     /// Why it is not further, or what was noticed; `None` when all is well.
@@ -193,6 +196,11 @@ pub struct VolumeStatus {
     pub vm_needs_hba: bool,
     /// Counts changes of this volume; an older one never follows a newer.
     pub generation: u64,
+}
+
+/// As what is shared.
+fn shared<S: serde::Serializer>(spec: &Arc<VolumeSpec>, serializer: S) -> Result<S::Ok, S::Error> {
+    spec.as_ref().serialize(serializer)
 }
 
 /// What is known of a volume's device on the host.

@@ -338,7 +338,7 @@ async fn portals_by_name_are_resolved_and_told_as_they_were_asked_for() {
         assert_eq!(resolved, [("san:860".into(), "10.0.0.9:860".into())]);
     }
     let stored = server.memory.get("default/a/data").unwrap().spec;
-    let Source::Iscsi(source) = stored.source else { panic!("of iSCSI") };
+    let Source::Iscsi(source) = &stored.source else { panic!("of iSCSI") };
     assert_eq!(source.portals[1].to_string(), "10.0.0.9:860");
     let unknown = client.add_volume(by_name("unknown")).await.unwrap_err();
     let field = "volume.source.iscsi.portals".to_owned();

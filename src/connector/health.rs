@@ -1,6 +1,6 @@
 //! How an attached volume is on the host: told by what can be read, changing nothing.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use super::Attachment;
 use crate::host::multipathd::Multipathd;
@@ -36,8 +36,19 @@ pub struct Paths {
     pub dead: Vec<String>,
 }
 
-/// What multipathd thinks of each path: whether it works, by SCSI address.
-pub(crate) type Checked = BTreeMap<String, bool>;
+/// What multipathd thinks of the node's paths.
+#[derive(Debug, Default)]
+pub(crate) struct Checked {
+    /// The addresses of those that do not work; those that do are many.
+    failed: BTreeSet<String>,
+}
+
+impl Checked {
+    /// Whether it says that a path does not work.
+    pub(crate) fn is_failed(&self, hctl: &str) -> bool {
+        self.failed.contains(hctl)
+    }
+}
 
 /// Asks multipathd once for all paths: a LUN that was unmapped at the array leaves a device that the
 /// kernel calls running, and only the path checker knows. Empty when it does not answer.
@@ -45,14 +56,14 @@ pub(super) async fn checked(multipathd: &dyn Multipathd) -> Checked {
     // %i: address; %t: device-mapper's state of it, `active`, `failed` or `undef` (multipath-tools,
     // print.c, snprint_dm_path_state).
     match multipathd.ask("show paths raw format \"%i %t\"").await {
-        Ok(answer) => answer
-            .lines()
-            .filter_map(|line| line.split_once(' '))
-            .map(|(address, state)| (address.to_owned(), state.trim() != "failed"))
-            .collect(),
+        Ok(answer) => {
+            let lines = answer.lines().filter_map(|line| line.split_once(' '));
+            let failed = lines.filter(|(_, state)| state.trim() == "failed");
+            Checked { failed: failed.map(|(address, _)| address.to_owned()).collect() }
+        }
         Err(error) => {
             tracing::debug!(%error, "multipathd does not tell how paths are; /sys alone counts");
-            Checked::new()
+            Checked::default()
         }
     }
 }

@@ -125,7 +125,7 @@ async fn remeasured(
 ) -> Result<(PathName, u64), Error> {
     let Member { path, dir, diskseq } = member;
     let down = |state: String| SizeError::PathDown { path: path.to_string(), state };
-    if checked.get(&path.hctl.to_string()) == Some(&false) {
+    if checked.is_failed(&path.hctl.to_string()) {
         return Err(down("has failed".into()).into());
     }
     must_run(sysfs, member).await?;

@@ -3,6 +3,7 @@
 //! An operator can read it with `sqlite3`; the values are JSON. Every write is one transaction with
 //! `synchronous=FULL`, so that a call that returned is on disk.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,13 +17,16 @@ use crate::types::{VmId, VolumeKey, VolumeName, Wwid};
 /// A volume as it is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredVolume {
-    /// As asked for.
-    pub spec: VolumeSpec,
+    /// As asked for; its status has the same.
+    pub spec: Arc<VolumeSpec>,
     /// The request allowed another identity than the recorded one; cleared once one is recorded.
     pub accept_new_identity: bool,
     /// It is wanted no more, but not gone yet.
     pub removing: Option<RemoveOptions>,
 }
+
+/// Proven identities, by volume and source ([`crate::spec::Source::key`]).
+pub type Identities = HashMap<(VolumeName, String), Wwid>;
 
 /// The durable store. Clones share one connection, used by one blocking call at a time.
 #[derive(Debug, Clone)]
@@ -149,7 +153,7 @@ impl Desired {
         rows.into_iter()
             .map(|(name, json, accept_new_identity, removing)| {
                 let what = format!("volume {vm}/{name}");
-                let spec = parse(&what, &json)?;
+                let spec = Arc::new(parse(&what, &json)?);
                 let removing = removing.map(|json| parse(&what, &json)).transpose()?;
                 Ok(StoredVolume { spec, accept_new_identity, removing })
             })
@@ -172,7 +176,7 @@ impl Desired {
         let vm = vm.to_string();
         let row = |volume: &StoredVolume| {
             let removing = volume.removing.as_ref().map(render).transpose()?;
-            let (name, json) = (volume.spec.name.to_string(), render(&volume.spec)?);
+            let (name, json) = (volume.spec.name.to_string(), render(&*volume.spec)?);
             Ok((name, json, volume.accept_new_identity, removing))
         };
         let rows = volumes.iter().map(row).collect::<Result<Vec<_>, Error>>()?;
@@ -292,6 +296,25 @@ impl Desired {
             })
             .await?;
         found.map(|text| parse(&format!("identity of {key}"), &format!("{text:?}"))).transpose()
+    }
+
+    /// The identities of all of a VM's volumes. One that is damaged is left out: whoever attaches its volume
+    /// says so.
+    pub async fn identities(&self, vm: &VmId) -> Result<Identities, Error> {
+        let id = vm.to_string();
+        let rows = self
+            .read(move |c| {
+                c.prepare("SELECT volume, source, wwid FROM identities WHERE vm = ?1")?
+                    .query_map([id], |r| {
+                        Ok((r.get::<_, String>(0)?, r.get(1)?, r.get::<_, String>(2)?))
+                    })?
+                    .collect::<Result<Vec<_>, _>>()
+            })
+            .await?;
+        let read = |(name, source, wwid): (String, String, String)| {
+            Some(((name.parse().ok()?, source), wwid.parse().ok()?))
+        };
+        Ok(rows.into_iter().filter_map(read).collect())
     }
 
     /// Records a proven identity, and that the permission to change it is used up.

@@ -20,7 +20,7 @@ pub mod inspect;
 mod store;
 pub mod verify;
 
-pub use desired::{Desired, StoredVolume};
+pub use desired::{Desired, Identities, StoredVolume};
 pub use effects::{DiskEffect, Effects, EffectsStore, NodeEffect};
 
 use std::path::PathBuf;

@@ -83,6 +83,8 @@ struct Volume {
     /// What was attached, as of the last look at it.
     attachment: Option<Attachment>,
     missing: look::Missing,
+    /// It was there when this daemon started, and nobody has looked at it since.
+    unlooked: bool,
     /// The span of the request that is being worked on; that of nobody after a restart.
     cause: Span,
 }
@@ -104,6 +106,7 @@ impl Volume {
             timer: None,
             attachment: None,
             missing: look::Missing::default(),
+            unlooked: false,
             cause: Span::none(),
         }
     }
@@ -129,7 +132,7 @@ pub(super) struct Actor {
 
 impl Actor {
     pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Message>) {
-        self.look_at_all();
+        self.take_up();
         while let Some(message) = mailbox.recv().await {
             // Ended tasks are only collected here; they have reported by message.
             while self.tasks.try_join_next().is_some() {}
@@ -206,8 +209,8 @@ impl Actor {
         }
     }
 
-    /// Takes up what the stores say: wanted volumes are attached (or found attached), what was
-    /// begun and is wanted no more is detached.
+    /// What the stores say: wanted volumes are found attached or are attached, what was begun and is
+    /// wanted no more is detached.
     pub(super) async fn resume(
         vm: VmId,
         tools: Tools,
@@ -235,7 +238,7 @@ impl Actor {
                 tools.effects.delete_removal(&key).await?;
                 continue;
             };
-            let spec = effects.spec;
+            let spec = Arc::new(effects.spec);
             tools.board.open(&key, &spec);
             tools.board.gave_up(&key, &tools.effects.gave_up(&key).await?);
             let stored = StoredVolume { spec, accept_new_identity: false, removing: None };
@@ -269,6 +272,21 @@ impl Actor {
             actor.starts_within(left.unwrap_or_default());
         }
         Ok(actor)
+    }
+
+    /// The first work: what may be attached is looked at, and only what is not found as it should be is
+    /// worked on like the rest.
+    fn take_up(&mut self) {
+        let looks = !self.is_starting() && !self.moving.away;
+        for volume in self.volumes.values_mut() {
+            volume.unlooked = looks && volume.removing.is_none();
+        }
+        let others = |(_, v): &(&VolumeName, &Volume)| !v.unlooked;
+        let names: Vec<_> =
+            self.volumes.iter().filter(others).map(|(name, _)| name.clone()).collect();
+        names.iter().for_each(|name| self.work(name));
+        self.look();
+        self.watch();
     }
 
     /// Sees to it that every volume is as it is wanted.
@@ -314,7 +332,7 @@ impl Actor {
 
     fn known(&self) -> Vec<Known> {
         let known = |(name, volume): (&VolumeName, &Volume)| Known {
-            spec: volume.stored.spec.clone(),
+            spec: (*volume.stored.spec).clone(),
             phase: self.status(name).phase,
             removing: volume.removing,
         };

@@ -55,7 +55,7 @@ impl Way<'_> {
             self.ways.order.after(&names).await;
         }
         before.retain(|v| v.removing.is_none() && !v.spec.device.is_cdrom());
-        before.into_iter().map(|v| (v.spec.disk, v.spec.bus)).collect()
+        before.into_iter().map(|v| (v.spec.disk.clone(), v.spec.bus)).collect()
     }
 
     /// The id of the disk's own I/O thread, written down before that is made.

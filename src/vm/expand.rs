@@ -8,6 +8,8 @@
 //! expectation goes first, for the LUN has that size whatever becomes of the rest: the next attach must
 //! not refuse it.
 
+use std::sync::Arc;
+
 use super::failure::Failure;
 use super::steps::{ExpandFailure, Grown};
 use super::ways::Ways;
@@ -63,7 +65,9 @@ impl Way<'_> {
             if let Some(shown) = &mut status.device {
                 shown.size = size;
             }
-            status.spec.expect_size = self.raised.or(status.spec.expect_size);
+            if self.raised.is_some() {
+                Arc::make_mut(&mut status.spec).expect_size = self.raised;
+            }
         });
         let connection = ways.libvirt().await?;
         let limit = ways.settings().libvirt;

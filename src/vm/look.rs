@@ -1,6 +1,10 @@
 //! A look at a VM's volumes: is everything as it was made? Changes nothing, runs no program, and asks
 //! libvirt twice (three times where a volume is in the persistent definition), however many volumes
 //! there are. What differs is then repaired by walking the attach again.
+//!
+//! A daemon that starts looks first, too. A volume is taken as good only if its attach had come to its end,
+//! all that was noted of it then is seen again, and its identity is the one that it must have: what an attach
+//! that finds everything done would have found. All else is walked.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,26 +13,28 @@ use super::disk::{desired_disk, source_of};
 use super::failure::Failure;
 use super::file;
 use super::media;
-use super::steps::Sight;
+use super::steps::{LookedAt, Sight};
 use super::ways::Ways;
 use crate::cgroup::GrantRecord;
 use crate::connector::Health;
 use crate::domain::diff::{self, Plan, Views};
-use crate::journal::Effects;
+use crate::journal::{Effects, Identities, StoredVolume};
 use crate::spec::VolumeSpec;
+use crate::step::Step;
 use crate::types::{DevNum, VolumeName};
 
-/// Looks at volumes that are ready. An error is about the VM as a whole.
+/// Looks at volumes. An error is about the VM as a whole.
 pub(super) async fn look(
     ways: &Ways,
-    volumes: &[VolumeSpec],
+    volumes: &[LookedAt],
 ) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
     let connection = ways.libvirt().await?;
-    let persist = volumes.iter().any(|v| v.persist);
+    let persist = volumes.iter().any(|v| v.volume.spec.persist);
     let limit = ways.settings().libvirt;
     let views = crate::domain::observe(&*connection, &ways.vm.domain, persist, limit).await?;
     let place = ways.present_place().await?;
-    let owned: Vec<_> = volumes.iter().map(|v| (ways.key(&v.name), v.source.clone())).collect();
+    let owned = |v: &LookedAt| (ways.key(&v.volume.spec.name), v.volume.spec.source.clone());
+    let owned: Vec<_> = volumes.iter().map(owned).collect();
     let health = ways.host.connector.inspect(&owned).await;
     let mut effects = Vec::with_capacity(volumes.len());
     for (key, _) in &owned {
@@ -40,14 +46,24 @@ pub(super) async fn look(
     let hold = ways.host.grants.hold(&records).await?;
     let granted: BTreeSet<_> =
         records.iter().zip(hold).filter(|(_, holds)| *holds).map(|(r, _)| r.dev).collect();
+    let identities = match volumes.iter().any(|v| v.anew) {
+        true => ways.desired.identities(&ways.vm.id).await?,
+        false => Identities::new(),
+    };
     let mut found = BTreeMap::new();
-    for ((volume, health), effects) in volumes.iter().zip(health).zip(effects) {
+    for ((LookedAt { volume: stored, anew }, health), effects) in
+        volumes.iter().zip(health).zip(effects)
+    {
+        let volume = &stored.spec;
         let seen = Seen { ways, views: &views, place: &place, volume };
         let wrong = match &effects {
             // The attach that is walked for it says so in its own words.
             Err(damaged) => Some(damaged.message.clone()),
             Ok(None) => Some("nothing is recorded of it in this boot".into()),
-            Ok(Some(effects)) => seen.wrong(effects, &granted).await,
+            Ok(Some(effects)) => match unproven(stored, effects, &identities) {
+                Some(why) if *anew => Some(why.into()),
+                _ => seen.wrong(effects, &granted).await,
+            },
         };
         let sight = match (wrong, health) {
             (Some(why), _) => Sight::Differs(why),
@@ -57,7 +73,9 @@ pub(super) async fn look(
             (None, Ok(Health::Right { attachment, paths })) => {
                 let given = effects.iter().flatten().find_map(|e| e.device.as_ref());
                 if given.is_some_and(|given| given.is_same(&attachment)) {
-                    Sight::Right { attachment, paths }
+                    let disk = effects.iter().flatten().find_map(|e| e.disk.as_ref());
+                    let target = disk.and_then(|disk| disk.target.clone());
+                    Sight::Right { attachment, paths, target }
                 } else {
                     Sight::Differs("the host has another device for it".into())
                 }
@@ -66,6 +84,31 @@ pub(super) async fn look(
         found.insert(volume.name.clone(), sight);
     }
     Ok(found)
+}
+
+/// Why an attach that was begun before this daemon has to be walked again, whatever is seen of it.
+fn unproven(
+    stored: &StoredVolume,
+    effects: &Effects,
+    identities: &Identities,
+) -> Option<&'static str> {
+    let spec = &stored.spec;
+    let ended = effects.step == Some(Step::Ready);
+    if !ended || !effects.disk.as_ref().is_some_and(|disk| disk.target.is_some()) {
+        return Some("its attach was not finished");
+    }
+    if effects.spec.source != spec.source {
+        return Some("it was made of another source");
+    }
+    let Some(device) = &effects.device else { return Some("it has no device") };
+    let known = identities.get(&(spec.name.clone(), spec.source.key()));
+    let expected = spec.expect_wwid.as_ref().unwrap_or(&device.device.wwid);
+    if known != Some(&device.device.wwid) || expected != &device.device.wwid {
+        return Some("it has another identity than the one that is known of it");
+    }
+    // What only the unit itself can say, or is yet to be accepted.
+    let asks = spec.expect_unit_serial.is_some() || stored.accept_new_identity;
+    asks.then_some("its identity has to be read anew")
 }
 
 /// One volume, and what was found of its VM.

@@ -22,7 +22,7 @@ pub struct Board {
 
 #[derive(Debug, Default)]
 struct Inner {
-    volumes: BTreeMap<VolumeKey, VolumeStatus>,
+    volumes: BTreeMap<VolumeKey, Arc<VolumeStatus>>,
     /// One counter for all volumes: it keeps growing when a name is removed and added again.
     generation: u64,
 }
@@ -42,11 +42,12 @@ impl Default for Board {
 
 impl Board {
     /// Puts a volume on the board, or starts it anew.
-    pub fn open(&self, key: &VolumeKey, spec: &VolumeSpec) -> VolumeStatus {
+    pub fn open(&self, key: &VolumeKey, spec: &Arc<VolumeSpec>) -> VolumeStatus {
         let mut inner = self.lock();
         let status = VolumeStatus { generation: inner.next(), ..blank(key, spec) };
-        inner.volumes.insert(key.clone(), status.clone());
-        self.send(&status);
+        let shared = Arc::new(status.clone());
+        inner.volumes.insert(key.clone(), shared.clone());
+        self.send(shared);
         status
     }
 
@@ -55,17 +56,18 @@ impl Board {
     pub fn update(&self, key: &VolumeKey, change: impl FnOnce(&mut VolumeStatus)) {
         let mut inner = self.lock();
         let Some(before) = inner.volumes.get(key) else { return };
-        let mut status = before.clone();
+        let mut status = VolumeStatus::clone(before);
         change(&mut status);
-        if status == *before {
+        if status == **before {
             return;
         }
         if status.phase != before.phase {
             status.since = Timestamp::now();
         }
         status.generation = inner.next();
-        inner.volumes.insert(key.clone(), status.clone());
-        self.send(&status);
+        let shared = Arc::new(status);
+        inner.volumes.insert(key.clone(), shared.clone());
+        self.send(shared);
     }
 
     /// The volume came to a phase, and all is well.
@@ -113,7 +115,7 @@ impl Board {
 
     /// One volume.
     pub fn get(&self, key: &VolumeKey) -> Option<VolumeStatus> {
-        self.lock().volumes.get(key).cloned()
+        self.lock().volumes.get(key).map(|status| VolumeStatus::clone(status))
     }
 
     /// All volumes, or those of one VM, ordered by VM and name.
@@ -122,7 +124,7 @@ impl Board {
             .volumes
             .values()
             .filter(|v| vm.is_none_or(|vm| v.key.vm == *vm))
-            .cloned()
+            .map(|status| VolumeStatus::clone(status))
             .collect()
     }
 
@@ -131,10 +133,10 @@ impl Board {
         self.changes.subscribe()
     }
 
-    fn send(&self, status: &VolumeStatus) {
+    fn send(&self, status: Arc<VolumeStatus>) {
         tracing::debug!(volume = %status.key, phase = status.phase.as_str(), reason = status.reason.map(|r| r.code()), "volume changed");
         // No receiver is no error: nobody watches.
-        let _ = self.changes.send(Arc::new(status.clone()));
+        let _ = self.changes.send(status);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
@@ -144,7 +146,7 @@ impl Board {
 }
 
 /// A volume's status before anything was done.
-pub fn blank(key: &VolumeKey, spec: &VolumeSpec) -> VolumeStatus {
+pub fn blank(key: &VolumeKey, spec: &Arc<VolumeSpec>) -> VolumeStatus {
     VolumeStatus {
         key: key.clone(),
         spec: spec.clone(),
@@ -175,12 +177,12 @@ mod tests {
     fn watchers_see_each_change_once_and_in_order() {
         let board = Board::default();
         let mut watch = board.watch();
-        board.open(&key(), &volume_fixture("v"));
+        board.open(&key(), &volume_fixture("v").into());
         board.phase(&key(), Phase::Bound);
         board.phase(&key(), Phase::Bound);
         let failure = Failure::new(Reason::LunNotFound, "no LUN 1");
         board.trouble(&key(), Phase::Failed, &failure, None);
-        board.open(&key(), &volume_fixture("v"));
+        board.open(&key(), &volume_fixture("v").into());
         board.close(&key());
         board.phase(&key(), Phase::Ready);
         let mut seen = Vec::new();

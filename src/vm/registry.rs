@@ -451,7 +451,7 @@ impl Volumes for Registry {
         let known = volume.and_then(|key| self.board.get(key));
         // A failed add left nothing: it starts anew.
         let recorded = known.filter(|status| status.phase != Phase::Failed);
-        let recorded = recorded.map(|status| status.spec.names).unwrap_or_default();
+        let recorded = recorded.map(|status| status.spec.names.clone()).unwrap_or_default();
         let (resolver, limit) = (&*self.storage.resolver, self.host.settings.resolve);
         Ok(resolve::resolve(resolver, limit, names, recorded).await?)
     }

@@ -56,9 +56,9 @@ pub trait Steps: Send + Sync + 'static {
     /// undone when it fails: asked again, it goes on.
     async fn set_limits(&self, volume: &StoredVolume) -> Result<Outcome, Failure>;
 
-    /// Whether volumes that are ready are as they were made; changes nothing. An error is about the VM
+    /// Whether volumes are as they were made; changes nothing. An error is about the VM
     /// as a whole.
-    async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure>;
+    async fn look(&self, volumes: &[LookedAt]) -> Result<BTreeMap<VolumeName, Sight>, Failure>;
 
     /// Tells what may have changed, until it is dropped.
     async fn watch(&self, stirs: mpsc::Sender<Stir>);
@@ -116,6 +116,15 @@ pub struct ExpandFailure {
     pub expect_size: Option<u64>,
 }
 
+/// A volume that is looked at.
+#[derive(Debug, Clone)]
+pub struct LookedAt {
+    /// The volume.
+    pub volume: StoredVolume,
+    /// Nobody knows whether it was ready: that it is right must be proven as an attach proves it.
+    pub anew: bool,
+}
+
 /// What a look found of one volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Sight {
@@ -125,6 +134,8 @@ pub enum Sight {
         attachment: Attachment,
         /// How its paths are.
         paths: Paths,
+        /// Its target name in the domain.
+        target: Option<String>,
     },
     /// Something of it is not, in these words.
     Differs(String),

@@ -15,7 +15,9 @@ use super::failure::Failure;
 use super::order::Order;
 use super::plan::fc::Power;
 use super::publish::Board;
-use super::steps::{AttachFailure, Came, Circumstances, ExpandFailure, Grown, Sight, Steps, Stir};
+use super::steps::{
+    AttachFailure, Came, Circumstances, ExpandFailure, Grown, LookedAt, Sight, Steps, Stir,
+};
 use super::{attach, checks, detach, expand, limits, look};
 use crate::cgroup::Grants;
 use crate::connector::settings::LocalSettings;
@@ -160,7 +162,7 @@ impl Ways {
         let volumes = self.desired.volumes(&self.vm.id).await.unwrap_or_default();
         let is_there = |v: &StoredVolume| v.removing.is_none() && !v.spec.device.is_cdrom();
         let others = volumes.into_iter().filter(|v| is_there(v) && v.spec.name != *name);
-        others.map(|v| (v.spec.disk, v.spec.bus)).collect()
+        others.map(|v| (v.spec.disk.clone(), v.spec.bus)).collect()
     }
 
     /// Notes that a target name is being removed, until what is returned is dropped.
@@ -427,7 +429,7 @@ impl Steps for Ways {
         limits::set(self, volume).await
     }
 
-    async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
+    async fn look(&self, volumes: &[LookedAt]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
         within(self.settings().check, "a look at the VM", look::look(self, volumes)).await
     }
 

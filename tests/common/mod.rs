@@ -139,7 +139,7 @@ impl Volumes for Facade {
         }
         let key = VolumeKey { vm: vm.clone(), volume: spec.name.clone() };
         if let Some(known) = self.0.volumes.lock().unwrap().get(&key) {
-            return if known.spec == spec {
+            return if *known.spec == spec {
                 Ok(Outcome::Already(known.clone()))
             } else {
                 let refusal = Refusal::new(Reason::VolumeExists, format!("{key} exists"));
@@ -367,7 +367,7 @@ fn status(key: VolumeKey, spec: VolumeSpec) -> VolumeStatus {
         vm_needs_hba: false,
         gave_up: Vec::new(),
         key,
-        spec,
+        spec: spec.into(),
         phase: Phase::Pending,
         reason: None,
         message: String::new(),

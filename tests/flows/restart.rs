@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use lunplug::host::sim::domain::{SimDomain, Unplug};
-use lunplug::host::sim::{Fault, FaultAction};
+use lunplug::host::sim::{Fault, FaultAction, SimLun};
 use lunplug::journal::Desired;
 use lunplug::reason::Reason;
 use lunplug::spec::{Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use lunplug::types::Bus;
 use lunplug::vm::facade::Volumes;
 
-use crate::world::{Daemon, World, domain, node, single, uid, vm, volume};
+use crate::world::{Daemon, World, domain, lun, node, portal, single, target, uid, vm, volume};
 
 const PLAIN: RemoveOptions = RemoveOptions { force: false, dry_run: false };
 
@@ -300,4 +300,47 @@ fn the_grant_of_a_container_that_was_made_anew_is_not_forgotten() {
         daemon.quiet().await;
         world.assert_clean("another container");
     });
+}
+
+#[test]
+fn what_is_as_it_was_made_is_found_by_a_look_alone() {
+    let world = World::new();
+    world.life(async |daemon| {
+        for spec in [volume("a", 1), single("b", 2)] {
+            assert_eq!(daemon.add(1, &spec).await.phase, Phase::Ready);
+        }
+        daemon.quiet().await;
+    });
+    // Every attach that is walked takes its LUN's lock.
+    let failure = FaultAction::Fail("nothing should be walked".into());
+    let fault =
+        Fault { detail: "luns/".into(), times: None, ..world.fault("rundir.lock", 0, failure) };
+    world.host.faults.inject(fault);
+    world.life(async |daemon| {
+        for name in ["a", "b"] {
+            let status = daemon.comes_to(1, name).await;
+            assert_eq!((status.phase, status.reason), (Phase::Ready, None), "{status:?}");
+            assert!(status.target.is_some() && status.device.is_some(), "{status:?}");
+        }
+    });
+}
+
+#[test]
+fn a_lun_that_was_swapped_meanwhile_is_not_taken_for_the_one_that_was_attached() {
+    for spec in [volume("data", 1), single("data", 1)] {
+        let world = World::new();
+        world.life(async |daemon| {
+            assert_eq!(daemon.add(1, &spec).await.phase, Phase::Ready);
+            daemon.quiet().await;
+        });
+        let wwid = "naa.60014050000000000000000000000001".parse().unwrap();
+        world.host.storage.replace_lun(&target(), lun(1), SimLun::new(wwid, 1 << 30));
+        for number in [1, 2] {
+            world.host.storage.rescan_path(&target(), lun(1), portal(number));
+        }
+        world.life(async |daemon| {
+            let status = daemon.comes_to(1, "data").await;
+            assert!(status.reason.is_some(), "{status:?}");
+        });
+    }
 }

@@ -26,7 +26,7 @@ impl<T: Transport> Luns<T> {
             let sysfs = &*self.doors.sysfs;
             let checked = match map {
                 Some(_) => health::checked(&*self.doors.multipathd).await,
-                None => health::Checked::new(),
+                None => health::Checked::default(),
             };
             let sizes = size::measure(sysfs, members, &attachment.device.wwid, &checked).await?;
             let before = attachment.device.size;

@@ -90,7 +90,7 @@ impl<T: Transport> Luns<T> {
             let Some(seen) = &path.seen else { continue };
             let hctl = path.hctl.to_string();
             match scsi::disk(sysfs, &path.dir).await? {
-                Some(disk) if disk.diskseq == seen.diskseq => {
+                Some(disk) if disk.diskseq == seen.diskseq && disk.dev == seen.dev => {
                     paths.grown |= disk.size > attachment.device.size;
                 }
                 _ => {
@@ -109,7 +109,7 @@ impl<T: Transport> Luns<T> {
             let state = format!("{}/state", path.dir);
             let state = sysfs.text(&state).await.map_err(Error::io(format!("reading {state}")))?;
             let state = state.unwrap_or_default();
-            let failed = slaves.is_some() && checked.and_then(|c| c.get(&hctl)) == Some(&false);
+            let failed = slaves.is_some() && checked.is_some_and(|c| c.is_failed(&hctl));
             match state.as_str() {
                 "running" if !failed => paths.living += 1,
                 "running" => paths.dead.push(format!("{hctl} ({}) has failed", seen.name)),

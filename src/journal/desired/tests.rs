@@ -18,7 +18,7 @@ fn key(name: &str, volume: &str) -> VolumeKey {
 }
 
 fn stored(name: &str) -> StoredVolume {
-    StoredVolume { spec: volume_fixture(name), accept_new_identity: true, removing: None }
+    StoredVolume { spec: volume_fixture(name).into(), accept_new_identity: true, removing: None }
 }
 
 #[tokio::test]
@@ -67,11 +67,11 @@ async fn a_size_is_raised_without_touching_a_removal_or_bringing_a_volume_back()
     store.put_vm(&vm("a")).await.unwrap();
     store.put_volume(&vm("a").id, &stored("v")).await.unwrap();
     let force = RemoveOptions { force: true, dry_run: false };
-    let removal = (stored("v").spec.name, force);
+    let removal = (stored("v").spec.name.clone(), force);
     store.put_removals(&vm("a").id, &[removal]).await.unwrap();
     store.raise_size(&key("a", "v"), 1 << 40).await.unwrap();
     let mut raised = StoredVolume { removing: Some(force), ..stored("v") };
-    raised.spec.expect_size = Some(1 << 40);
+    Arc::make_mut(&mut raised.spec).expect_size = Some(1 << 40);
     assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [raised]);
     store.delete_volume(&key("a", "v"), false).await.unwrap();
     store.raise_size(&key("a", "v"), 1 << 41).await.unwrap();

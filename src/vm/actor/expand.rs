@@ -4,6 +4,8 @@
 //! for, behind an attach that is walked again for a ready volume. A removal wins: it calls off the one
 //! that is under way, and those that wait are refused.
 
+use std::sync::Arc;
+
 use tokio::sync::oneshot;
 use tracing::{Instrument, Span, debug, info, warn};
 
@@ -126,7 +128,7 @@ impl Actor {
             Err(failed) => failed.expect_size,
         };
         if expect_size.is_some() {
-            volume.stored.spec.expect_size = expect_size;
+            Arc::make_mut(&mut volume.stored.spec).expect_size = expect_size;
         }
         let again = std::mem::take(&mut volume.again) || volume.removing.is_some();
         let trouble = match &result {

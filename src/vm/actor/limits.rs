@@ -4,11 +4,13 @@
 //! The wish is written by the handler itself, as every wish is: so it never comes in between a removal
 //! and its mark.
 
+use std::sync::Arc;
+
 use tracing::{Instrument, Span, info, warn};
 
 use super::Actor;
 use crate::reason::Reason;
-use crate::spec::VolumeStatus;
+use crate::spec::{VolumeSpec, VolumeStatus};
 use crate::step::Step;
 use crate::types::{IoLimits, Outcome, VolumeName};
 use crate::vm::facade::Refusal;
@@ -28,8 +30,7 @@ impl Actor {
             let refusal = Refusal::new(Reason::VolumeNotFound, message).field("volume");
             return asker.answer(Err(refusal));
         };
-        let mut spec = volume.stored.spec.clone();
-        spec.limits = limits;
+        let spec = VolumeSpec { limits, ..(*volume.stored.spec).clone() };
         if let Err((_, error)) = spec.check() {
             let refusal = Refusal::new(Reason::InvalidOption, error.to_string()).field("limits");
             return asker.answer(Err(refusal));
@@ -55,7 +56,8 @@ impl Actor {
                 continue;
             }
             let mut stored = volume.stored.clone();
-            let wanted = std::mem::replace(&mut stored.spec.limits, limits) != limits;
+            let wanted = stored.spec.limits != limits;
+            Arc::make_mut(&mut stored.spec).limits = limits;
             let store = async {
                 let put = self.tools.desired.put_volume(&self.vm, &stored);
                 if wanted { put.await } else { Ok(()) }
@@ -64,8 +66,8 @@ impl Actor {
                 asker.answer(Err(Failure::from(error).into()));
                 continue;
             }
-            volume.stored.spec.limits = limits;
-            self.tools.board.update(&key, |status| status.spec.limits = limits);
+            volume.stored.spec = stored.spec.clone();
+            self.tools.board.update(&key, |status| status.spec = stored.spec.clone());
             (volume.working, volume.again) = (true, false);
             let (steps, name) = (self.tools.steps.clone(), name.clone());
             let parent: &Span = &asker.span;

@@ -7,6 +7,9 @@
 //! the slow timer ───────┘            ├─ VM gone ► every volume is worked on
 //!                                    └─ cannot be seen ► shown; looked again later
 //! ```
+//! The first look is at what was there when the daemon started: what is right is ready by it, all else is
+//! walked.
+//!
 //! There is one look at a time, and a pause between two: a storm of events is a look or two.
 
 use std::collections::BTreeMap;
@@ -20,11 +23,11 @@ use tracing::{debug, info, warn};
 use super::{Actor, Volume};
 use crate::connector::{Paths, Touched};
 use crate::reason::Reason;
-use crate::spec::{Phase, Source, VolumeSpec};
+use crate::spec::{Phase, Source};
 use crate::types::VolumeName;
 use crate::vm::failure::Failure;
 use crate::vm::handler::Message;
-use crate::vm::steps::{Sight, Stir};
+use crate::vm::steps::{LookedAt, Sight, Stir};
 
 /// Between an event, or a look, and the next look.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -60,8 +63,10 @@ impl Actor {
             Stir::Vm => {
                 debug!("the VM may have gone or come back");
                 // Those that are not ready wait for just that; the others are looked at first.
-                let waiting = |name: &&VolumeName| !self.is_steady(name);
-                let names: Vec<_> = self.volumes.keys().filter(waiting).cloned().collect();
+                let waiting =
+                    |(name, v): &(&VolumeName, &Volume)| !v.unlooked && !self.is_steady(name);
+                let waiting = self.volumes.iter().filter(waiting);
+                let names: Vec<_> = waiting.map(|(name, _)| name.clone()).collect();
                 names.iter().for_each(|name| self.work(name));
                 self.look_within(Duration::ZERO);
             }
@@ -134,31 +139,36 @@ impl Actor {
 
     pub(super) fn look(&mut self) {
         self.looks.next = None;
-        let steady: Vec<VolumeSpec> = self
+        let looked_at: Vec<LookedAt> = self
             .volumes
             .iter()
-            .filter(|(name, _)| self.is_steady(name))
-            .map(|(_, v)| v.stored.spec.clone())
+            .filter(|(name, v)| v.unlooked || self.is_steady(name))
+            .map(|(_, v)| LookedAt { volume: v.stored.clone(), anew: v.unlooked })
             .collect();
-        if steady.is_empty() {
+        if looked_at.is_empty() {
             // Whichever comes to be ready asks for a look.
             return;
         }
         (self.looks.under_way, self.looks.again) = (true, false);
         let steps = self.tools.steps.clone();
         self.spawn(async move {
-            let found = super::work::whole(steps.look(&steady)).await;
+            let found = super::work::whole(steps.look(&looked_at)).await;
             Message::Looked { found: found.and_then(|found| found) }
         });
     }
 
     pub(super) fn looked(&mut self, found: Result<BTreeMap<VolumeName, Sight>, Failure>) {
         self.looks.under_way = false;
+        if let Err(failure) = &found {
+            self.walk_unlooked(failure);
+        }
         match found {
             Ok(found) => {
                 self.looks.failed = 0;
                 for (name, sight) in found {
-                    if self.is_steady(&name) {
+                    if self.volumes.get(&name).is_some_and(|v| v.unlooked) {
+                        self.taken_up(&name, sight);
+                    } else if self.is_steady(&name) {
                         self.seen(&name, sight);
                     }
                 }
@@ -174,6 +184,44 @@ impl Actor {
         if std::mem::take(&mut self.looks.again) {
             self.look_within(PAUSE);
         }
+    }
+
+    /// Whatever keeps the VM from being seen: the attach that is walked says so in its own words.
+    fn walk_unlooked(&mut self, failure: &Failure) {
+        let unlooked = self.volumes.iter().filter(|(_, v)| v.unlooked);
+        let names: Vec<_> = unlooked.map(|(name, _)| name.clone()).collect();
+        if !names.is_empty() {
+            debug!(why = failure.message, "the VM could not be looked at: its volumes are walked");
+        }
+        names.iter().for_each(|name| self.walk(name));
+    }
+
+    /// A volume that was there when this daemon started was looked at for the first time.
+    fn taken_up(&mut self, name: &VolumeName, sight: Sight) {
+        let Some(volume) = self.volumes.get(name) else { return };
+        let idle = !volume.working && !volume.failed && volume.removing.is_none();
+        let (attachment, target) = match &sight {
+            Sight::Right { attachment, target: Some(target), .. } if idle => (attachment, target),
+            _ => return self.walk(name),
+        };
+        self.tools.board.update(&self.key(name), |status| {
+            status.phase = Phase::Ready;
+            status.device = Some(attachment.device.clone());
+            status.target = Some(target.clone());
+        });
+        debug!(volume = %name, "found as it was made");
+        if let Some(volume) = self.volumes.get_mut(name) {
+            volume.unlooked = false;
+        }
+        self.seen(name, sight);
+    }
+
+    /// Has a volume worked on that was not found as it should be.
+    fn walk(&mut self, name: &VolumeName) {
+        if let Some(volume) = self.volumes.get_mut(name) {
+            volume.unlooked = false;
+        }
+        self.work(name);
     }
 
     /// Nothing could be seen of the VM: its volumes say so, and stay as they are.
@@ -205,7 +253,7 @@ impl Actor {
             Sight::Unclear(failure) => {
                 debug!(volume = %name, why = failure.message, "it could not be seen");
             }
-            Sight::Right { attachment, paths } => {
+            Sight::Right { attachment, paths, .. } => {
                 volume.attachment = Some(attachment);
                 let missing = paths.present < paths.wanted;
                 let repair = missing && volume.missing.is_due(self.tools.look_interval);

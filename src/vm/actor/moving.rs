@@ -160,12 +160,12 @@ impl Actor {
 
     /// Tells whoever waits for it that nothing is under way, once that is so.
     pub(super) fn stands_still(&mut self) {
-        if self.volumes.values().any(|v| v.working) {
+        if self.volumes.values().any(|v| v.working || v.unlooked) {
             return;
         }
         if let Some(reply) = self.moving.still.take() {
             let steady = self.volumes.iter().filter(|(name, _)| self.is_steady(name));
-            let _ = reply.send(Ok(steady.map(|(_, v)| v.stored.spec.clone()).collect()));
+            let _ = reply.send(Ok(steady.map(|(_, v)| (*v.stored.spec).clone()).collect()));
         }
     }
 

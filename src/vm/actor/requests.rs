@@ -131,7 +131,7 @@ impl Actor {
                     let (spec, phase) = ((*add.spec).clone(), Phase::Pending);
                     if add.options.dry_run {
                         let vm_needs_hba = marks_vm || self.needs_hba(&spec);
-                        let blank = publish::blank(&self.key(&spec.name), &spec);
+                        let blank = publish::blank(&self.key(&spec.name), &spec.clone().into());
                         let status = VolumeStatus { vm_needs_hba, ..blank };
                         add.asker.answer(Ok(Outcome::Already(status)));
                     } else if let Err(failure) = self.keep(&spec.name, &add.options).await {
@@ -193,5 +193,5 @@ impl Actor {
 
 fn to_store(add: &Add) -> StoredVolume {
     let accept_new_identity = add.options.accept_new_identity;
-    StoredVolume { spec: (*add.spec).clone(), accept_new_identity, removing: None }
+    StoredVolume { spec: Arc::new((*add.spec).clone()), accept_new_identity, removing: None }
 }

@@ -21,7 +21,9 @@ use crate::vm::failure::Failure;
 use crate::vm::handler::Handler;
 use crate::vm::plan::fc::{AfterLast, Power};
 use crate::vm::plan::{Left, Rules};
-use crate::vm::steps::{AttachFailure, Came, Circumstances, ExpandFailure, Grown, Sight, Stir};
+use crate::vm::steps::{
+    AttachFailure, Came, Circumstances, ExpandFailure, Grown, LookedAt, Sight, Stir,
+};
 
 /// Steps that do what they are told, and tell what they did.
 #[derive(Default)]
@@ -39,6 +41,8 @@ struct Script {
     expand_hangs: Mutex<Option<Arc<Notify>>>,
     looks: Mutex<VecDeque<Result<BTreeMap<VolumeName, Sight>, Failure>>>,
     looked: Notify,
+    /// What the first look after a start finds.
+    first_looks: Mutex<VecDeque<Result<BTreeMap<VolumeName, Sight>, Failure>>>,
     stirs: Mutex<Option<mpsc::Sender<Stir>>>,
     board: Board,
 }
@@ -134,11 +138,18 @@ impl Steps for Script {
         Ok(Outcome::Done(()))
     }
 
-    async fn look(&self, volumes: &[VolumeSpec]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
+    async fn look(&self, volumes: &[LookedAt]) -> Result<BTreeMap<VolumeName, Sight>, Failure> {
+        if volumes.iter().all(|v| v.anew) {
+            let first = self.first_looks.lock().unwrap().pop_front();
+            // Nothing is found, unless told so.
+            let walked =
+                |v: &LookedAt| (v.volume.spec.name.clone(), Sight::Differs("told to".into()));
+            return first.unwrap_or_else(|| Ok(volumes.iter().map(walked).collect()));
+        }
         self.note(format!("look {}", volumes.len()));
         let mut looks = self.looks.lock().unwrap();
         let found = looks.pop_front().unwrap_or_else(|| {
-            let right = |v: &VolumeSpec| (v.name.clone(), right(2));
+            let right = |v: &LookedAt| (v.volume.spec.name.clone(), right(2));
             Ok(volumes.iter().map(right).collect())
         });
         self.looked.notify_waiters();
@@ -170,6 +181,7 @@ fn right(living: u32) -> Sight {
     Sight::Right {
         attachment: Attachment { device, diskseq: 1, paths: Vec::new(), file: None },
         paths,
+        target: Some("sda".into()),
     }
 }
 
@@ -366,7 +378,8 @@ async fn a_disk_that_the_guest_has_stays_ready_with_its_trouble() {
 #[tokio::test(start_paused = true)]
 async fn what_was_wanted_at_the_start_is_not_given_up() {
     let world = World::new().await;
-    let stored = StoredVolume { spec: volume("v"), accept_new_identity: false, removing: None };
+    let stored =
+        StoredVolume { spec: volume("v").into(), accept_new_identity: false, removing: None };
     world.tools.desired.put_volume(&vm(), &stored).await.unwrap();
     let fails = failed(Reason::VmNotRunning);
     world.script.attaches.lock().unwrap().push_back(fails);
@@ -455,8 +468,11 @@ async fn a_removal_is_carried_through_whatever_the_trouble() {
 #[tokio::test(start_paused = true)]
 async fn a_successor_takes_up_what_was_wanted_begun_and_being_removed() {
     let world = World::new().await;
-    let stored =
-        |n: &str| StoredVolume { spec: volume(n), accept_new_identity: false, removing: None };
+    let stored = |n: &str| StoredVolume {
+        spec: volume(n).into(),
+        accept_new_identity: false,
+        removing: None,
+    };
     let key = |n: &str| VolumeKey { vm: vm(), volume: name(n) };
     let begun = |n: &str| -> Effects { world.tools.effects.begin("pod", &volume(n)) };
     for wanted in ["wanted", "leaving"] {

@@ -30,7 +30,7 @@ impl Actor {
             volume.again = true;
             return;
         }
-        (volume.working, volume.again) = (true, false);
+        (volume.working, volume.again, volume.unlooked) = (true, false, false);
         let (cancel, cancelled) = oneshot::channel();
         volume.cancel = volume.removing.is_none().then_some(cancel);
         let (steps, name) = (self.tools.steps.clone(), name.clone());

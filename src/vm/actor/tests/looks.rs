@@ -114,8 +114,8 @@ async fn paths_that_fail_are_told_and_so_is_that_they_are_back() {
 async fn missing_paths_are_looked_for_ever_more_rarely() {
     let world = World::new().await;
     let handler = world.steady().await;
-    let Sight::Right { attachment, paths } = right(1) else { unreachable!() };
-    let missing = Sight::Right { attachment, paths: Paths { present: 1, ..paths } };
+    let Sight::Right { attachment, paths, target } = right(1) else { unreachable!() };
+    let missing = Sight::Right { attachment, paths: Paths { present: 1, ..paths }, target };
     for _ in 0..100 {
         world.next_look(one(missing.clone()));
     }
@@ -142,5 +142,41 @@ async fn a_libvirt_that_is_down_is_told_and_asked_ever_more_rarely() {
     let status = world.until("v", |s| s.reason.is_none()).await;
     assert_eq!((status.phase, status.retry_at), (Phase::Ready, None));
     assert_eq!(world.looks() - before, 7);
+    drop(handler);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_there_at_the_start_is_looked_at_and_only_the_rest_is_walked() {
+    let world = World::new().await;
+    for name in ["v", "w"] {
+        let spec = volume(name).into();
+        let stored = StoredVolume { spec, accept_new_identity: false, removing: None };
+        world.tools.desired.put_volume(&vm(), &stored).await.unwrap();
+    }
+    let found = BTreeMap::from([
+        (name("v"), right(2)),
+        (name("w"), Sight::Differs("its node is gone".into())),
+    ]);
+    world.script.first_looks.lock().unwrap().push_back(Ok(found));
+    let handler = world.handler().await;
+    let status = world.reaches("v", Phase::Ready).await;
+    assert_eq!((status.reason, status.target.as_deref()), (None, Some("sda")), "{status:?}");
+    world.reaches("w", Phase::Ready).await;
+    assert_eq!(world.script.log()[0], "attach w");
+    assert!(!world.script.log().contains(&"attach v".into()), "{:?}", world.script.log());
+    drop(handler);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_nothing_can_be_seen_at_the_start_all_is_walked() {
+    let world = World::new().await;
+    let spec = volume("v").into();
+    let stored = StoredVolume { spec, accept_new_identity: false, removing: None };
+    world.tools.desired.put_volume(&vm(), &stored).await.unwrap();
+    let unseen = Failure::new(Reason::LibvirtUnreachable, "as told");
+    world.script.first_looks.lock().unwrap().push_back(Err(unseen));
+    let handler = world.handler().await;
+    world.reaches("v", Phase::Ready).await;
+    assert_eq!(world.script.log()[0], "attach v");
     drop(handler);
 }

@@ -83,6 +83,10 @@ pub trait Contender {
     fn tidy_up(&mut self, _: &Case) {}
     fn attach(&mut self, case: &Case) -> Took;
     fn detach(&mut self, case: &Case) -> Took;
+    /// How often something has failed since this was last asked.
+    fn troubles(&mut self) -> usize {
+        0
+    }
 }
 
 /// One contender's samples of a case, one a repetition, in milliseconds.
@@ -96,6 +100,8 @@ pub struct Series {
     pub programs: (usize, usize),
     /// System calls to attach, and to detach; counted of lunplugd alone.
     pub syscalls: Option<(u64, u64)>,
+    /// How often something failed, and was tried again, in the times above.
+    pub troubles: usize,
 }
 
 impl Series {
@@ -107,6 +113,7 @@ impl Series {
         self.whole_attach.push(attach.whole);
         self.detach.push(detach.host);
         self.whole_detach.push(detach.whole);
+        self.troubles += contender.troubles();
     }
 
     /// Goes through the case once without timing it.

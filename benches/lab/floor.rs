@@ -246,8 +246,9 @@ fn at_once<T: Sync, R: Send>(all: &[T], work: impl Fn(usize, &T) -> R + Sync) ->
 }
 
 fn host_of(dir: &Path) -> u32 {
-    let host = dir.iter().filter_map(|part| part.to_str()?.strip_prefix("host")?.parse().ok());
-    host.last().expect("a session is below its host")
+    let mut parts = dir.iter().rev();
+    let host = parts.find_map(|part| part.to_str()?.strip_prefix("host")?.parse().ok());
+    host.expect("a session is below its host")
 }
 
 fn number(event: &crate::uevents::Event) -> (u64, u64) {

@@ -56,16 +56,14 @@ fn main() {
     let wanted = |case: &&Case| options.only.as_ref().is_none_or(|only| case.name.contains(only));
     let cases: Vec<&Case> = cases::CASES.iter().filter(wanted).collect();
     let mut drift = vec![contenders.reference()];
-    let mut results = Vec::new();
     for (number, case) in cases.iter().enumerate() {
-        eprintln!("{}", case.name);
-        results.push(contenders.measure(case, options.repetitions));
+        report::tell(&contenders.measure(case, options.repetitions));
         if number == cases.len() / 2 {
             drift.push(contenders.reference());
         }
     }
     drift.push(contenders.reference());
-    report::tell(&results, &drift, &Contenders::two_fsyncs());
+    report::tell_of_run(&drift, &Contenders::two_fsyncs());
 }
 
 fn timed<R>(work: impl FnOnce() -> R) -> (Duration, R) {

@@ -24,6 +24,7 @@ pub struct Ours {
     vm: v1::VmId,
     iqn: String,
     luns: Vec<Lun>,
+    troubles: usize,
 }
 
 impl Ours {
@@ -32,7 +33,7 @@ impl Ours {
         let runtime = { runtime }.worker_threads(1).enable_all().build().unwrap();
         let vm = v1::VmId { namespace: "default".into(), name: pod.name.clone() };
         let (client, changes) = runtime.block_on(register(&vm, pod));
-        Self { runtime, client, changes, vm, iqn: iqn.into(), luns }
+        Self { runtime, client, changes, vm, iqn: iqn.into(), luns, troubles: 0 }
     }
 
     /// Adds volumes, all by requests of their own at once, and waits for the last.
@@ -95,8 +96,10 @@ impl Ours {
             while came.len() < luns.len() * phases.len() {
                 let (at, volume) = changes.recv().await.expect("the daemon ended");
                 let name = volume.spec.as_ref().unwrap().name.clone();
+                // The daemon tries again.
                 if let Some(trouble) = &volume.trouble {
-                    panic!("{name}: {}: {}", trouble.reason, trouble.message);
+                    eprintln!("{name}: {}: {}", trouble.reason, trouble.message);
+                    self.troubles += 1;
                 }
                 if luns.iter().any(|lun| self::name(lun) == name)
                     && phases.contains(&volume.phase())
@@ -125,6 +128,10 @@ impl Contender for Ours {
     fn detach(&mut self, case: &Case) -> Took {
         let luns = self.luns[..case.at_once.into()].to_vec();
         self.remove(&luns)
+    }
+
+    fn troubles(&mut self) -> usize {
+        std::mem::take(&mut self.troubles)
     }
 }
 

@@ -14,46 +14,66 @@ const AT_ONCE: f64 = 1.0;
 /// How far the floors of one run may lie apart.
 const DRIFT: f64 = 1.2;
 
-/// Tells everything; fails where the machine was too restless for any of it to count.
-pub fn tell(results: &[Measured], drift: &[f64], two_fsyncs: &Samples) {
+/// Tells of a case as soon as it is measured.
+pub fn tell(measured: &Measured) {
+    let case = measured.case;
+    let (host, whole) = limits(case);
     let mut lines = Vec::new();
-    for measured in results {
-        let case = measured.case;
-        let (host, whole) = limits(case);
-        for what in ["attach", "detach"] {
-            let floor = of(&measured.floor, case, what);
-            let ours = of(&measured.ours, case, what);
-            let peer = measured.peer.as_ref().map(|peer| of(peer, case, what));
-            lines.push(compare(case, what, host, &floor, &ours, peer.as_ref()));
-        }
-        for what in ["whole attach", "whole detach"] {
-            if case.at_once > 1 && what == "whole detach" {
-                continue;
-            }
-            let (floor, ours) = (of(&measured.floor, case, what), of(&measured.ours, case, what));
-            lines.push(compare(case, what, whole, &floor, &ours, None));
-        }
+    for what in ["attach", "detach"] {
+        let floor = of(&measured.floor, case, what);
+        let ours = of(&measured.ours, case, what);
+        let peer = measured.peer.as_ref().map(|peer| of(peer, case, what));
+        lines.push(compare(case, what, host, &floor, &ours, peer.as_ref()));
     }
-    for measured in results {
-        let Some((attach, detach)) = measured.ours.syscalls else { continue };
-        for (what, calls) in [("attach", attach), ("detach", detach)] {
-            lines.push(json!({
-                "part": "lab", "what": format!("{}: {what}: lunplugd's system calls", measured.case.name),
-                "value": calls, "unit": "", "at_most": null, "ok": null,
-            }));
+    for what in ["whole attach", "whole detach"] {
+        if case.at_once > 1 && what == "whole detach" {
+            continue;
         }
+        let (floor, ours) = (of(&measured.floor, case, what), of(&measured.ours, case, what));
+        lines.push(compare(case, what, whole, &floor, &ours, None));
     }
-    let (least, most) = (Samples(drift.to_vec()).min(), Samples(drift.to_vec()).max());
-    lines.push(json!({
-        "part": "lab", "what": "the floor at the start, in the middle and at the end: most to least",
-        "value": rounded(most / least), "unit": "x", "at_most": DRIFT, "ok": most / least <= DRIFT,
-    }));
-    lines.push(json!({
-        "part": "lab", "what": "two fsyncs on the node's disk, in the times above",
-        "value": rounded(two_fsyncs.median()), "unit": "ms", "at_most": null, "ok": null,
-    }));
-    lines.iter().for_each(|line| println!("{line}"));
     for_people(&lines);
+    if let Some((attach, detach)) = measured.ours.syscalls {
+        for (what, calls) in [("attach", attach), ("detach", detach)] {
+            let what = format!("{}: {what}: lunplugd's system calls", case.name);
+            lines.push(value(&what, calls as f64, ""));
+        }
+    }
+    if measured.ours.troubles > 0 {
+        let what = format!("{}: attaches that failed at first", case.name);
+        lines.push(value(&what, measured.ours.troubles as f64, ""));
+    }
+    lines.iter().for_each(|line| println!("{line}"));
+}
+
+/// Tells of the whole run: where the machine was too restless, none of it counts.
+pub fn tell_of_run(drift: &[f64], two_fsyncs: &Samples) {
+    let (least, most) = (Samples(drift.to_vec()).min(), Samples(drift.to_vec()).max());
+    let what = "the floor at the start, in the middle and at the end: most to least";
+    let drift = value(what, most / least, "x");
+    let ok = most / least <= DRIFT;
+    println!("{}", merged(drift, json!({"at_most": DRIFT, "ok": ok})));
+    println!(
+        "{}",
+        value("two fsyncs on the node's disk, in the times above", two_fsyncs.median(), "ms")
+    );
+    eprintln!("median (least-most) of milliseconds, and how many programs were started");
+    if !ok {
+        eprintln!("the machine was too restless: the run is void");
+    }
+}
+
+fn value(what: &str, value: f64, unit: &str) -> Value {
+    json!({
+        "part": "lab", "what": what, "value": rounded(value), "unit": unit, "at_most": null, "ok": null,
+    })
+}
+
+fn merged(mut line: Value, more: Value) -> Value {
+    if let (Value::Object(line), Value::Object(more)) = (&mut line, more) {
+        line.extend(more);
+    }
+    line
 }
 
 /// What the host's part, and the whole, may take of the floor.
@@ -128,7 +148,6 @@ fn for_people(lines: &[Value]) {
         let (floor, ours, peer) = (told("floor"), told("ours"), told("peer"));
         eprintln!("{what:66} {floor:>22} {ours:>22} {ratio:>17} {peer:>22}");
     }
-    eprintln!("median (least-most) of milliseconds, and how many programs were started");
 }
 
 fn rounded(value: f64) -> f64 {

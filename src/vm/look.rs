@@ -94,7 +94,7 @@ fn unproven(
 ) -> Option<&'static str> {
     let spec = &stored.spec;
     let ended = effects.step == Some(Step::Ready);
-    if !ended || !effects.disk.as_ref().is_some_and(|disk| disk.target.is_some()) {
+    if !ended || effects.disk.as_ref().is_none_or(|disk| disk.target.is_none()) {
         return Some("its attach was not finished");
     }
     if effects.spec.source != spec.source {

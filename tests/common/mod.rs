@@ -271,7 +271,8 @@ impl Volumes for Facade {
         limits: IoLimits,
     ) -> Result<Outcome<VolumeStatus>, Refusal> {
         let mut status = self.get_volume(key).await?;
-        let same = std::mem::replace(&mut status.spec.limits, limits) == limits;
+        let spec = std::sync::Arc::make_mut(&mut status.spec);
+        let same = std::mem::replace(&mut spec.limits, limits) == limits;
         self.0.publish(status.clone(), status.phase, None);
         Ok(if same { Outcome::Already(status) } else { Outcome::Done(status) })
     }

@@ -50,9 +50,13 @@ type Message = (Option<Arc<str>>, DomainEvent);
 #[derive(Debug, Clone)]
 pub struct EventSender(broadcast::Sender<Message>);
 
+/// Events kept for a listener that is slow; who missed some looks for itself. Each connection has so many
+/// places from the start, and a node a connection for each VM.
+const BACKLOG: usize = 64;
+
 impl Default for EventSender {
     fn default() -> Self {
-        Self(broadcast::channel(1024).0)
+        Self(broadcast::channel(BACKLOG).0)
     }
 }
 

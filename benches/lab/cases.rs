@@ -197,9 +197,6 @@ impl Contenders {
             Measured { case, floor: Series::default(), ours: Series::default(), peer };
         measured.floor.count(&mut self.floor, case);
         measured.ours.count(&mut self.ours, case);
-        if case.at_once == 1 {
-            measured.ours.count_syscalls(&mut self.ours, case);
-        }
         if let (Some(peer), Some(series)) = (&mut self.peer, &mut measured.peer) {
             series.count(peer, case);
         }
@@ -218,6 +215,10 @@ impl Contenders {
             }
         }
         measured
+    }
+
+    pub fn count_syscalls(&mut self, case: &Case, measured: &mut Measured) {
+        measured.ours.count_syscalls(&mut self.ours, case);
     }
 
     fn set(&mut self, case: &Case) {

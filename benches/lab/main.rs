@@ -24,10 +24,12 @@ struct Options {
     repetitions: usize,
     peer: bool,
     only: Option<String>,
+    /// Whether system calls are counted: strace slows the daemon down so far that its deadlines may pass.
+    syscalls: bool,
 }
 
 fn options() -> Options {
-    let mut options = Options { repetitions: 8, peer: false, only: None };
+    let mut options = Options { repetitions: 8, peer: false, only: None, syscalls: false };
     // cargo's own `--bench` is among them.
     let mut words = std::env::args().skip(1).filter(|a| a != "--bench");
     while let Some(word) = words.next() {
@@ -35,6 +37,7 @@ fn options() -> Options {
         match word.as_str() {
             "--repetitions" => options.repetitions = value().parse().expect("a number"),
             "--case" => options.only = Some(value()),
+            "--syscalls" => options.syscalls = true,
             "--peer" => {
                 assert_eq!(value(), "os-brick", "the peer that is known");
                 options.peer = true;
@@ -57,7 +60,11 @@ fn main() {
     let cases: Vec<&Case> = cases::CASES.iter().filter(wanted).collect();
     let mut drift = vec![contenders.reference()];
     for (number, case) in cases.iter().enumerate() {
-        report::tell(&contenders.measure(case, options.repetitions));
+        let mut measured = contenders.measure(case, options.repetitions);
+        if options.syscalls && case.at_once == 1 {
+            contenders.count_syscalls(case, &mut measured);
+        }
+        report::tell(&measured);
         if number == cases.len() / 2 {
             drift.push(contenders.reference());
         }

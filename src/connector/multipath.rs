@@ -6,6 +6,8 @@
 //! its slaves is verified. It is never looked for by name.
 
 mod memory;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 

@@ -60,10 +60,13 @@ pub(super) async fn look(
             // The attach that is walked for it says so in its own words.
             Err(damaged) => Some(damaged.message.clone()),
             Ok(None) => Some("nothing is recorded of it in this boot".into()),
-            Ok(Some(effects)) => match unproven(stored, effects, &identities) {
-                Some(why) if *anew => Some(why.into()),
-                _ => seen.wrong(effects, &granted).await,
-            },
+            Ok(Some(effects)) => {
+                let unproven = if *anew { unproven(stored, effects, &identities) } else { None };
+                match unproven {
+                    Some(why) => Some(why.into()),
+                    None => seen.wrong(effects, &granted).await,
+                }
+            }
         };
         let sight = match (wrong, health) {
             (Some(why), _) => Sight::Differs(why),

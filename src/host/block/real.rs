@@ -223,7 +223,10 @@ impl Blocks for RealBlocks {
             told.map_err(|(kind, text)| io::Error::new(kind, text))
         };
         let in_time = tokio::time::timeout(self.deadline, look).await;
-        in_time.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        in_time.unwrap_or_else(|_| {
+            let text = format!("no look at all processes has ended within {:?}", self.deadline);
+            Err(io::Error::new(io::ErrorKind::TimedOut, text))
+        })
     }
 }
 

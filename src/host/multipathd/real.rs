@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 
 use super::{Multipathd, MultipathdError, files, judge};
 use crate::doctor::Service;
@@ -22,7 +23,10 @@ const ABSTRACT: &str = "\0/org/kernel/linux/storage/multipathd";
 const PATHNAME: &str = "/run/multipathd.socket";
 /// Longer commands are cut off by the daemon.
 const MAX_COMMAND: usize = 511;
-/// Between two tries to connect while multipathd has as many waiting clients as it lets wait.
+/// Clients of ours at once. It answers one after the other and lets a few wait, the next one's connect fails at
+/// once: so the rest wait here, in their order.
+const CLIENTS: usize = 4;
+/// Between two tries to connect while others are as many as it lets wait.
 const NO_ROOM: Duration = Duration::from_millis(5);
 /// libmpathcmd's own bound (MAX_REPLY_LEN) on what it takes for an answer.
 const MAX_REPLY: usize = 32 << 20;
@@ -34,6 +38,7 @@ pub struct RealMultipathd {
     deadline: Duration,
     files: PathBuf,
     places: Option<Places>,
+    clients: Semaphore,
     workers: Workers,
 }
 
@@ -53,7 +58,8 @@ impl RealMultipathd {
         deadline: Duration,
     ) -> Self {
         let workers = Workers::new("lunplug-mpath", 2, 2);
-        Self { sockets, trusted_uid, deadline, files: files.into(), places: None, workers }
+        let clients = Semaphore::new(CLIENTS);
+        Self { sockets, trusted_uid, deadline, files: files.into(), places: None, clients, workers }
     }
 
     /// The same with the files beneath the root of whoever serves as multipathd.
@@ -92,8 +98,8 @@ fn beneath(places: Option<&Places>, dir: PathBuf) -> io::Result<Pinned> {
     }
 }
 
-/// Connects as soon as multipathd has room for another client: it lets a few wait, and the kernel refuses the
-/// next of a burst at once (EAGAIN) and tells nobody when there is room. The caller has the deadline.
+/// Connects as soon as multipathd has room for another client: the kernel refuses one too many at once (EAGAIN)
+/// and tells nobody when there is room. The caller has the deadline.
 async fn connect_in_turn(path: &Path) -> io::Result<UnixStream> {
     loop {
         match UnixStream::connect(path).await {
@@ -147,6 +153,11 @@ impl Multipathd for RealMultipathd {
             )));
         }
         let talk = async {
+            let _client = self
+                .clients
+                .acquire()
+                .await
+                .map_err(|e| MultipathdError::Io(io::Error::other(e)))?;
             let stream = self.connect().await?;
             exchange(stream, command).await.map_err(MultipathdError::Io)
         };
@@ -265,6 +276,33 @@ mod tests {
         let strange = RealMultipathd::at(vec![socket], uid() + 1, dir.path(), LONG);
         let untrusted = strange.ask("show daemon").await;
         assert!(matches!(untrusted, Err(MultipathdError::Untrusted { uid: u }) if u == uid()));
+    }
+
+    #[tokio::test]
+    async fn of_many_commands_at_once_a_few_are_with_multipathd() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = tokio::net::UnixListener::bind(dir.path().join("socket")).unwrap();
+        let door = door(dir.path(), LONG);
+        let commands =
+            futures_util::future::join_all((0..3 * CLIENTS).map(|_| door.ask("show daemon")));
+        let serve = async {
+            let mut clients = Vec::new();
+            for _ in 0..CLIENTS {
+                clients.push(listener.accept().await.unwrap().0);
+            }
+            let one_more = tokio::time::timeout(Duration::ZERO, listener.accept()).await;
+            assert!(one_more.is_err(), "the rest wait for these");
+            for served in 0..3 * CLIENTS {
+                let mut client = clients.remove(0);
+                client.write_all(&4_usize.to_ne_bytes()).await.unwrap();
+                client.write_all(b"ok\n\0").await.unwrap();
+                if served < 2 * CLIENTS {
+                    clients.push(listener.accept().await.unwrap().0);
+                }
+            }
+        };
+        let (answers, ()) = tokio::join!(commands, serve);
+        assert!(answers.into_iter().all(|answer| answer.unwrap() == "ok\n"));
     }
 
     #[tokio::test]

@@ -135,7 +135,10 @@ fn receive<'a>(socket: &OwnedFd, buffer: &'a mut [u8]) -> io::Result<Message<'a>
 /// `None` for one that the kernel did not send, or that did not fit. Anybody with CAP_NET_ADMIN in the
 /// namespace may send to a group; of udev's nothing is believed but that it is time to look.
 fn from_kernel(message: Message<'_>) -> Option<Notice> {
-    (message.by_kernel && message.is_whole).then(|| parse(message.text).map(Notice::Event))?
+    if !message.by_kernel || !message.is_whole {
+        return None;
+    }
+    parse(message.text).map(Notice::Event)
 }
 
 /// `action@devpath`, then `KEY=value`, each ended by NUL.

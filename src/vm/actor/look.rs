@@ -159,9 +159,6 @@ impl Actor {
 
     pub(super) fn looked(&mut self, found: Result<BTreeMap<VolumeName, Sight>, Failure>) {
         self.looks.under_way = false;
-        if let Err(failure) = &found {
-            self.walk_unlooked(failure);
-        }
         match found {
             Ok(found) => {
                 self.looks.failed = 0;
@@ -179,7 +176,10 @@ impl Actor {
                 self.looks.failed = 0;
                 self.look_at_all();
             }
-            Err(failure) => self.unseen(&failure),
+            Err(failure) => {
+                self.walk_unlooked(&failure);
+                self.unseen(&failure);
+            }
         }
         if std::mem::take(&mut self.looks.again) {
             self.look_within(PAUSE);

@@ -1,0 +1,90 @@
+//! What is asked of multipathd, and when.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::broadcast;
+
+use super::*;
+use crate::connector::identity::Unit;
+use crate::connector::scsi::Disk;
+use crate::host::sim::SimHost;
+use crate::host::uevent::{Notice, UeventStream, Uevents};
+use crate::types::Wwid;
+
+/// Hears the kernel and udev apart.
+struct Events {
+    kernel: broadcast::Sender<Notice>,
+    udev: broadcast::Sender<Notice>,
+}
+
+impl Uevents for Events {
+    fn subscribe(&self) -> UeventStream {
+        UeventStream::new(self.kernel.subscribe())
+    }
+
+    fn subscribe_to_udev(&self) -> UeventStream {
+        UeventStream::new(self.udev.subscribe())
+    }
+}
+
+/// A multipathd that refuses a path until udev has told of it.
+#[derive(Default)]
+struct Listening {
+    told: AtomicBool,
+}
+
+#[async_trait]
+impl Multipathd for Listening {
+    async fn ask(&self, command: &str) -> Result<String, MultipathdError> {
+        if self.told.load(Ordering::Relaxed) {
+            return Ok("ok".into());
+        }
+        Err(MultipathdError::Refused { command: command.into(), answer: "fail".into() })
+    }
+
+    async fn forget(&self, _: &Wwid) -> Result<Outcome, MultipathdError> {
+        Ok(Outcome::Already(()))
+    }
+}
+
+fn path() -> ScsiPath {
+    let wwid: Wwid = "naa.60014050000000000000000000000001".parse().unwrap();
+    ScsiPath {
+        hctl: "3:0:0:1".parse().unwrap(),
+        dir: "devices/platform/host3/session1/target3:0:0/3:0:0:1".into(),
+        disk: Disk {
+            name: "sda".into(),
+            dev: DevNum { major: 8, minor: 0 },
+            diskseq: 1,
+            size: 1 << 30,
+        },
+        raw_wwid: wwid.to_string(),
+        identity: Identity { wwid: wwid.clone(), all: vec![wwid], unit: Unit::default() },
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_path_that_multipathd_does_not_know_yet_is_told_again_at_udevs_word() {
+    let (kernel, udev) = (broadcast::channel(8).0, broadcast::channel(8).0);
+    let multipathd = Arc::new(Listening::default());
+    let doors = StorageDoors {
+        uevents: Arc::new(Events { kernel, udev: udev.clone() }),
+        multipathd: multipathd.clone(),
+        ..StorageDoors::sim(&SimHost::default().storage)
+    };
+    let begin = Instant::now();
+    let in_udev = Duration::from_millis(300);
+    let udevs_word = async {
+        tokio::time::sleep(in_udev).await;
+        multipathd.told.store(true, Ordering::Relaxed);
+        udev.send(Notice::Recheck).unwrap();
+    };
+    let settings = Settings::default();
+    let paths = [path()];
+    let (decided, ()) = tokio::join!(decide(&doors, &settings, &paths), udevs_word);
+    decided.unwrap();
+    assert_eq!(begin.elapsed(), in_udev, "time is simulated: nothing else was waited for");
+}

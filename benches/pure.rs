@@ -9,6 +9,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::hint::black_box;
+use std::sync::Arc;
 
 use common::domain::{disk, domain};
 use common::lun;
@@ -36,7 +37,7 @@ fn domain_xml(c: &mut Criterion) {
     let none = BTreeSet::new();
     for disks in BESIDE {
         let text = domain(disks);
-        let views = Views { live: Some(xml::parse(&text).unwrap()), config: None };
+        let views = Views { live: Some(Arc::new(xml::parse(&text).unwrap())), config: None };
         c.bench_function(&id("xml read", disks), |b| {
             b.iter(|| xml::parse(black_box(&text)).unwrap());
         });

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::hint::black_box;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::callgrind::Profile;
@@ -257,7 +258,7 @@ const RULES: Rules = Rules {
 impl Beside {
     fn many() -> Self {
         let text = domain(256);
-        let views = Views { live: Some(xml::parse(&text).unwrap()), config: None };
+        let views = Views { live: Some(Arc::new(xml::parse(&text).unwrap())), config: None };
         let known = |n| Known { spec: common::lun(0, n), phase: Phase::Ready, removing: None };
         Self { views, known: (0..256).map(known).collect(), text }
     }

@@ -3,10 +3,12 @@
 use std::collections::HashMap;
 use std::process::{Command, Stdio};
 
-/// What callgrind wrote: each function's calls of others, with what these cost.
+/// What callgrind wrote.
 pub struct Profile {
+    /// Function, and instructions of its own.
+    alone: HashMap<String, u64>,
     /// Caller, callee, instructions of the callee with all that it called.
-    calls: Vec<(String, String, u64)>,
+    calls: HashMap<(String, String), u64>,
 }
 
 impl Profile {
@@ -45,7 +47,8 @@ impl Profile {
             }
         };
         let (mut caller, mut callee) = (String::new(), String::new());
-        let (mut calls, mut is_call) = (Vec::new(), false);
+        let (mut alone, mut calls) = (HashMap::new(), HashMap::new());
+        let mut is_call = false;
         for line in text.lines() {
             if let Some(entry) = line.strip_prefix("fn=") {
                 caller = name(entry);
@@ -53,12 +56,17 @@ impl Profile {
                 callee = name(entry);
             } else if line.starts_with("calls=") {
                 is_call = true;
-            } else if std::mem::take(&mut is_call) {
-                let cost = line.rsplit(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
-                calls.push((caller.clone(), callee.clone(), cost));
+            } else if line.starts_with(|c: char| c.is_ascii_digit() || "+-*".contains(c)) {
+                // The position, which may be relative to the one before, and the cost.
+                let cost = line.rsplit_once(' ').and_then(|(_, n)| n.parse().ok()).unwrap_or(0);
+                if std::mem::take(&mut is_call) {
+                    *calls.entry((caller.clone(), callee.clone())).or_default() += cost;
+                } else {
+                    *alone.entry(caller.clone()).or_default() += cost;
+                }
             }
         }
-        Self { calls }
+        Self { alone, calls }
     }
 
     /// From here on the process that calls this is counted, if it runs under callgrind: what it has prepared
@@ -73,14 +81,48 @@ impl Profile {
 
     /// Instructions within functions whose name contains `name`, called from others.
     pub fn entered(&self, name: &str) -> u64 {
-        self.entered_but_from(name, None)
+        let enters = |((caller, callee), _): &(&(String, String), &u64)| {
+            !caller.contains(name) && callee.contains(name)
+        };
+        self.calls.iter().filter(enters).map(|(_, cost)| cost).sum()
     }
 
-    /// The same, without calls from functions whose name contains `but`.
-    pub fn entered_but_from(&self, name: &str, but: Option<&str>) -> u64 {
-        let from =
-            |caller: &str| !caller.contains(name) && but.is_none_or(|but| !caller.contains(but));
-        let enters = |call: &&(String, String, u64)| from(&call.0) && call.1.contains(name);
-        self.calls.iter().filter(enters).map(|call| call.2).sum()
+    /// All instructions but those of functions whose name contains `foreign`, and of what these call; what they
+    /// call whose name contains `back` counts again. A function that several call is shared out by what
+    /// their calls cost, as gprof does it.
+    pub fn without(&self, foreign: &str, back: &str) -> u64 {
+        let mut callers: HashMap<&str, Vec<(&str, u64)>> = HashMap::new();
+        for ((caller, callee), cost) in self.calls.iter().filter(|(call, _)| call.0 != call.1) {
+            callers.entry(callee).or_default().push((caller, *cost));
+        }
+        // The share of each function that is foreign; recursion makes this an equation to be approached.
+        let mut shares: HashMap<&str, f64> = HashMap::new();
+        let mut moved = 1.0;
+        while moved > 1e-9 {
+            moved = 0.0_f64;
+            for (callee, calls) in &callers {
+                let all: u64 = calls.iter().map(|(_, cost)| cost).sum();
+                let part = |(caller, cost): &(&str, u64)| {
+                    let share = match caller.contains(foreign) {
+                        true if callee.contains(back) => 0.0,
+                        true => 1.0,
+                        false => shares.get(caller).copied().unwrap_or_default(),
+                    };
+                    share * *cost as f64
+                };
+                let share = match callee.contains(foreign) {
+                    true => 1.0,
+                    false if all == 0 => 0.0,
+                    false => calls.iter().map(part).sum::<f64>() / all as f64,
+                };
+                let before = shares.insert(callee, share).unwrap_or_default();
+                moved = moved.max((share - before).abs());
+            }
+        }
+        let own = |(function, cost): (&String, &u64)| {
+            let share = shares.get(function.as_str()).copied().unwrap_or_default();
+            *cost as f64 * (1.0 - share)
+        };
+        self.alone.iter().map(own).sum::<f64>().round() as u64
     }
 }

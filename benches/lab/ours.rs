@@ -16,6 +16,12 @@ use crate::node::{Lun, PORTALS, Pod, sh};
 const SOCKET: &str = "/run/lunplug/lunplugd.sock";
 const DEADLINE: Duration = Duration::from_secs(300);
 
+/// When the first of several volumes came to a phase, and the last.
+struct Times {
+    first: Instant,
+    last: Instant,
+}
+
 /// A VM of lunplugd's.
 pub struct Ours {
     runtime: Runtime,
@@ -36,15 +42,16 @@ impl Ours {
         Self { runtime, client, changes, vm, iqn: iqn.into(), luns, troubles: 0 }
     }
 
-    /// Adds volumes, all by requests of their own at once, and waits for the last.
+    /// Adds volumes, all by requests of their own at once, and waits for the last. The host's part begins when
+    /// lunplugd begins with the first of the LUNs: its request is checked and durable then, which is in the whole.
     pub fn add(&mut self, luns: &[Lun], portals: usize) -> Took {
         let begin = Instant::now();
         for lun in luns {
             let (mut client, request) = (self.client.clone(), self.request(lun, portals));
             self.runtime.spawn(async move { client.add_volume(request).await.unwrap() });
         }
-        let times = self.wait(luns, &[Phase::AttachedToNode, Phase::Ready]);
-        Took { host: times[0] - begin, whole: times[1] - begin }
+        let times = self.wait(luns, &[Phase::Bound, Phase::AttachedToNode, Phase::Ready]);
+        Took { host: times[1].last - times[0].first, whole: times[2].last - begin }
     }
 
     /// Removes volumes in the same way. What is done on the host begins when the guest has let go of the
@@ -61,7 +68,7 @@ impl Ours {
             self.runtime.spawn(async move { client.remove_volume(request).await.unwrap() });
         }
         let times = self.wait(luns, &[Phase::UnmountedFromPod, Phase::Gone]);
-        Took { host: times[1] - times[0], whole: times[1] - begin }
+        Took { host: times[1].last - times[0].last, whole: times[1].last - begin }
     }
 
     fn request(&self, lun: &Lun, portals: usize) -> v1::AddVolumeRequest {
@@ -88,8 +95,8 @@ impl Ours {
         }
     }
 
-    /// When the last of the volumes was told to have come to each phase.
-    fn wait(&mut self, luns: &[Lun], phases: &[Phase]) -> Vec<Instant> {
+    /// When the volumes were told to have come to each phase.
+    fn wait(&mut self, luns: &[Lun], phases: &[Phase]) -> Vec<Times> {
         let mut came: HashMap<(String, Phase), Instant> = HashMap::new();
         let changes = &mut self.changes;
         let all = async {
@@ -110,8 +117,11 @@ impl Ours {
         };
         let ended = self.runtime.block_on(async { tokio::time::timeout(DEADLINE, all).await });
         assert!(ended.is_ok(), "not in {DEADLINE:?}: {phases:?} of {luns:?}; came: {came:?}");
-        let last = |phase| came.iter().filter(|(k, _)| k.1 == phase).map(|(_, at)| *at).max();
-        phases.iter().map(|phase| last(*phase).unwrap()).collect()
+        let times = |phase: &Phase| {
+            let times = || came.iter().filter(|(of, _)| of.1 == *phase).map(|(_, at)| *at);
+            Times { first: times().min().unwrap(), last: times().max().unwrap() }
+        };
+        phases.iter().map(times).collect()
     }
 }
 

@@ -14,7 +14,7 @@ use crate::host::iscsidb::{DbLockState, IscsiDb, Record};
 use crate::host::lock::{LockError, LockGuard, RunDir};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
-use crate::host::sysfs::{Guard, Guarded, Sysfs};
+use crate::host::sysfs::{Guard, Guarded, Look, Looked, ReadError, Sysfs};
 use crate::types::{Chap, DevNum, Iface, IfaceName, Iqn, Nexus, Outcome, Portal, Wwid};
 
 use super::settings::{Settings, ms};
@@ -78,6 +78,11 @@ impl Sysfs for BoundedSysfs {
     }
     async fn resolve(&self, path: &str) -> io::Result<String> {
         within(self.read, || format!("resolving {path}"), self.door.resolve(path)).await
+    }
+    async fn look_with(&self, about: &str, look: Look) -> Looked {
+        let call = async { Ok(self.door.look_with(about, look).await) };
+        let looked = within(self.read, || format!("reading {about}"), call).await;
+        looked.map_err(ReadError::at(about))?
     }
     async fn write(&self, path: &str, value: &str) -> io::Result<()> {
         within(self.write, || format!("writing {path}"), self.door.write(path, value)).await

@@ -7,6 +7,7 @@ use crate::host::local::SourceError;
 use crate::host::lock::LockError;
 use crate::host::multipathd::MultipathdError;
 use crate::host::place::is_place_error;
+use crate::host::sysfs::ReadError;
 use crate::reason::Reason;
 use crate::types::{DevNum, IfaceName, Lun, Portal, Wwid};
 
@@ -429,6 +430,12 @@ impl Error {
     pub(crate) fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let doing = doing.into();
         move |source| Self::Io { doing, source }
+    }
+}
+
+impl From<ReadError> for Error {
+    fn from(error: ReadError) -> Self {
+        Self::Io { doing: format!("reading {}", error.path), source: error.source }
     }
 }
 

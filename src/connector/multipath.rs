@@ -16,14 +16,14 @@ use tokio::time::Instant;
 use crate::host::cmd::Tool;
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
-use crate::host::sysfs::Sysfs;
+use crate::host::sysfs::{ReadError, Sysfs, View};
 use crate::types::{DevNum, Outcome};
 
 pub(crate) use memory::{drain, forget, forget_deleted, forget_unused};
 
 use super::error::Error;
 use super::identity::Identity;
-use super::scsi::{self, Hctl, ScsiPath};
+use super::scsi::{self, Hctl, Opens, ScsiPath};
 use super::settings::{Settings, ms};
 use super::wait::Wait;
 
@@ -64,15 +64,14 @@ pub(crate) async fn alive(multipathd: &dyn Multipathd) -> Result<(), MultipathdE
 }
 
 /// Reads a device-mapper device; `None` when there is none of that name, or it is just going.
-pub(crate) async fn read(sysfs: &dyn Sysfs, kernel: &str) -> Result<Option<Map>, Error> {
+fn read_in(view: &View<'_>, kernel: &str) -> Result<Option<Map>, ReadError> {
     let base = format!("block/{kernel}");
-    let read = async {
-        let text = async |name: &str| sysfs.text(&format!("{base}/{name}")).await;
-        let (name, uuid) = (text("dm/name").await?, text("dm/uuid").await?);
-        let (dev, size) = (text("dev").await?, text("size").await?);
-        let diskseq = text("diskseq").await?;
-        let slaves = sysfs.entries(&format!("{base}/slaves")).await?;
-        std::io::Result::Ok((|| {
+    let text = |name: &str| view.text(&format!("{base}/{name}"));
+    let read = || {
+        let (name, uuid) = (text("dm/name")?, text("dm/uuid")?);
+        let (dev, size, diskseq) = (text("dev")?, text("size")?, text("diskseq")?);
+        let slaves = view.entries(&format!("{base}/slaves"))?;
+        Ok((|| {
             Some(Map {
                 kernel: kernel.into(),
                 name: name?,
@@ -84,29 +83,57 @@ pub(crate) async fn read(sysfs: &dyn Sysfs, kernel: &str) -> Result<Option<Map>,
             })
         })())
     };
-    match read.await {
+    match read() {
         // dm's attributes answer EINVAL once the device is being freed (dm-sysfs.c, dm_attr_show).
-        Err(e) if e.raw_os_error() == Some(nix::libc::EINVAL) => Ok(None),
-        other => other.map_err(Error::io(format!("reading {base}"))),
+        Err(e) if ReadError::is_invalid(&e) => Ok(None),
+        other => other,
     }
+}
+
+/// The map that has that number now.
+pub(crate) async fn by_number(sysfs: &dyn Sysfs, dev: DevNum) -> Result<Option<Map>, Error> {
+    let link = format!("dev/block/{dev}");
+    let look = move |view: &View<'_>| match view.resolve(&format!("dev/block/{dev}"))? {
+        Some(dir) => read_in(view, dir.rsplit('/').next().unwrap_or_default()),
+        None => Ok(None),
+    };
+    Ok(sysfs.look(&link, look).await?)
 }
 
 /// The map of that uuid, wherever it is.
 pub(crate) async fn by_uuid(sysfs: &dyn Sysfs, uuid: &str) -> Result<Option<Map>, Error> {
-    let all = sysfs.entries("block").await.map_err(Error::io("listing block devices"))?;
-    for kernel in all.iter().filter(|n| n.starts_with("dm-")) {
-        // A node has thousands: the rest is read of the one alone. What cannot be read here is told by that.
-        let its = sysfs.text(&format!("block/{kernel}/dm/uuid")).await;
-        if its.is_ok_and(|its| its.as_deref() != Some(uuid)) {
-            continue;
+    let uuid = uuid.to_owned();
+    let look = move |view: &View<'_>| {
+        for kernel in view.entries("block")?.iter().filter(|n| n.starts_with("dm-")) {
+            // A node has thousands: the rest is read of the one alone. What cannot be read here is told by that.
+            let its = view.text(&format!("block/{kernel}/dm/uuid"));
+            if its.is_ok_and(|its| its.as_deref() != Some(uuid.as_str())) {
+                continue;
+            }
+            if let Some(map) = read_in(view, kernel)?.filter(|map| map.uuid == uuid) {
+                return Ok(Some(map));
+            }
         }
-        if let Some(map) = read(sysfs, kernel).await?
-            && map.uuid == uuid
-        {
-            return Ok(Some(map));
-        }
-    }
-    Ok(None)
+        Ok(None)
+    };
+    Ok(sysfs.look("block", look).await?)
+}
+
+/// What is stacked upon a disk, each with the map that it is, if it is one.
+pub(crate) async fn on(
+    sysfs: &dyn Sysfs,
+    block_dir: &str,
+) -> Result<Vec<(String, Option<Map>)>, Error> {
+    let block = block_dir.to_owned();
+    Ok(sysfs.look(block_dir, move |view| on_in(view, &block)).await?)
+}
+
+pub(crate) fn on_in(
+    view: &View<'_>,
+    block_dir: &str,
+) -> Result<Vec<(String, Option<Map>)>, ReadError> {
+    let holders = scsi::holders_in(view, block_dir)?.into_iter();
+    holders.map(|holder| read_in(view, &holder).map(|map| (holder, map))).collect()
 }
 
 /// What stands above the paths.
@@ -126,13 +153,12 @@ pub(crate) async fn above(sysfs: &dyn Sysfs, paths: &[ScsiPath]) -> Result<Above
     let mut whole = true;
     for path in paths {
         let block = format!("{}/block/{}", path.dir, path.disk.name);
-        let holders = scsi::holders(sysfs, &block).await?;
+        let holders = on(sysfs, &block).await?;
         whole &= !holders.is_empty();
-        for holder in holders {
+        for (holder, found) in holders {
             if map.as_ref().is_some_and(|m| m.kernel == holder) {
                 continue;
             }
-            let found = read(sysfs, &holder).await?;
             let held = |by: String| Error::DeviceHeld {
                 device: format!("{} ({})", path.disk.name, path.hctl),
                 holder: by,
@@ -246,6 +272,12 @@ pub(crate) async fn decide(
     paths: &[ScsiPath],
 ) -> Result<(), Error> {
     let mut wait = Wait::for_udev(&*doors.uevents, ms(settings.map_ms));
+    let patience = Instant::now() + ms(settings.map_nudge_ms);
+    let is_ruled = |path: &ScsiPath| doors.uevents.is_ruled(path.disk.dev);
+    // What multipathd would refuse now takes it from the rules' own questions.
+    while !paths.iter().all(is_ruled) && Instant::now() < patience {
+        wait.next_before(patience).await;
+    }
     while !nudge(&*doors.multipathd, paths).await? {
         // Where udev is not heard it is asked again in a while.
         let again = Instant::now() + ms(settings.map_nudge_ms);
@@ -290,11 +322,15 @@ pub(crate) async fn remove(
     doors: &StorageDoors,
     settings: &Settings,
     uuid: &str,
+    opens: Opens,
 ) -> Result<Outcome, Error> {
     let Some(map) = by_uuid(&*doors.sysfs, uuid).await? else {
         return Ok(Outcome::Already(()));
     };
-    let held = scsi::await_unheld(doors, settings, &map.dir(), map.dev, &[]).await?;
+    let held = match opens {
+        Opens::Unknown => scsi::await_unheld(doors, settings, &map.dir(), map.dev, &[]).await?,
+        Opens::None => scsi::await_unclaimed(doors, settings, &map.dir(), map.dev).await?,
+    };
     if let Some(holder) = held {
         return Err(Error::DeviceHeld { device: format!("{} ({})", map.kernel, map.name), holder });
     }
@@ -401,7 +437,7 @@ pub(crate) async fn take_off(
         let asked = doors.multipathd.ask(&format!("del path {}", path.disk.name)).await;
         asked.map_err(Error::Multipathd)?;
     }
-    remove(doors, settings, &map.uuid).await?;
+    remove(doors, settings, &map.uuid, Opens::Unknown).await?;
     forget(&*doors.multipathd, &map.uuid).await
 }
 
@@ -414,8 +450,8 @@ pub(crate) async fn part(
     block_dir: &str,
 ) -> Result<(), Error> {
     let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
-    for holder in scsi::holders(&*doors.sysfs, block_dir).await? {
-        let Some(map) = read(&*doors.sysfs, &holder).await? else { continue };
+    for (holder, map) in on(&*doors.sysfs, block_dir).await? {
+        let Some(map) = map else { continue };
         if !map.uuid.starts_with("mpath-") || map.slaves.iter().all(|s| s == name) {
             continue;
         }

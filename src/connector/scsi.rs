@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::host::block::Exclusive;
 use crate::host::storage::StorageDoors;
-use crate::host::sysfs::{Guard, Guarded, Sysfs, is_gone};
+use crate::host::sysfs::{Guard, Guarded, ReadError, Sysfs, View, is_gone};
 use crate::types::{DevNum, Malformed};
 
 use super::PathStatus;
@@ -123,36 +123,65 @@ impl ScsiPath {
     }
 }
 
+/// A SCSI device with a disk, as it is at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Present {
+    /// Its disk.
+    pub(crate) disk: Disk,
+    /// See [`raw_wwid`].
+    pub(crate) raw_wwid: String,
+    /// Its `state`: `running`, `offline`, `transport-offline`.
+    pub(crate) state: String,
+}
+
 /// The disk of the SCSI device in `dir`; `None` while there is none with a size.
 pub(crate) async fn disk(sysfs: &dyn Sysfs, dir: &str) -> Result<Option<Disk>, Error> {
-    let read = async {
-        let Some(name) = sysfs.entries(&format!("{dir}/block")).await?.into_iter().next() else {
-            return Ok(None);
-        };
-        let base = format!("{dir}/block/{name}");
-        let dev = sysfs.text(&format!("{base}/dev")).await?;
-        let size = sysfs.text(&format!("{base}/size")).await?;
-        let diskseq = sysfs.text(&format!("{base}/diskseq")).await?;
-        Ok((|| {
-            // `size` counts sectors of 512 bytes, whatever the disk's own are.
-            Some(Disk {
-                name,
-                dev: dev?.parse().ok()?,
-                diskseq: diskseq?.parse().ok()?,
-                size: size?.parse::<u64>().ok()?.checked_mul(512)?,
-            })
-        })())
+    let device = dir.to_owned();
+    Ok(sysfs.look(dir, move |view| disk_in(view, &device)).await?)
+}
+
+/// The same with what is to be compared of the device; one look, so that all of it is of one moment.
+pub(crate) async fn present(sysfs: &dyn Sysfs, dir: &str) -> Result<Option<Present>, Error> {
+    let device = dir.to_owned();
+    let look = move |view: &View<'_>| {
+        let Some(disk) = disk_in(view, &device)? else { return Ok(None) };
+        let raw_wwid = raw_wwid_in(view, &device)?;
+        let state = view.text(&format!("{device}/state"))?.unwrap_or_default();
+        Ok(Some(Present { disk, raw_wwid, state }))
     };
-    read.await.map_err(Error::io(format!("reading {dir}")))
+    Ok(sysfs.look(dir, look).await?)
+}
+
+pub(crate) fn disk_in(view: &View<'_>, dir: &str) -> Result<Option<Disk>, ReadError> {
+    let Some(name) = view.entries(&format!("{dir}/block"))?.into_iter().next() else {
+        return Ok(None);
+    };
+    let base = format!("{dir}/block/{name}");
+    let dev = view.text(&format!("{base}/dev"))?;
+    let size = view.text(&format!("{base}/size"))?;
+    let diskseq = view.text(&format!("{base}/diskseq"))?;
+    Ok((|| {
+        // `size` counts sectors of 512 bytes, whatever the disk's own are.
+        Some(Disk {
+            name,
+            dev: dev?.parse().ok()?,
+            diskseq: diskseq?.parse().ok()?,
+            size: size?.parse::<u64>().ok()?.checked_mul(512)?,
+        })
+    })())
 }
 
 /// What sysfs says in `wwid`; empty where the device has no such identity (then the kernel answers
 /// the read with EINVAL or ENXIO).
 pub(crate) async fn raw_wwid(sysfs: &dyn Sysfs, dir: &str) -> Result<String, Error> {
-    match sysfs.text(&format!("{dir}/wwid")).await {
-        Ok(text) => Ok(text.unwrap_or_default()),
-        Err(e) if e.raw_os_error() == Some(nix::libc::EINVAL) => Ok(String::new()),
-        Err(e) => Err(Error::io(format!("reading {dir}/wwid"))(e)),
+    let device = dir.to_owned();
+    Ok(sysfs.look(dir, move |view| raw_wwid_in(view, &device)).await?)
+}
+
+fn raw_wwid_in(view: &View<'_>, dir: &str) -> Result<String, ReadError> {
+    match view.text(&format!("{dir}/wwid")) {
+        Err(e) if e.is_invalid() => Ok(String::new()),
+        text => Ok(text?.unwrap_or_default()),
     }
 }
 
@@ -162,17 +191,23 @@ pub(crate) async fn identity(
     hctl: Hctl,
     dir: &str,
 ) -> Result<(String, Result<Identity, IdentityError>), Error> {
-    let page = async |name: &str| match sysfs.read(&format!("{dir}/{name}")).await {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(e) if is_gone(&e) || e.raw_os_error() == Some(nix::libc::EINVAL) => Ok(None),
-        Err(e) => Err(Error::io(format!("reading {dir}/{name}"))(e)),
+    let device = dir.to_owned();
+    let look = move |view: &View<'_>| {
+        let page = |name: &str| match view.bytes(&format!("{device}/{name}")) {
+            Err(e) if e.is_invalid() => Ok(None),
+            page => page,
+        };
+        let (pg83, pg80) = (page("vpd_pg83")?, page("vpd_pg80")?);
+        Ok((
+            pg83.unwrap_or_default(),
+            pg80,
+            raw_wwid_in(view, &device)?,
+            product_in(view, &device)?,
+        ))
     };
-    let pg83 = page("vpd_pg83").await?.unwrap_or_default();
-    let pg80 = page("vpd_pg80").await?;
-    let raw = raw_wwid(sysfs, dir).await?;
+    let (pg83, pg80, raw, product) = sysfs.look(dir, look).await?;
     let kernel = (!raw.is_empty()).then_some(raw.as_str());
     let identity = identify(&hctl.to_string(), &pg83, pg80.as_deref(), kernel);
-    let product = product(sysfs, dir).await?;
     let whole = |mut identity: Identity| {
         identity.unit.product = product;
         identity
@@ -182,12 +217,9 @@ pub(crate) async fn identity(
 
 /// Vendor and product as the kernel read them when the device was found: a rescan does not look at them
 /// again (drivers/scsi/scsi_scan.c, scsi_rescan_device).
-async fn product(sysfs: &dyn Sysfs, dir: &str) -> Result<Option<String>, Error> {
-    let text = async |name: &str| {
-        let path = format!("{dir}/{name}");
-        sysfs.text(&path).await.map_err(Error::io(format!("reading {path}")))
-    };
-    let (vendor, model) = (text("vendor").await?, text("model").await?);
+fn product_in(view: &View<'_>, dir: &str) -> Result<Option<String>, ReadError> {
+    let vendor = view.text(&format!("{dir}/vendor"))?;
+    let model = view.text(&format!("{dir}/model"))?;
     Ok(vendor.zip(model).map(|(vendor, model)| format!("{} {}", vendor.trim(), model.trim())))
 }
 
@@ -205,6 +237,16 @@ pub(crate) async fn is_protected(sysfs: &dyn Sysfs, block_dir: &str) -> Result<b
     Ok(ro.as_deref() == Some("1"))
 }
 
+/// What is known of the programs that have a device open. To know it is to look at all descriptors of all processes,
+/// the most expensive question there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Opens {
+    /// Nothing: ask.
+    Unknown,
+    /// That there are none: somebody has asked, in the same step.
+    None,
+}
+
 /// Whoever holds a disk: what is stacked on it, or has it open or claimed. `ours` are names (of a
 /// map) that do not count.
 pub(crate) async fn holder(
@@ -212,16 +254,20 @@ pub(crate) async fn holder(
     block_dir: &str,
     dev: DevNum,
     ours: &[String],
+    opens: Opens,
 ) -> Result<Option<String>, Error> {
-    if let Some(name) = stacked(&*doors.sysfs, block_dir, ours).await? {
-        return Ok(Some(name));
+    if opens == Opens::Unknown {
+        if let Some(name) = stacked(&*doors.sysfs, block_dir, ours).await? {
+            return Ok(Some(name));
+        }
+        if let Some(opener) = openers(doors, dev).await?.into_iter().next() {
+            return Ok(Some(opener));
+        }
     }
-    let openers = openers(doors, dev).await?;
-    if let Some(opener) = openers.into_iter().next() {
-        return Ok(Some(opener));
-    }
-    if !holders(&*doors.sysfs, block_dir).await?.is_empty() {
-        return Ok(None); // Our own map has claimed it, so an exclusive open says nothing.
+    let holders = holders(&*doors.sysfs, block_dir).await?;
+    if !holders.is_empty() {
+        // Our own map has claimed it, so an exclusive open says nothing.
+        return stacked_of(&*doors.sysfs, &holders, ours).await;
     }
     match doors.blocks.exclusive(dev).await {
         Ok(Exclusive::Free) => Ok(None),
@@ -240,7 +286,15 @@ pub(crate) async fn stacked(
     block_dir: &str,
     ours: &[String],
 ) -> Result<Option<String>, Error> {
-    match holders(sysfs, block_dir).await?.iter().find(|n| !ours.contains(n)) {
+    stacked_of(sysfs, &holders(sysfs, block_dir).await?, ours).await
+}
+
+async fn stacked_of(
+    sysfs: &dyn Sysfs,
+    holders: &[String],
+    ours: &[String],
+) -> Result<Option<String>, Error> {
+    match holders.iter().find(|n| !ours.contains(n)) {
         Some(name) => describe(sysfs, name).await.map(Some),
         None => Ok(None),
     }
@@ -260,14 +314,17 @@ pub(crate) async fn openers(doors: &StorageDoors, dev: DevNum) -> Result<Vec<Str
 
 /// The names stacked upon a disk: device-mapper's, md's; and its partitions' own.
 pub(crate) async fn holders(sysfs: &dyn Sysfs, block_dir: &str) -> Result<Vec<String>, Error> {
-    let path = format!("{block_dir}/holders");
-    let mut all = sysfs.entries(&path).await.map_err(Error::io(format!("reading {path}")))?;
+    let block = block_dir.to_owned();
+    Ok(sysfs.look(block_dir, move |view| holders_in(view, &block)).await?)
+}
+
+pub(crate) fn holders_in(view: &View<'_>, block_dir: &str) -> Result<Vec<String>, ReadError> {
+    let mut all = view.entries(&format!("{block_dir}/holders"))?;
     let disk = block_dir.rsplit('/').next().unwrap_or("");
-    for part in sysfs.entries(block_dir).await.map_err(Error::io(format!("reading {block_dir}")))? {
+    for part in view.entries(block_dir)? {
         // A partition is a directory that begins with its disk's name: sda1, nvme0n1p1.
         if part.len() > disk.len() && part.starts_with(disk) {
-            let path = format!("{block_dir}/{part}/holders");
-            all.extend(sysfs.entries(&path).await.map_err(Error::io(format!("reading {path}")))?);
+            all.extend(view.entries(&format!("{block_dir}/{part}/holders"))?);
         }
     }
     Ok(all)
@@ -359,9 +416,30 @@ pub(crate) async fn await_unheld(
     dev: DevNum,
     ours: &[String],
 ) -> Result<Option<String>, Error> {
+    await_free(doors, settings, block_dir, dev, ours, Opens::Unknown).await
+}
+
+/// The same for a device that no program has open, as somebody has seen in the same step.
+pub(crate) async fn await_unclaimed(
+    doors: &StorageDoors,
+    settings: &Settings,
+    block_dir: &str,
+    dev: DevNum,
+) -> Result<Option<String>, Error> {
+    await_free(doors, settings, block_dir, dev, &[], Opens::None).await
+}
+
+async fn await_free(
+    doors: &StorageDoors,
+    settings: &Settings,
+    block_dir: &str,
+    dev: DevNum,
+    ours: &[String],
+    opens: Opens,
+) -> Result<Option<String>, Error> {
     let mut wait = Wait::new(&*doors.uevents, ms(settings.holders_ms));
     loop {
-        let held = holder(doors, block_dir, dev, ours).await?;
+        let held = holder(doors, block_dir, dev, ours, opens).await?;
         if held.is_none() || !wait.next_before(Instant::now() + CLOSES).await {
             return Ok(held);
         }

@@ -1,6 +1,7 @@
 //! Attaching a disk to a domain, as libvirt lets us; and what can go wrong with it and on the way back.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -219,10 +220,10 @@ impl At<'_> {
         info.map_err(self.failed("query", self.domain))
     }
 
-    pub(super) async fn read(&self, definition: Definition) -> Result<Domain, Error> {
+    pub(super) async fn read(&self, definition: Definition) -> Result<Arc<Domain>, Error> {
         let text = self.connection.xml(self.domain, definition, self.left()).await;
         let text = text.map_err(self.failed("reading", self.domain))?;
-        xml::parse(&text).map_err(self.unreadable())
+        xml::recall(text).map_err(self.unreadable())
     }
 
     pub(super) fn unreadable(&self) -> impl FnOnce(XmlError) -> Error {
@@ -248,6 +249,18 @@ impl At<'_> {
         Ok(Views {
             live: if runs { Some(self.read(Definition::Live).await?) } else { None },
             config: if persist { Some(self.read(Definition::Config).await?) } else { None },
+        })
+    }
+
+    /// The same definitions, as they are now.
+    async fn again(&self, before: &Views) -> Result<Views, Error> {
+        let read = async |was: &Option<Arc<Domain>>, definition| match was {
+            Some(_) => self.read(definition).await.map(Some),
+            None => Ok(None),
+        };
+        Ok(Views {
+            live: read(&before.live, Definition::Live).await?,
+            config: read(&before.config, Definition::Config).await?,
         })
     }
 }
@@ -287,7 +300,7 @@ pub async fn attach(
     };
     send(&at, desired, &alias, &placement).await?;
     // libvirt's word is not enough: the disk must be there as it was asked for.
-    let views = at.views(persist).await?;
+    let views = at.again(&views).await?;
     match diff::plan(&views, desired, pending).map_err(plan_error)? {
         Plan::Already { target, limits: differing } if target == placement.target => {
             if differing.any() {

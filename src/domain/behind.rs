@@ -1,7 +1,8 @@
 //! Places of disks that are to come: a volume is planned behind those that were added before it, so that
 //! each gets the same place whichever of them is the first to be there. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
 
 use super::diff::{
     CONTROLLER_MODEL, DesiredDisk, DiskAddress, Needs, NewController, Plan, PlanError, Views, plan,
@@ -20,9 +21,11 @@ pub(super) fn keep_places(
     pending: &BTreeSet<String>,
 ) -> Vec<NewController> {
     let mut controllers = Vec::new();
+    let there: HashSet<String> =
+        views.all().flat_map(|view| &view.disks).filter_map(|disk| disk.alias.clone()).collect();
     for (volume, bus) in ahead {
         let alias = super::alias(volume);
-        if views.all().any(|view| view.disk(&alias).is_some()) {
+        if there.contains(&alias) {
             continue;
         }
         let needs = Needs { live: views.live.is_some(), config: views.config.is_some() };
@@ -34,7 +37,7 @@ pub(super) fn keep_places(
         // Where there is no place left, whoever comes first has it.
         let Ok((address, controller)) = placed else { continue };
         for view in views.live.iter_mut().chain(&mut views.config) {
-            view.keep(&alias, &target, *bus, address, controller.as_ref());
+            Arc::make_mut(view).keep(&alias, &target, *bus, address, controller.as_ref());
         }
         controllers.extend(controller);
     }
@@ -69,7 +72,7 @@ impl Domain {
                 pci = Some(address);
             }
         }
-        self.disks.push(Disk {
+        self.disks.push(Arc::new(Disk {
             alias: Some(alias.to_owned()),
             target: target.to_owned(),
             bus: bus.to_string(),
@@ -87,7 +90,7 @@ impl Domain {
             limits: IoLimits::default(),
             drive,
             pci,
-        });
+        }));
     }
 }
 

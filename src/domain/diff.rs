@@ -4,6 +4,7 @@
 //! it can be compared, and nothing that is still being removed is taken.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use crate::reason::Reason;
 use crate::types::{
@@ -67,15 +68,15 @@ impl DesiredDisk {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Views {
     /// The running domain; `None` when it does not run.
-    pub live: Option<Domain>,
+    pub live: Option<Arc<Domain>>,
     /// The persistent definition; `None` when that is to be left alone.
-    pub config: Option<Domain>,
+    pub config: Option<Arc<Domain>>,
 }
 
 impl Views {
     /// Both, the running one first.
     pub(super) fn all(&self) -> impl Iterator<Item = &Domain> {
-        self.live.iter().chain(&self.config)
+        self.live.iter().chain(&self.config).map(|domain| &**domain)
     }
 }
 
@@ -308,7 +309,7 @@ pub fn plan(
     for view in views.all() {
         refuse_clashes(view, desired, &alias)?;
     }
-    let found = |view: &Option<Domain>| view.as_ref().and_then(|v| v.disk(&alias)).cloned();
+    let found = |view: &Option<Arc<Domain>>| view.as_ref().and_then(|v| v.disk(&alias)).cloned();
     let (live, config) = (found(&views.live), found(&views.config));
     let needs = Needs {
         live: views.live.is_some() && live.is_none(),
@@ -426,7 +427,7 @@ pub fn not_ours<'a>(domain: &'a Domain, volume: &VolumeName) -> Option<&'a Disk>
     if domain.disk(&super::alias(volume)).is_some() {
         return None;
     }
-    domain.disks.iter().find(|d| foreign_alias(d, volume).is_some())
+    domain.disks.iter().map(|d| &**d).find(|d| foreign_alias(d, volume).is_some())
 }
 
 /// What a guest takes for the disk's serial. Without one, libvirt has `drive-<alias>` stand in VPD

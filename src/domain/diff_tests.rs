@@ -1,4 +1,5 @@
 use proptest::prelude::*;
+use std::sync::Arc;
 
 use super::*;
 use crate::domain::place::letters;
@@ -10,7 +11,7 @@ const I440FX: &str = include_str!("fixtures/plain-i440fx.xml");
 const BARE: &str = include_str!("fixtures/bare-q35.xml");
 
 fn live(xml: &str) -> Views {
-    Views { live: Some(xml::parse(xml).unwrap()), config: None }
+    Views { live: Some(Arc::new(xml::parse(xml).unwrap())), config: None }
 }
 
 fn desired(volume: &str, bus: Bus) -> DesiredDisk {
@@ -276,7 +277,7 @@ fn both_definitions_get_the_same_place() {
         "<disk><target dev='sdd' bus='sata'/></disk><controller type='pci' index='10' model='pcie-root-port'/></devices>",
     ))
     .unwrap();
-    let views = Views { live: Some(live_doc), config: Some(config) };
+    let views = Views { live: Some(Arc::new(live_doc)), config: Some(Arc::new(config)) };
     let p = attach(plan(&views, &disk, &none()).unwrap());
     assert_eq!(p.target, "sde");
     assert_eq!(p.needs, Needs { live: true, config: true });
@@ -286,11 +287,8 @@ fn both_definitions_get_the_same_place() {
     // Half done: the running domain has it, the definition does not.
 
     let half = Views {
-        live: Some(
-            xml::parse(&apply(KUBEVIRT, &disk, &Placement { controller: None, ..p.clone() }))
-                .unwrap(),
-        ),
         config: views.config.clone(),
+        ..live(&apply(KUBEVIRT, &disk, &Placement { controller: None, ..p.clone() }))
     };
     let rest = attach(plan(&half, &disk, &none()).unwrap());
     assert_eq!((&rest.target, rest.address), (&p.target, p.address));

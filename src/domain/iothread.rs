@@ -7,6 +7,7 @@
 //! taken nor removed.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -69,7 +70,7 @@ fn preferred(alias: &str) -> u32 {
 /// The thread for a disk that is missing where `needs` says. One that is not ours is not made.
 pub(super) fn plan(views: &Views, volume: &VolumeName, own: OwnThread, needs: Needs) -> Thread {
     let id = choose(views, volume, own.recorded);
-    let lacks = |view: &Option<Domain>| {
+    let lacks = |view: &Option<Arc<Domain>>| {
         OURS.contains(&id) && view.as_ref().is_some_and(|v| !v.io_threads.ids.contains(&id))
     };
     let needs = Needs {
@@ -165,7 +166,7 @@ mod tests {
         let text = format!(
             "<domain><name>vm</name>{threads}<os><type machine='q35'>hvm</type></os><devices>{devices}</devices></domain>"
         );
-        Views { live: Some(xml::parse(&text).unwrap()), config: None }
+        Views { live: Some(Arc::new(xml::parse(&text).unwrap())), config: None }
     }
 
     fn disk(alias: &str, id: u32) -> String {

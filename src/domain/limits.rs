@@ -1,5 +1,6 @@
 //! How much I/O a guest may do on a disk that it has: changed while it runs.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -36,7 +37,7 @@ pub async fn limit(
 
 /// Where a disk of that alias has other limits.
 pub(super) fn differing(views: &Views, alias: &str, limits: &IoLimits) -> Needs {
-    let other = |view: &Option<Domain>| {
+    let other = |view: &Option<Arc<Domain>>| {
         view.as_ref().and_then(|v| v.disk(alias)).is_some_and(|d| d.limits != *limits)
     };
     Needs { live: other(&views.live), config: other(&views.config) }

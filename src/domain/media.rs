@@ -61,7 +61,7 @@ impl Domain {
     }
 
     fn drives(&self) -> impl Iterator<Item = &Disk> {
-        self.disks.iter().filter(|disk| disk.device == "cdrom")
+        self.disks.iter().map(|disk| &**disk).filter(|disk| disk.device == "cdrom")
     }
 }
 
@@ -98,7 +98,7 @@ pub fn pick(domain: &Domain, desired: &DesiredMedium) -> Result<Pick, PlanError>
             Err(no_drive(format!("its {wanted} is a {}, not a cdrom drive", disk.device)))
         }
         Some(drive) if is_ours(drive) => Ok(Pick::Has(wanted.into())),
-        Some(drive) if drive.medium.is_some() => Err(occupied([drive].into_iter())),
+        Some(drive) if drive.medium.is_some() => Err(occupied([&**drive].into_iter())),
         Some(_) => Ok(Pick::Empty(wanted.into())),
     }
 }

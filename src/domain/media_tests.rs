@@ -121,7 +121,7 @@ async fn a_medium_comes_and_goes_and_the_drive_stays_as_it_was() {
     let mut expected = xml::parse(&before).unwrap();
     let drive = expected.disks.iter_mut().find(|disk| disk.target == "sda").unwrap();
     // That media are raw and not to be guessed at stays.
-    drive.format = Some("raw".into());
+    std::sync::Arc::make_mut(drive).format = Some("raw".into());
     assert_eq!(xml::parse(&after).unwrap(), expected);
     assert_eq!(w.with(|d| d.xml(Definition::Config)), before, "the definition is left alone");
 }

@@ -1,6 +1,7 @@
 //! Free places in a domain: target names, SCSI addresses, PCI slots.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use crate::types::Bus;
 
@@ -63,7 +64,7 @@ pub(super) fn place_scsi(
     }
     for &index in virtio.difference(&other) {
         let Some(address) = free_drive(views, index) else { continue };
-        let lacks = |view: &Option<Domain>| {
+        let lacks = |view: &Option<Arc<Domain>>| {
             view.as_ref().is_some_and(|v| v.scsi.iter().all(|c| c.index != index))
         };
         let missing = Needs { live: lacks(&views.live), config: lacks(&views.config) };

@@ -1,11 +1,13 @@
 //! Reading and writing /sys.
 
+mod look;
 mod real;
 
 use std::io;
 
 use async_trait::async_trait;
 
+pub use look::{Attributes, Look, Looked, ReadError, View};
 pub use real::RealSysfs;
 
 /// A condition on an attribute, checked between opening a file and writing to it.
@@ -42,6 +44,9 @@ pub trait Sysfs: Send + Sync {
 
     /// The path with all symlinks followed, relative to /sys.
     async fn resolve(&self, path: &str) -> io::Result<String>;
+
+    /// What `<dyn Sysfs>::look` is made of.
+    async fn look_with(&self, about: &str, look: Look) -> Looked;
 
     /// Writes a value in one write(2). The kernel may work on it for long (scan, rescan, delete):
     /// the call then fails with `TimedOut` and what it does late is for the caller to claim.

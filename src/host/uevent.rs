@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 
 use tokio::sync::broadcast;
 
+use crate::types::DevNum;
+
 pub use real::RealUevents;
 
 /// One uevent of the kernel's own (not udev's).
@@ -78,5 +80,11 @@ pub trait Uevents: Send + Sync {
     /// device have been run. Where they cannot be had the kernel's come, which are somewhat early.
     fn subscribe_to_udev(&self) -> UeventStream {
         self.subscribe()
+    }
+
+    /// Whether udev has run its rules for a block device, as far as can be seen: it is in its database then, as for
+    /// libudev's `udev_device_get_is_initialized`.
+    fn is_ruled(&self, _dev: DevNum) -> bool {
+        true
     }
 }

@@ -12,7 +12,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::Error;
 use super::store::Store;
 use crate::spec::{RemoveOptions, Revision, VmSpec, VolumeSpec};
-use crate::types::{VmId, VolumeKey, VolumeName, Wwid};
+use crate::types::{Bus, VmId, VolumeKey, VolumeName, Wwid};
 
 /// A volume as it is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -296,6 +296,29 @@ impl Desired {
             })
             .await?;
         found.map(|text| parse(&format!("identity of {key}"), &format!("{text:?}"))).transpose()
+    }
+
+    /// The disks of a VM's volumes that are not being removed, each with its volume, in the volumes' order; media,
+    /// which come into a drive that is there, are none. Of a volume nothing else is read.
+    pub async fn disks(&self, vm: &VmId) -> Result<Vec<(VolumeName, (VolumeName, Bus))>, Error> {
+        let id = vm.to_string();
+        let rows = self
+            .read(move |c| {
+                c.prepare(
+                    "SELECT volume, json_array(spec -> '$.disk', spec -> '$.bus') FROM volumes
+                     WHERE vm = ?1 AND removing IS NULL
+                     AND coalesce(spec ->> '$.device', '') <> 'cdrom' ORDER BY position",
+                )?
+                .query_map([id], |r| Ok((r.get::<_, String>(0)?, r.get::<_, String>(1)?)))?
+                .collect::<Result<Vec<_>, _>>()
+            })
+            .await?;
+        rows.into_iter()
+            .map(|(name, json)| {
+                let what = format!("volume {vm}/{name}");
+                Ok((parse(&what, &format!("{name:?}"))?, parse(&what, &json)?))
+            })
+            .collect()
     }
 
     /// The identities of all of a VM's volumes. One that is damaged is left out: whoever attaches its volume

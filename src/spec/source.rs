@@ -56,6 +56,11 @@ impl IscsiSource {
         };
         std::iter::once(first).chain(self.more_targets.iter().cloned()).collect()
     }
+
+    fn luns(&self) -> impl Iterator<Item = (&Iqn, Lun)> {
+        let more = self.more_targets.iter().map(|more| (&more.target, more.lun));
+        std::iter::once((&self.target, self.lun)).chain(more)
+    }
 }
 
 /// Where CHAP credentials are.
@@ -144,7 +149,7 @@ impl Source {
 
     /// What it has in common with another source, so that both are of one LUN: a target with its LUN.
     pub fn shared_with(&self, other: &Self) -> Option<String> {
-        if self.scheme() != other.scheme() {
+        if !self.meets(other) {
             return None; // That it is the same LUN shows once it is attached.
         }
         let theirs = other.keys();
@@ -201,6 +206,22 @@ impl Source {
     }
 
     /// Each way to it, in a fixed order.
+    /// Whether they have a key in common.
+    fn meets(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Iscsi(one), Self::Iscsi(other)) => {
+                one.iface.initiator == other.iface.initiator
+                    && one.luns().any(|lun| other.luns().any(|its| its == lun))
+            }
+            (Self::Fc(one), Self::Fc(other)) => {
+                one.targets.iter().any(|target| other.targets.contains(target))
+            }
+            (Self::Block(one), Self::Block(other)) => one.path == other.path,
+            (Self::File(one), Self::File(other)) => one.path == other.path,
+            _ => false,
+        }
+    }
+
     fn keys(&self) -> Vec<String> {
         let mut keys: Vec<String> = match self {
             Self::Iscsi(source) => {

@@ -333,7 +333,11 @@ impl Actor {
     fn known(&self) -> Vec<Known> {
         let known = |(name, volume): (&VolumeName, &Volume)| Known {
             spec: (*volume.stored.spec).clone(),
-            phase: self.status(name).phase,
+            phase: self
+                .tools
+                .board
+                .phase_of(&self.key(name))
+                .unwrap_or_else(|| self.status(name).phase),
             removing: volume.removing,
         };
         self.volumes.iter().map(known).collect()

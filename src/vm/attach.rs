@@ -49,6 +49,7 @@ pub(super) async fn attach(
     };
     // Those behind it need not wait for what goes back.
     drop(on_the_way);
+    ways.doubt_place();
     if way.off && (had_disk || how.libvirt_waits) {
         // No guest has it, but a definition may; and a libvirt that waits cannot be asked.
         return Err(AttachFailure { failure, left: Left::Off });
@@ -154,7 +155,7 @@ impl Way<'_> {
         if how.libvirt_waits {
             return Ok(None);
         }
-        match self.ways.place().await {
+        match self.ways.checked_place().await {
             Err(failure) if how.starting && failure.reason == Reason::VmNotRunning => Ok(None),
             place => place.map(Some),
         }

@@ -26,7 +26,7 @@ pub(super) async fn add(
     leaving: &BTreeSet<VolumeName>,
 ) -> Result<Power, Refusal> {
     may_be_given(ways, spec)?;
-    let place = match ways.place().await {
+    let place = match ways.place_by_qemu().await {
         Err(failure) if failure.reason == Reason::VmNotRunning => return Ok(Power::Off),
         // A VM that is off has no pod, mostly.
         Err(failure) if failure.reason == Reason::PodGone && ways.has_ended().await? => {
@@ -44,10 +44,14 @@ pub(super) async fn add(
     let ahead = ways.wanted(&spec.name).await;
     let limit = ways.settings().libvirt;
     let name = &ways.vm.domain;
-    domain::check(&*connection, name, &desired, spec.persist, &leaving, &ahead, limit)
-        .await
-        .map(|()| Power::On)
-        .map_err(|error| Refusal::from(Failure::from(error)))
+    let checked =
+        domain::check(&*connection, name, &desired, spec.persist, &leaving, &ahead, limit).await;
+    match checked.map_err(Failure::from) {
+        Ok(()) => Ok(Power::On),
+        // Its QEMU is about to end.
+        Err(failure) if failure.reason == Reason::VmNotRunning => Ok(Power::Off),
+        Err(failure) => Err(failure.into()),
+    }
 }
 
 /// Whether guests of this node may have what is on the host there. The connector asks again: by then the
@@ -162,6 +166,6 @@ async fn theirs(ways: &Ways, name: &VolumeName) -> Result<Option<String>, Failur
     let connection = ways.libvirt().await?;
     let xml = connection.xml(&ways.vm.domain, Definition::Live, ways.settings().libvirt).await?;
     // What cannot be read has no disk that we know of.
-    let Ok(domain) = domain::xml::parse(&xml) else { return Ok(None) };
+    let Ok(domain) = domain::xml::recall(xml) else { return Ok(None) };
     Ok(domain::diff::not_ours(&domain, name).map(|disk| disk.target.clone()))
 }

@@ -118,6 +118,11 @@ impl Board {
         self.lock().volumes.get(key).map(|status| VolumeStatus::clone(status))
     }
 
+    /// A volume's phase.
+    pub fn phase_of(&self, key: &VolumeKey) -> Option<Phase> {
+        self.lock().volumes.get(key).map(|status| status.phase)
+    }
+
     /// All volumes, or those of one VM, ordered by VM and name.
     pub fn list(&self, vm: Option<&VmId>) -> Vec<VolumeStatus> {
         self.lock()

@@ -159,10 +159,8 @@ impl Ways {
     /// The disks of all volumes that are wanted, but that of `name`: each has its place, or will have it.
     /// A store that cannot be read now says nothing of them.
     pub(super) async fn wanted(&self, name: &VolumeName) -> Vec<(VolumeName, Bus)> {
-        let volumes = self.desired.volumes(&self.vm.id).await.unwrap_or_default();
-        let is_there = |v: &StoredVolume| v.removing.is_none() && !v.spec.device.is_cdrom();
-        let others = volumes.into_iter().filter(|v| is_there(v) && v.spec.name != *name);
-        others.map(|v| (v.spec.disk.clone(), v.spec.bus)).collect()
+        let disks = self.desired.disks(&self.vm.id).await.unwrap_or_default();
+        disks.into_iter().filter(|(volume, _)| volume != name).map(|(_, disk)| disk).collect()
     }
 
     /// Notes that a target name is being removed, until what is returned is dropped.
@@ -229,7 +227,7 @@ impl Ways {
         let limit = self.settings().libvirt;
         let xml = connection.xml(&self.vm.domain, Definition::Live, limit).await?;
         let unread = |e| Failure::of(Reason::DomainXmlUnsupported, &e);
-        let domain = domain::xml::parse(&xml).map_err(unread)?;
+        let domain = domain::xml::recall(xml).map_err(unread)?;
         Ok(match medium {
             Some(source) => domain.drive_with(source).is_some(),
             None => domain.disk(&domain::alias(disk)).is_some(),
@@ -246,6 +244,22 @@ impl Ways {
                 return Err(Failure::new(Reason::VmNotRunning, message));
             }
         }
+        Ok(self.prove_place().await?)
+    }
+
+    /// The same for one who asks libvirt next anyway: where a pod has the QEMU, the domain runs.
+    pub(super) async fn place_by_qemu(&self) -> Result<Place, Failure> {
+        if let VmPlace::Host { .. } = self.vm.place {
+            return self.place().await;
+        }
+        match self.prove_place().await {
+            Ok(place) => Ok(place),
+            // It tells why, and where it runs all the same, what is wrong is tried to be found once more.
+            Err(_) => self.place().await,
+        }
+    }
+
+    async fn prove_place(&self) -> Result<Place, discover::DiscoverError> {
         let settings = &self.settings().discover;
         let (pods, qemu) = (&self.host.pods, Wanted::Qemu(self.vm.domain.clone()));
         let place = discover::discover(pods, settings, &self.vm.place, &qemu).await?;
@@ -270,6 +284,24 @@ impl Ways {
             },
             None => self.place().await,
         }
+    }
+
+    /// The VM's place as its check has proven it, a moment ago, while that QEMU runs; proven anew else, and wherever
+    /// no process tells that the domain still runs.
+    pub(super) async fn checked_place(&self) -> Result<Place, Failure> {
+        let found = self.found().clone();
+        if let Some(place) = found
+            && let Some(pod) = &place.pod
+            && pod.is_current(&self.host.pods).await?
+        {
+            return Ok(place);
+        }
+        self.place_by_qemu().await
+    }
+
+    /// Has the place proven anew by whoever needs it next.
+    pub(super) fn doubt_place(&self) {
+        *self.found() = None;
     }
 
     fn found(&self) -> std::sync::MutexGuard<'_, Option<Place>> {

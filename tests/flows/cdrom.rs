@@ -25,7 +25,7 @@ fn drive(world: &World, target: &str) -> Option<String> {
     let live = xml::parse(&with(world, |d| d.xml(Definition::Live))).unwrap();
     let drive = live.disks.into_iter().find(|disk| disk.target == target).unwrap();
     assert_eq!(drive.alias, Some(format!("ua-cd-{target}")), "the drive keeps its own alias");
-    drive.source
+    drive.source.clone()
 }
 
 fn lock(world: &World, locked: bool) {

@@ -31,7 +31,7 @@ fn disk(world: &World, name: &str) -> Option<(String, String)> {
     let text = world.host.hypervisor.with_domain(&World::endpoint(1), &domain(1), read).unwrap();
     let live = xml::parse(&text).unwrap();
     let disk = live.disks.into_iter().find(|d| d.serial.as_deref() == Some(name))?;
-    Some((disk.source?, disk.format?))
+    Some((disk.source.clone()?, disk.format.clone()?))
 }
 
 /// An image's header: version 3, and where its backing file's name is.

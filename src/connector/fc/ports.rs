@@ -9,7 +9,7 @@
 use crate::connector::Hba;
 use crate::connector::error::Error;
 use crate::connector::scsi::Hctl;
-use crate::host::sysfs::{Sysfs, is_gone};
+use crate::host::sysfs::{ReadError, Sysfs, View};
 use crate::types::Wwpn;
 
 /// What `port_state` says of a port by which LUNs are to be had.
@@ -54,29 +54,32 @@ impl RemotePort {
 
 /// The node's HBAs.
 pub(crate) async fn hbas(sysfs: &dyn Sysfs) -> Result<Vec<Hba>, Error> {
-    let mut found = Vec::new();
-    for name in list(sysfs, "class/fc_host").await? {
-        let Some(host) = name.strip_prefix("host").and_then(|n| n.parse().ok()) else { continue };
-        let text = async |attribute: &str| {
-            let path = format!("class/fc_host/{name}/{attribute}");
-            sysfs.text(&path).await.map_err(Error::io(format!("reading {path}")))
-        };
-        let name_of = |text: Option<String>| text.and_then(|name| name.parse::<Wwpn>().ok());
-        // One that is going has none any more.
-        let Some(wwpn) = name_of(text("port_name").await?) else { continue };
-        let hba = Hba {
-            host,
-            wwpn,
-            wwnn: name_of(text("node_name").await?),
-            state: text("port_state").await?.unwrap_or_default(),
-            speed: text("speed").await?.unwrap_or_default(),
-            fabric: name_of(text("fabric_name").await?),
-            port_type: text("port_type").await?.unwrap_or_default(),
-        };
-        found.push(hba);
-    }
-    found.sort_by_key(|hba| hba.host);
-    Ok(found)
+    // Without the class there is no module that could have made one.
+    let class = "class/fc_host";
+    let look = move |view: &View<'_>| {
+        let mut found = Vec::new();
+        for name in view.entries(class)? {
+            let Some(host) = name.strip_prefix("host").and_then(|n| n.parse().ok()) else {
+                continue;
+            };
+            let text = |attribute: &str| view.text(&format!("{class}/{name}/{attribute}"));
+            let name_of = |text: Option<String>| text.and_then(|name| name.parse::<Wwpn>().ok());
+            // One that is going has none any more.
+            let Some(wwpn) = name_of(text("port_name")?) else { continue };
+            found.push(Hba {
+                host,
+                wwpn,
+                wwnn: name_of(text("node_name")?),
+                state: text("port_state")?.unwrap_or_default(),
+                speed: text("speed")?.unwrap_or_default(),
+                fabric: name_of(text("fabric_name")?),
+                port_type: text("port_type")?.unwrap_or_default(),
+            });
+        }
+        found.sort_by_key(|hba| hba.host);
+        Ok(found)
+    };
+    Ok(sysfs.look(class, look).await?)
 }
 
 /// Every port of that name that one of `hbas` sees as a SCSI target, in whatever state.
@@ -85,15 +88,20 @@ pub(crate) async fn of_target(
     hbas: &[Hba],
     target: Wwpn,
 ) -> Result<Vec<RemotePort>, Error> {
+    let hbas = hbas.to_vec();
+    let look = move |view: &View<'_>| of_target_in(view, &hbas, target);
+    Ok(sysfs.look("class/fc_remote_ports", look).await?)
+}
+
+fn of_target_in(view: &View<'_>, hbas: &[Hba], target: Wwpn) -> Result<Vec<RemotePort>, ReadError> {
     let mut found = Vec::new();
-    for name in list(sysfs, "class/fc_remote_ports").await? {
+    for name in view.entries("class/fc_remote_ports")? {
         let Some((host, channel)) = rport_address(&name) else { continue };
         let Some(hba) = hbas.iter().find(|hba| hba.host == host) else { continue };
         let path = format!("class/fc_remote_ports/{name}");
-        let read = remote_port(sysfs, &path, (hba.wwpn, host, channel), target).await;
-        found.extend(read.map_err(Error::io(format!("reading {path}")))?);
+        found.extend(remote_port_in(view, &path, (hba.wwpn, host, channel), target)?);
     }
-    for name in list(sysfs, "class/fc_transport").await? {
+    for name in view.entries("class/fc_transport")? {
         let Some([host, channel, target_id]) = target_address(&name) else { continue };
         let Some(hba) = hbas.iter().find(|hba| hba.host == host) else { continue };
         let known = |p: &RemotePort| (p.host, p.channel, p.target_id) == (host, channel, target_id);
@@ -101,18 +109,12 @@ pub(crate) async fn of_target(
             continue;
         }
         let path = format!("class/fc_transport/{name}");
-        let read = bare_target(sysfs, &path, target).await;
-        let Some(dir) = read.map_err(Error::io(format!("reading {path}")))? else { continue };
+        let Some(dir) = bare_target_in(view, &path, target)? else { continue };
         let (initiator, state) = (hba.wwpn, ONLINE.to_owned());
         found.push(RemotePort { initiator, target, host, channel, target_id, dir, state });
     }
     found.sort_by_key(|port| (port.host, port.channel, port.target_id));
     Ok(found)
-}
-
-async fn list(sysfs: &dyn Sysfs, class: &str) -> Result<Vec<String>, Error> {
-    // Without the class there is no module that could have made one.
-    sysfs.entries(class).await.map_err(Error::io(format!("listing {class}")))
 }
 
 /// H and B of `rport-H:B-R`.
@@ -131,45 +133,38 @@ fn target_address(name: &str) -> Option<[u32; 3]> {
 }
 
 /// The remote port if it is that target; `None` also while it is half made or half gone.
-async fn remote_port(
-    sysfs: &dyn Sysfs,
+fn remote_port_in(
+    view: &View<'_>,
     class: &str,
     (initiator, host, channel): (Wwpn, u32, u32),
     target: Wwpn,
-) -> std::io::Result<Option<RemotePort>> {
-    let name = sysfs.text(&format!("{class}/port_name")).await?;
+) -> Result<Option<RemotePort>, ReadError> {
+    let name = view.text(&format!("{class}/port_name"))?;
     if name.and_then(|name| name.parse::<Wwpn>().ok()) != Some(target) {
         return Ok(None);
     }
     // -1 where it is no target (FCP_TARGET is not among its roles), or is not known to be one yet.
-    let id = sysfs.text(&format!("{class}/scsi_target_id")).await?;
+    let id = view.text(&format!("{class}/scsi_target_id"))?;
     let Some(target_id) = id.and_then(|id| id.parse::<u32>().ok()) else { return Ok(None) };
-    let state = sysfs.text(&format!("{class}/port_state")).await?.unwrap_or_default();
-    let Some(dir) = parent(sysfs, class, "/fc_remote_ports/").await? else { return Ok(None) };
-    Ok(Some(RemotePort { initiator, target, host, channel, target_id, dir, state }))
+    let state = view.text(&format!("{class}/port_state"))?.unwrap_or_default();
+    let dir = parent_in(view, class, "/fc_remote_ports/")?;
+    Ok(dir.map(|dir| RemotePort { initiator, target, host, channel, target_id, dir, state }))
 }
 
 /// Of a SCSI target of that name the directory in which it is: HBAs are known that show no remote ports.
-async fn bare_target(
-    sysfs: &dyn Sysfs,
-    class: &str,
-    target: Wwpn,
-) -> std::io::Result<Option<String>> {
-    let name = sysfs.text(&format!("{class}/port_name")).await?;
+fn bare_target_in(view: &View<'_>, class: &str, target: Wwpn) -> Result<Option<String>, ReadError> {
+    let name = view.text(&format!("{class}/port_name"))?;
     if name.and_then(|name| name.parse::<Wwpn>().ok()) != Some(target) {
         return Ok(None);
     }
-    let target = parent(sysfs, class, "/fc_transport/").await?;
+    let target = parent_in(view, class, "/fc_transport/")?;
     Ok(target.and_then(|dir| Some(dir.rsplit_once('/')?.0.to_owned())))
 }
 
 /// The directory below /sys of what a class entry describes.
-async fn parent(sysfs: &dyn Sysfs, class: &str, under: &str) -> std::io::Result<Option<String>> {
-    match sysfs.resolve(class).await {
-        Ok(dir) => Ok(dir.split_once(under).map(|(dir, _)| dir.to_owned())),
-        Err(e) if is_gone(&e) => Ok(None),
-        Err(e) => Err(e),
-    }
+fn parent_in(view: &View<'_>, class: &str, under: &str) -> Result<Option<String>, ReadError> {
+    let dir = view.resolve(class)?;
+    Ok(dir.and_then(|dir| Some(dir.split_once(under)?.0.to_owned())))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use super::records::MARKED_SESSION;
 use crate::connector::error::Error;
 use crate::connector::scsi::Hctl;
-use crate::host::sysfs::Sysfs;
+use crate::host::sysfs::{ReadError, Sysfs, View};
 use crate::types::{IfaceName, Iqn, Nexus, Portal};
 
 /// One session of open-iscsi's.
@@ -47,63 +47,58 @@ impl Session {
     }
 }
 
+const CLASS: &str = "class/iscsi_session";
+
 /// All sessions of a target, by exact name.
 pub(crate) async fn of_target(sysfs: &dyn Sysfs, target: &Iqn) -> Result<Vec<Session>, Error> {
-    let class = "class/iscsi_session";
-    let names = sysfs.entries(class).await.map_err(Error::io("listing iSCSI sessions"))?;
-    let mut found = Vec::new();
-    for name in names {
-        let Some(sid) = name.strip_prefix("session").and_then(|n| n.parse::<u32>().ok()) else {
-            continue;
-        };
-        let session = read(sysfs, target, sid).await;
-        found.extend(session.map_err(Error::io(format!("reading {class}/{name}")))?);
-    }
-    Ok(found)
+    let target = target.clone();
+    let look = move |view: &View<'_>| {
+        let mut found = Vec::new();
+        for sid in numbers_in(view)? {
+            let name = view.text(&format!("{CLASS}/session{sid}/targetname"))?;
+            if name.is_some_and(|name| name.eq_ignore_ascii_case(target.as_str())) {
+                found.extend(read_in(view, sid)?);
+            }
+        }
+        Ok(found)
+    };
+    Ok(sysfs.look(CLASS, look).await?)
 }
 
 /// The targets, by their ifaces, and portals of all sessions that bear our mark.
 pub(crate) async fn marked(sysfs: &dyn Sysfs) -> Result<Vec<(Nexus, Portal)>, Error> {
-    let class = "class/iscsi_session";
-    let names = sysfs.entries(class).await.map_err(Error::io("listing iSCSI sessions"))?;
-    let mut found = Vec::new();
-    for name in names {
-        let path = format!("{class}/{name}/targetname");
-        let target = sysfs.text(&path).await.map_err(Error::io(format!("reading {path}")))?;
-        let Some(Ok(target)) = target.map(|t| t.parse::<Iqn>()) else {
-            continue;
-        };
-        let sessions = of_target(sysfs, &target).await?;
-        let ours = sessions.iter().filter(|s| format!("session{}", s.sid) == name && s.marked);
-        found.extend(ours.filter_map(|s| {
-            let iface = s.iface.parse().ok()?;
-            Some((Nexus::new(target.clone(), iface), s.portal))
-        }));
-    }
-    Ok(found)
+    let look = |view: &View<'_>| {
+        let mut found = Vec::new();
+        for sid in numbers_in(view)? {
+            let target = view.text(&format!("{CLASS}/session{sid}/targetname"))?;
+            let Some(Ok(target)) = target.map(|t| t.parse::<Iqn>()) else { continue };
+            let Some(session) = read_in(view, sid)?.filter(|s| s.marked) else { continue };
+            let Ok(iface) = session.iface.parse() else { continue };
+            found.push((Nexus::new(target, iface), session.portal));
+        }
+        Ok(found)
+    };
+    Ok(sysfs.look(CLASS, look).await?)
 }
 
-/// The session if it is of that target; `None` also while it is half made or half gone.
-async fn read(sysfs: &dyn Sysfs, target: &Iqn, sid: u32) -> std::io::Result<Option<Session>> {
-    let class = format!("class/iscsi_session/session{sid}");
-    let name = sysfs.text(&format!("{class}/targetname")).await?;
-    if !name.is_some_and(|n| n.eq_ignore_ascii_case(target.as_str())) {
-        return Ok(None);
-    }
-    let dir = match sysfs.resolve(&class).await {
-        Ok(dir) => dir,
-        Err(e) if crate::host::sysfs::is_gone(&e) => return Ok(None),
-        Err(e) => return Err(e),
-    };
+fn numbers_in(view: &View<'_>) -> Result<impl Iterator<Item = u32> + use<>, ReadError> {
+    let number = |name: String| name.strip_prefix("session")?.parse().ok();
+    Ok(view.entries(CLASS)?.into_iter().filter_map(number))
+}
+
+/// The session of that number; `None` also while it is half made or half gone.
+fn read_in(view: &View<'_>, sid: u32) -> Result<Option<Session>, ReadError> {
+    let class = format!("{CLASS}/session{sid}");
+    let Some(dir) = view.resolve(&class)? else { return Ok(None) };
     let Some((dir, _)) = dir.split_once("/iscsi_session/") else { return Ok(None) };
     let host = dir.split('/').find_map(|p| p.strip_prefix("host")?.parse::<u32>().ok());
-    let Some(portal) = portal(sysfs, sid).await? else { return Ok(None) };
-    let state = sysfs.text(&format!("{class}/state")).await?;
-    let iface = sysfs.text(&format!("{class}/ifacename")).await?;
-    let group = sysfs.text(&format!("{class}/tpgt")).await?;
-    let target_id = target_id(sysfs, &class, dir).await?;
+    let Some(portal) = portal_in(view, sid)? else { return Ok(None) };
+    let state = view.text(&format!("{class}/state"))?;
+    let iface = view.text(&format!("{class}/ifacename"))?;
+    let group = view.text(&format!("{class}/tpgt"))?;
+    let target_id = target_id_in(view, &class, dir)?;
     let own = iface.as_deref().and_then(|i| i.parse().ok()).is_some_and(|i: IfaceName| i.is_own());
-    let mark = sysfs.text(&format!("{class}/tgt_reset_tmo")).await?;
+    let mark = view.text(&format!("{class}/tgt_reset_tmo"))?;
     Ok(host.map(|host| Session {
         sid,
         dir: dir.to_owned(),
@@ -118,10 +113,10 @@ async fn read(sysfs: &dyn Sysfs, target: &Iqn, sid: u32) -> std::io::Result<Opti
 }
 
 /// The portal of the session's leading connection.
-async fn portal(sysfs: &dyn Sysfs, sid: u32) -> std::io::Result<Option<Portal>> {
+fn portal_in(view: &View<'_>, sid: u32) -> Result<Option<Portal>, ReadError> {
     let class = format!("class/iscsi_connection/connection{sid}:0");
-    let address = sysfs.text(&format!("{class}/persistent_address")).await?;
-    let port = sysfs.text(&format!("{class}/persistent_port")).await?;
+    let address = view.text(&format!("{class}/persistent_address"))?;
+    let port = view.text(&format!("{class}/persistent_port"))?;
     Ok((|| parse_portal(&address?, &port?))())
 }
 
@@ -133,12 +128,12 @@ fn parse_portal(address: &str, port: &str) -> Option<Portal> {
 
 /// The target's id on its host: the session's own attribute, else what its directory shows, else 0
 /// (iscsi_tcp gives each session a host of its own, with one target).
-async fn target_id(sysfs: &dyn Sysfs, class: &str, dir: &str) -> std::io::Result<u32> {
-    if let Some(id) = sysfs.text(&format!("{class}/target_id")).await?.and_then(|t| t.parse().ok())
-    {
+fn target_id_in(view: &View<'_>, class: &str, dir: &str) -> Result<u32, ReadError> {
+    let id = view.text(&format!("{class}/target_id"))?;
+    if let Some(id) = id.and_then(|t| t.parse().ok()) {
         return Ok(id);
     }
-    let targets = sysfs.entries(dir).await?;
+    let targets = view.entries(dir)?;
     Ok(targets
         .iter()
         .find_map(|t| t.strip_prefix("target")?.rsplit(':').next()?.parse().ok())
@@ -147,14 +142,16 @@ async fn target_id(sysfs: &dyn Sysfs, class: &str, dir: &str) -> std::io::Result
 
 /// The SCSI devices under a session, whoever made them.
 pub(crate) async fn devices(sysfs: &dyn Sysfs, session: &Session) -> Result<Vec<Hctl>, Error> {
-    let list =
-        async |dir: &str| sysfs.entries(dir).await.map_err(Error::io(format!("listing {dir}")));
-    let mut found = Vec::new();
-    for target in list(&session.dir).await?.iter().filter(|t| t.starts_with("target")) {
-        let entries = list(&format!("{}/{target}", session.dir)).await?;
-        found.extend(entries.iter().filter_map(|e| e.parse::<Hctl>().ok()));
-    }
-    Ok(found)
+    let dir = session.dir.clone();
+    let look = move |view: &View<'_>| {
+        let mut found = Vec::new();
+        for target in view.entries(&dir)?.iter().filter(|t| t.starts_with("target")) {
+            let entries = view.entries(&format!("{dir}/{target}"))?;
+            found.extend(entries.iter().filter_map(|e| e.parse::<Hctl>().ok()));
+        }
+        Ok(found)
+    };
+    Ok(sysfs.look(&session.dir, look).await?)
 }
 
 #[cfg(test)]

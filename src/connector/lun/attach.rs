@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use futures_util::future::join_all;
+
 use super::Luns;
 use super::access::{Access, note_route, ways};
 use super::base::describe;
@@ -244,17 +246,20 @@ impl<T: Transport> Luns<T> {
             }
         };
         let ours: Vec<String> = map.iter().map(|m| m.kernel.clone()).collect();
+        let mut all = Vec::new();
         for path in paths {
             let block = format!("{}/block/{}", path.dir, path.disk.name);
-            if let Some(holder) = holder(&block, path.disk.dev, &ours).await? {
-                let device = format!("{} ({})", path.disk.name, path.hctl);
+            let name = format!("{} ({})", path.disk.name, path.hctl);
+            all.push((name, block, path.disk.dev, &ours[..]));
+        }
+        all.extend(map.map(|map| (map.name.clone(), map.dir(), map.dev, &[][..])));
+        // At once: one look at all processes serves for all of them.
+        let holders = all.iter().map(|(_, block, dev, ours)| holder(block, *dev, ours));
+        let holders = join_all(holders).await;
+        for ((device, ..), holder) in all.into_iter().zip(holders) {
+            if let Some(holder) = holder? {
                 return Err(Error::DeviceHeld { device, holder });
             }
-        }
-        if let Some(map) = map
-            && let Some(holder) = holder(&map.dir(), map.dev, &[]).await?
-        {
-            return Err(Error::DeviceHeld { device: map.name.clone(), holder });
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use tokio::time::Instant;
 
 use super::Luns;
@@ -12,12 +12,28 @@ use crate::connector::error::Error;
 use crate::connector::guestlun;
 use crate::connector::lease::{MapLease, PathLease, Seen, User};
 use crate::connector::multipath::Map;
+use crate::connector::scsi::{self, Deleted, Opens};
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
-use crate::connector::{DetachOptions, multipath, scsi};
-use crate::host::sysfs::is_gone;
+use crate::connector::{DetachOptions, multipath};
+use crate::host::sysfs::{View, is_gone};
 use crate::step::Step;
 use crate::types::{DevNum, Wwid};
+
+/// What is known of a device while it goes.
+#[derive(Default)]
+struct Going {
+    /// Uuids of the maps above it that go too, or may have gone unseen.
+    maps: BTreeSet<String>,
+    /// What no program had open when the device was about to be flushed.
+    unopened: BTreeSet<DevNum>,
+}
+
+impl Going {
+    fn opens(&self, dev: DevNum) -> Opens {
+        if self.unopened.contains(&dev) { Opens::None } else { Opens::Unknown }
+    }
+}
 
 impl<T: Transport> Luns<T> {
     /// Flushes and removes the map and the paths that are ours.
@@ -36,7 +52,7 @@ impl<T: Transport> Luns<T> {
             None => None,
         };
         let made = map.as_ref().is_some_and(|m| m.made);
-        let mut maps = BTreeSet::new();
+        let mut going = Going::default();
         let swapped = self.swapped(user).await?;
         if let Some(error) = swapped {
             if !options.force {
@@ -44,20 +60,21 @@ impl<T: Transport> Luns<T> {
             }
             options.gave_up(format!("{error}: it was not flushed"));
         } else {
-            let flush = self.flush_device(user, map_device.as_ref(), made, options, &mut maps);
+            let flush = self.flush_device(user, map_device.as_ref(), made, options, &mut going);
             tracker.run(Step::Flush, flush).await?;
         }
         if let Some(map) = map.filter(|m| m.made) {
-            let remove = multipath::remove(&self.doors, &self.settings, &map.uuid);
+            let opens = map_device.map_or(Opens::Unknown, |map| going.opens(map.dev));
+            let remove = multipath::remove(&self.doors, &self.settings, &map.uuid, opens);
             tracker.run(Step::Unmap, remove).await?;
-            maps.insert(map.uuid);
+            going.maps.insert(map.uuid);
         }
-        self.delete_paths(user, &mut maps).await?;
+        self.delete_paths(user, &mut going).await?;
         // Last: as long as it had a path, multipathd could have written them again.
-        if !maps.is_empty() {
+        if !going.maps.is_empty() {
             multipath::drain(&*self.doors.multipathd).await;
         }
-        for uuid in maps {
+        for uuid in going.maps {
             let forget = multipath::forget_deleted(&self.doors, &self.settings, &uuid);
             tracker.run(Step::ForgetMap, forget).await?;
         }
@@ -69,12 +86,9 @@ impl<T: Transport> Luns<T> {
         let sysfs = &*self.doors.sysfs;
         for path in &user.paths {
             let Some(seen) = &path.seen else { continue };
-            match scsi::disk(sysfs, &path.dir).await? {
-                Some(disk) if disk.diskseq == seen.diskseq => {}
-                _ => continue,
-            }
-            let found = scsi::raw_wwid(sysfs, &path.dir).await?;
-            if found != seen.wwid {
+            let now = scsi::present(sysfs, &path.dir).await?;
+            let now = now.filter(|now| now.disk.diskseq == seen.diskseq);
+            if let Some(found) = now.map(|now| now.raw_wwid).filter(|found| *found != seen.wwid) {
                 let (at, was) = (path.hctl.to_string(), seen.wwid.clone());
                 return Ok(Some(Error::Swapped { at, was, found }));
             }
@@ -89,7 +103,7 @@ impl<T: Transport> Luns<T> {
         map: Option<&Map>,
         made: bool,
         options: DetachOptions<'_>,
-        maps: &mut BTreeSet<String>,
+        going: &mut Going,
     ) -> Result<(), Error> {
         match map {
             // It was disarmed before: its paths are gone, and all that was to be written is.
@@ -98,11 +112,16 @@ impl<T: Transport> Luns<T> {
             }
             Some(map) => {
                 if made {
-                    let free = self.refuse_held(&map.name, &map.dir(), map.dev).await;
+                    let dir = map.dir();
+                    let free = self.refuse_held(&map.name, &dir, map.dev);
+                    // At once: one look at all processes serves for all of them.
+                    let (free, paths) = join(free, self.unopened(user)).await;
+                    going.unopened.extend(paths);
                     if let Err(held) = free {
-                        self.disarm(user, map, options, maps).await?;
+                        self.disarm(user, map, options, going).await?;
                         return Err(held);
                     }
+                    going.unopened.insert(map.dev);
                 }
                 if made && options.force {
                     if !self.has_live_path(map).await {
@@ -115,7 +134,7 @@ impl<T: Transport> Luns<T> {
                 }
                 self.flush(map.dev, options).await.map(drop)
             }
-            None => self.flush_paths(user, options, maps).await,
+            None => self.flush_paths(user, options, going).await,
         }
     }
 
@@ -127,7 +146,7 @@ impl<T: Transport> Luns<T> {
         user: &User,
         map: &Map,
         options: DetachOptions<'_>,
-        maps: &mut BTreeSet<String>,
+        going: &mut Going,
     ) -> Result<(), Error> {
         let stacked = scsi::stacked(&*self.doors.sysfs, &map.dir(), &[]).await?;
         if user.attachment.is_none() || stacked.is_some() {
@@ -138,30 +157,33 @@ impl<T: Transport> Luns<T> {
             options.gave_up(flush_lost(map.dev, &error));
         }
         multipath::disarm(&self.doors, &self.settings, map).await?;
-        self.delete_paths(user, maps).await
+        self.delete_paths(user, going).await
     }
 
     /// A map that multipathd made above our paths, though the lease does not know it (the attach
     /// was cut short, or there was not to be one): it goes with them if it lies on them alone.
     pub(super) async fn map_above(&self, user: &User) -> Result<Option<MapLease>, Error> {
-        let sysfs = &*self.doors.sysfs;
-        let mut names = Vec::new();
-        let mut found = None;
-        for path in user.paths.iter().filter(|p| p.made) {
-            let Some(disk) = scsi::disk(sysfs, &path.dir).await? else { continue };
-            if path.seen.as_ref().is_some_and(|s| s.diskseq != disk.diskseq) {
-                continue;
+        let mine: Vec<(String, Option<u64>)> = user
+            .paths
+            .iter()
+            .filter(|p| p.made)
+            .map(|p| (p.dir.clone(), p.seen.as_ref().map(|s| s.diskseq)))
+            .collect();
+        let Some((first, _)) = mine.first().cloned() else { return Ok(None) };
+        let look = move |view: &View<'_>| {
+            let (mut names, mut maps) = (Vec::new(), Vec::new());
+            for (dir, diskseq) in &mine {
+                let disk = scsi::disk_in(view, dir)?;
+                let is_same = |disk: &scsi::Disk| diskseq.is_none_or(|seq| seq == disk.diskseq);
+                let Some(disk) = disk.filter(is_same) else { continue };
+                let above = multipath::on_in(view, &format!("{dir}/block/{}", disk.name))?;
+                maps.extend(above.into_iter().filter_map(|(_, map)| map));
+                names.push(disk.name);
             }
-            let block = format!("{}/block/{}", path.dir, disk.name);
-            names.push(disk.name);
-            for holder in scsi::holders(sysfs, &block).await? {
-                if let Some(map) = multipath::read(sysfs, &holder).await?
-                    && map.uuid.starts_with("mpath-")
-                {
-                    found = Some(map);
-                }
-            }
-        }
+            Ok((names, maps))
+        };
+        let (names, maps) = self.doors.sysfs.look(&first, look).await?;
+        let found = maps.into_iter().rfind(|map| map.uuid.starts_with("mpath-"));
         Ok(found
             .filter(|m| m.slaves.iter().all(|s| names.contains(s)))
             .map(|m| MapLease { uuid: m.uuid, made: true }))
@@ -171,7 +193,7 @@ impl<T: Transport> Luns<T> {
         &self,
         user: &User,
         options: DetachOptions<'_>,
-        maps: &mut BTreeSet<String>,
+        going: &mut Going,
     ) -> Result<(), Error> {
         for path in &user.paths {
             let Some(seen) = &path.seen else { continue };
@@ -182,12 +204,13 @@ impl<T: Transport> Luns<T> {
             let block = format!("{}/block/{}", path.dir, seen.name);
             if path.made {
                 // Its maps go as it goes.
-                let free = self.free_path(user, path.hctl, &block, seen, maps).await;
+                let free = self.free_path(user, path.hctl, &block, seen, going).await;
                 if let Err(held @ Error::DeviceHeld { .. }) = free {
                     self.silence(user, path, seen, options).await?;
                     return Err(held);
                 }
                 free?;
+                going.unopened.insert(seen.dev);
             }
             // What was never given away has nothing of anybody's to be written out.
             if user.attachment.is_some() && !self.flush(seen.dev, options).await? {
@@ -195,6 +218,16 @@ impl<T: Transport> Luns<T> {
             }
         }
         Ok(())
+    }
+
+    /// Those of our paths that no program has open; it is asked again of those that cannot be told.
+    async fn unopened(&self, user: &User) -> Vec<DevNum> {
+        let paths = user.paths.iter().filter(|p| p.made).filter_map(|p| p.seen.as_ref());
+        let look = async |seen: &Seen| {
+            let openers = scsi::openers(&self.doors, seen.dev).await;
+            openers.is_ok_and(|all| all.is_empty()).then_some(seen.dev)
+        };
+        join_all(paths.map(look)).await.into_iter().flatten().collect()
     }
 
     async fn refuse_held(&self, name: &str, block: &str, dev: DevNum) -> Result<(), Error> {
@@ -220,14 +253,14 @@ impl<T: Transport> Luns<T> {
     /// Deletes our paths, those that are still what they were and that nobody holds; their addresses are
     /// nobody's then. One after the other they are taken out of maps, so that the last one of somebody's map is
     /// found to be so; the kernel's part, which takes the longest, goes side by side.
-    async fn delete_paths(&self, user: &User, maps: &mut BTreeSet<String>) -> Result<(), Error> {
+    async fn delete_paths(&self, user: &User, going: &mut Going) -> Result<(), Error> {
         let mut free = Vec::new();
         for path in user.paths.iter().filter(|p| p.made) {
-            free.push((path, self.free(user, path, maps).await?));
+            free.push((path, self.free(user, path, going).await?));
         }
         // multipathd may have made a map in between, and taken it off with a path, unseen.
         let wwids = free.iter().filter_map(|(_, seen)| seen.as_ref()?.wwid.parse::<Wwid>().ok());
-        maps.extend(wwids.map(|wwid| format!("mpath-{}", wwid.multipath())));
+        going.maps.extend(wwids.map(|wwid| format!("mpath-{}", wwid.multipath())));
         let tracker = &self.doors.tracker;
         let delete = |(path, seen)| tracker.run(Step::DeletePath, self.delete_path(path, seen));
         let deleted = join_all(free.into_iter().map(delete)).await;
@@ -235,10 +268,13 @@ impl<T: Transport> Luns<T> {
     }
 
     async fn delete_path(&self, path: &PathLease, seen: Option<Seen>) -> Result<(), Error> {
-        if let Some(seen) = seen {
-            scsi::delete(&self.doors, &self.settings, path.hctl, &path.dir, &seen).await?;
-        }
-        if scsi::disk(&*self.doors.sysfs, &path.dir).await?.is_none() {
+        let deleted = match seen {
+            Some(seen) => {
+                scsi::delete(&self.doors, &self.settings, path.hctl, &path.dir, &seen).await?
+            }
+            None => Deleted::NotThere,
+        };
+        if deleted == Deleted::Gone || scsi::disk(&*self.doors.sysfs, &path.dir).await?.is_none() {
             guestlun::unmark(&*self.doors.rundir, path.hctl).await?;
         }
         Ok(())
@@ -249,27 +285,24 @@ impl<T: Transport> Luns<T> {
         &self,
         user: &User,
         path: &PathLease,
-        maps: &mut BTreeSet<String>,
+        going: &mut Going,
     ) -> Result<Option<Seen>, Error> {
         let sysfs = &*self.doors.sysfs;
-        let Some(disk) = scsi::disk(sysfs, &path.dir).await? else {
+        let Some(scsi::Present { disk, raw_wwid: wwid, .. }) =
+            scsi::present(sysfs, &path.dir).await?
+        else {
             self.delete_diskless(path).await?;
             return Ok(None);
         };
         let seen = match &path.seen {
             Some(seen) if seen.diskseq != disk.diskseq => return Ok(None), // Another's by now.
             // What it shows now: a swapped one came here only by force.
-            Some(seen) => Seen { wwid: scsi::raw_wwid(sysfs, &path.dir).await?, ..seen.clone() },
+            Some(seen) => Seen { wwid, ..seen.clone() },
             // Announced, never seen: it was not there when the scan began, so it is of our scan.
-            None => Seen {
-                wwid: scsi::raw_wwid(sysfs, &path.dir).await?,
-                dev: disk.dev,
-                diskseq: disk.diskseq,
-                name: disk.name.clone(),
-            },
+            None => Seen { wwid, dev: disk.dev, diskseq: disk.diskseq, name: disk.name },
         };
         let block = format!("{}/block/{}", path.dir, seen.name);
-        self.free_path(user, path.hctl, &block, &seen, maps).await?;
+        self.free_path(user, path.hctl, &block, &seen, going).await?;
         Ok(Some(seen))
     }
 
@@ -281,22 +314,26 @@ impl<T: Transport> Luns<T> {
         hctl: scsi::Hctl,
         block: &str,
         seen: &Seen,
-        maps: &mut BTreeSet<String>,
+        going: &mut Going,
     ) -> Result<(), Error> {
         let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.holders_ms));
         loop {
             multipath::part(&self.doors, &self.settings, &seen.name, block).await?;
             if let Some(map) = self.map_above(user).await? {
-                multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
-                maps.insert(map.uuid);
+                let remove =
+                    multipath::remove(&self.doors, &self.settings, &map.uuid, Opens::Unknown);
+                remove.await?;
+                going.maps.insert(map.uuid);
             }
-            let Some(holder) = scsi::holder(&self.doors, block, seen.dev, &[]).await? else {
-                return Ok(());
-            };
+            let opens = going.opens(seen.dev);
+            let holder = scsi::holder(&self.doors, block, seen.dev, &[], opens).await?;
+            let Some(holder) = holder else { return Ok(()) };
             if !wait.next_before(Instant::now() + scsi::CLOSES).await {
                 let device = format!("{} ({hctl})", seen.name);
                 return Err(Error::DeviceHeld { device, holder });
             }
+            // Time has passed.
+            going.unopened.remove(&seen.dev);
         }
     }
 

@@ -7,7 +7,6 @@ use crate::connector::health::Checked;
 use crate::connector::identity::{Identity, Unit, judge};
 use crate::connector::lease::User;
 use crate::connector::{Attachment, Expect, Health, Paths, multipath, scsi};
-use crate::host::sysfs::is_gone;
 
 impl<T: Transport> Luns<T> {
     /// The attachment if it is still there and is what is expected of it.
@@ -34,12 +33,11 @@ impl<T: Transport> Luns<T> {
         let mut there = Vec::new();
         for path in &user.paths {
             let Some(seen) = &path.seen else { continue };
-            match scsi::disk(sysfs, &path.dir).await? {
-                Some(disk) if disk.diskseq == seen.diskseq => {}
-                _ => continue,
-            }
-            if scsi::raw_wwid(sysfs, &path.dir).await? != seen.wwid {
-                return Ok(None);
+            match scsi::present(sysfs, &path.dir).await? {
+                Some(now) if now.disk.diskseq != seen.diskseq => continue,
+                Some(now) if now.raw_wwid != seen.wwid => return Ok(None),
+                Some(_) => {}
+                None => continue,
             }
             there.extend(found.paths.iter().find(|p| p.hctl == path.hctl.to_string()).cloned());
         }
@@ -89,16 +87,14 @@ impl<T: Transport> Luns<T> {
         for path in known {
             let Some(seen) = &path.seen else { continue };
             let hctl = path.hctl.to_string();
-            match scsi::disk(sysfs, &path.dir).await? {
-                Some(disk) if disk.diskseq == seen.diskseq && disk.dev == seen.dev => {
-                    paths.grown |= disk.size > attachment.device.size;
-                }
-                _ => {
-                    paths.dead.push(format!("{hctl} ({}) is gone", seen.name));
-                    continue;
-                }
-            }
-            if scsi::raw_wwid(sysfs, &path.dir).await? != seen.wwid {
+            let now = scsi::present(sysfs, &path.dir).await?;
+            let is_same = |disk: &scsi::Disk| (disk.diskseq, disk.dev) == (seen.diskseq, seen.dev);
+            let Some(now) = now.filter(|now| is_same(&now.disk)) else {
+                paths.dead.push(format!("{hctl} ({}) is gone", seen.name));
+                continue;
+            };
+            paths.grown |= now.disk.size > attachment.device.size;
+            if now.raw_wwid != seen.wwid {
                 return differs(format!("{hctl} ({}) shows another LUN", seen.name));
             }
             if slaves.as_ref().is_some_and(|slaves| !slaves.contains(&seen.name)) {
@@ -106,11 +102,8 @@ impl<T: Transport> Luns<T> {
                 continue;
             }
             paths.present += 1;
-            let state = format!("{}/state", path.dir);
-            let state = sysfs.text(&state).await.map_err(Error::io(format!("reading {state}")))?;
-            let state = state.unwrap_or_default();
             let failed = slaves.is_some() && checked.is_some_and(|c| c.is_failed(&hctl));
-            match state.as_str() {
+            match now.state.as_str() {
                 "running" if !failed => paths.living += 1,
                 "running" => paths.dead.push(format!("{hctl} ({}) has failed", seen.name)),
                 other => paths.dead.push(format!("{hctl} ({}) is {other}", seen.name)),
@@ -129,13 +122,6 @@ impl<T: Transport> Luns<T> {
         &self,
         attachment: &Attachment,
     ) -> Result<Option<multipath::Map>, Error> {
-        let sysfs = &*self.doors.sysfs;
-        let link = format!("dev/block/{}", attachment.device.dev);
-        let dir = match sysfs.resolve(&link).await {
-            Ok(dir) => dir,
-            Err(e) if is_gone(&e) => return Ok(None),
-            Err(e) => return Err(Error::io(format!("resolving {link}"))(e)),
-        };
-        multipath::read(sysfs, dir.rsplit('/').next().unwrap_or_default()).await
+        multipath::by_number(&*self.doors.sysfs, attachment.device.dev).await
     }
 }

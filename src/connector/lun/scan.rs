@@ -11,7 +11,7 @@ use crate::connector::guestlun;
 use crate::connector::identity::judge;
 use crate::connector::lease::{MapLease, PathLease, Seen, User};
 use crate::connector::multipath;
-use crate::connector::scsi::{self, Deleted, Disk, Hctl, ScsiPath};
+use crate::connector::scsi::{self, Deleted, Disk, Hctl, Opens, ScsiPath};
 use crate::connector::settings::ms;
 use crate::connector::wait::Wait;
 use crate::step::Step;
@@ -189,8 +189,8 @@ impl<T: Transport> Luns<T> {
     async fn leave_map(&self, job: &Job<T>, name: &str, block: &str) -> Result<(), Error> {
         let sysfs = &*self.doors.sysfs;
         let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.map_ms));
-        for holder in scsi::holders(sysfs, block).await? {
-            let Some(map) = multipath::read(sysfs, &holder).await? else { continue };
+        for (holder, map) in multipath::on(sysfs, block).await? {
+            let Some(map) = map else { continue };
             if !map.uuid.starts_with("mpath-") {
                 continue;
             }
@@ -214,7 +214,7 @@ impl<T: Transport> Luns<T> {
             // multipathd may take the empty map away by itself.
             let left = multipath::by_uuid(sysfs, &map.uuid).await?;
             if left.is_none_or(|m| m.slaves.is_empty()) {
-                multipath::remove(&self.doors, &self.settings, &map.uuid).await?;
+                multipath::remove(&self.doors, &self.settings, &map.uuid, Opens::None).await?;
                 multipath::forget(&*self.doors.multipathd, &map.uuid).await?;
             }
             let forget = |user: &mut User| drop(user.map.take_if(|m| m.uuid == map.uuid));

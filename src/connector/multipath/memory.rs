@@ -2,6 +2,7 @@
 
 use super::{by_uuid, remove};
 use crate::connector::error::Error;
+use crate::connector::scsi::Opens;
 use crate::connector::settings::Settings;
 use crate::host::multipathd::Multipathd;
 use crate::host::storage::StorageDoors;
@@ -57,7 +58,7 @@ pub(crate) async fn forget_deleted(
                 return Ok(());
             }
         }
-        remove(doors, settings, uuid).await?;
+        remove(doors, settings, uuid, Opens::Unknown).await?;
     }
     forget(&*doors.multipathd, uuid).await
 }

@@ -1,7 +1,7 @@
 //! What is asked of multipathd, and when.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,6 +18,8 @@ use crate::types::Wwid;
 struct Events {
     kernel: broadcast::Sender<Notice>,
     udev: broadcast::Sender<Notice>,
+    /// Whether udev's database is to be seen, and has no device in it.
+    is_empty: AtomicBool,
 }
 
 impl Uevents for Events {
@@ -28,17 +30,23 @@ impl Uevents for Events {
     fn subscribe_to_udev(&self) -> UeventStream {
         UeventStream::new(self.udev.subscribe())
     }
+
+    fn is_ruled(&self, _: DevNum) -> bool {
+        !self.is_empty.load(Ordering::Relaxed)
+    }
 }
 
 /// A multipathd that refuses a path until udev has told of it.
 #[derive(Default)]
 struct Listening {
     told: AtomicBool,
+    asked: AtomicUsize,
 }
 
 #[async_trait]
 impl Multipathd for Listening {
     async fn ask(&self, command: &str) -> Result<String, MultipathdError> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
         if self.told.load(Ordering::Relaxed) {
             return Ok("ok".into());
         }
@@ -68,23 +76,45 @@ fn path() -> ScsiPath {
 
 #[tokio::test(start_paused = true)]
 async fn a_path_that_multipathd_does_not_know_yet_is_told_again_at_udevs_word() {
+    // Where udev's database is to be seen, multipathd is not asked in vain.
+    for (is_empty, asked) in [(false, 2), (true, 1)] {
+        let (kernel, udev) = (broadcast::channel(8).0, broadcast::channel(8).0);
+        let events =
+            Arc::new(Events { kernel, udev: udev.clone(), is_empty: AtomicBool::new(is_empty) });
+        let multipathd = Arc::new(Listening::default());
+        let doors = StorageDoors {
+            uevents: events.clone(),
+            multipathd: multipathd.clone(),
+            ..StorageDoors::sim(&SimHost::default().storage)
+        };
+        let begin = Instant::now();
+        let in_udev = Duration::from_millis(300);
+        let udevs_word = async {
+            tokio::time::sleep(in_udev).await;
+            multipathd.told.store(true, Ordering::Relaxed);
+            events.is_empty.store(false, Ordering::Relaxed);
+            udev.send(Notice::Recheck).unwrap();
+        };
+        let settings = Settings::default();
+        let paths = [path()];
+        let (decided, ()) = tokio::join!(decide(&doors, &settings, &paths), udevs_word);
+        decided.unwrap();
+        assert_eq!(begin.elapsed(), in_udev, "time is simulated: nothing else was waited for");
+        assert_eq!(multipathd.asked.load(Ordering::Relaxed), asked);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_udev_that_never_comes_to_a_path_keeps_nobody() {
     let (kernel, udev) = (broadcast::channel(8).0, broadcast::channel(8).0);
     let multipathd = Arc::new(Listening::default());
+    multipathd.told.store(true, Ordering::Relaxed);
     let doors = StorageDoors {
-        uevents: Arc::new(Events { kernel, udev: udev.clone() }),
+        uevents: Arc::new(Events { kernel, udev, is_empty: AtomicBool::new(true) }),
         multipathd: multipathd.clone(),
         ..StorageDoors::sim(&SimHost::default().storage)
     };
-    let begin = Instant::now();
-    let in_udev = Duration::from_millis(300);
-    let udevs_word = async {
-        tokio::time::sleep(in_udev).await;
-        multipathd.told.store(true, Ordering::Relaxed);
-        udev.send(Notice::Recheck).unwrap();
-    };
     let settings = Settings::default();
-    let paths = [path()];
-    let (decided, ()) = tokio::join!(decide(&doors, &settings, &paths), udevs_word);
-    decided.unwrap();
-    assert_eq!(begin.elapsed(), in_udev, "time is simulated: nothing else was waited for");
+    decide(&doors, &settings, &[path()]).await.unwrap();
+    assert_eq!(multipathd.asked.load(Ordering::Relaxed), 1);
 }

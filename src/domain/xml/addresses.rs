@@ -6,23 +6,26 @@ use quick_xml::Reader;
 use quick_xml::events::{BytesStart, Event};
 
 use super::iothreads::note_user;
+use super::pieces;
 use super::raw::RawAddress;
 use super::{DriveAddress, PciAddress, XmlError};
 
 /// What is taken.
-#[derive(Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Used {
     pub(super) pci: BTreeSet<PciAddress>,
     pub(super) drive: BTreeSet<DriveAddress>,
     pub(super) io_threads: BTreeMap<u32, usize>,
+    /// How many [`pieces::MARK`]s stand where a disk may.
+    pub(super) marks: usize,
 }
 
 /// The addresses of all devices, whatever they are: `domain/devices/*/address`. Deeper ones (a host
 /// device's source) are the host's, not the guest's. Disks' drive addresses are left to the caller,
-/// who knows their bus.
-pub(super) fn addresses(xml: &str) -> Result<Used, XmlError> {
+/// who knows their bus. `path` leads to what the text is, in the domain.
+pub(super) fn addresses(xml: &str, path: &[&str]) -> Result<Used, XmlError> {
     let mut reader = Reader::from_str(xml);
-    let mut path: Vec<String> = Vec::new();
+    let mut path: Vec<String> = path.iter().map(|part| (*part).to_owned()).collect();
     let mut used = Used::default();
     loop {
         match reader.read_event().map_err(|e| XmlError::Malformed(Box::new(e)))? {
@@ -41,6 +44,7 @@ pub(super) fn addresses(xml: &str) -> Result<Used, XmlError> {
 }
 
 fn note(path: &[String], tag: &BytesStart<'_>, used: &mut Used) -> Result<(), XmlError> {
+    used.marks += usize::from(path == ["domain", "devices"] && tag.name().as_ref() == pieces::MARK);
     note_address(path, tag, used)?;
     note_user(path, tag, &mut used.io_threads)
 }

@@ -7,15 +7,18 @@
 mod addresses;
 mod drive;
 mod iothreads;
+mod pieces;
 mod raw;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use crate::types::IoLimits;
 use addresses::addresses;
 pub use drive::{DriveSource, with_medium};
 pub use iothreads::IoThreads;
-use raw::{RawChannel, RawDomain};
+pub use pieces::recall;
+use raw::{RawChannel, RawDomain, RawSeclabel};
 
 /// A domain's XML cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -154,7 +157,7 @@ pub struct Domain {
     /// The machine type, e.g. `pc-q35-10.0`.
     pub machine: String,
     /// All disks, in the order of the XML.
-    pub disks: Vec<Disk>,
+    pub disks: Vec<Arc<Disk>>,
     /// All SCSI controllers.
     pub scsi: Vec<ScsiController>,
     /// All PCI controllers.
@@ -178,29 +181,33 @@ pub struct Domain {
 impl Domain {
     /// The disk of this alias.
     pub fn disk(&self, alias: &str) -> Option<&Disk> {
-        self.disks.iter().find(|d| d.alias.as_deref() == Some(alias))
+        self.disks.iter().map(|d| &**d).find(|d| d.alias.as_deref() == Some(alias))
     }
-}
 
-/// Reads a domain's XML.
-pub fn parse(xml: &str) -> Result<Domain, XmlError> {
-    let raw: RawDomain =
-        quick_xml::de::from_str(xml).map_err(|e| XmlError::Malformed(Box::new(e)))?;
-    let used = addresses(xml)?;
-    let ids = iothreads::declared(raw.iothreads.as_deref(), raw.iothreadids.as_ref())?;
-    let mut scsi_used = used.drive;
-    let mut disks = Vec::with_capacity(raw.devices.disk.len());
-    for disk in raw.devices.disk {
-        let disk = disk.check()?;
+    fn put(&mut self, disk: Arc<Disk>) -> Result<(), XmlError> {
         if disk.bus == "scsi" {
             let address = disk.drive.ok_or_else(|| XmlError::Unsupported {
                 element: format!("<disk> {}", disk.target),
                 why: "a disk on bus scsi without an address",
             })?;
-            scsi_used.insert(address);
+            self.scsi_used.insert(address);
         }
-        disks.push(disk);
+        self.disks.push(disk);
+        Ok(())
     }
+}
+
+/// Reads a domain's XML.
+pub fn parse(xml: &str) -> Result<Domain, XmlError> {
+    Ok(read(xml)?.0)
+}
+
+/// The same; and how many [`pieces::MARK`]s stand where a disk may.
+fn read(xml: &str) -> Result<(Domain, usize), XmlError> {
+    let raw: RawDomain =
+        quick_xml::de::from_str(xml).map_err(|e| XmlError::Malformed(Box::new(e)))?;
+    let used = addresses(xml, &[])?;
+    let ids = iothreads::declared(raw.iothreads.as_deref(), raw.iothreadids.as_ref())?;
     let (mut scsi, mut pci) = (Vec::new(), Vec::new());
     for controller in raw.devices.controller {
         let index = controller.index()?;
@@ -217,26 +224,25 @@ pub fn parse(xml: &str) -> Result<Domain, XmlError> {
     let agent = |c: &RawChannel| {
         c.target.iter().find(|t| t.name.as_deref() == Some("org.qemu.guest_agent.0")).cloned()
     };
-    Ok(Domain {
+    let agent = raw.devices.channel.iter().find_map(agent);
+    let dac =
+        |s: &RawSeclabel| s.model.as_deref() == Some("dac") && s.relabel.as_deref() == Some("yes");
+    let mut domain = Domain {
         name: raw.name,
         machine: raw.os.kind.machine.unwrap_or_default(),
-        disks,
+        disks: Vec::with_capacity(raw.devices.disk.len()),
         scsi,
         pci,
         pci_used: used.pci,
-        scsi_used,
+        scsi_used: used.drive,
         io_threads: IoThreads { ids, users: used.io_threads },
-        agent_connected: raw
-            .devices
-            .channel
-            .iter()
-            .find_map(agent)
-            .map(|t| t.state.as_deref() == Some("connected")),
-        dac_relabels: raw
-            .seclabel
-            .iter()
-            .any(|s| s.model.as_deref() == Some("dac") && s.relabel.as_deref() == Some("yes")),
-    })
+        agent_connected: agent.map(|target| target.state.as_deref() == Some("connected")),
+        dac_relabels: raw.seclabel.iter().any(dac),
+    };
+    for disk in raw.devices.disk {
+        domain.put(Arc::new(disk.check()?))?;
+    }
+    Ok((domain, used.marks))
 }
 
 #[cfg(test)]

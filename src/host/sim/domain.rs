@@ -1,6 +1,7 @@
 //! A simulated domain: its XML, as text that is edited in place, and its guest.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde_json::json;
 
@@ -301,6 +302,7 @@ impl SimDomain {
     fn by_source(&self, source: &str) -> Result<Disk, LibvirtError> {
         let disks = read(self.running()?)?.disks;
         let found = disks.into_iter().find(|disk| disk.source.as_deref() == Some(source));
+        let found = found.map(Arc::unwrap_or_clone);
         found.ok_or_else(|| refused(format!("invalid argument: invalid path: {source}")))
     }
 
@@ -379,7 +381,7 @@ impl SimDomain {
     /// The sources that QEMU has open.
     pub fn open_paths(&self) -> Vec<String> {
         let disks = self.live.as_deref().and_then(|x| read(x).ok()).map(|d| d.disks);
-        disks.into_iter().flatten().filter_map(|d| d.source).collect()
+        disks.into_iter().flatten().filter_map(|d| d.source.clone()).collect()
     }
 
     /// Its disks and I/O threads, one a line, in both definitions.
@@ -394,9 +396,9 @@ impl SimDomain {
                 format!(
                     "{which} {} {} serial={} source={}",
                     d.target,
-                    d.alias.unwrap_or_default(),
-                    d.serial.unwrap_or_default(),
-                    d.source.unwrap_or_default()
+                    d.alias.clone().unwrap_or_default(),
+                    d.serial.clone().unwrap_or_default(),
+                    d.source.clone().unwrap_or_default()
                 )
             }));
         }
@@ -425,9 +427,16 @@ pub(super) fn read(text: &str) -> Result<Domain, LibvirtError> {
 }
 
 /// The XML with one more device, and that as a disk if it is one; refused where libvirt refuses.
+/// A device as libvirt writes it: on lines of its own, four spaces in.
+fn formatted(device: &str) -> String {
+    device.trim().lines().map(|line| format!("    {line}\n")).collect()
+}
+
 fn with_device(text: &str, device: &str) -> Result<(String, Option<Disk>), LibvirtError> {
     let before = read(text)?;
-    let new = text.replacen("</devices>", &format!("{device}\n  </devices>"), 1);
+    let at = text.find("  </devices>").or_else(|| text.find("</devices>"));
+    let at = at.ok_or_else(|| refused("XML error: a domain without devices".into()))?;
+    let new = format!("{}{}{}", &text[..at], formatted(device), &text[at..]);
     let after = read(&new)?;
     let grew = (after.pci_used.len() - before.pci_used.len())
         + (after.scsi_used.len() - before.scsi_used.len());
@@ -452,7 +461,7 @@ fn with_device(text: &str, device: &str) -> Result<(String, Option<Disk>), Libvi
     {
         return Err(refused(format!("internal error: no SCSI controller {}", at.controller)));
     }
-    let disk = disk.clone();
+    let disk = Disk::clone(disk);
     refuse_lun(&disk)?;
     refuse_io_thread(&disk, &before)?;
     Ok((new, Some(disk)))
@@ -486,7 +495,8 @@ fn set_limits(text: &mut String, source: &str, limits: &IoLimits) -> Result<(), 
     let new = if new.is_empty() { new } else { format!("<iotune>{new}</iotune>") };
     match old {
         Some((from, end)) => text.replace_range(at + from..at + end + "</iotune>".len(), &new),
-        None => text.insert_str(to, &new),
+        None if new.is_empty() => {}
+        None => text.insert_str(to, &format!("  {new}\n    ")),
     }
     Ok(())
 }
@@ -498,6 +508,10 @@ fn remove_disk(text: &mut String, alias: &str) -> bool {
     let (Some(from), Some(to)) = (text[..at].rfind("<disk "), text[at..].find(END)) else {
         return false;
     };
-    text.replace_range(from..at + to + END.len(), "");
+    // With its lines.
+    let from = text[..from].trim_end_matches(' ').len();
+    let to = at + to + END.len();
+    let to = to + usize::from(text[to..].starts_with('\n'));
+    text.replace_range(from..to, "");
     true
 }

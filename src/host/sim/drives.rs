@@ -1,5 +1,7 @@
 //! The cdrom drives of a simulated domain, and what the guest does with their trays.
 
+use std::sync::Arc;
+
 use super::domain::{SimDevice, SimDomain, read, refused};
 use crate::domain::xml::{self, Disk, DriveSource};
 use crate::host::libvirt::LibvirtError;
@@ -95,7 +97,7 @@ impl SimDomain {
 }
 
 /// A device's XML as a disk.
-fn alone(device: &str) -> Result<Disk, LibvirtError> {
+fn alone(device: &str) -> Result<Arc<Disk>, LibvirtError> {
     let text = format!(
         "<domain><name>x</name><os><type>hvm</type></os><devices>{device}</devices></domain>"
     );

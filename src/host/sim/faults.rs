@@ -89,14 +89,25 @@ impl Faults {
 
     /// Called by every simulated door before it does anything: returns at once, fails, or hangs.
     pub async fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
-        self.calls.fetch_add(1, Ordering::Relaxed);
-        match self.take(point, detail) {
+        match self.meet(point, detail) {
             None => Ok(()),
-            Some(FaultAction::Fail(text)) => Err(io::Error::other(text)),
-            Some(FaultAction::Hang) => std::future::pending().await,
-            Some(FaultAction::Stall) => {
-                let cleared = self.changed.notified();
-                cleared.await;
+            Some(action) => self.keep(action).await,
+        }
+    }
+
+    /// The same for one who cannot wait: what is to happen to the call.
+    pub(super) fn meet(&self, point: &str, detail: &str) -> Option<FaultAction> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.take(point, detail)
+    }
+
+    /// Lets it happen.
+    pub(super) async fn keep(&self, action: FaultAction) -> io::Result<()> {
+        match action {
+            FaultAction::Fail(text) => Err(io::Error::other(text)),
+            FaultAction::Hang => std::future::pending().await,
+            FaultAction::Stall => {
+                self.changed.notified().await;
                 Ok(())
             }
         }

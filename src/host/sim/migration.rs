@@ -1,5 +1,7 @@
 //! A live migration between two pods of the simulated node, as libvirt goes about it.
 
+use std::sync::Arc;
+
 use super::SimHost;
 use crate::domain::ALIAS_PREFIX;
 use crate::domain::xml::{self, Disk};
@@ -32,7 +34,7 @@ impl SimHost {
         // A medium is in a drive of the domain's own.
         let starts =
             |text: &Option<String>, with| text.as_ref().is_some_and(|t| t.starts_with(with));
-        let hotplugged = |disk: &&Disk| {
+        let hotplugged = |disk: &&Arc<Disk>| {
             starts(&disk.alias, ALIAS_PREFIX) || starts(&disk.source, HOTPLUG_DIR_IN_POD)
         };
         for disk in disks.iter().filter(hotplugged) {

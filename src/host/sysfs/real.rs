@@ -2,17 +2,20 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 
-use super::{Guard, Guarded, Sysfs, is_gone};
+use super::{Attributes, Guard, Guarded, Look, Looked, ReadError, Sysfs, View, is_gone};
 use crate::host::workers::Workers;
 
 /// Real sysfs below a base directory, `/sys` but for tests.
 pub struct RealSysfs {
-    base: PathBuf,
+    tree: Tree,
     reads: Workers,
     writes: Workers,
     deadline: Duration,
@@ -22,7 +25,7 @@ impl RealSysfs {
     /// `deadline` is for a write; reads get the same.
     pub fn new(base: impl Into<PathBuf>, deadline: Duration) -> Self {
         Self {
-            base: base.into(),
+            tree: Tree { base: base.into() },
             reads: Workers::new("lunplug-sysfs-r", 16, 4),
             // Two for each device: the kernel serialises scans of one host anyway.
             writes: Workers::new("lunplug-sysfs-w", 64, 2),
@@ -34,10 +37,43 @@ impl RealSysfs {
     pub fn stuck(&self) -> u64 {
         self.reads.stuck() + self.writes.stuck()
     }
+}
 
-    fn path(&self, path: &str) -> io::Result<PathBuf> {
-        below(&self.base, path)
+/// What is below the base directory.
+#[derive(Clone)]
+struct Tree {
+    base: PathBuf,
+}
+
+impl Attributes for Tree {
+    fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        fs::read(below(&self.base, path)?)
     }
+
+    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(below(&self.base, dir)?)? {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn resolve(&self, path: &str) -> io::Result<String> {
+        let full = below(&self.base, path)?;
+        let real = real_path(&full)?;
+        let inside = real
+            .strip_prefix(real_path(&self.base)?)
+            .map_err(|_| io::Error::other(format!("{} leads out of /sys", full.display())))?;
+        Ok(inside.to_string_lossy().into_owned())
+    }
+}
+
+/// What the kernel calls the file that a path leads to: to follow links part by part takes a call for each.
+fn real_path(path: &Path) -> io::Result<PathBuf> {
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let file = nix::fcntl::open(path, flags, Mode::empty())?;
+    fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Joins a relative path; `..` and absolute ones are refused.
@@ -65,12 +101,12 @@ fn key(path: &str) -> String {
     }
 }
 
-fn write_through(base: &Path, path: &Path, value: &str, guards: &[Guard]) -> io::Result<Guarded> {
+fn write_through(tree: &Tree, path: &Path, value: &str, guards: &[Guard]) -> io::Result<Guarded> {
     // Neither created nor truncated: a device that is gone must not leave a file behind in tests,
     // and sysfs knows no truncation.
     let mut file: File = OpenOptions::new().write(true).open(path)?;
     for guard in guards {
-        let found = match fs::read(below(base, &guard.path)?) {
+        let found = match tree.read(&guard.path) {
             Ok(bytes) => Some(String::from_utf8_lossy(&bytes).trim().to_owned()),
             Err(e) if is_gone(&e) => None,
             Err(e) => return Err(e),
@@ -93,33 +129,25 @@ fn write_through(base: &Path, path: &Path, value: &str, guards: &[Guard]) -> io:
 #[async_trait]
 impl Sysfs for RealSysfs {
     async fn read(&self, path: &str) -> io::Result<Vec<u8>> {
-        let full = self.path(path)?;
-        self.reads.run(&key(path), self.deadline, move || fs::read(full)).await
+        let (tree, own) = (self.tree.clone(), path.to_owned());
+        self.reads.run(&key(path), self.deadline, move || tree.read(&own)).await
     }
 
     async fn list(&self, dir: &str) -> io::Result<Vec<String>> {
-        let full = self.path(dir)?;
-        let call = move || {
-            let mut names = Vec::new();
-            for entry in fs::read_dir(full)? {
-                names.push(entry?.file_name().to_string_lossy().into_owned());
-            }
-            names.sort();
-            Ok(names)
-        };
-        self.reads.run(&key(dir), self.deadline, call).await
+        let (tree, own) = (self.tree.clone(), dir.to_owned());
+        self.reads.run(&key(dir), self.deadline, move || tree.list(&own)).await
     }
 
     async fn resolve(&self, path: &str) -> io::Result<String> {
-        let (base, full) = (self.base.clone(), self.path(path)?);
-        let call = move || {
-            let real = full.canonicalize()?;
-            let inside = real
-                .strip_prefix(base.canonicalize()?)
-                .map_err(|_| io::Error::other(format!("{} leads out of /sys", full.display())))?;
-            Ok(inside.to_string_lossy().into_owned())
-        };
-        self.reads.run(&key(path), self.deadline, call).await
+        let (tree, own) = (self.tree.clone(), path.to_owned());
+        self.reads.run(&key(path), self.deadline, move || tree.resolve(&own)).await
+    }
+
+    async fn look_with(&self, about: &str, look: Look) -> Looked {
+        let tree = self.tree.clone();
+        let call = move || Ok(look(&View(&tree)));
+        let looked = self.reads.run(&key(about), self.deadline, call).await;
+        looked.map_err(ReadError::at(about))?
     }
 
     async fn write(&self, path: &str, value: &str) -> io::Result<()> {
@@ -135,9 +163,9 @@ impl Sysfs for RealSysfs {
         value: &str,
         guards: &[Guard],
     ) -> io::Result<Guarded> {
-        let (base, full) = (self.base.clone(), self.path(path)?);
+        let (tree, full) = (self.tree.clone(), below(&self.tree.base, path)?);
         let (value, guards) = (value.to_owned(), guards.to_vec());
-        let call = move || write_through(&base, &full, &value, &guards);
+        let call = move || write_through(&tree, &full, &value, &guards);
         self.writes.run(&key(path), self.deadline, call).await
     }
 }
@@ -180,6 +208,16 @@ mod tests {
         assert_eq!(sysfs.list(device).await.unwrap(), ["delete", "wwid"]);
         assert!(sysfs.entries("class/none").await.unwrap().is_empty());
         assert_eq!(sysfs.resolve(device).await.unwrap(), "devices/host2/2:0:0:1");
+        let looked = (&sysfs as &dyn Sysfs).look(device, |view| {
+            let device = "class/scsi_device/2:0:0:1";
+            let absent = view.text(&format!("{device}/nothing"))?;
+            let out = view.entries("../etc").map_err(|e| e.path);
+            Ok((view.text(&format!("{device}/wwid"))?, view.resolve(device)?, absent, out))
+        });
+        let (wwid, dir, absent, out) = looked.await.unwrap();
+        assert_eq!(wwid.as_deref(), Some("naa.6001"));
+        assert_eq!(dir.as_deref(), Some("devices/host2/2:0:0:1"));
+        assert_eq!((absent, out), (None, Err("../etc".to_owned())));
         assert!(sysfs.read("../etc/passwd").await.is_err());
         assert!(sysfs.read("/etc/passwd").await.is_err());
     }

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -13,6 +14,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::broadcast;
 
 use super::{Notice, Uevent, UeventStream, Uevents};
+use crate::types::DevNum;
 
 /// The multicast group of the kernel's own events (lib/kobject_uevent.c).
 const KERNEL_GROUP: u32 = 1;
@@ -53,6 +55,12 @@ impl Uevents for RealUevents {
     fn subscribe_to_udev(&self) -> UeventStream {
         let source = self.udev.as_ref().unwrap_or(&self.kernel);
         UeventStream::new(source.notices.subscribe())
+    }
+
+    fn is_ruled(&self, dev: DevNum) -> bool {
+        // On a tmpfs: nothing to wait for. Where it is not to be seen, nothing is known.
+        let database = Path::new("/run/udev/data");
+        database.join(format!("b{dev}")).exists() || !database.exists()
     }
 }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::spec::FcSupport;
 use crate::spec::{VmPlace, volume_fixture};
+use crate::types::DiskType;
 
 fn vm(name: &str) -> VmSpec {
     VmSpec {
@@ -42,6 +43,30 @@ async fn what_was_stored_is_there_after_reopening_and_in_order() {
     assert_eq!(vms, [vm("a")]);
     let leaving = StoredVolume { removing: Some(force), ..stored("x") };
     assert_eq!(store.volumes(&vm("a").id).await.unwrap(), [stored("z"), leaving]);
+}
+
+#[tokio::test]
+async fn the_disks_are_those_of_the_volumes_that_stay() {
+    let store = Desired::in_memory().unwrap();
+    store.put_vm(&vm("a")).await.unwrap();
+    let with = |name: &str, change: &dyn Fn(&mut VolumeSpec)| {
+        let mut spec = volume_fixture(name);
+        change(&mut spec);
+        StoredVolume { spec: spec.into(), ..stored(name) }
+    };
+    let virtio = with("z", &|spec| spec.bus = Bus::Virtio);
+    let short = with("y", &|spec| spec.disk = "d1".parse().unwrap());
+    let medium = with("x", &|spec| spec.device = DiskType::Cdrom);
+    let lun = with("w", &|spec| spec.device = DiskType::Lun);
+    for volume in [virtio, short, medium, lun, stored("v")] {
+        store.put_volume(&vm("a").id, &volume).await.unwrap();
+    }
+    let force = RemoveOptions { force: true, dry_run: false };
+    store.put_removals(&vm("a").id, &[(key("a", "v").volume, force)]).await.unwrap();
+    let disks = store.disks(&vm("a").id).await.unwrap();
+    let names = disks.iter().map(|(volume, (disk, bus))| (volume.as_str(), disk.as_str(), *bus));
+    let expected = [("z", "z", Bus::Virtio), ("y", "d1", Bus::Scsi), ("w", "w", Bus::Scsi)];
+    assert_eq!(names.collect::<Vec<_>>(), expected);
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! The storage doors, answered from the model.
 
+use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -13,7 +14,8 @@ use crate::host::cmd::{CmdError, Commands, Output, Tool};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::resolver::Resolver;
 use crate::host::secrets::Secrets;
-use crate::host::sysfs::{Guard, Guarded, Sysfs};
+use crate::host::sim::FaultAction;
+use crate::host::sysfs::{Attributes, Guard, Guarded, Look, Looked, ReadError, Sysfs, View};
 use crate::host::uevent::{UeventStream, Uevents};
 use crate::types::{DevNum, HostPort, Outcome, SecretName, SecretText, Wwid};
 
@@ -43,6 +45,42 @@ impl SimStorage {
     }
 }
 
+/// The simulated /sys within a look, in which nothing waits: a fault that keeps a call is noted, and keeps the look.
+struct Seen<'a> {
+    sim: &'a SimStorage,
+    kept: Cell<Option<FaultAction>>,
+}
+
+impl Seen<'_> {
+    fn pass(&self, point: &str, detail: &str) -> io::Result<()> {
+        match self.sim.faults().meet(point, detail) {
+            None => Ok(()),
+            Some(FaultAction::Fail(text)) => Err(io::Error::other(text)),
+            Some(kept) => {
+                self.kept.set(Some(kept));
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+        }
+    }
+}
+
+impl Attributes for Seen<'_> {
+    fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        self.pass("sysfs.read", path)?;
+        self.sim.world().tree.read(path)
+    }
+
+    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        self.pass("sysfs.list", dir)?;
+        self.sim.world().tree.list(dir)
+    }
+
+    fn resolve(&self, path: &str) -> io::Result<String> {
+        self.pass("sysfs.resolve", path)?;
+        self.sim.world().tree.resolve(path)
+    }
+}
+
 #[async_trait]
 impl Sysfs for SimStorage {
     async fn read(&self, path: &str) -> io::Result<Vec<u8>> {
@@ -58,6 +96,22 @@ impl Sysfs for SimStorage {
     async fn resolve(&self, path: &str) -> io::Result<String> {
         self.pass("sysfs.resolve", path).await?;
         self.world().tree.resolve(path)
+    }
+
+    async fn look_with(&self, about: &str, look: Look) -> Looked {
+        let looked = async move {
+            loop {
+                let (found, kept) = {
+                    let seen = Seen { sim: self, kept: Cell::default() };
+                    (look(&View::of(&seen)), seen.kept.take())
+                };
+                let Some(kept) = kept else { return Ok(found) };
+                self.faults().keep(kept).await?;
+            }
+        };
+        let in_time = tokio::time::timeout(DEADLINE, looked).await;
+        let in_time = in_time.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        in_time.map_err(ReadError::at(about))?
     }
 
     async fn write(&self, path: &str, value: &str) -> io::Result<()> {

@@ -385,3 +385,41 @@ async fn records_are_read_and_only_corrupt_ones_removed() {
     sim.remove_corrupt(&iqn(), &records[1]).await.unwrap();
     assert_eq!(sim.records(&iqn()).await.unwrap().len(), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_look_is_kept_by_a_read_that_is_and_sees_what_is_there_afterwards() {
+    let sim = sim();
+    let kept = |action| Fault {
+        point: "sysfs.read".into(),
+        detail: "persistent_port".into(),
+        skip: 0,
+        times: Some(1),
+        action,
+    };
+    let sysfs: &dyn Sysfs = &sim;
+    let sessions = || {
+        sysfs.look("class/iscsi_session", |view| {
+            let names = view.entries("class/iscsi_session")?;
+            let port = |name: &String| {
+                let number = name.trim_start_matches("session");
+                view.text(&format!("class/iscsi_connection/connection{number}:0/persistent_port"))
+            };
+            names.iter().map(port).collect::<Result<Vec<_>, _>>()
+        })
+    };
+    login(&sim, A).await;
+    sim.faults().inject(kept(FaultAction::Hang));
+    let late = sessions().await.unwrap_err();
+    assert_eq!(late.source.kind(), std::io::ErrorKind::TimedOut);
+    sim.faults().inject(kept(FaultAction::Stall));
+    let cleared = async {
+        sim.faults().meeting().await;
+        login(&sim, B).await;
+        sim.faults().clear();
+    };
+    let (seen, ()) = tokio::join!(sessions(), cleared);
+    assert_eq!(seen.unwrap(), [Some("3260".to_owned()), Some("3260".to_owned())]);
+    sim.faults().inject(kept(FaultAction::Fail("no".into())));
+    let failed = sessions().await.unwrap_err();
+    assert!(failed.path.ends_with("persistent_port"), "{failed}: {}", failed.source);
+}

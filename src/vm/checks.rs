@@ -26,7 +26,7 @@ pub(super) async fn add(
     leaving: &BTreeSet<VolumeName>,
 ) -> Result<Power, Refusal> {
     may_be_given(ways, spec)?;
-    let place = match ways.place_by_qemu().await {
+    let place = match ways.place().await {
         Err(failure) if failure.reason == Reason::VmNotRunning => return Ok(Power::Off),
         // A VM that is off has no pod, mostly.
         Err(failure) if failure.reason == Reason::PodGone && ways.has_ended().await? => {
@@ -44,14 +44,10 @@ pub(super) async fn add(
     let ahead = ways.wanted(&spec.name).await;
     let limit = ways.settings().libvirt;
     let name = &ways.vm.domain;
-    let checked =
-        domain::check(&*connection, name, &desired, spec.persist, &leaving, &ahead, limit).await;
-    match checked.map_err(Failure::from) {
-        Ok(()) => Ok(Power::On),
-        // Its QEMU is about to end.
-        Err(failure) if failure.reason == Reason::VmNotRunning => Ok(Power::Off),
-        Err(failure) => Err(failure.into()),
-    }
+    domain::check(&*connection, name, &desired, spec.persist, &leaving, &ahead, limit)
+        .await
+        .map(|()| Power::On)
+        .map_err(|error| Refusal::from(Failure::from(error)))
 }
 
 /// Whether guests of this node may have what is on the host there. The connector asks again: by then the

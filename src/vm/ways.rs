@@ -236,30 +236,22 @@ impl Ways {
 
     /// The VM's place, all of it proven anew; the domain must run.
     pub(super) async fn place(&self) -> Result<Place, Failure> {
+        self.refuse_unless_it_runs().await?;
+        self.prove_place().await
+    }
+
+    async fn refuse_unless_it_runs(&self) -> Result<(), Failure> {
         match self.domain_state().await? {
-            Some(DomainState::Running | DomainState::Paused) => {}
+            Some(DomainState::Running | DomainState::Paused) => Ok(()),
             Some(DomainState::Shutoff) | None => {
                 let message =
                     format!("domain {} of VM {} does not run", self.vm.domain, self.vm.id);
-                return Err(Failure::new(Reason::VmNotRunning, message));
+                Err(Failure::new(Reason::VmNotRunning, message))
             }
         }
-        Ok(self.prove_place().await?)
     }
 
-    /// The same for one who asks libvirt next anyway: where a pod has the QEMU, the domain runs.
-    pub(super) async fn place_by_qemu(&self) -> Result<Place, Failure> {
-        if let VmPlace::Host { .. } = self.vm.place {
-            return self.place().await;
-        }
-        match self.prove_place().await {
-            Ok(place) => Ok(place),
-            // It tells why, and where it runs all the same, what is wrong is tried to be found once more.
-            Err(_) => self.place().await,
-        }
-    }
-
-    async fn prove_place(&self) -> Result<Place, discover::DiscoverError> {
+    async fn prove_place(&self) -> Result<Place, Failure> {
         let settings = &self.settings().discover;
         let (pods, qemu) = (&self.host.pods, Wanted::Qemu(self.vm.domain.clone()));
         let place = discover::discover(pods, settings, &self.vm.place, &qemu).await?;
@@ -286,9 +278,10 @@ impl Ways {
         }
     }
 
-    /// The VM's place as its check has proven it, a moment ago, while that QEMU runs; proven anew else, and wherever
-    /// no process tells that the domain still runs.
+    /// The VM's place as its check has proven it, a moment ago, while that QEMU runs; the domain must run.
     pub(super) async fn checked_place(&self) -> Result<Place, Failure> {
+        // A QEMU that is ending is still there when its domain is not.
+        self.refuse_unless_it_runs().await?;
         let found = self.found().clone();
         if let Some(place) = found
             && let Some(pod) = &place.pod
@@ -296,7 +289,7 @@ impl Ways {
         {
             return Ok(place);
         }
-        self.place_by_qemu().await
+        self.prove_place().await
     }
 
     /// Has the place proven anew by whoever needs it next.

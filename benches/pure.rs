@@ -61,7 +61,7 @@ fn admission(c: &mut Criterion) {
     };
     for beside in BESIDE {
         let known: Vec<Known> = (0..beside)
-            .map(|n| Known { spec: lun(0, n), phase: Phase::Ready, removing: None })
+            .map(|n| Known { spec: lun(0, n).into(), phase: Phase::Ready, removing: None })
             .collect();
         let new = lun(0, 1000);
         c.bench_function(&id("admission", beside), |b| {

@@ -259,7 +259,8 @@ impl Beside {
     fn many() -> Self {
         let text = domain(256);
         let views = Views { live: Some(Arc::new(xml::parse(&text).unwrap())), config: None };
-        let known = |n| Known { spec: common::lun(0, n), phase: Phase::Ready, removing: None };
+        let known =
+            |n| Known { spec: common::lun(0, n).into(), phase: Phase::Ready, removing: None };
         Self { views, known: (0..256).map(known).collect(), text }
     }
 }

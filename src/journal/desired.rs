@@ -25,6 +25,19 @@ pub struct StoredVolume {
     pub removing: Option<RemoveOptions>,
 }
 
+/// What a volume is to the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredDisk {
+    /// The volume.
+    pub volume: VolumeName,
+    /// Its disk's name.
+    pub disk: VolumeName,
+    /// The bus that it is plugged into.
+    pub bus: Bus,
+    /// It has a place of its own, and stays: no medium, which comes into a drive that is there, nor being removed.
+    pub keeps_place: bool,
+}
+
 /// Proven identities, by volume and source ([`crate::spec::Source::key`]).
 pub type Identities = HashMap<(VolumeName, String), Wwid>;
 
@@ -298,25 +311,26 @@ impl Desired {
         found.map(|text| parse(&format!("identity of {key}"), &format!("{text:?}"))).transpose()
     }
 
-    /// The disks of a VM's volumes that are not being removed, each with its volume, in the volumes' order; media,
-    /// which come into a drive that is there, are none. Of a volume nothing else is read.
-    pub async fn disks(&self, vm: &VmId) -> Result<Vec<(VolumeName, (VolumeName, Bus))>, Error> {
+    /// What a VM's volumes are to the guest, in their order; nothing else is read of them.
+    pub async fn disks(&self, vm: &VmId) -> Result<Vec<StoredDisk>, Error> {
         let id = vm.to_string();
         let rows = self
             .read(move |c| {
                 c.prepare(
-                    "SELECT volume, json_array(spec -> '$.disk', spec -> '$.bus') FROM volumes
-                     WHERE vm = ?1 AND removing IS NULL
-                     AND coalesce(spec ->> '$.device', '') <> 'cdrom' ORDER BY position",
+                    "SELECT volume, json_array(spec -> '$.name', spec -> '$.disk', spec -> '$.bus'),
+                         removing IS NULL AND coalesce(spec ->> '$.device', '') <> 'cdrom'
+                     FROM volumes WHERE vm = ?1 ORDER BY position",
                 )?
-                .query_map([id], |r| Ok((r.get::<_, String>(0)?, r.get::<_, String>(1)?)))?
+                .query_map([id], |r| {
+                    Ok((r.get::<_, String>(0)?, r.get::<_, String>(1)?, r.get::<_, bool>(2)?))
+                })?
                 .collect::<Result<Vec<_>, _>>()
             })
             .await?;
         rows.into_iter()
-            .map(|(name, json)| {
-                let what = format!("volume {vm}/{name}");
-                Ok((parse(&what, &format!("{name:?}"))?, parse(&what, &json)?))
+            .map(|(name, json, keeps_place)| {
+                let (volume, disk, bus) = parse(&format!("volume {vm}/{name}"), &json)?;
+                Ok(StoredDisk { volume, disk, bus, keeps_place })
             })
             .collect()
     }

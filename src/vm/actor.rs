@@ -332,7 +332,7 @@ impl Actor {
 
     fn known(&self) -> Vec<Known> {
         let known = |(name, volume): (&VolumeName, &Volume)| Known {
-            spec: (*volume.stored.spec).clone(),
+            spec: volume.stored.spec.clone(),
             phase: self
                 .tools
                 .board

@@ -47,15 +47,15 @@ impl Way<'_> {
     /// costs the order, not the volume.
     async fn in_order(&self) -> Vec<(VolumeName, Bus)> {
         let own = &self.spec.name;
-        let mut before = self.ways.desired.volumes(&self.ways.vm.id).await.unwrap_or_default();
-        before.truncate(before.iter().take_while(|v| v.spec.name != *own).count());
+        let mut before = self.ways.desired.disks(&self.ways.vm.id).await.unwrap_or_default();
+        before.truncate(before.iter().take_while(|d| d.volume != *own).count());
         let has_it = self.effects.disk.as_ref().is_some_and(|disk| disk.target.is_some());
         if self.returns && !has_it {
-            let names = before.iter().map(|v| v.spec.name.clone()).collect();
+            let names = before.iter().map(|d| d.volume.clone()).collect();
             self.ways.order.after(&names).await;
         }
-        before.retain(|v| v.removing.is_none() && !v.spec.device.is_cdrom());
-        before.into_iter().map(|v| (v.spec.disk.clone(), v.spec.bus)).collect()
+        before.retain(|d| d.keeps_place);
+        before.into_iter().map(|d| (d.disk, d.bus)).collect()
     }
 
     /// The id of the disk's own I/O thread, written down before that is made.

@@ -12,6 +12,7 @@ pub mod fc;
 pub mod set;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use super::facade::Refusal;
 use crate::reason::Reason;
@@ -22,7 +23,7 @@ use crate::types::{TargetName, VolumeName};
 #[derive(Debug, Clone)]
 pub struct Known {
     /// As it was asked for.
-    pub spec: VolumeSpec,
+    pub spec: Arc<VolumeSpec>,
     /// How far it is.
     pub phase: Phase,
     /// How it is being removed, if it is.
@@ -84,7 +85,7 @@ pub fn admit_add(known: &[Known], spec: &VolumeSpec, rules: Rules) -> Result<Adm
                 format!("volume {} is being removed; add it again when it is gone", spec.name);
             return Err(Refusal::new(Reason::VolumeExists, message).field("volume.name"));
         }
-        if same.spec == *spec || outgrown(&same.spec, spec) {
+        if *same.spec == *spec || outgrown(&same.spec, spec) {
             return Ok(Admission::Ignore);
         }
         let field = first_difference(&same.spec, spec);
@@ -263,7 +264,7 @@ mod tests {
     fn known(spec: VolumeSpec, phase: Phase) -> Known {
         let removing = matches!(phase, Phase::Detaching | Phase::UnmountedFromPod)
             .then_some(RemoveOptions::default());
-        Known { spec, phase, removing }
+        Known { spec: spec.into(), phase, removing }
     }
 
     pub(super) const RULES: Rules = Rules {

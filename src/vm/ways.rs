@@ -160,7 +160,8 @@ impl Ways {
     /// A store that cannot be read now says nothing of them.
     pub(super) async fn wanted(&self, name: &VolumeName) -> Vec<(VolumeName, Bus)> {
         let disks = self.desired.disks(&self.vm.id).await.unwrap_or_default();
-        disks.into_iter().filter(|(volume, _)| volume != name).map(|(_, disk)| disk).collect()
+        let others = disks.into_iter().filter(|d| d.keeps_place && d.volume != *name);
+        others.map(|d| (d.disk, d.bus)).collect()
     }
 
     /// Notes that a target name is being removed, until what is returned is dropped.

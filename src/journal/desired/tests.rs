@@ -46,7 +46,7 @@ async fn what_was_stored_is_there_after_reopening_and_in_order() {
 }
 
 #[tokio::test]
-async fn the_disks_are_those_of_the_volumes_that_stay() {
+async fn disks_are_told_of_all_volumes_and_which_keep_their_place() {
     let store = Desired::in_memory().unwrap();
     store.put_vm(&vm("a")).await.unwrap();
     let with = |name: &str, change: &dyn Fn(&mut VolumeSpec)| {
@@ -64,9 +64,15 @@ async fn the_disks_are_those_of_the_volumes_that_stay() {
     let force = RemoveOptions { force: true, dry_run: false };
     store.put_removals(&vm("a").id, &[(key("a", "v").volume, force)]).await.unwrap();
     let disks = store.disks(&vm("a").id).await.unwrap();
-    let names = disks.iter().map(|(volume, (disk, bus))| (volume.as_str(), disk.as_str(), *bus));
-    let expected = [("z", "z", Bus::Virtio), ("y", "d1", Bus::Scsi), ("w", "w", Bus::Scsi)];
-    assert_eq!(names.collect::<Vec<_>>(), expected);
+    let told = disks.iter().map(|d| (d.volume.as_str(), d.disk.as_str(), d.bus, d.keeps_place));
+    let expected = [
+        ("z", "z", Bus::Virtio, true),
+        ("y", "d1", Bus::Scsi, true),
+        ("x", "x", Bus::Scsi, false),
+        ("w", "w", Bus::Scsi, true),
+        ("v", "v", Bus::Scsi, false),
+    ];
+    assert_eq!(told.collect::<Vec<_>>(), expected);
 }
 
 #[tokio::test]

@@ -33,7 +33,7 @@ impl Actor {
     ) -> Option<Outcome<VolumeStatus>> {
         let known = self.shown(name).map(|(spec, phase)| {
             let removing = self.volumes.get(name).and_then(|v| v.removing);
-            Known { spec, phase, removing }
+            Known { spec: spec.into(), phase, removing }
         });
         match plan::admit_remove(known.as_ref(), options) {
             Some(Admission::Ignore) => {

@@ -128,10 +128,10 @@ impl Actor {
                     add.asker.answer(again);
                 }
                 Ok((Admission::Accept | Admission::Forget, marks_vm)) => {
-                    let (spec, phase) = ((*add.spec).clone(), Phase::Pending);
+                    let (spec, phase) = (Arc::new((*add.spec).clone()), Phase::Pending);
                     if add.options.dry_run {
                         let vm_needs_hba = marks_vm || self.needs_hba(&spec);
-                        let blank = publish::blank(&self.key(&spec.name), &spec.clone().into());
+                        let blank = publish::blank(&self.key(&spec.name), &spec);
                         let status = VolumeStatus { vm_needs_hba, ..blank };
                         add.asker.answer(Ok(Outcome::Already(status)));
                     } else if let Err(failure) = self.keep(&spec.name, &add.options).await {

@@ -106,9 +106,9 @@ mod tests {
         let phases = vec![Phase::Pending, Phase::Ready, Phase::Detaching, Phase::Failed];
         (any_set(), prop::collection::vec(prop::sample::select(phases), 8)).prop_map(
             |(set, phases)| {
-                let known = |(spec, phase)| {
+                let known = |(spec, phase): (VolumeSpec, Phase)| {
                     let removing = (phase == Phase::Detaching).then(RemoveOptions::default);
-                    Known { spec, phase, removing }
+                    Known { spec: spec.into(), phase, removing }
                 };
                 set.into_iter().zip(phases).map(known).collect()
             },
@@ -121,7 +121,11 @@ mod tests {
         for spec in set {
             if let Ok(Admission::Accept) = admit_add(&known, spec, RULES) {
                 known.retain(|k| k.spec.name != spec.name);
-                known.push(Known { spec: spec.clone(), phase: Phase::Ready, removing: None });
+                known.push(Known {
+                    spec: spec.clone().into(),
+                    phase: Phase::Ready,
+                    removing: None,
+                });
             }
         }
         known.retain(|k| k.removing.is_none() && !gone.contains(&k.spec.name));
@@ -151,7 +155,7 @@ mod tests {
             for _ in 0..3 {
                 now = settled(now, &set);
             }
-            prop_assert_eq!(names(&now.iter().map(|k| k.spec.clone()).collect::<Vec<_>>()), names(&set));
+            prop_assert_eq!(names(&now.iter().map(|k| (*k.spec).clone()).collect::<Vec<_>>()), names(&set));
             prop_assert!(surplus(&now, &names(&set)).is_empty());
             for spec in &set {
                 match admit_add(&now, spec, RULES) {

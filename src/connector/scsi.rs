@@ -123,7 +123,7 @@ impl ScsiPath {
     }
 }
 
-/// A SCSI device with a disk, as it is at one moment.
+/// A SCSI device with a disk, as it was found by one look.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Present {
     /// Its disk.
@@ -140,7 +140,7 @@ pub(crate) async fn disk(sysfs: &dyn Sysfs, dir: &str) -> Result<Option<Disk>, E
     Ok(sysfs.look(dir, move |view| disk_in(view, &device)).await?)
 }
 
-/// The same with what is to be compared of the device; one look, so that all of it is of one moment.
+/// The same with what is to be compared of the device, read in a row.
 pub(crate) async fn present(sysfs: &dyn Sysfs, dir: &str) -> Result<Option<Present>, Error> {
     let device = dir.to_owned();
     let look = move |view: &View<'_>| {

@@ -100,12 +100,22 @@ pub(crate) async fn by_number(sysfs: &dyn Sysfs, dev: DevNum) -> Result<Option<M
     Ok(sysfs.look(&link, look).await?)
 }
 
-/// The map of that uuid, wherever it is.
-pub(crate) async fn by_uuid(sysfs: &dyn Sysfs, uuid: &str) -> Result<Option<Map>, Error> {
+/// The map of that uuid. It is looked for `at` the number that it had first: a node has thousands of maps, and
+/// otherwise each is asked for its uuid.
+pub(crate) async fn by_uuid(
+    sysfs: &dyn Sysfs,
+    uuid: &str,
+    at: Option<DevNum>,
+) -> Result<Option<Map>, Error> {
+    if let Some(dev) = at
+        && let Some(map) = by_number(sysfs, dev).await?.filter(|map| map.uuid == uuid)
+    {
+        return Ok(Some(map));
+    }
     let uuid = uuid.to_owned();
     let look = move |view: &View<'_>| {
         for kernel in view.entries("block")?.iter().filter(|n| n.starts_with("dm-")) {
-            // A node has thousands: the rest is read of the one alone. What cannot be read here is told by that.
+            // The rest is read of the one alone. What cannot be read here is told by that.
             let its = view.text(&format!("block/{kernel}/dm/uuid"));
             if its.is_ok_and(|its| its.as_deref() != Some(uuid.as_str())) {
                 continue;
@@ -317,14 +327,16 @@ async fn prove(sysfs: &dyn Sysfs, map: &Map, paths: &[ScsiPath]) -> Result<(), E
     Ok(())
 }
 
-/// Removes the map of that uuid. Nobody may hold it; what is in its queue is failed, not kept.
+/// Removes the map of that uuid, which may be `at` that number. Nobody may hold it; what is in its queue is failed,
+/// not kept.
 pub(crate) async fn remove(
     doors: &StorageDoors,
     settings: &Settings,
     uuid: &str,
+    at: Option<DevNum>,
     opens: Opens,
 ) -> Result<Outcome, Error> {
-    let Some(map) = by_uuid(&*doors.sysfs, uuid).await? else {
+    let Some(map) = by_uuid(&*doors.sysfs, uuid, at).await? else {
         return Ok(Outcome::Already(()));
     };
     let held = match opens {
@@ -341,7 +353,7 @@ pub(crate) async fn remove(
     let mut refused = delete(doors, settings, &map).await?;
     loop {
         // `del map` may answer that it is delayed: sysfs is the truth.
-        match by_uuid(&*doors.sysfs, uuid).await? {
+        match by_number(&*doors.sysfs, map.dev).await? {
             Some(now) if now.diskseq == map.diskseq => {}
             _ => return Ok(Outcome::Done(())),
         }
@@ -437,7 +449,7 @@ pub(crate) async fn take_off(
         let asked = doors.multipathd.ask(&format!("del path {}", path.disk.name)).await;
         asked.map_err(Error::Multipathd)?;
     }
-    remove(doors, settings, &map.uuid, Opens::Unknown).await?;
+    remove(doors, settings, &map.uuid, Some(map.dev), Opens::Unknown).await?;
     forget(&*doors.multipathd, &map.uuid).await
 }
 

@@ -269,12 +269,8 @@ impl Ways {
 
     /// The VM's place of a domain that is known to run: as it was found last, while that QEMU runs.
     pub(super) async fn present_place(&self) -> Result<Place, Failure> {
-        let found = self.found().clone();
-        match found {
-            Some(place) => match &place.pod {
-                Some(pod) if !pod.is_current(&self.host.pods).await? => self.place().await,
-                _ => Ok(place),
-            },
+        match self.found_place().await? {
+            Some(place) => Ok(place),
             None => self.place().await,
         }
     }
@@ -283,14 +279,19 @@ impl Ways {
     pub(super) async fn checked_place(&self) -> Result<Place, Failure> {
         // A QEMU that is ending is still there when its domain is not.
         self.refuse_unless_it_runs().await?;
-        let found = self.found().clone();
-        if let Some(place) = found
-            && let Some(pod) = &place.pod
-            && pod.is_current(&self.host.pods).await?
-        {
-            return Ok(place);
+        match self.found_place().await? {
+            Some(place) => Ok(place),
+            None => self.prove_place().await,
         }
-        self.prove_place().await
+    }
+
+    /// The place that was found last, unless the QEMU by which it was found is gone.
+    async fn found_place(&self) -> Result<Option<Place>, Failure> {
+        let Some(place) = self.found().clone() else { return Ok(None) };
+        match &place.pod {
+            Some(pod) if !pod.is_current(&self.host.pods).await? => Ok(None),
+            _ => Ok(Some(place)),
+        }
     }
 
     /// Has the place proven anew by whoever needs it next.

@@ -7,6 +7,8 @@ mod luns;
 mod maps;
 mod targets;
 
+mod many;
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -48,7 +48,10 @@ impl<T: Transport> Luns<T> {
             None => self.map_above(user).await?,
         };
         let map_device = match &map {
-            Some(map) => multipath::by_uuid(&*self.doors.sysfs, &map.uuid).await?,
+            Some(map) => {
+                let at = user.attachment.as_ref().map(|a| a.device.dev);
+                multipath::by_uuid(&*self.doors.sysfs, &map.uuid, at).await?
+            }
             None => None,
         };
         let made = map.as_ref().is_some_and(|m| m.made);
@@ -64,8 +67,9 @@ impl<T: Transport> Luns<T> {
             tracker.run(Step::Flush, flush).await?;
         }
         if let Some(map) = map.filter(|m| m.made) {
-            let opens = map_device.map_or(Opens::Unknown, |map| going.opens(map.dev));
-            let remove = multipath::remove(&self.doors, &self.settings, &map.uuid, opens);
+            let at = map_device.map(|map| map.dev);
+            let opens = at.map_or(Opens::Unknown, |dev| going.opens(dev));
+            let remove = multipath::remove(&self.doors, &self.settings, &map.uuid, at, opens);
             tracker.run(Step::Unmap, remove).await?;
             going.maps.insert(map.uuid);
         }
@@ -320,9 +324,8 @@ impl<T: Transport> Luns<T> {
         loop {
             multipath::part(&self.doors, &self.settings, &seen.name, block).await?;
             if let Some(map) = self.map_above(user).await? {
-                let remove =
-                    multipath::remove(&self.doors, &self.settings, &map.uuid, Opens::Unknown);
-                remove.await?;
+                let (uuid, opens) = (&map.uuid, Opens::Unknown);
+                multipath::remove(&self.doors, &self.settings, uuid, None, opens).await?;
                 going.maps.insert(map.uuid);
             }
             let opens = going.opens(seen.dev);

@@ -212,9 +212,10 @@ impl<T: Transport> Luns<T> {
                 }
             }
             // multipathd may take the empty map away by itself.
-            let left = multipath::by_uuid(sysfs, &map.uuid).await?;
+            let left = multipath::by_uuid(sysfs, &map.uuid, Some(map.dev)).await?;
             if left.is_none_or(|m| m.slaves.is_empty()) {
-                multipath::remove(&self.doors, &self.settings, &map.uuid, Opens::None).await?;
+                let (uuid, at) = (&map.uuid, Some(map.dev));
+                multipath::remove(&self.doors, &self.settings, uuid, at, Opens::None).await?;
                 multipath::forget(&*self.doors.multipathd, &map.uuid).await?;
             }
             let forget = |user: &mut User| drop(user.map.take_if(|m| m.uuid == map.uuid));

@@ -50,7 +50,7 @@ pub(crate) async fn forget_deleted(
     settings: &Settings,
     uuid: &str,
 ) -> Result<(), Error> {
-    if let Some(map) = by_uuid(&*doors.sysfs, uuid).await? {
+    if let Some(map) = by_uuid(&*doors.sysfs, uuid, None).await? {
         for slave in &map.slaves {
             // A deleted disk stays listed for as long as the map is there.
             let there = doors.sysfs.text(&format!("block/{slave}/dev")).await;
@@ -58,7 +58,7 @@ pub(crate) async fn forget_deleted(
                 return Ok(());
             }
         }
-        remove(doors, settings, uuid, Opens::Unknown).await?;
+        remove(doors, settings, uuid, Some(map.dev), Opens::Unknown).await?;
     }
     forget(&*doors.multipathd, uuid).await
 }
@@ -66,7 +66,7 @@ pub(crate) async fn forget_deleted(
 /// The same, for a LUN that has no map now.
 pub(crate) async fn forget_unused(doors: &StorageDoors, wwid: &Wwid) -> Result<(), Error> {
     let uuid = format!("mpath-{}", wwid.multipath());
-    match by_uuid(&*doors.sysfs, &uuid).await? {
+    match by_uuid(&*doors.sysfs, &uuid, None).await? {
         Some(_) => Ok(()),
         None => forget(&*doors.multipathd, &uuid).await,
     }

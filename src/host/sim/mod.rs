@@ -2,6 +2,7 @@
 //!
 //! Each door's model is in its own file; [`Faults`] makes any of them fail or hang.
 
+mod devices;
 pub mod domain;
 mod drives;
 mod faults;

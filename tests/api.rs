@@ -4,11 +4,13 @@
 #[path = "api/batch.rs"]
 mod batch;
 mod common;
+#[path = "api/watch.rs"]
+mod watch;
 
 use common::{POD, Server, URL};
 use lunplug::api::auth::AllowedPeers;
 use lunplug::api::convert::{wire_source, wire_vm_id};
-use lunplug::api::v1::{self, watch_volumes_response::Event};
+use lunplug::api::v1;
 use lunplug::reason::Reason;
 use lunplug::spec::{Phase, Source};
 use tonic::{Code, Status};
@@ -436,65 +438,6 @@ async fn what_is_unknown_or_clashes_is_told_apart() {
     ] {
         assert_eq!(blame(&status), (Reason::VmNotFound, "vm".into()));
     }
-}
-
-#[tokio::test]
-async fn a_watch_lists_follows_filters_and_says_when_it_lost_something() {
-    let server = Server::start();
-    let mut client = server.client().await;
-    for name in ["a", "b"] {
-        client.register_vm(registration(name, pod())).await.unwrap();
-        client.add_volume(addition(name, |_| {})).await.unwrap();
-    }
-    let request = v1::WatchVolumesRequest { vm: vm("a") };
-    let mut stream = client.watch_volumes(request).await.unwrap().into_inner();
-    let mut next = async || stream.message().await.unwrap().unwrap().event.unwrap();
-    let Event::Snapshot(first) = next().await else { panic!("the list comes first") };
-    assert!(!first.events_lost);
-    assert_eq!(first.volumes.len(), 1);
-
-    let of = |name: &str| server.memory.get(&format!("default/{name}/data")).unwrap();
-    server.memory.publish(of("b"), Phase::Bound, None);
-    server.memory.publish(of("a"), Phase::Ready, None);
-    let Event::Changed(changed) = next().await else { panic!("a change") };
-    assert_eq!((changed.vm, changed.phase), (vm("a"), v1::Phase::Ready.into()));
-
-    // More changes than the server keeps, without a chance to send any of them.
-    for _ in 0..100 {
-        server.memory.publish(of("a"), Phase::Ready, Some(Reason::MapFailed));
-    }
-    let newest = of("a").generation;
-    let snapshot = loop {
-        if let Event::Snapshot(snapshot) = next().await {
-            break snapshot;
-        }
-    };
-    assert!(snapshot.events_lost);
-    assert_eq!(snapshot.volumes[0].generation, newest);
-
-    server.memory.publish(of("a"), Phase::Gone, None);
-    let gone = loop {
-        // What was still kept when the list was made is older and not sent again.
-        match next().await {
-            Event::Changed(changed) => break changed,
-            Event::Snapshot(_) => {}
-        }
-    };
-    assert_eq!((gone.phase(), gone.generation), (v1::Phase::Gone, newest + 1));
-}
-
-#[tokio::test]
-async fn stopping_ends_watches_and_the_server_with_a_reason() {
-    let server = Server::start();
-    let mut client = server.client().await;
-    let request = v1::WatchVolumesRequest::default();
-    let mut stream = client.watch_volumes(request).await.unwrap().into_inner();
-    stream.message().await.unwrap();
-    server.stop.send(true).unwrap();
-    let status = stream.message().await.unwrap_err();
-    assert_eq!((status.code(), blame(&status).0), (Code::Unavailable, Reason::ShuttingDown));
-    assert!(status.get_error_details().retry_info().is_some());
-    server.task.await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -189,7 +189,7 @@ impl Watchers {
     /// Returns when each has a list of so many volumes.
     pub async fn connect(socket: &Path, count: usize, volumes: u32) -> Self {
         let (mut tasks, lists_anew) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
-        let bytes = Arc::new(Mutex::new(0));
+        let bytes = Arc::new(AtomicUsize::new(0));
         let mut seen = Vec::new();
         for _ in 0..count {
             let (tell, told) = watch::channel(Seen::default());
@@ -200,6 +200,7 @@ impl Watchers {
                 let request = v1::WatchVolumesRequest::default();
                 let mut stream = client.watch_volumes(request).await.unwrap().into_inner();
                 let mut known = HashSet::new();
+                let mut list = 0;
                 while let Ok(Some(message)) = stream.message().await {
                     let size = message.encoded_len();
                     let Some(event) = message.event else { continue };
@@ -207,10 +208,13 @@ impl Watchers {
                         Event::Changed(_) => 1,
                         Event::Snapshot(snapshot) => {
                             lists.fetch_add(usize::from(snapshot.events_lost), Ordering::Relaxed);
-                            if known.is_empty() {
-                                *bytes.lock().unwrap() = size;
+                            if list == 0 {
+                                known.clear();
                             }
-                            known.clear();
+                            list += size;
+                            if !snapshot.more {
+                                bytes.store(std::mem::take(&mut list), Ordering::Relaxed);
+                            }
                             0
                         }
                     };
@@ -229,7 +233,7 @@ impl Watchers {
         }
         let mut watchers = Self { seen, lists_anew, list_bytes: 0, _tasks: tasks };
         watchers.all_know(volumes).await;
-        watchers.list_bytes = *bytes.lock().unwrap();
+        watchers.list_bytes = bytes.load(Ordering::Relaxed);
         watchers
     }
 

@@ -21,14 +21,13 @@ use crate::vm::resolve::Names;
 /// Serves `lunplug.v1.LunplugService`.
 pub struct Service {
     pub(super) volumes: Arc<dyn Volumes>,
-    turns: super::watch::Turns,
     stopping: watch::Receiver<bool>,
 }
 
 impl Service {
     /// `stopping` turns true when streams have to end.
     pub fn new(volumes: Arc<dyn Volumes>, stopping: watch::Receiver<bool>) -> Self {
-        Self { volumes, turns: Default::default(), stopping }
+        Self { volumes, stopping }
     }
 
     /// Of a filter: the VM must be registered, or a typing error would look like "no volumes".
@@ -321,7 +320,7 @@ impl LunplugService for Service {
             let vm = self.filter(request.vm.as_ref()).await?;
             let volumes = self.volumes.list_volumes(vm.as_ref()).await;
             Ok(v1::ListVolumesResponse {
-                volumes: volumes.iter().map(convert::wire_volume).collect(),
+                volumes: volumes.iter().map(|volume| convert::wire_volume(volume)).collect(),
             })
         })
         .await
@@ -337,12 +336,7 @@ impl LunplugService for Service {
         let request = request.into_inner();
         answer("WatchVolumes", about(request.vm.as_ref(), ""), async {
             let vm = self.filter(request.vm.as_ref()).await?;
-            let stream = super::watch::stream(
-                self.volumes.clone(),
-                vm,
-                self.turns.clone(),
-                self.stopping.clone(),
-            );
+            let stream = super::watch::stream(self.volumes.clone(), vm, self.stopping.clone());
             Ok(Box::pin(stream) as Self::WatchVolumesStream)
         })
         .await

@@ -1,153 +1,132 @@
 //! WatchVolumes: a list, then changes; a client that is too slow is told so and gets a new list.
 //!
 //! ```text
-//! subscribe -> list -> [snapshot] -> changes newer than the list -> ... -> stopping: error
-//!                 ^                          |
-//!                 +---- too slow (lagged) ---+
+//! subscribe -> list -> [part, more]... -> [part] -> changes newer than the list -> ... -> stopping: error
+//!                ^                                          |
+//!                +----------- too slow (lagged) ------------+
 //! ```
-//! A node's list is megabytes, and after a burst or a restart many clients want theirs at once: they are
-//! made in turn, each when the ones before have been taken, or their clients had [`TURN`] for it.
+//! A node's list is megabytes, and after a burst or a restart many clients want theirs at once. So a list is shared,
+//! and nothing of it is made for a client before the client takes it, part by part: the connection asks for the next
+//! message when it has sent the one before.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
+use futures_util::stream::{self, Stream};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{Semaphore, broadcast, mpsc, watch};
-use tokio_stream::Stream;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::{broadcast, watch};
 use tonic::Status;
 
 use super::convert;
 use super::status::{self, About};
 use super::v1::{self, watch_volumes_response::Event};
 use crate::reason::Reason;
-use crate::spec::{Phase, VolumeStatus};
-use crate::types::{VmId, VolumeKey};
+use crate::spec::VolumeStatus;
+use crate::types::VmId;
 use crate::vm::facade::{Refusal, Volumes};
 
-/// Messages under way to one client. What is more stays in the broadcast's own buffer, and is lost,
-/// and said to be, when that overflows.
-const IN_FLIGHT: usize = 16;
-
-/// How long a client may keep the others from their lists by not taking its own.
-const TURN: Duration = Duration::from_secs(1);
-
-/// Whose turn it is to have a list made. Clones share it.
-#[derive(Clone)]
-pub(super) struct Turns(Arc<Semaphore>);
-
-impl Default for Turns {
-    fn default() -> Self {
-        Self(Arc::new(Semaphore::new(2)))
-    }
-}
+/// Volumes in one message of a list: some 50 KiB, a hundredth of what gRPC's clients take unasked (4 MiB).
+const PART: usize = 256;
 
 type Item = Result<v1::WatchVolumesResponse, Status>;
 
-/// One client's stream. Its task ends with the client, or when `stopping` turns true.
+/// One client's stream. It ends with the client, or when `stopping` turns true.
 pub(super) fn stream(
     volumes: Arc<dyn Volumes>,
     vm: Option<VmId>,
-    turns: Turns,
     mut stopping: watch::Receiver<bool>,
 ) -> impl Stream<Item = Item> + Send {
-    let (client, receiver) = mpsc::channel(IN_FLIGHT);
-    tokio::spawn(async move {
-        let stopped = async {
-            // An error means that the server is gone: the same.
-            let _ = stopping.wait_for(|stop| *stop).await;
-        };
+    let feed = Feed { changes: volumes.watch(), volumes, vm, list: None, known: 0 };
+    let stopped = async move {
+        // An error means that the server is gone: the same.
+        let _ = stopping.wait_for(|stop| *stop).await;
+    };
+    let state = Some((feed, Box::pin(stopped)));
+    stream::unfold(state, |state| async {
+        let (mut feed, mut stopped) = state?;
         tokio::select! {
-            () = feed(&*volumes, vm, &turns, &client) => {}
-            () = stopped => {
+            biased;
+            () = &mut stopped => {
                 let refusal = Refusal::new(Reason::ShuttingDown, "lunplugd is stopping");
-                // A client whose buffer is full learns it from the connection's end.
-                let _ = client.try_send(Err(status::status(&refusal, &About::default())));
+                Some((Err(status::status(&refusal, &About::default())), None))
+            }
+            event = feed.next() => {
+                let message = v1::WatchVolumesResponse { event: Some(event?) };
+                Some((Ok(message), Some((feed, stopped))))
             }
         }
-    });
-    ReceiverStream::new(receiver)
+    })
 }
 
-/// Sends until the client is gone.
-async fn feed(volumes: &dyn Volumes, vm: Option<VmId>, turns: &Turns, client: &mpsc::Sender<Item>) {
-    let mut changes = volumes.watch();
-    let mut seen = Seen::default();
-    let mut events_lost = false;
-    loop {
-        // It is never closed.
-        let turn = turns.0.acquire().await;
-        let list = volumes.list_volumes(vm.as_ref()).await;
-        seen.replace(&list);
-        let volumes = list.iter().map(convert::wire_volume).collect();
-        drop(list);
-        let snapshot = Event::Snapshot(v1::VolumeSnapshot { volumes, events_lost });
-        if send(client, snapshot).await.is_err() {
-            return;
-        }
-        // An error means that the client is gone, which is seen next.
-        let _ = tokio::time::timeout(TURN, client.reserve_many(client.max_capacity())).await;
-        drop(turn);
-        if follow(&mut changes, vm.as_ref(), &mut seen, client).await.is_err() {
-            return;
-        }
-        events_lost = true;
-    }
+/// What one client is sent.
+struct Feed {
+    volumes: Arc<dyn Volumes>,
+    vm: Option<VmId>,
+    changes: broadcast::Receiver<Arc<VolumeStatus>>,
+    /// The list that is being sent; `None` before the first.
+    list: Option<List>,
+    /// The newest generation of the last list. One counter is for all volumes, and a change is in the list before
+    /// it is sent: what is not newer, the list had.
+    known: u64,
 }
 
-/// The client went away, or the source did.
-struct Over;
+struct List {
+    volumes: Vec<Arc<VolumeStatus>>,
+    sent: usize,
+    events_lost: bool,
+    over: bool,
+}
 
-/// Sends changes until some were lost.
-async fn follow(
-    changes: &mut broadcast::Receiver<Arc<VolumeStatus>>,
-    vm: Option<&VmId>,
-    seen: &mut Seen,
-    client: &mpsc::Sender<Item>,
-) -> Result<(), Over> {
-    loop {
-        let change = tokio::select! {
-            change = changes.recv() => change,
-            () = client.closed() => return Err(Over),
-        };
-        match change {
-            Ok(volume) => {
-                let wanted = vm.is_none_or(|vm| volume.key.vm == *vm);
-                if wanted && seen.is_news(&volume) {
-                    send(client, Event::Changed(convert::wire_volume(&volume))).await?;
+impl Feed {
+    /// The next message; `None` when nothing will come any more.
+    async fn next(&mut self) -> Option<Event> {
+        if self.list.is_none() {
+            self.list_anew(false).await;
+        }
+        loop {
+            if let Some(part) = self.list.as_mut().and_then(List::part) {
+                return Some(Event::Snapshot(part));
+            }
+            match self.changes.recv().await {
+                Ok(volume) if self.is_news(&volume) => {
+                    return Some(Event::Changed(convert::wire_volume(&volume)));
                 }
+                Ok(_) => {}
+                Err(RecvError::Lagged(_)) => self.list_anew(true).await,
+                Err(RecvError::Closed) => return None,
             }
-            Err(RecvError::Lagged(_)) => return Ok(()),
-            Err(RecvError::Closed) => return Err(Over),
         }
+    }
+
+    fn is_news(&self, volume: &VolumeStatus) -> bool {
+        let wanted = self.vm.as_ref().is_none_or(|vm| volume.key.vm == *vm);
+        wanted && volume.generation > self.known
+    }
+
+    async fn list_anew(&mut self, events_lost: bool) {
+        let volumes = self.volumes.list_volumes(self.vm.as_ref()).await;
+        let newest = volumes.iter().map(|volume| volume.generation).max();
+        self.known = newest.unwrap_or_default().max(self.known);
+        self.list = Some(List { volumes, sent: 0, events_lost, over: false });
     }
 }
 
-async fn send(client: &mpsc::Sender<Item>, event: Event) -> Result<(), Over> {
-    let message = v1::WatchVolumesResponse { event: Some(event) };
-    client.send(Ok(message)).await.map_err(|_| Over)
-}
-
-/// The generations that the client has been sent.
-#[derive(Default)]
-struct Seen(HashMap<VolumeKey, u64>);
-
-impl Seen {
-    fn replace(&mut self, list: &[VolumeStatus]) {
-        self.0 = list.iter().map(|v| (v.key.clone(), v.generation)).collect();
-    }
-
-    /// Whether the client does not know it yet; notes that it will.
-    fn is_news(&mut self, volume: &VolumeStatus) -> bool {
-        if self.0.get(&volume.key).is_some_and(|&known| volume.generation <= known) {
-            return false;
+impl List {
+    /// The next message of it, of which an empty list has one too.
+    fn part(&mut self) -> Option<v1::VolumeSnapshot> {
+        if self.over {
+            return None;
         }
-        if volume.phase == Phase::Gone {
-            self.0.remove(&volume.key);
-        } else {
-            self.0.insert(volume.key.clone(), volume.generation);
+        let rest = &self.volumes[self.sent..];
+        let part = &rest[..rest.len().min(PART)];
+        let snapshot = v1::VolumeSnapshot {
+            volumes: part.iter().map(|volume| convert::wire_volume(volume)).collect(),
+            events_lost: self.events_lost && self.sent == 0,
+            more: part.len() < rest.len(),
+        };
+        self.sent += part.len();
+        if !snapshot.more {
+            (self.over, self.volumes) = (true, Vec::new());
         }
-        true
+        Some(snapshot)
     }
 }

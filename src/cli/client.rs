@@ -45,7 +45,8 @@ pub(super) async fn connect(socket: &Path) -> Result<Client, Failure> {
         Endpoint::from_static("http://lunplugd").connect_with_connector(connector).await.map_err(
             |error| Failure::plain(Exit::Unavailable, format!("cannot speak to lunplugd: {error}")),
         )?;
-    Ok(LunplugServiceClient::new(channel))
+    // lunplugd is no stranger: a node's list may be larger than what gRPC takes from one (4 MiB).
+    Ok(LunplugServiceClient::new(channel).max_decoding_message_size(usize::MAX))
 }
 
 fn unreachable(socket: &Path, error: &std::io::Error) -> Failure {

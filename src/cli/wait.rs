@@ -236,6 +236,7 @@ impl Wait {
                 return gone_or_failed(status);
             }
         };
+        let mut list = Vec::new();
         while self.left().next().is_some() {
             let event = match stream.message().await {
                 Ok(Some(message)) => message.event,
@@ -243,11 +244,16 @@ impl Wait {
                 Err(status) => return gone_or_failed(status),
             };
             match event {
-                Some(Event::Snapshot(snapshot)) => {
+                Some(Event::Snapshot(mut snapshot)) => {
+                    list.append(&mut snapshot.volumes);
+                    if snapshot.more {
+                        continue;
+                    }
                     for one in self.left() {
-                        let found = snapshot.volumes.iter().find(|volume| one.is(volume));
+                        let found = list.iter().find(|volume| one.is(volume));
                         one.look(found.cloned(), shown)?;
                     }
+                    list.clear();
                 }
                 Some(Event::Changed(volume)) => {
                     if let Some(one) = self.left().find(|one| one.is(&volume)) {

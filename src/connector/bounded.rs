@@ -143,6 +143,9 @@ impl Blocks for BoundedBlocks {
     async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive> {
         within(self.probe, || format!("opening {dev}"), self.door.exclusive(dev)).await
     }
+    async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>> {
+        within(self.probe, || format!("looking for {uuid}"), self.door.mapped(uuid)).await
+    }
     async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
         within(self.probe, || format!("looking who has {dev} open"), self.door.openers(dev)).await
     }

@@ -1,6 +1,11 @@
 //! How an attached volume is on the host: told by what can be read, changing nothing.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::Attachment;
 use crate::host::multipathd::Multipathd;
@@ -36,7 +41,50 @@ pub struct Paths {
     pub dead: Vec<String>,
 }
 
-/// What multipathd thinks of the node's paths.
+/// What multipathd thinks of the node's paths. It tells of all at once, so of a node with thousands it is asked once for
+/// all who look at about the same time.
+#[derive(Default)]
+pub(crate) struct Checks {
+    last: tokio::sync::Mutex<Option<Answer>>,
+    /// How often something has happened to the node's devices; 0 while nobody listens.
+    doubts: AtomicU64,
+}
+
+struct Answer {
+    at: Instant,
+    doubts: u64,
+    checked: Arc<Checked>,
+}
+
+/// For how long an answer counts while nothing happens. The kernel tells of each path that fails or comes back
+/// (dm-mpath, `DM_ACTION=PATH_FAILED`).
+const FRESH: Duration = Duration::from_secs(10);
+
+impl Checks {
+    /// Something happened, or somebody begins to listen: what was answered before counts no more.
+    pub(super) fn doubt(&self) {
+        self.doubts.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// As of now, or of a moment ago since which nothing happened.
+    pub(super) async fn get(&self, multipathd: &dyn Multipathd) -> Arc<Checked> {
+        let mut last = self.last.lock().await;
+        // Read before it is asked: what happens meanwhile may not be in the answer.
+        let (at, doubts) = (Instant::now(), self.doubts.load(Ordering::Acquire));
+        if let Some(answer) = &*last
+            && at - answer.at < FRESH
+            && answer.doubts == doubts
+            && doubts > 0
+        {
+            return answer.checked.clone();
+        }
+        let checked = Arc::new(checked(multipathd).await);
+        *last = Some(Answer { at, doubts, checked: checked.clone() });
+        checked
+    }
+}
+
+/// Its answer.
 #[derive(Debug, Default)]
 pub(crate) struct Checked {
     /// The addresses of those that do not work; those that do are many.
@@ -65,5 +113,58 @@ pub(super) async fn checked(multipathd: &dyn Multipathd) -> Checked {
             tracing::debug!(%error, "multipathd does not tell how paths are; /sys alone counts");
             Checked::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use async_trait::async_trait;
+
+    use super::*;
+    use crate::host::multipathd::MultipathdError;
+    use crate::types::{Outcome, Wwid};
+
+    /// A multipathd that takes a second to answer.
+    #[derive(Default)]
+    struct Slow(AtomicUsize);
+
+    #[async_trait]
+    impl Multipathd for Slow {
+        async fn ask(&self, _: &str) -> Result<String, MultipathdError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Ok("3:0:0:1 active\n4:0:0:1 failed\n".into())
+        }
+
+        async fn forget(&self, _: &Wwid) -> Result<Outcome, MultipathdError> {
+            unreachable!("nothing is changed")
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_who_look_ask_once_until_something_happens() {
+        let (multipathd, checks) = (Slow::default(), Checks::default());
+        let asked = || multipathd.0.load(Ordering::Relaxed);
+        let look = async || {
+            let looks = (0..100).map(|_| checks.get(&multipathd));
+            for checked in futures_util::future::join_all(looks).await {
+                assert!(checked.is_failed("4:0:0:1") && !checked.is_failed("3:0:0:1"));
+            }
+        };
+        checks.get(&multipathd).await;
+        checks.get(&multipathd).await;
+        assert_eq!(asked(), 2, "nobody listens to what happens");
+        checks.doubt();
+        look().await;
+        look().await;
+        assert_eq!(asked(), 3);
+        checks.doubt();
+        look().await;
+        assert_eq!(asked(), 4);
+        tokio::time::sleep(FRESH).await;
+        look().await;
+        assert_eq!(asked(), 5);
     }
 }

@@ -50,7 +50,7 @@ pub(crate) async fn resize(
         Err(_) => false,
     };
     let now = loop {
-        let now = by_uuid(&*doors.sysfs, &map.uuid, Some(map.dev)).await?.map_or(0, |now| now.size);
+        let now = by_uuid(doors, &map.uuid, Some(map.dev)).await?.map_or(0, |now| now.size);
         if now == size {
             return Ok(());
         }

@@ -93,24 +93,37 @@ fn read_in(view: &View<'_>, kernel: &str) -> Result<Option<Map>, ReadError> {
 /// The map that has that number now.
 pub(crate) async fn by_number(sysfs: &dyn Sysfs, dev: DevNum) -> Result<Option<Map>, Error> {
     let link = format!("dev/block/{dev}");
-    let look = move |view: &View<'_>| match view.resolve(&format!("dev/block/{dev}"))? {
-        Some(dir) => read_in(view, dir.rsplit('/').next().unwrap_or_default()),
-        None => Ok(None),
-    };
-    Ok(sysfs.look(&link, look).await?)
+    Ok(sysfs.look(&link, move |view| by_number_in(view, dev)).await?)
 }
 
-/// The map of that uuid. It is looked for `at` the number that it had first: a node has thousands of maps, and
-/// otherwise each is asked for its uuid.
+pub(crate) fn by_number_in(view: &View<'_>, dev: DevNum) -> Result<Option<Map>, ReadError> {
+    match view.resolve(&format!("dev/block/{dev}"))? {
+        Some(dir) => read_in(view, dir.rsplit('/').next().unwrap_or_default()),
+        None => Ok(None),
+    }
+}
+
+/// The map of that uuid. It is looked for `at` the number that it had first; then device-mapper is asked.
 pub(crate) async fn by_uuid(
-    sysfs: &dyn Sysfs,
+    doors: &StorageDoors,
     uuid: &str,
     at: Option<DevNum>,
 ) -> Result<Option<Map>, Error> {
+    let sysfs = &*doors.sysfs;
     if let Some(dev) = at
         && let Some(map) = by_number(sysfs, dev).await?.filter(|map| map.uuid == uuid)
     {
         return Ok(Some(map));
+    }
+    match doors.blocks.mapped(uuid).await {
+        Ok(None) => return Ok(None),
+        Ok(Some(dev)) => {
+            // Another one, where it has gone meanwhile.
+            return Ok(by_number(sysfs, dev).await?.filter(|map| map.uuid == uuid));
+        }
+        Err(error) => {
+            tracing::debug!(uuid, %error, "device-mapper was not asked: each map is, by /sys");
+        }
     }
     let uuid = uuid.to_owned();
     let look = move |view: &View<'_>| {
@@ -336,7 +349,7 @@ pub(crate) async fn remove(
     at: Option<DevNum>,
     opens: Opens,
 ) -> Result<Outcome, Error> {
-    let Some(map) = by_uuid(&*doors.sysfs, uuid, at).await? else {
+    let Some(map) = by_uuid(doors, uuid, at).await? else {
         return Ok(Outcome::Already(()));
     };
     let held = match opens {

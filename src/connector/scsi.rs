@@ -17,7 +17,7 @@ use super::error::Error;
 use super::identity::{Identity, IdentityError, identify};
 use super::lease::Seen;
 use super::settings::{Settings, ms};
-use super::wait::Wait;
+use super::wait::{About, Wait};
 
 /// A close makes no event, so whoever waits for one looks this often; udev's helpers have a new
 /// device open for a moment.
@@ -143,13 +143,14 @@ pub(crate) async fn disk(sysfs: &dyn Sysfs, dir: &str) -> Result<Option<Disk>, E
 /// The same with what is to be compared of the device, read in a row.
 pub(crate) async fn present(sysfs: &dyn Sysfs, dir: &str) -> Result<Option<Present>, Error> {
     let device = dir.to_owned();
-    let look = move |view: &View<'_>| {
-        let Some(disk) = disk_in(view, &device)? else { return Ok(None) };
-        let raw_wwid = raw_wwid_in(view, &device)?;
-        let state = view.text(&format!("{device}/state"))?.unwrap_or_default();
-        Ok(Some(Present { disk, raw_wwid, state }))
-    };
-    Ok(sysfs.look(dir, look).await?)
+    Ok(sysfs.look(dir, move |view| present_in(view, &device)).await?)
+}
+
+pub(crate) fn present_in(view: &View<'_>, dir: &str) -> Result<Option<Present>, ReadError> {
+    let Some(disk) = disk_in(view, dir)? else { return Ok(None) };
+    let raw_wwid = raw_wwid_in(view, dir)?;
+    let state = view.text(&format!("{dir}/state"))?.unwrap_or_default();
+    Ok(Some(Present { disk, raw_wwid, state }))
 }
 
 pub(crate) fn disk_in(view: &View<'_>, dir: &str) -> Result<Option<Disk>, ReadError> {
@@ -232,9 +233,12 @@ pub(crate) async fn rescan(sysfs: &dyn Sysfs, dir: &str) -> Result<(), Error> {
 /// Whether writes to a disk or map are refused, as the kernel knows it (`ro`): for a SCSI disk what the
 /// LUN's mode page said when it was last read.
 pub(crate) async fn is_protected(sysfs: &dyn Sysfs, block_dir: &str) -> Result<bool, Error> {
-    let path = format!("{block_dir}/ro");
-    let ro = sysfs.text(&path).await.map_err(Error::io(format!("reading {path}")))?;
-    Ok(ro.as_deref() == Some("1"))
+    let block = block_dir.to_owned();
+    Ok(sysfs.look(block_dir, move |view| is_protected_in(view, &block)).await?)
+}
+
+pub(crate) fn is_protected_in(view: &View<'_>, block_dir: &str) -> Result<bool, ReadError> {
+    Ok(view.text(&format!("{block_dir}/ro"))?.as_deref() == Some("1"))
 }
 
 /// What is known of the programs that have a device open. To know it is to look at all descriptors of all processes,
@@ -364,7 +368,7 @@ pub(crate) async fn delete(
     if !seen.wwid.is_empty() {
         guards.push(Guard { path: format!("{dir}/wwid"), expect: seen.wwid.clone() });
     }
-    let mut wait = Wait::new(&*doors.uevents, ms(settings.disk_ms));
+    let mut wait = Wait::about(&*doors.uevents, About::Below(dir.to_owned()), ms(settings.disk_ms));
     let path = format!("{dir}/delete");
     match sysfs.write_guarded(&path, "1", &guards).await {
         Ok(Guarded::Written) => {}

@@ -141,8 +141,12 @@ impl Touched {
     }
 }
 
-/// Reads events for ever and tells what they were about.
-pub(super) async fn tell(uevents: Arc<dyn Uevents>, listeners: broadcast::Sender<Arc<Touched>>) {
+/// Reads events for ever and tells what they were about; `doubt` is told at once that there is something.
+pub(super) async fn tell(
+    uevents: Arc<dyn Uevents>,
+    listeners: broadcast::Sender<Arc<Touched>>,
+    doubt: impl Fn(),
+) {
     let mut events = uevents.subscribe();
     loop {
         let mut touched = Touched::default();
@@ -150,9 +154,11 @@ pub(super) async fn tell(uevents: Arc<dyn Uevents>, listeners: broadcast::Sender
         if touched.is_empty() {
             continue;
         }
+        doubt();
         let until = Instant::now() + GATHER;
         while let Ok(notice) = timeout_at(until, events.event()).await {
             touched.take(&notice);
+            doubt();
         }
         // Nobody listening is fine.
         let _ = listeners.send(Arc::new(touched));
@@ -197,12 +203,13 @@ mod tests {
             properties.insert("MAJOR".into(), major.to_string());
             properties.insert("MINOR".into(), minor.to_string());
         }
-        Notice::Event(Uevent {
+        let event = Uevent {
             action: action.into(),
             devpath: devpath.into(),
             subsystem: subsystem.into(),
             properties,
-        })
+        };
+        Notice::Event(event.into())
     }
 
     #[test]
@@ -243,7 +250,7 @@ mod tests {
         ] {
             let mut notice = event("change", subsystem, path, None);
             if let Notice::Event(event) = &mut notice {
-                event.properties.insert(said.0.into(), said.1.into());
+                Arc::make_mut(event).properties.insert(said.0.into(), said.1.into());
             }
             let mut touched = Touched::default();
             touched.take(&notice);
@@ -261,7 +268,7 @@ mod tests {
         }
         let (events, listeners) = (broadcast::channel(16384).0, channel());
         let mut told = listeners.subscribe();
-        let task = tokio::spawn(tell(Arc::new(Source(events.clone())), listeners));
+        let task = tokio::spawn(tell(Arc::new(Source(events.clone())), listeners, || {}));
         tokio::task::yield_now().await;
         for n in 0..10_000 {
             let path = format!("devices/virtual/block/dm-{n}");

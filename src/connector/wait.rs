@@ -12,21 +12,61 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::host::uevent::{UeventStream, Uevents};
+use crate::host::uevent::{Notice, Uevent, UeventStream, Uevents};
+
+/// What is waited for, as far as events tell: a node that is busy has thousands of them a second, and many who wait.
+#[derive(Debug)]
+pub(crate) enum About {
+    /// Any event may be about it.
+    Any,
+    /// Sessions: what is told of single devices is not about them.
+    Sessions,
+    /// What is in a directory below /sys, or comes there: `devices/platform/host3/session1/target3:0:0/3:0:0:1`.
+    Below(String),
+}
+
+impl About {
+    fn is(&self, event: &Uevent) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Sessions => match event.subsystem.as_str() {
+                "scsi" => event.properties.get("DEVTYPE").is_none_or(|kind| kind != "scsi_device"),
+                subsystem => subsystem == "scsi_host" || subsystem.starts_with("iscsi_"),
+            },
+            Self::Below(dir) => {
+                let rest = event.devpath.strip_prefix(dir.as_str());
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            }
+        }
+    }
+}
 
 /// One wait.
 pub(crate) struct Wait {
     stream: UeventStream,
+    about: About,
+    begun: Instant,
     deadline: Instant,
     over: bool,
 }
 
+/// Between two looks there is so much of the time that was waited already: where hundreds wait for what takes long,
+/// each event of each would be a look of all of them. It adds 3 % at most.
+const PAUSE: u32 = 32;
+
 impl Wait {
-    /// Subscribes.
+    /// Subscribes to all events.
     pub(crate) fn new(uevents: &dyn Uevents, within: Duration) -> Self {
-        Self { stream: uevents.subscribe(), deadline: Instant::now() + within, over: false }
+        Self::about(uevents, About::Any, within)
+    }
+
+    /// Subscribes to some events.
+    pub(crate) fn about(uevents: &dyn Uevents, about: About, within: Duration) -> Self {
+        let begun = Instant::now();
+        let (stream, deadline) = (uevents.subscribe(), begun + within);
+        Self { stream, about, begun, deadline, over: false }
     }
 
     /// For what comes of udev's rules: looks again whenever they have been run for a device.
@@ -45,8 +85,7 @@ impl Wait {
         if soon >= self.deadline {
             return self.next().await;
         }
-        let _ = timeout_at(soon, self.stream.next()).await;
-        self.drain().await;
+        let _ = timeout_at(soon, self.woken()).await;
         true
     }
 
@@ -60,16 +99,31 @@ impl Wait {
         if self.over {
             return false;
         }
-        if timeout_at(deadline, self.stream.next()).await.is_err() {
+        if timeout_at(deadline, self.woken()).await.is_err() {
             // One more look: the deadline and the event may have come together.
             self.over = true;
-            return true;
         }
-        self.drain().await;
         true
     }
 
-    /// A login brings dozens of events at once; one look serves for all that are here already.
+    /// The next event that may be about it, or the time at which an event may have been missed. A login brings dozens at
+    /// once: one look serves for all that are here by then.
+    async fn woken(&mut self) {
+        let looked = Instant::now();
+        let told = async {
+            loop {
+                match self.stream.next().await {
+                    Notice::Event(event) if !self.about.is(&event) => {}
+                    Notice::Event(_) | Notice::Lost | Notice::Recheck => return,
+                }
+            }
+        };
+        // What is told of others puts that time off no longer.
+        let _ = timeout(UeventStream::RECHECK, told).await;
+        tokio::time::sleep_until(looked + looked.duration_since(self.begun) / PAUSE).await;
+        self.drain().await;
+    }
+
     async fn drain(&mut self) {
         loop {
             tokio::select! {
@@ -95,12 +149,17 @@ mod tests {
     }
 
     fn event() -> Notice {
-        Notice::Event(Uevent {
+        of("block", "x")
+    }
+
+    fn of(subsystem: &str, devpath: &str) -> Notice {
+        let event = Uevent {
             action: "add".into(),
-            devpath: "x".into(),
-            subsystem: "block".into(),
+            devpath: devpath.into(),
+            subsystem: subsystem.into(),
             properties: Default::default(),
-        })
+        };
+        Notice::Event(event.into())
     }
 
     #[tokio::test(start_paused = true)]
@@ -113,6 +172,60 @@ mod tests {
         assert!(wait.next().await, "the five events");
         assert!(wait.next().await, "the last look");
         assert!(!wait.next().await, "over");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_told_of_others_wakes_nobody_and_keeps_nobody_from_looking() {
+        const DISK: &str = "devices/platform/host3/session1/target3:0:0/3:0:0:1";
+        let source = Source(broadcast::channel(16).0);
+        let long = Duration::from_secs(60);
+        for (about, own) in [
+            (About::Sessions, of("iscsi_session", "devices/platform/host3/session1/iscsi_session")),
+            (About::Below(DISK.into()), of("block", &format!("{DISK}/block/sda"))),
+            (About::Below(DISK.into()), Notice::Lost),
+        ] {
+            let mut wait = Wait::about(&source, about, long);
+            let begin = Instant::now();
+            let others = async {
+                for n in 0.. {
+                    let other = of("block", &format!("{DISK}{n}/block/sdb"));
+                    source.0.send(other).expect("subscribed");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            };
+            tokio::select! {
+                () = others => {}
+                more = wait.next() => assert!(more),
+            }
+            assert_eq!(begin.elapsed(), UeventStream::RECHECK, "it looked by itself");
+            let begin = Instant::now();
+            source.0.send(own).expect("subscribed");
+            assert!(wait.next().await);
+            assert!(begin.elapsed() < Duration::from_millis(100), "its own wakes it");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_long_looks_less_often() {
+        let source = Source(broadcast::channel(16).0);
+        let mut wait = Wait::new(&source, Duration::from_secs(60));
+        let mut looks = 0;
+        let storm = async {
+            for _ in 0..10_000 {
+                source.0.send(event()).expect("subscribed");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let looking = async {
+            while wait.next().await {
+                looks += 1;
+            }
+        };
+        tokio::select! {
+            () = storm => {}
+            () = looking => {}
+        }
+        assert!((50..500).contains(&looks), "{looks} looks in 10 s");
     }
 
     #[tokio::test(start_paused = true)]

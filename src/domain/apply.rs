@@ -347,16 +347,18 @@ pub async fn observe(
     deadline: Duration,
 ) -> Result<Views, Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
-    match at.info().await? {
-        Some(info) if info.state != DomainState::Shutoff => Ok(Views {
+    let (state, persistent) = if persist {
+        at.info().await?.map_or((None, false), |info| (Some(info.state), info.persistent))
+    } else {
+        let state = connection.state(domain, at.left()).await;
+        (state.map_err(at.failed("query", domain))?, false)
+    };
+    match state {
+        Some(DomainState::Running | DomainState::Paused) => Ok(Views {
             live: Some(at.read(Definition::Live).await?),
-            config: if persist && info.persistent {
-                Some(at.read(Definition::Config).await?)
-            } else {
-                None
-            },
+            config: if persistent { Some(at.read(Definition::Config).await?) } else { None },
         }),
-        _ => Err(Error::NotRunning { domain: domain.to_owned() }),
+        Some(DomainState::Shutoff) | None => Err(Error::NotRunning { domain: domain.to_owned() }),
     }
 }
 

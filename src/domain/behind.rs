@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
+use super::ALIAS_PREFIX;
 use super::diff::{
     CONTROLLER_MODEL, DesiredDisk, DiskAddress, Needs, NewController, Plan, PlanError, Views, plan,
 };
@@ -21,13 +22,11 @@ pub(super) fn keep_places(
     pending: &BTreeSet<String>,
 ) -> Vec<NewController> {
     let mut controllers = Vec::new();
-    let there: HashSet<String> =
-        views.all().flat_map(|view| &view.disks).filter_map(|disk| disk.alias.clone()).collect();
-    for (volume, bus) in ahead {
+    let disks: Vec<Arc<Disk>> = views.all().flat_map(|view| &view.disks).cloned().collect();
+    let aliases = disks.iter().filter_map(|disk| disk.alias.as_deref());
+    let there: HashSet<&str> = aliases.filter_map(|a| a.strip_prefix(ALIAS_PREFIX)).collect();
+    for (volume, bus) in ahead.iter().filter(|(volume, _)| !there.contains(volume.as_str())) {
         let alias = super::alias(volume);
-        if there.contains(&alias) {
-            continue;
-        }
         let needs = Needs { live: views.live.is_some(), config: views.config.is_some() };
         let target = free_target(views, *bus, pending);
         let placed = match bus {

@@ -352,7 +352,7 @@ fn refuse_clashes(view: &Domain, desired: &DesiredDisk, alias: &str) -> Result<(
             });
         }
         if let Some(serial) = &desired.serial
-            && visible_serial(disk).as_deref() == Some(serial.as_str())
+            && shows(disk, serial.as_str())
         {
             return Err(PlanError::SerialInUse {
                 serial: serial.clone(),
@@ -430,18 +430,21 @@ pub fn not_ours<'a>(domain: &'a Domain, volume: &VolumeName) -> Option<&'a Disk>
     domain.disks.iter().map(|d| &**d).find(|d| foreign_alias(d, volume).is_some())
 }
 
-/// What a guest takes for the disk's serial. Without one, libvirt has `drive-<alias>` stand in VPD
+/// Whether a guest takes that for the disk's serial. Without one, libvirt has `drive-<alias>` stand in VPD
 /// page 0x83 on scsi (`qemu_command.c`); one that is too long is cut by QEMU.
-fn visible_serial(disk: &Disk) -> Option<String> {
+fn shows(disk: &Disk, serial: &str) -> bool {
     match &disk.serial {
-        Some(serial) => {
+        Some(own) => {
             let max = if disk.bus == "scsi" { Bus::Scsi } else { Bus::Virtio }.max_serial();
-            Some(serial.chars().take(max).collect())
+            own.starts_with(serial) && own.chars().take(max).eq(serial.chars())
         }
         // The LUN's own, which the XML does not tell.
-        None if disk.device == "lun" => None,
-        None if disk.bus == "scsi" => disk.alias.as_ref().map(|alias| format!("drive-{alias}")),
-        None => None,
+        None if disk.device == "lun" => false,
+        None if disk.bus == "scsi" => {
+            let alias = serial.strip_prefix("drive-");
+            alias.is_some() && alias == disk.alias.as_deref()
+        }
+        None => false,
     }
 }
 

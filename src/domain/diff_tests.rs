@@ -372,7 +372,7 @@ proptest! {
                 Ok(Plan::Attach(p)) => {
                     prop_assert!(!pending.contains(&p.target));
                     prop_assert!(before.disks.iter().all(|d| d.target != p.target));
-                    prop_assert!(before.disks.iter().all(|d| visible_serial(d).is_none_or(|s| disk.serial.as_ref().unwrap().as_str() != s)));
+                    prop_assert!(before.disks.iter().all(|d| !shows(d, disk.serial.as_ref().unwrap().as_str())));
                     let slot = match p.address {
                         DiskAddress::Pci(at) => Some(at),
                         DiskAddress::Drive(at) => {

@@ -19,13 +19,17 @@ pub(super) fn free_target(views: &Views, bus: Bus, pending: &BTreeSet<String>) -
         Bus::Scsi => "sd",
         Bus::Virtio => "vd",
     };
-    let taken = |name: &String| {
-        pending.contains(name) || views.all().any(|v| v.disks.iter().any(|d| &d.target == name))
-    };
-    (0..)
-        .map(|n| format!("{prefix}{}", letters(n)))
-        .find(|name| !taken(name))
-        .expect("there are more names than disks")
+    let there = || views.all().flat_map(|v| &v.disks).map(|disk| &disk.target).chain(pending);
+    // One of the first so many is free.
+    let mut taken = vec![false; there().count() + 1];
+    for name in there() {
+        let number = name.strip_prefix(prefix).and_then(number);
+        if let Some(taken) = number.and_then(|n| taken.get_mut(usize::try_from(n).ok()?)) {
+            *taken = true;
+        }
+    }
+    let free = taken.iter().position(|taken| !taken).unwrap_or(taken.len());
+    format!("{prefix}{}", letters(u32::try_from(free).unwrap_or(u32::MAX)))
 }
 
 /// 0 is `a`, 25 `z`, 26 `aa`: as the kernel and libvirt number disks.
@@ -38,6 +42,16 @@ pub(super) fn letters(mut n: u32) -> String {
         }
         n = n / 26 - 1;
     }
+}
+
+/// The number of some letters; `None` where they are none, or too many.
+fn number(letters: &str) -> Option<u32> {
+    let digit = |c: u8| c.is_ascii_lowercase().then(|| u32::from(c - b'a') + 1);
+    let mut all = 0_u32;
+    for letter in letters.bytes() {
+        all = all.checked_mul(26)?.checked_add(digit(letter)?)?;
+    }
+    all.checked_sub(1)
 }
 
 /// A free place on a virtio-scsi controller that all views have, or on one to be added.
@@ -98,15 +112,16 @@ pub(super) fn place_scsi(
 /// libvirt itself places disks at target 0, units 0 to 15, so those stay apart from ours. Only when
 /// all 256 targets are taken do further LUNs of a target come into use.
 fn free_drive(views: &Views, controller: u32) -> Option<DriveAddress> {
-    let used: BTreeSet<(u32, u32)> = views
-        .all()
-        .flat_map(|v| &v.scsi_used)
-        .filter(|a| a.controller == controller)
-        .map(|a| (a.target, a.unit))
-        .collect();
-    let busy: BTreeSet<u32> = used.iter().map(|(target, _)| *target).collect();
+    let used = || views.all().flat_map(|v| &v.scsi_used).filter(|a| a.controller == controller);
+    let mut busy = [false; MAX_SCSI_TARGET as usize + 1];
+    for address in used() {
+        if let Some(busy) = busy.get_mut(address.target as usize) {
+            *busy = true;
+        }
+    }
     let at = |target, unit| DriveAddress { controller, bus: 0, target, unit };
-    (0..=MAX_SCSI_TARGET).find(|t| !busy.contains(t)).map(|t| at(t, 0)).or_else(|| {
+    (0..=MAX_SCSI_TARGET).find(|t| !busy[*t as usize]).map(|t| at(t, 0)).or_else(|| {
+        let used: BTreeSet<(u32, u32)> = used().map(|a| (a.target, a.unit)).collect();
         (1..=MAX_SCSI_UNIT)
             .flat_map(|unit| (0..=MAX_SCSI_TARGET).map(move |target| (target, unit)))
             .find(|place| !used.contains(place))
@@ -153,4 +168,19 @@ fn pluggable_slots(controller: &PciController) -> Vec<(u32, u32)> {
         _ => 0..0,
     };
     slots.map(|slot| (controller.index, slot)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn letters_and_their_numbers_are_each_others() {
+        for n in (0..20_000).chain([u32::MAX - 1]) {
+            assert_eq!(number(&letters(n)), Some(n));
+        }
+        for none in ["", "A", "a1", "1", "ab ", "é", "zzzzzzzzzz"] {
+            assert_eq!(number(none), None, "{none:?}");
+        }
+    }
 }

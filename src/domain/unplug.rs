@@ -182,12 +182,9 @@ async fn wait_gone(
 
 /// Looks for itself when no event came; `None` when the disk is still there, or cannot be seen now.
 async fn look(at: &At<'_>, alias: &str) -> Result<Option<Detached>, Error> {
-    match at.connection.info(at.domain, at.left()).await {
-        Ok(None) => return Ok(Some(Detached::DomainGone)),
-        Ok(Some(info)) if info.state == DomainState::Shutoff => {
-            return Ok(Some(Detached::DomainGone));
-        }
-        Ok(Some(_)) => {}
+    match at.connection.state(at.domain, at.left()).await {
+        Ok(None | Some(DomainState::Shutoff)) => return Ok(Some(Detached::DomainGone)),
+        Ok(Some(DomainState::Running | DomainState::Paused)) => {}
         Err(source) if source.is_disconnect() => return Err(at.failed("query", at.domain)(source)),
         // Slow or odd just now: the deadline of the whole ends it.
         Err(_) => return Ok(None),

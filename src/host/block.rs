@@ -1,5 +1,6 @@
 //! Block devices by number: flush, exclusive probe, dm tables.
 
+mod dm;
 mod real;
 
 use std::io;
@@ -27,6 +28,10 @@ pub trait Blocks: Send + Sync {
 
     /// Tries an exclusive open (O_EXCL) and closes it again.
     async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive>;
+
+    /// The number of the mapped device of that uuid, by device-mapper's own word; `None` where there is none. An error
+    /// where it cannot be asked.
+    async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>>;
 
     /// Whoever has the device open, as `command[pid]`, as far as /proc shows it.
     async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>>;

@@ -11,6 +11,7 @@ mod devlist;
 pub mod facts;
 pub mod grants;
 pub mod iscsidb;
+mod keyed;
 pub mod killpoint;
 pub mod libvirt;
 pub mod listen;

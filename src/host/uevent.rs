@@ -3,6 +3,7 @@
 mod real;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use tokio::sync::broadcast;
 
@@ -26,8 +27,8 @@ pub struct Uevent {
 /// What a subscriber is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Notice {
-    /// Something happened.
-    Event(Uevent),
+    /// Something happened. Many may hear of it.
+    Event(Arc<Uevent>),
     /// Events may have been lost (socket overrun, slow reader): read sysfs again.
     Lost,
     /// No event came for a while: read sysfs again, in case one was missed.
@@ -41,7 +42,7 @@ pub struct UeventStream(broadcast::Receiver<Notice>);
 impl UeventStream {
     /// How long without events before a subscriber is told to look by itself: the slow fallback
     /// of a wait that is driven by events.
-    const RECHECK: std::time::Duration = std::time::Duration::from_secs(1);
+    pub(crate) const RECHECK: std::time::Duration = std::time::Duration::from_secs(1);
 
     /// A subscription to what is sent over `receiver`.
     pub fn new(receiver: broadcast::Receiver<Notice>) -> Self {

@@ -5,7 +5,7 @@
 //! them when it stops. Here each key (a device, a host) has few places, the pool has an upper
 //! bound, its threads are detached, and a call past its deadline is abandoned and counted.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -13,13 +13,15 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot};
 
+use super::keyed::Keyed;
+
 type Job = Box<dyn FnOnce() + Send>;
 
 /// A bounded pool of detached threads.
 #[derive(Clone)]
 pub(crate) struct Workers {
     pool: Arc<Pool>,
-    keys: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
+    keys: Arc<Mutex<Keyed<Semaphore>>>,
     per_key: usize,
     stuck: Arc<AtomicU64>,
 }
@@ -104,12 +106,8 @@ impl Workers {
     }
 
     fn places(&self, key: &str) -> Arc<Semaphore> {
-        let mut keys = lock(&self.keys);
-        // Devices come and go: forget the keys that nobody waits for.
-        if keys.len() > 256 {
-            keys.retain(|_, s| Arc::strong_count(s) > 1);
-        }
-        keys.entry(key.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(self.per_key))).clone()
+        // Devices come and go.
+        lock(&self.keys).get(key, || Semaphore::new(self.per_key))
     }
 }
 

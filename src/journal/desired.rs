@@ -8,6 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rusqlite::{Connection, OptionalExtension, params};
+use serde::de::IntoDeserializer;
+use serde::de::value::StrDeserializer;
 
 use super::Error;
 use super::store::Store;
@@ -317,22 +319,29 @@ impl Desired {
         let rows = self
             .read(move |c| {
                 c.prepare(
-                    "SELECT volume, json_array(spec -> '$.name', spec -> '$.disk', spec -> '$.bus'),
+                    "SELECT volume, spec ->> '$.disk', spec ->> '$.bus',
                          removing IS NULL AND coalesce(spec ->> '$.device', '') <> 'cdrom'
                      FROM volumes WHERE vm = ?1 ORDER BY position",
                 )?
                 .query_map([id], |r| {
-                    Ok((r.get::<_, String>(0)?, r.get::<_, String>(1)?, r.get::<_, bool>(2)?))
+                    let (name, disk, bus): (String, Option<String>, Option<String>) =
+                        (r.get(0)?, r.get(1)?, r.get(2)?);
+                    Ok((name, disk, bus, r.get::<_, bool>(3)?))
                 })?
                 .collect::<Result<Vec<_>, _>>()
             })
             .await?;
-        rows.into_iter()
-            .map(|(name, json, keeps_place)| {
-                let (volume, disk, bus) = parse(&format!("volume {vm}/{name}"), &json)?;
+        type Row = (String, Option<String>, Option<String>, bool);
+        let read = |(name, disk, bus, keeps_place): Row| {
+            let stored = || -> Result<_, serde_json::Error> {
+                let volume = text(Some(&name), "volume")?;
+                let (disk, bus) = (text(disk.as_ref(), "disk")?, text(bus.as_ref(), "bus")?);
                 Ok(StoredDisk { volume, disk, bus, keeps_place })
-            })
-            .collect()
+            };
+            let damaged = |source| Error::Damaged { what: format!("volume {vm}/{name}"), source };
+            stored().map_err(damaged)
+        };
+        rows.into_iter().map(read).collect()
     }
 
     /// The identities of all of a VM's volumes. One that is damaged is left out: whoever attaches its volume
@@ -382,6 +391,16 @@ impl Desired {
 
 fn parse<T: serde::de::DeserializeOwned>(what: &str, json: &str) -> Result<T, Error> {
     serde_json::from_str(json).map_err(|source| Error::Damaged { what: what.to_owned(), source })
+}
+
+/// A value that is stored as a text of its own.
+fn text<T: serde::de::DeserializeOwned>(
+    stored: Option<&String>,
+    field: &'static str,
+) -> Result<T, serde_json::Error> {
+    let stored = stored.ok_or_else(|| serde::de::Error::missing_field(field))?;
+    let stored: StrDeserializer<'_, serde_json::Error> = stored.as_str().into_deserializer();
+    T::deserialize(stored)
 }
 
 fn render<T: serde::Serialize>(value: &T) -> Result<String, Error> {

@@ -21,7 +21,7 @@ use super::publish::{self, Board};
 use super::steps::Steps;
 use crate::connector::Attachment;
 use crate::journal::{Desired, EffectsStore, StoredVolume};
-use crate::spec::{RemoveOptions, Revision, VolumeStatus};
+use crate::spec::{Phase, RemoveOptions, Revision, VolumeStatus};
 use crate::step::Tracker;
 use crate::types::{VmId, VolumeKey, VolumeName};
 
@@ -330,14 +330,14 @@ impl Actor {
         })
     }
 
+    fn phase(&self, name: &VolumeName) -> Phase {
+        self.tools.board.phase_of(&self.key(name)).unwrap_or(Phase::Pending)
+    }
+
     fn known(&self) -> Vec<Known> {
         let known = |(name, volume): (&VolumeName, &Volume)| Known {
             spec: volume.stored.spec.clone(),
-            phase: self
-                .tools
-                .board
-                .phase_of(&self.key(name))
-                .unwrap_or_else(|| self.status(name).phase),
+            phase: self.phase(name),
             removing: volume.removing,
         };
         self.volumes.iter().map(known).collect()

@@ -109,12 +109,12 @@ pub trait Volumes: Send + Sync {
     async fn get_volume(&self, key: &VolumeKey) -> Result<VolumeStatus, Refusal>;
 
     /// All volumes, or one VM's, ordered by key.
-    async fn list_volumes(&self, vm: Option<&VmId>) -> Vec<VolumeStatus>;
+    async fn list_volumes(&self, vm: Option<&VmId>) -> Vec<Arc<VolumeStatus>>;
 
     /// Every change from now on, the end ([`crate::spec::Phase::Gone`]) included. A subscriber
-    /// subscribes first and lists then; `generation` says what the list already had, so it must
-    /// keep growing when a name is removed and added again. A change is in the list before it is
-    /// sent.
+    /// subscribes first and lists then; `generation`, which one counter gives to the changes of all volumes
+    /// in the order in which they are sent, says what the list already had. A change is in the list
+    /// before it is sent.
     fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>>;
 
     /// What the names of portals are resolved to: for a volume that is there, what was recorded with it.

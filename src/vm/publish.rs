@@ -123,13 +123,18 @@ impl Board {
         self.lock().volumes.get(key).map(|status| status.phase)
     }
 
+    /// How many volumes there are.
+    pub fn len(&self) -> usize {
+        self.lock().volumes.len()
+    }
+
     /// All volumes, or those of one VM, ordered by VM and name.
-    pub fn list(&self, vm: Option<&VmId>) -> Vec<VolumeStatus> {
+    pub fn list(&self, vm: Option<&VmId>) -> Vec<Arc<VolumeStatus>> {
         self.lock()
             .volumes
             .values()
             .filter(|v| vm.is_none_or(|vm| v.key.vm == *vm))
-            .map(|status| VolumeStatus::clone(status))
+            .cloned()
             .collect()
     }
 

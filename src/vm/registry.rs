@@ -435,7 +435,7 @@ impl Volumes for Registry {
         })
     }
 
-    async fn list_volumes(&self, vm: Option<&VmId>) -> Vec<VolumeStatus> {
+    async fn list_volumes(&self, vm: Option<&VmId>) -> Vec<Arc<VolumeStatus>> {
         self.board.list(vm)
     }
 

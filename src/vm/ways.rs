@@ -208,8 +208,7 @@ impl Ways {
     /// What the domain does; `None` when libvirt knows none of that name.
     pub(super) async fn domain_state(&self) -> Result<Option<DomainState>, Failure> {
         let connection = self.libvirt().await?;
-        let info = connection.info(&self.vm.domain, self.settings().libvirt).await?;
-        Ok(info.map(|i| i.state))
+        Ok(connection.state(&self.vm.domain, self.settings().libvirt).await?)
     }
 
     /// Whether the running domain has our disk of that name, or a medium with that source in a drive. A

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ pub struct Memory {
     scripts: Mutex<BTreeMap<String, Steps>>,
     /// The set of a VM's volumes that was accepted last.
     revisions: Mutex<BTreeMap<VmId, Revision>>,
+    /// Of the last change, of whichever volume.
+    generation: AtomicU64,
 }
 
 impl Memory {
@@ -47,6 +50,7 @@ impl Memory {
             script: Mutex::default(),
             scripts: Mutex::default(),
             revisions: Mutex::default(),
+            generation: AtomicU64::new(0),
         })
     }
 
@@ -65,8 +69,8 @@ impl Memory {
         status.reason = reason;
         status.message = reason.map(|_| "it is so".into()).unwrap_or_default();
         status.since = Timestamp::now();
-        status.generation += 1;
         let mut volumes = self.volumes.lock().unwrap();
+        status.generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         if phase == Phase::Gone {
             volumes.remove(&status.key);
         } else {
@@ -195,7 +199,8 @@ impl Volumes for Facade {
         let in_set = |name: &VolumeName| {
             set.others.contains(name) || set.volumes.iter().any(|(spec, _)| spec.name == *name)
         };
-        let there = self.list_volumes(Some(vm)).await.into_iter().map(|v| v.key.volume);
+        let there = self.list_volumes(Some(vm)).await;
+        let there = there.iter().map(|v| v.key.volume.clone());
         let gone: Vec<_> = there.filter(|name| !in_set(name)).collect();
         let wish = |(spec, options)| Wish::Add { spec: Box::new(spec), options };
         let volumes = self.change_volumes(vm, set.volumes.into_iter().map(wish).collect()).await?;
@@ -222,7 +227,13 @@ impl Volumes for Facade {
                 }
             }
         };
-        Ok(self.list_volumes(Some(vm)).await.into_iter().map(part).collect())
+        Ok(self
+            .list_volumes(Some(vm))
+            .await
+            .into_iter()
+            .map(Arc::unwrap_or_clone)
+            .map(part)
+            .collect())
     }
 
     async fn prepare_migration_target(
@@ -284,9 +295,10 @@ impl Volumes for Facade {
         })
     }
 
-    async fn list_volumes(&self, vm: Option<&VmId>) -> Vec<VolumeStatus> {
+    async fn list_volumes(&self, vm: Option<&VmId>) -> Vec<Arc<VolumeStatus>> {
         let volumes = self.0.volumes.lock().unwrap();
-        volumes.values().filter(|v| vm.is_none_or(|vm| v.key.vm == *vm)).cloned().collect()
+        let wanted = volumes.values().filter(|v| vm.is_none_or(|vm| v.key.vm == *vm));
+        wanted.cloned().map(Arc::new).collect()
     }
 
     fn watch(&self) -> broadcast::Receiver<Arc<VolumeStatus>> {

@@ -82,8 +82,13 @@ fn five_volumes_one_after_the_other_and_at_once() {
                 let status = daemon.add(1, &volume(name, lun)).await;
                 assert_eq!(status.phase, Phase::Ready, "{status:?}");
             }
-            let mut targets: Vec<_> =
-                daemon.registry.list_volumes(None).await.into_iter().map(|v| v.target).collect();
+            let mut targets: Vec<_> = daemon
+                .registry
+                .list_volumes(None)
+                .await
+                .into_iter()
+                .map(|v| v.target.clone())
+                .collect();
             targets.sort();
             targets.dedup();
             assert_eq!(targets.len(), 5, "each has a target name of its own: {targets:?}");

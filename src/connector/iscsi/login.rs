@@ -19,7 +19,7 @@ use super::verdict::{LoggedIn, LoginError, login_result};
 use super::{Inner, Job};
 use crate::connector::error::Error;
 use crate::connector::lease::{self, file_name};
-use crate::connector::wait::Wait;
+use crate::connector::wait::{About, Wait};
 use crate::host::cmd::{CmdError, Output};
 use crate::step::Step;
 use crate::types::{Nexus, Portal};
@@ -190,7 +190,7 @@ impl Inner {
         }
         let inner = self.clone();
         let watch = async move {
-            let mut wait = Wait::new(&*inner.doors.uevents, LATE_LOGIN);
+            let mut wait = Wait::about(&*inner.doors.uevents, About::Sessions, LATE_LOGIN);
             while inner.sid(&place.0, portal).await.is_none() && wait.next().await {}
             inner.state.watched().remove(&place);
             if let Err(error) = inner.settle(&place.0, &[portal]).await {
@@ -313,7 +313,8 @@ impl Inner {
     ) -> Result<Session, LoginError> {
         // The login itself says more of its end than that it took too long.
         let grace = if progress.is_some() { LOGIN_GRACE } else { Duration::ZERO };
-        let mut wait = Wait::new(&*self.doors.uevents, self.settings.login() + grace);
+        let within = self.settings.login() + grace;
+        let mut wait = Wait::about(&*self.doors.uevents, About::Sessions, within);
         loop {
             // Read before the look: a login that ended well has its session by then.
             let ended = progress.as_ref().and_then(|p| p.borrow().clone());

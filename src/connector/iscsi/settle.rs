@@ -10,7 +10,7 @@ use super::noderecords::is_by;
 use super::session::{self, Session};
 use crate::connector::error::Error;
 use crate::connector::settings::ms;
-use crate::connector::wait::Wait;
+use crate::connector::wait::{About, Wait};
 use crate::host::iscsidb::Record;
 use crate::step::Step;
 use crate::types::{Nexus, Portal};
@@ -176,7 +176,8 @@ impl Inner {
     ) -> Result<(), Error> {
         let end = Instant::now() + ms(self.settings.command_ms);
         loop {
-            let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.command_ms));
+            let within = ms(self.settings.command_ms);
+            let mut wait = Wait::about(&*self.doors.uevents, About::Sessions, within);
             let taken = self.iscsiadm(target).logout(portal).await?;
             let until = if taken { end } else { end.min(Instant::now() + LOGOUT_AGAIN) };
             while self.is_logged_in(target, sessions).await? {

@@ -14,7 +14,7 @@ use crate::connector::lease::{MapLease, PathLease, Seen, User};
 use crate::connector::multipath::Map;
 use crate::connector::scsi::{self, Deleted, Opens};
 use crate::connector::settings::ms;
-use crate::connector::wait::Wait;
+use crate::connector::wait::{About, Wait};
 use crate::connector::{DetachOptions, multipath};
 use crate::host::sysfs::{View, is_gone};
 use crate::step::Step;
@@ -50,7 +50,7 @@ impl<T: Transport> Luns<T> {
         let map_device = match &map {
             Some(map) => {
                 let at = user.attachment.as_ref().map(|a| a.device.dev);
-                multipath::by_uuid(&*self.doors.sysfs, &map.uuid, at).await?
+                multipath::by_uuid(&self.doors, &map.uuid, at).await?
             }
             None => None,
         };
@@ -350,7 +350,8 @@ impl<T: Transport> Luns<T> {
         if !there().await? {
             return Ok(());
         }
-        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.disk_ms));
+        let (about, within) = (About::Below(path.dir.clone()), ms(self.settings.disk_ms));
+        let mut wait = Wait::about(&*self.doors.uevents, about, within);
         match sysfs.write(&format!("{}/delete", path.dir), "1").await {
             Err(e) if !is_gone(&e) => {
                 return Err(Error::io(format!("deleting {}", path.hctl))(e));

@@ -45,13 +45,14 @@ pub(crate) use transport::{Job, Transport, Way};
 
 use super::bounded::bounded;
 use super::error::Error;
+use super::health::Checks;
 use super::lease::{Lease, Leases, Made as _};
 use super::multipath;
 use super::settings::{Settings, ms};
 use super::touched::{self, Touched};
 use super::{
     AttachRequest, Attachment, Authentication, Connector, DetachOptions, Discovered, Health,
-    Measured, health,
+    Measured,
 };
 use crate::host::storage::StorageDoors;
 use crate::spec::Source;
@@ -69,6 +70,8 @@ pub(crate) struct Luns<T: Transport> {
     pub(crate) state: T::State,
     /// Who is told of changes; from when somebody asked for the first time.
     listeners: OnceLock<broadcast::Sender<Arc<Touched>>>,
+    /// How multipathd finds the node's paths.
+    checks: Arc<Checks>,
     /// How many background tasks run.
     running: watch::Sender<usize>,
     walking: watch::Sender<Walks>,
@@ -85,6 +88,7 @@ impl<T: Transport> Luns<T> {
             leases,
             state: T::State::default(),
             listeners: OnceLock::new(),
+            checks: Arc::default(),
             running: watch::Sender::new(0),
             walking: watch::Sender::new(Vec::new()),
         }
@@ -107,7 +111,9 @@ impl<T: Transport> Luns<T> {
     pub(crate) fn changes(&self) -> broadcast::Receiver<Arc<Touched>> {
         let listeners = self.listeners.get_or_init(|| {
             let listeners = touched::channel();
-            tokio::spawn(touched::tell(self.doors.uevents.clone(), listeners.clone()));
+            let (uevents, checks) = (self.doors.uevents.clone(), self.checks.clone());
+            checks.doubt();
+            tokio::spawn(touched::tell(uevents, listeners.clone(), move || checks.doubt()));
             listeners
         });
         listeners.subscribe()
@@ -183,9 +189,9 @@ impl<T: Transport> Connector for Arc<Luns<T>> {
                 continue;
             };
             if user.map.is_some() && checked.is_none() {
-                checked = Some(health::checked(&*self.doors.multipathd).await);
+                checked = Some(self.checks.get(&*self.doors.multipathd).await);
             }
-            found.push(Luns::inspect(self, &user, checked.as_ref()).await);
+            found.push(Luns::inspect(self, &user, checked.as_deref()).await);
         }
         found
     }

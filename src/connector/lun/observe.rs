@@ -5,8 +5,11 @@ use super::transport::Transport;
 use crate::connector::error::Error;
 use crate::connector::health::Checked;
 use crate::connector::identity::{Identity, Unit, judge};
-use crate::connector::lease::User;
+use crate::connector::lease::{PathLease, Seen, User};
+use crate::connector::multipath::Map;
+use crate::connector::scsi::Present;
 use crate::connector::{Attachment, Expect, Health, Paths, multipath, scsi};
+use crate::host::sysfs::{ReadError, View};
 
 impl<T: Transport> Luns<T> {
     /// The attachment if it is still there and is what is expected of it.
@@ -63,58 +66,26 @@ impl<T: Transport> Luns<T> {
         user: &User,
         checked: Option<&Checked>,
     ) -> Result<Health, Error> {
-        let differs = |why: String| Ok(Health::Differs(why));
         let Some(attachment) = user.attachment.clone() else {
-            return differs("its attach was not finished".into());
+            return Ok(Health::Differs("its attach was not finished".into()));
         };
-        let sysfs = &*self.doors.sysfs;
-        let mut slaves = None;
-        if let Some(name) = &attachment.device.map {
-            let uuid = user.map.as_ref().map(|m| m.uuid.as_str()).unwrap_or_default();
-            match self.map_at(&attachment).await? {
-                Some(map) if map.uuid == uuid && map.diskseq == attachment.diskseq => {
-                    slaves = Some(map.slaves);
-                }
-                _ => return differs(format!("its map {name} is gone")),
-            }
-        }
-        let mut paths = Paths { wanted: 1, ..Paths::default() };
-        if slaves.is_some() {
-            paths.wanted = u32::try_from(user.routes.len()).unwrap_or(u32::MAX);
-        }
-        let mut known: Vec<_> = user.paths.iter().filter(|p| p.seen.is_some()).collect();
-        known.sort_by_key(|p| p.hctl);
-        for path in known {
-            let Some(seen) = &path.seen else { continue };
-            let hctl = path.hctl.to_string();
-            let now = scsi::present(sysfs, &path.dir).await?;
-            let is_same = |disk: &scsi::Disk| (disk.diskseq, disk.dev) == (seen.diskseq, seen.dev);
-            let Some(now) = now.filter(|now| is_same(&now.disk)) else {
-                paths.dead.push(format!("{hctl} ({}) is gone", seen.name));
-                continue;
-            };
-            paths.grown |= now.disk.size > attachment.device.size;
-            if now.raw_wwid != seen.wwid {
-                return differs(format!("{hctl} ({}) shows another LUN", seen.name));
-            }
-            if slaves.as_ref().is_some_and(|slaves| !slaves.contains(&seen.name)) {
-                paths.dead.push(format!("{hctl} ({}) is not in the map", seen.name));
-                continue;
-            }
-            paths.present += 1;
-            let failed = slaves.is_some() && checked.is_some_and(|c| c.is_failed(&hctl));
-            match now.state.as_str() {
-                "running" if !failed => paths.living += 1,
-                "running" => paths.dead.push(format!("{hctl} ({}) has failed", seen.name)),
-                other => paths.dead.push(format!("{hctl} ({}) is {other}", seen.name)),
-            }
-        }
-        if slaves.is_none() && paths.present == 0 {
-            return differs("its device is gone".into());
-        }
-        let block = format!("dev/block/{}", attachment.device.dev);
-        paths.protected = scsi::is_protected(sysfs, &block).await?;
-        Ok(Health::Right { attachment, paths })
+        let mut paths: Vec<_> =
+            user.paths.iter().filter_map(|p| Some((p.clone(), p.seen.clone()?))).collect();
+        paths.sort_by_key(|(path, _)| path.hctl);
+        let (dev, has_map) = (attachment.device.dev, attachment.device.map.is_some());
+        let dirs: Vec<_> = paths.iter().map(|(path, _)| path.dir.clone()).collect();
+        let look = move |view: &View<'_>| {
+            let map = if has_map { multipath::by_number_in(view, dev)? } else { None };
+            let paths: Result<Vec<_>, ReadError> =
+                dirs.iter().map(|dir| scsi::present_in(view, dir)).collect();
+            let protected = scsi::is_protected_in(view, &format!("dev/block/{dev}"))?;
+            Ok((map, paths?, protected))
+        };
+        let (map, present, protected) =
+            self.doors.sysfs.look(&format!("dev/block/{dev}"), look).await?;
+        let found =
+            paths.into_iter().zip(present).map(|((path, seen), now)| Found { path, seen, now });
+        Ok(judge_health(user, attachment, map, found, protected, checked))
     }
 
     /// The map that has the attachment's number now.
@@ -124,4 +95,60 @@ impl<T: Transport> Luns<T> {
     ) -> Result<Option<multipath::Map>, Error> {
         multipath::by_number(&*self.doors.sysfs, attachment.device.dev).await
     }
+}
+
+/// A path that is to be there, and what is.
+struct Found {
+    path: PathLease,
+    seen: Seen,
+    now: Option<Present>,
+}
+
+fn judge_health(
+    user: &User,
+    attachment: Attachment,
+    map: Option<Map>,
+    found: impl Iterator<Item = Found>,
+    protected: bool,
+    checked: Option<&Checked>,
+) -> Health {
+    let mut slaves = None;
+    if let Some(name) = &attachment.device.map {
+        let uuid = user.map.as_ref().map(|m| m.uuid.as_str()).unwrap_or_default();
+        match map.filter(|map| map.uuid == uuid && map.diskseq == attachment.diskseq) {
+            Some(map) => slaves = Some(map.slaves),
+            None => return Health::Differs(format!("its map {name} is gone")),
+        }
+    }
+    let mut paths = Paths { wanted: 1, protected, ..Paths::default() };
+    if slaves.is_some() {
+        paths.wanted = u32::try_from(user.routes.len()).unwrap_or(u32::MAX);
+    }
+    for Found { path, seen, now } in found {
+        let hctl = path.hctl.to_string();
+        let is_same = |now: &Present| (now.disk.diskseq, now.disk.dev) == (seen.diskseq, seen.dev);
+        let Some(now) = now.filter(is_same) else {
+            paths.dead.push(format!("{hctl} ({}) is gone", seen.name));
+            continue;
+        };
+        paths.grown |= now.disk.size > attachment.device.size;
+        if now.raw_wwid != seen.wwid {
+            return Health::Differs(format!("{hctl} ({}) shows another LUN", seen.name));
+        }
+        if slaves.as_ref().is_some_and(|slaves| !slaves.contains(&seen.name)) {
+            paths.dead.push(format!("{hctl} ({}) is not in the map", seen.name));
+            continue;
+        }
+        paths.present += 1;
+        let failed = slaves.is_some() && checked.is_some_and(|c| c.is_failed(&hctl));
+        match now.state.as_str() {
+            "running" if !failed => paths.living += 1,
+            "running" => paths.dead.push(format!("{hctl} ({}) has failed", seen.name)),
+            other => paths.dead.push(format!("{hctl} ({}) is {other}", seen.name)),
+        }
+    }
+    if slaves.is_none() && paths.present == 0 {
+        return Health::Differs("its device is gone".into());
+    }
+    Health::Right { attachment, paths }
 }

@@ -13,7 +13,7 @@ use crate::connector::lease::{MapLease, PathLease, Seen, User};
 use crate::connector::multipath;
 use crate::connector::scsi::{self, Deleted, Disk, Hctl, Opens, ScsiPath};
 use crate::connector::settings::ms;
-use crate::connector::wait::Wait;
+use crate::connector::wait::{About, Wait};
 use crate::step::Step;
 
 /// How long a scan that was given up is watched: the kernel's own retries end within this.
@@ -58,7 +58,8 @@ impl<T: Transport> Luns<T> {
         let (inner, job, way) = (self.clone(), job.clone(), way.clone());
         let dir = way.device_dir(way.hctl(job.source.lun.scsi()));
         self.background(async move {
-            let mut wait = Wait::new(&*inner.doors.uevents, LATE_SCAN);
+            let about = About::Below(dir.clone());
+            let mut wait = Wait::about(&*inner.doors.uevents, about, LATE_SCAN);
             while !inner.is_there(&dir).await.unwrap_or(false) {
                 if !wait.next().await {
                     return;
@@ -212,7 +213,7 @@ impl<T: Transport> Luns<T> {
                 }
             }
             // multipathd may take the empty map away by itself.
-            let left = multipath::by_uuid(sysfs, &map.uuid, Some(map.dev)).await?;
+            let left = multipath::by_uuid(&self.doors, &map.uuid, Some(map.dev)).await?;
             if left.is_none_or(|m| m.slaves.is_empty()) {
                 let (uuid, at) = (&map.uuid, Some(map.dev));
                 multipath::remove(&self.doors, &self.settings, uuid, at, Opens::None).await?;
@@ -238,7 +239,8 @@ impl<T: Transport> Luns<T> {
         let lun = job.source.lun;
         self.announce(job, hctl, dir, true, None).await?;
         guestlun::mark(&*self.doors.rundir, hctl).await?;
-        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.lun_ms));
+        let (about, within) = (About::Below(dir.into()), ms(self.settings.lun_ms));
+        let mut wait = Wait::about(&*self.doors.uevents, about, within);
         if job.called_off.load(Ordering::Acquire) {
             guestlun::unmark(&*self.doors.rundir, hctl).await?;
             let problem = "its volume is wanted no more".into();

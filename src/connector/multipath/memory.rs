@@ -4,7 +4,7 @@ use super::{by_uuid, remove};
 use crate::connector::error::Error;
 use crate::connector::scsi::Opens;
 use crate::connector::settings::Settings;
-use crate::host::multipathd::Multipathd;
+use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
 use crate::types::{Outcome, Wwid};
 
@@ -13,13 +13,19 @@ use crate::types::{Outcome, Wwid};
 /// it works under; later events of such a path find no device. That it fails is not worse than not
 /// trying.
 pub(crate) async fn drain(multipathd: &dyn Multipathd) {
-    for command in ["show paths", "show maps"] {
-        if let Err(e) = multipathd.ask(command).await {
-            tracing::debug!(error = %e, "multipathd was not waited for");
-            return;
+    for _ in 0..2 {
+        match multipathd.ask(NO_PATH).await {
+            // Its answer, which it gave under the lock.
+            Err(MultipathdError::Refused { answer, .. }) if !answer.starts_with("timeout") => {}
+            Ok(_) => {}
+            Err(e) => return tracing::debug!(error = %e, "multipathd was not waited for"),
         }
     }
 }
+
+/// A question whose answer needs the lock (multipathd/callbacks.c, `set_handler_callback`) and no look at the paths of the
+/// node, which may be thousands. There is no such path: the answer is `fail`.
+const NO_PATH: &str = "show path none";
 
 /// How often multipath is told again to forget a LUN that it has written down anew.
 const FORGETS: usize = 4;
@@ -50,7 +56,7 @@ pub(crate) async fn forget_deleted(
     settings: &Settings,
     uuid: &str,
 ) -> Result<(), Error> {
-    if let Some(map) = by_uuid(&*doors.sysfs, uuid, None).await? {
+    if let Some(map) = by_uuid(doors, uuid, None).await? {
         for slave in &map.slaves {
             // A deleted disk stays listed for as long as the map is there.
             let there = doors.sysfs.text(&format!("block/{slave}/dev")).await;
@@ -66,7 +72,7 @@ pub(crate) async fn forget_deleted(
 /// The same, for a LUN that has no map now.
 pub(crate) async fn forget_unused(doors: &StorageDoors, wwid: &Wwid) -> Result<(), Error> {
     let uuid = format!("mpath-{}", wwid.multipath());
-    match by_uuid(&*doors.sysfs, &uuid, None).await? {
+    match by_uuid(doors, &uuid, None).await? {
         Some(_) => Ok(()),
         None => forget(&*doors.multipathd, &uuid).await,
     }
@@ -79,7 +85,6 @@ mod tests {
     use async_trait::async_trait;
 
     use super::*;
-    use crate::host::multipathd::MultipathdError;
 
     /// A multipathd that writes its file from memory some more times before it notices that it was changed.
     #[derive(Default)]
@@ -100,7 +105,7 @@ mod tests {
         async fn ask(&self, command: &str) -> Result<String, MultipathdError> {
             self.commands.lock().unwrap().push(command.to_owned());
             let mut late = self.late.lock().unwrap();
-            if *late > 0 && command == "show paths" {
+            if *late > 0 && command == NO_PATH {
                 *late -= 1;
                 *self.listed.lock().unwrap() = true;
             }

@@ -16,7 +16,7 @@ use nix::libc;
 use nix::sys::stat::{Mode, SFlag, mknod};
 use tokio::sync::oneshot;
 
-use super::{Blocks, Exclusive};
+use super::{Blocks, Exclusive, dm};
 use crate::host::workers::Workers;
 use crate::types::DevNum;
 
@@ -206,6 +206,11 @@ impl Blocks for RealBlocks {
             Err(e) => Err(e),
         };
         self.workers.run(&dev.to_string(), self.deadline, call).await
+    }
+
+    async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>> {
+        let uuid = uuid.to_owned();
+        self.workers.run("dm", self.deadline, move || dm::number(&uuid)).await
     }
 
     async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {

@@ -259,6 +259,13 @@ pub trait Connection: Send + Sync {
         deadline: Duration,
     ) -> Result<Option<DomainInfo>, LibvirtError>;
 
+    /// Only what it does, which is half as many calls of libvirt's.
+    async fn state(
+        &self,
+        domain: &str,
+        deadline: Duration,
+    ) -> Result<Option<DomainState>, LibvirtError>;
+
     /// One of the domain's definitions, as XML.
     async fn xml(
         &self,

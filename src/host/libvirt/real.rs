@@ -227,6 +227,15 @@ fn state(state: virt::domain::DomainStateEnum) -> DomainState {
     }
 }
 
+/// No domain of that name is an answer.
+fn there<T>(asked: Result<T, LibvirtError>) -> Result<Option<T>, LibvirtError> {
+    match asked {
+        Ok(found) => Ok(Some(found)),
+        Err(LibvirtError::NoDomain { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 #[async_trait]
 impl Connection for RealConnection {
     async fn version(&self, deadline: Duration) -> Result<Version, LibvirtError> {
@@ -256,11 +265,16 @@ impl Connection for RealConnection {
             };
             Ok(DomainInfo { state, persistent: domain.is_persistent()?, job, io_error })
         });
-        match info.await {
-            Ok(info) => Ok(Some(info)),
-            Err(LibvirtError::NoDomain { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+        there(info.await)
+    }
+
+    async fn state(
+        &self,
+        domain: &str,
+        deadline: Duration,
+    ) -> Result<Option<DomainState>, LibvirtError> {
+        let found = self.with_domain("state", domain, deadline, |domain| domain.state());
+        there(found.await.map(|(found, _)| state(found)))
     }
 
     async fn xml(

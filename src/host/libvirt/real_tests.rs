@@ -29,7 +29,9 @@ async fn reads_a_domain_and_sorts_errors() {
     let domain = crate::domain::xml::parse(&xml).unwrap();
     assert_eq!((domain.name.as_str(), domain.disks.len()), ("test", 1), "{xml}");
     assert!(c.xml("test", Definition::Config, SOON).await.is_ok());
+    assert_ne!(c.state("test", SOON).await.unwrap().unwrap(), DomainState::Shutoff);
     assert_eq!(c.info("nobody", SOON).await, Ok(None));
+    assert_eq!(c.state("nobody", SOON).await, Ok(None));
     let missing = c.xml("nobody", Definition::Live, SOON).await;
     assert!(matches!(missing, Err(LibvirtError::NoDomain { .. })), "{missing:?}");
     let no_alias = c.detach_alias("test", "ua-lunplug-x", Affect::LIVE, SOON).await;

@@ -1,7 +1,6 @@
 //! /run/lunplug on the real host.
 #![allow(unsafe_code)]
 
-use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -19,6 +18,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
 use super::{LockError, LockGuard, RunDir, check_name, temporary};
+use crate::host::keyed::Keyed;
 use crate::host::workers::Workers;
 
 /// How often a lock is tried when no event tells that it is free: a holder that was killed lets go
@@ -27,15 +27,13 @@ const RETRY: Duration = Duration::from_millis(200);
 /// /run is a tmpfs; only a machine in great trouble takes this long.
 const FILE_DEADLINE: Duration = Duration::from_secs(10);
 
-type Queues = Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>;
-
 /// The real run directory.
 pub struct RealRunDir {
     base: PathBuf,
     boot_id: String,
     workers: Workers,
     /// Within this process a lock is queued for here, so that only one waits in the kernel.
-    queues: Queues,
+    queues: Mutex<Keyed<tokio::sync::Mutex<()>>>,
 }
 
 impl RealRunDir {
@@ -74,10 +72,7 @@ impl RealRunDir {
 
     fn queue(&self, name: &str) -> Arc<tokio::sync::Mutex<()>> {
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        if queues.len() > 256 {
-            queues.retain(|_, q| Arc::strong_count(q) > 1);
-        }
-        queues.entry(name.to_owned()).or_default().clone()
+        queues.get(name, tokio::sync::Mutex::default)
     }
 
     async fn run<T: Send + 'static>(

@@ -146,7 +146,7 @@ fn from_kernel(message: Message<'_>) -> Option<Notice> {
     if !message.by_kernel || !message.is_whole {
         return None;
     }
-    parse(message.text).map(Notice::Event)
+    parse(message.text).map(|event| Notice::Event(event.into()))
 }
 
 /// `action@devpath`, then `KEY=value`, each ended by NUL.

@@ -33,6 +33,9 @@ use crate::vm::steps::{LookedAt, Sight, Stir};
 const PAUSE: Duration = Duration::from_secs(1);
 /// Between a volume's coming to be ready and the look at its paths: those that are slow join meanwhile.
 const SETTLE: Duration = Duration::from_secs(5);
+/// How many volumes of the node are looked at within an interval when nothing happens; of more each is looked at less
+/// often. Events tell of nearly all that may happen; this is for the rest, and is not to cost more the more there are.
+const IN_AN_INTERVAL: u32 = 2000;
 /// A missing path is tried again after one, two and then always so many intervals.
 const MISSING: u32 = 4;
 
@@ -80,7 +83,7 @@ impl Actor {
                 }
                 self.paths_came(touched);
                 let parts = |v: &Volume| v.attachment.as_ref().is_none_or(|a| touched.concerns(a));
-                if self.volumes.iter().any(|(name, v)| self.is_steady(name) && parts(v)) {
+                if self.volumes.iter().any(|(name, v)| parts(v) && self.is_steady(name)) {
                     self.look_within(PAUSE);
                 }
             }
@@ -96,8 +99,8 @@ impl Actor {
         let its = self.volumes.values_mut().filter(|v| is_its(v));
         its.for_each(|v| v.missing = Missing::default());
         let waits = |name: &VolumeName, volume: &Volume| {
-            let reason = self.status(name).reason;
-            is_its(volume) && volume.timer.is_some() && reason == Some(Reason::FcPortNotFound)
+            let waits = is_its(volume) && volume.timer.is_some();
+            waits && self.status(name).reason == Some(Reason::FcPortNotFound)
         };
         let waiting = self.volumes.iter().filter(|(name, volume)| waits(name, volume));
         let names: Vec<_> = waiting.map(|(name, _)| name.clone()).collect();
@@ -107,7 +110,7 @@ impl Actor {
     /// Whether a volume is ready and nothing is going on with it.
     pub(super) fn is_steady(&self, name: &VolumeName) -> bool {
         let idle = |v: &Volume| !v.working && !v.failed && v.removing.is_none();
-        self.volumes.get(name).is_some_and(idle) && self.status(name).phase == Phase::Ready
+        self.volumes.get(name).is_some_and(idle) && self.phase(name) == Phase::Ready
     }
 
     /// A volume has come to be ready.
@@ -133,8 +136,8 @@ impl Actor {
 
     /// The slow timer: up to a fifth less than the interval, so that many VMs are spread.
     fn look_later(&mut self) {
-        let interval = self.tools.look_interval.mul_f64(1.0 - fastrand::f64() * 0.2);
-        self.look_within(interval);
+        let interval = at_rest(self.tools.look_interval, self.tools.board.len());
+        self.look_within(interval.mul_f64(1.0 - fastrand::f64() * 0.2));
     }
 
     pub(super) fn look(&mut self) {
@@ -293,6 +296,12 @@ impl Actor {
     }
 }
 
+/// How often volumes are looked at when nothing happens, on a node that has so many.
+fn at_rest(interval: Duration, volumes: usize) -> Duration {
+    let volumes = u32::try_from(volumes).unwrap_or(u32::MAX);
+    interval.mul_f64((f64::from(volumes) / f64::from(IN_AN_INTERVAL)).max(1.0))
+}
+
 /// What is to be told of a volume that is as it was made: the worst of it.
 fn noticed(volume: &Volume, paths: &Paths) -> Option<(Reason, String)> {
     let (living, wanted) = (paths.living, paths.wanted);
@@ -324,5 +333,18 @@ impl Missing {
         self.next = Some(now + interval.saturating_mul((1 << self.tries.min(8)).min(MISSING)));
         self.tries += 1;
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looks_at_rest_cost_a_large_node_no_more() {
+        let minute = Duration::from_secs(60);
+        for (volumes, interval) in [(0, 60), (2000, 60), (3000, 90), (10_000, 300)] {
+            assert_eq!(at_rest(minute, volumes), Duration::from_secs(interval), "{volumes}");
+        }
     }
 }

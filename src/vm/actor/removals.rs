@@ -61,7 +61,7 @@ impl Actor {
     /// A volume as it is now, and its phase.
     fn shown(&self, name: &VolumeName) -> Option<(VolumeSpec, Phase)> {
         let volume = self.volumes.get(name)?;
-        Some(((*volume.stored.spec).clone(), self.status(name).phase))
+        Some(((*volume.stored.spec).clone(), self.phase(name)))
     }
 
     pub(super) fn removal(

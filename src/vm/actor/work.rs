@@ -112,7 +112,7 @@ impl Actor {
         warn!(volume = %name, reason = %failure.reason, why = failure.message, ?left, "attach failed");
         failure.count("attach");
         let lasting = volume.lasting;
-        match plan::after_failure(failure.reason, left, lasting, self.status(name).phase) {
+        match plan::after_failure(failure.reason, left, lasting, self.phase(name)) {
             Next::Retry(phase) => {
                 let at = self.retry(name);
                 self.tools.board.trouble(&key, phase, &failure, at);
@@ -172,7 +172,7 @@ impl Actor {
         };
         warn!(volume = %name, reason = %failure.reason, why = failure.message, "detach failed");
         failure.count("detach");
-        let phase = match self.status(name).phase {
+        let phase = match self.phase(name) {
             Phase::UnmountedFromPod => Phase::UnmountedFromPod,
             _ => Phase::Detaching,
         };

@@ -52,10 +52,10 @@ impl Registry {
         let before = self.board.list(Some(id));
         let within = start.within.unwrap_or(self.settings.start);
         served.handler.prepare(within, start.domain.is_some()).await?;
-        let part = |status: VolumeStatus| {
+        let part = |status: Arc<VolumeStatus>| {
             let known = before.iter().find(|known| known.key == status.key);
             let changed = known.is_none_or(|known| known.phase != status.phase);
-            (status.key.volume.clone(), prepared(status, changed))
+            (status.key.volume.clone(), prepared(Arc::unwrap_or_clone(status), changed))
         };
         Ok(self.board.list(Some(id)).into_iter().map(part).collect())
     }
@@ -113,7 +113,7 @@ impl Registry {
             let name = status.key.volume.clone();
             let place = volumes.iter().position(|spec| spec.name == name);
             let answer = match place.map(|n| &admitted[n]) {
-                Some(Ok(())) => Ok(Outcome::Done(status)),
+                Some(Ok(())) => Ok(Outcome::Done(Arc::unwrap_or_clone(status))),
                 Some(Err(failure)) => Err(failure.clone().into()),
                 None => {
                     let message =
@@ -160,7 +160,9 @@ impl Registry {
             }
         }
         tracing::info!(vm = %id, "the VM has moved");
-        let moved = |status: VolumeStatus| (status.key.volume.clone(), Ok(Outcome::Done(status)));
+        let moved = |status: Arc<VolumeStatus>| {
+            (status.key.volume.clone(), Ok(Outcome::Done(Arc::unwrap_or_clone(status))))
+        };
         Ok(self.board.list(Some(id)).into_iter().map(moved).collect())
     }
 
@@ -168,7 +170,7 @@ impl Registry {
     async fn leave(&self, served: &Served) -> Result<Parts, Refusal> {
         let id = &served.ways.spec().id;
         let names: Vec<VolumeName> =
-            self.board.list(Some(id)).into_iter().map(|status| status.key.volume).collect();
+            self.board.list(Some(id)).iter().map(|status| status.key.volume.clone()).collect();
         let options = RemoveOptions::default();
         let wish = |name: &VolumeName| Wish::Remove { name: name.clone(), options };
         let answers = served.handler.change(names.iter().map(wish).collect()).await?;

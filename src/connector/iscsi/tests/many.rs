@@ -3,8 +3,7 @@
 use super::*;
 
 /// The calls on the host that a detach takes beside so many other maps.
-async fn calls_beside(others: u32) -> usize {
-    let san = San::new();
+async fn calls_beside(san: &San, others: u32) -> usize {
     for n in 1..=others + 1 {
         san.sim.add_lun(&target(), lun(u64::from(n) + 100), SimLun::new(wwid(n + 100), GIB));
         san.attach(&request(&format!("v{n}"), u64::from(n) + 100, &[2, 3])).await;
@@ -17,9 +16,19 @@ async fn calls_beside(others: u32) -> usize {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_map_is_looked_for_among_the_others_once_in_a_detach() {
-    const MORE: u32 = 20;
-    let (few, many) = (calls_beside(1).await, calls_beside(1 + MORE).await);
-    // Once each is asked whether multipathd has made the map anew meanwhile.
-    assert_eq!(many - few, MORE as usize);
+async fn a_detach_costs_the_same_however_many_maps_there_are() {
+    let (few, many) = (calls_beside(&San::new(), 1).await, calls_beside(&San::new(), 21).await);
+    assert_eq!(few, many);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_device_mapper_cannot_be_asked_each_map_is() {
+    let cannot = || {
+        let san = San::new();
+        let refused = FaultAction::Fail("no /dev/mapper/control".into());
+        san.sim.faults().inject(fault("blocks.mapped", "", refused));
+        san
+    };
+    let (few, many) = (calls_beside(&cannot(), 1).await, calls_beside(&cannot(), 21).await);
+    assert_eq!(many - few, 20, "once each, whether multipathd has made the map anew meanwhile");
 }

@@ -10,8 +10,8 @@ use tokio::sync::oneshot;
 use super::super::domain::{SimDomain, Unplug};
 use super::{DeviceCheck, OpenCheck, Request, SimHypervisor};
 use crate::host::libvirt::{
-    Affect, Calls, Connection, Definition, DomainEvent, DomainEvents, DomainInfo, EventSender,
-    Flight, IoThread, LibvirtError, Medium, Version,
+    Affect, Calls, Connection, Definition, DomainEvent, DomainEvents, DomainInfo, DomainState,
+    EventSender, Flight, IoThread, LibvirtError, Medium, Version,
 };
 use crate::types::IoLimits;
 
@@ -137,6 +137,15 @@ impl Connection for SimConnection {
             Err(LibvirtError::NoDomain { .. }) => Ok(None),
             other => other.map(Some),
         }
+    }
+
+    async fn state(
+        &self,
+        domain: &str,
+        deadline: Duration,
+    ) -> Result<Option<DomainState>, LibvirtError> {
+        // To the simulated libvirt it is the same question.
+        Ok(self.info(domain, deadline).await?.map(|info| info.state))
     }
 
     async fn xml(

@@ -314,6 +314,11 @@ impl Blocks for SimStorage {
         }
     }
 
+    async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>> {
+        self.pass("blocks.mapped", uuid).await?;
+        Ok(self.world().dm.by_uuid(uuid).map(|dm| dm.dev()))
+    }
+
     async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
         self.pass("blocks.openers", &dev.to_string()).await?;
         let world = self.world();

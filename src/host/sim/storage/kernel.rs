@@ -171,7 +171,7 @@ impl World {
             properties,
         };
         // Nobody listening is fine: the kernel does not care either.
-        let _ = self.events.send(Notice::Event(event));
+        let _ = self.events.send(Notice::Event(event.into()));
     }
 
     pub(super) fn next_diskseq(&mut self) -> u64 {

@@ -50,7 +50,8 @@ fn main() {
     if let Some(at) = arguments.iter().position(|a| a == "--serve") {
         return serve::run(Path::new(&arguments[at + 1]), vms);
     }
-    let idle = Duration::from_secs(value("--idle", 60).into());
+    // So long that each volume is looked at: of more than 2000 each less often than once a minute.
+    let idle = Duration::from_secs(value("--idle", (vms * VOLUMES * 60 / 2000).max(60)).into());
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(bench(vms, idle));
 }

@@ -163,6 +163,15 @@ impl RunDir for BoundedRunDir {
     async fn load(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
         within(self.1, || format!("reading {name}"), self.0.load(name)).await
     }
+    async fn load_each(&self, names: &[String]) -> Vec<io::Result<Option<Vec<u8>>>> {
+        let load = async { Ok(self.0.load_each(names).await) };
+        let doing = || format!("reading {}", names.join(", "));
+        let failed = |e: io::Error| {
+            let again = |_| Err(io::Error::new(e.kind(), e.to_string()));
+            names.iter().map(again).collect()
+        };
+        within(self.1, doing, load).await.unwrap_or_else(failed)
+    }
     async fn store(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         within(self.1, || format!("writing {name}"), self.0.store(name, bytes)).await
     }

@@ -1,7 +1,7 @@
 //! Places of disks that are to come: a volume is planned behind those that were added before it, so that
 //! each gets the same place whichever of them is the first to be there. Pure.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::ALIAS_PREFIX;
@@ -24,8 +24,16 @@ pub(super) fn keep_places(
     let mut controllers = Vec::new();
     let disks: Vec<Arc<Disk>> = views.all().flat_map(|view| &view.disks).cloned().collect();
     let aliases = disks.iter().filter_map(|disk| disk.alias.as_deref());
-    let there: HashSet<&str> = aliases.filter_map(|a| a.strip_prefix(ALIAS_PREFIX)).collect();
-    for (volume, bus) in ahead.iter().filter(|(volume, _)| !there.contains(volume.as_str())) {
+    let there: Vec<&str> = aliases.filter_map(|a| a.strip_prefix(ALIAS_PREFIX)).collect();
+    let mut next = 0;
+    for (volume, bus) in ahead {
+        // Mostly they came to the domain in this order.
+        let is_next = there.get(next).is_some_and(|name| *name == volume.as_str());
+        let at = || there.iter().position(|name| *name == volume.as_str());
+        if let Some(at) = if is_next { Some(next) } else { at() } {
+            next = at + 1;
+            continue;
+        }
         let alias = super::alias(volume);
         let needs = Needs { live: views.live.is_some(), config: views.config.is_some() };
         let target = free_target(views, *bus, pending);

@@ -47,6 +47,15 @@ pub trait RunDir: Send + Sync {
     /// A file's bytes; `None` when it is not there.
     async fn load(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
 
+    /// The same of several files, in their order: read one after the other, with a single trip to where files are read.
+    async fn load_each(&self, names: &[String]) -> Vec<io::Result<Option<Vec<u8>>>> {
+        let mut loaded = Vec::with_capacity(names.len());
+        for name in names {
+            loaded.push(self.load(name).await);
+        }
+        loaded
+    }
+
     /// Writes a file whole (temporary file and rename, mode 0600, no fsync: it lives for this boot).
     async fn store(&self, name: &str, bytes: &[u8]) -> io::Result<()>;
 

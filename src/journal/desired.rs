@@ -5,16 +5,16 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use rusqlite::{Connection, OptionalExtension, params};
-use serde::de::IntoDeserializer;
-use serde::de::value::StrDeserializer;
+use serde::de::Error as _;
 
 use super::Error;
 use super::store::Store;
 use crate::spec::{RemoveOptions, Revision, VmSpec, VolumeSpec};
-use crate::types::{Bus, VmId, VolumeKey, VolumeName, Wwid};
+use crate::types::{Bus, Malformed, VmId, VolumeKey, VolumeName, Wwid};
 
 /// A volume as it is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,8 +30,8 @@ pub struct StoredVolume {
 /// What a volume is to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredDisk {
-    /// The volume.
-    pub volume: VolumeName,
+    /// The volume's name, as it is stored.
+    pub volume: String,
     /// Its disk's name.
     pub disk: VolumeName,
     /// The bus that it is plugged into.
@@ -333,13 +333,10 @@ impl Desired {
             .await?;
         type Row = (String, Option<String>, Option<String>, bool);
         let read = |(name, disk, bus, keeps_place): Row| {
-            let stored = || -> Result<_, serde_json::Error> {
-                let volume = text(Some(&name), "volume")?;
-                let (disk, bus) = (text(disk.as_ref(), "disk")?, text(bus.as_ref(), "bus")?);
-                Ok(StoredDisk { volume, disk, bus, keeps_place })
-            };
             let damaged = |source| Error::Damaged { what: format!("volume {vm}/{name}"), source };
-            stored().map_err(damaged)
+            let disk = text(disk.as_deref(), "disk").map_err(damaged)?;
+            let bus = text(bus.as_deref(), "bus").map_err(damaged)?;
+            Ok(StoredDisk { volume: name, disk, bus, keeps_place })
         };
         rows.into_iter().map(read).collect()
     }
@@ -394,13 +391,12 @@ fn parse<T: serde::de::DeserializeOwned>(what: &str, json: &str) -> Result<T, Er
 }
 
 /// A value that is stored as a text of its own.
-fn text<T: serde::de::DeserializeOwned>(
-    stored: Option<&String>,
+fn text<T: FromStr<Err = Malformed>>(
+    stored: Option<&str>,
     field: &'static str,
 ) -> Result<T, serde_json::Error> {
-    let stored = stored.ok_or_else(|| serde::de::Error::missing_field(field))?;
-    let stored: StrDeserializer<'_, serde_json::Error> = stored.as_str().into_deserializer();
-    T::deserialize(stored)
+    let stored = stored.ok_or_else(|| serde_json::Error::missing_field(field))?;
+    stored.parse().map_err(serde_json::Error::custom)
 }
 
 fn render<T: serde::Serialize>(value: &T) -> Result<String, Error> {

@@ -176,6 +176,17 @@ impl EffectsStore {
         self.read(self.file(key), |effects: &Effects| &effects.boot_id).await
     }
 
+    /// The same of several volumes, read in one.
+    pub async fn get_each(&self, keys: &[VolumeKey]) -> Vec<Result<Option<Effects>, Error>> {
+        let files: Vec<String> = keys.iter().map(|key| self.file(key)).collect();
+        let loaded = self.run.load_each(&files).await;
+        let mut found = Vec::with_capacity(keys.len());
+        for (file, loaded) in files.into_iter().zip(loaded) {
+            found.push(self.decided(file, loaded, |effects: &Effects| &effects.boot_id).await);
+        }
+        found
+    }
+
     /// Forgets a volume's effects: all are undone.
     pub async fn delete(&self, key: &VolumeKey) -> Result<(), Error> {
         self.forget(self.file(key)).await
@@ -292,8 +303,18 @@ impl EffectsStore {
         what: String,
         boot_of: impl Fn(&T) -> &String + Send,
     ) -> Result<Option<T>, Error> {
+        let loaded = self.run.load(&what).await;
+        self.decided(what, loaded, boot_of).await
+    }
+
+    async fn decided<T: DeserializeOwned>(
+        &self,
+        what: String,
+        loaded: std::io::Result<Option<Vec<u8>>>,
+        boot_of: impl Fn(&T) -> &String + Send,
+    ) -> Result<Option<T>, Error> {
         let io = |source| Error::Io { what: what.clone(), source };
-        let Some(bytes) = self.run.load(&what).await.map_err(io)? else { return Ok(None) };
+        let Some(bytes) = loaded.map_err(io)? else { return Ok(None) };
         let bytes = Zeroizing::new(bytes);
         let value: T = serde_json::from_slice(&bytes)
             .map_err(|source| Error::Damaged { what: what.clone(), source })?;

@@ -331,16 +331,17 @@ impl Actor {
     }
 
     fn phase(&self, name: &VolumeName) -> Phase {
-        self.tools.board.phase_of(&self.key(name)).unwrap_or(Phase::Pending)
+        self.tools.board.phase_of(&self.vm, name).unwrap_or(Phase::Pending)
     }
 
     fn known(&self) -> Vec<Known> {
-        let known = |(name, volume): (&VolumeName, &Volume)| Known {
+        let phases = self.tools.board.phases(&self.vm, self.volumes.keys());
+        let known = |(volume, phase): (&Volume, Option<Phase>)| Known {
             spec: volume.stored.spec.clone(),
-            phase: self.phase(name),
+            phase: phase.unwrap_or(Phase::Pending),
             removing: volume.removing,
         };
-        self.volumes.iter().map(known).collect()
+        self.volumes.values().zip(phases).map(known).collect()
     }
 }
 

@@ -48,10 +48,10 @@ impl Way<'_> {
     async fn in_order(&self) -> Vec<(VolumeName, Bus)> {
         let own = &self.spec.name;
         let mut before = self.ways.desired.disks(&self.ways.vm.id).await.unwrap_or_default();
-        before.truncate(before.iter().take_while(|d| d.volume != *own).count());
+        before.truncate(before.iter().take_while(|d| d.volume != own.as_str()).count());
         let has_it = self.effects.disk.as_ref().is_some_and(|disk| disk.target.is_some());
         if self.returns && !has_it {
-            let names = before.iter().map(|d| d.volume.clone()).collect();
+            let names = before.iter().filter_map(|d| d.volume.parse().ok()).collect();
             self.ways.order.after(&names).await;
         }
         before.retain(|d| d.keeps_place);

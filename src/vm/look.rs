@@ -36,11 +36,10 @@ pub(super) async fn look(
     let owned = |v: &LookedAt| (ways.key(&v.volume.spec.name), v.volume.spec.source.clone());
     let owned: Vec<_> = volumes.iter().map(owned).collect();
     let health = ways.host.connector.inspect(&owned).await;
-    let mut effects = Vec::with_capacity(volumes.len());
-    for (key, _) in &owned {
-        // What cannot be read of one volume is no other's trouble.
-        effects.push(ways.effects.get(key).await.map_err(Failure::from));
-    }
+    let keys: Vec<_> = owned.into_iter().map(|(key, _)| key).collect();
+    // What cannot be read of one volume is no other's trouble.
+    let effects = ways.effects.get_each(&keys).await;
+    let effects: Vec<_> = effects.into_iter().map(|e| e.map_err(Failure::from)).collect();
     let records: Vec<_> =
         effects.iter().flatten().flatten().filter_map(|e| e.grant.clone()).collect();
     let hold = ways.host.grants.hold(&records).await?;

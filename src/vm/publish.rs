@@ -8,7 +8,7 @@ use tokio::sync::broadcast;
 
 use super::failure::Failure;
 use crate::spec::{Phase, VolumeSpec, VolumeStatus};
-use crate::types::{VmId, VolumeKey};
+use crate::types::{VmId, VolumeKey, VolumeName};
 
 /// How many changes a slow watcher may lag behind before it is told to take a new list.
 const BACKLOG: usize = 1024;
@@ -22,12 +22,24 @@ pub struct Board {
 
 #[derive(Debug, Default)]
 struct Inner {
-    volumes: BTreeMap<VolumeKey, Arc<VolumeStatus>>,
+    vms: BTreeMap<VmId, BTreeMap<VolumeName, Arc<VolumeStatus>>>,
     /// One counter for all volumes: it keeps growing when a name is removed and added again.
     generation: u64,
 }
 
 impl Inner {
+    fn of(&self, vm: &VmId, volume: &VolumeName) -> Option<&Arc<VolumeStatus>> {
+        self.vms.get(vm)?.get(volume)
+    }
+
+    fn put(&mut self, key: &VolumeKey, status: Arc<VolumeStatus>) {
+        if let Some(volumes) = self.vms.get_mut(&key.vm) {
+            volumes.insert(key.volume.clone(), status);
+        } else {
+            self.vms.insert(key.vm.clone(), BTreeMap::from([(key.volume.clone(), status)]));
+        }
+    }
+
     fn next(&mut self) -> u64 {
         self.generation += 1;
         self.generation
@@ -46,7 +58,7 @@ impl Board {
         let mut inner = self.lock();
         let status = VolumeStatus { generation: inner.next(), ..blank(key, spec) };
         let shared = Arc::new(status.clone());
-        inner.volumes.insert(key.clone(), shared.clone());
+        inner.put(key, shared.clone());
         self.send(shared);
         status
     }
@@ -55,7 +67,7 @@ impl Board {
     /// board (its VM was unregistered meanwhile) is left off it.
     pub fn update(&self, key: &VolumeKey, change: impl FnOnce(&mut VolumeStatus)) {
         let mut inner = self.lock();
-        let Some(before) = inner.volumes.get(key) else { return };
+        let Some(before) = inner.of(&key.vm, &key.volume) else { return };
         let mut status = VolumeStatus::clone(before);
         change(&mut status);
         if status == **before {
@@ -66,7 +78,7 @@ impl Board {
         }
         status.generation = inner.next();
         let shared = Arc::new(status);
-        inner.volumes.insert(key.clone(), shared.clone());
+        inner.put(key, shared.clone());
         self.send(shared);
     }
 
@@ -110,32 +122,52 @@ impl Board {
     /// Nothing of the volume is left: watchers see `Gone`, and it is off the board.
     pub fn close(&self, key: &VolumeKey) {
         self.phase(key, Phase::Gone);
-        self.lock().volumes.remove(key);
+        let mut inner = self.lock();
+        if let Some(volumes) = inner.vms.get_mut(&key.vm) {
+            volumes.remove(&key.volume);
+            if volumes.is_empty() {
+                inner.vms.remove(&key.vm);
+            }
+        }
     }
 
     /// One volume.
     pub fn get(&self, key: &VolumeKey) -> Option<VolumeStatus> {
-        self.lock().volumes.get(key).map(|status| VolumeStatus::clone(status))
+        self.lock().of(&key.vm, &key.volume).map(|status| VolumeStatus::clone(status))
     }
 
     /// A volume's phase.
-    pub fn phase_of(&self, key: &VolumeKey) -> Option<Phase> {
-        self.lock().volumes.get(key).map(|status| status.phase)
+    pub fn phase_of(&self, vm: &VmId, volume: &VolumeName) -> Option<Phase> {
+        self.lock().of(vm, volume).map(|status| status.phase)
+    }
+
+    /// The phases of many volumes of a VM, which are named in order.
+    pub fn phases<'a>(
+        &self,
+        vm: &VmId,
+        names: impl Iterator<Item = &'a VolumeName>,
+    ) -> Vec<Option<Phase>> {
+        let inner = self.lock();
+        let mut there = inner.vms.get(vm).into_iter().flatten().peekable();
+        let phase = |name| {
+            while there.next_if(|(known, _)| *known < name).is_some() {}
+            there.next_if(|(known, _)| *known == name).map(|(_, status)| status.phase)
+        };
+        names.map(phase).collect()
     }
 
     /// How many volumes there are.
-    pub fn len(&self) -> usize {
-        self.lock().volumes.len()
+    pub fn count(&self) -> usize {
+        self.lock().vms.values().map(BTreeMap::len).sum()
     }
 
     /// All volumes, or those of one VM, ordered by VM and name.
     pub fn list(&self, vm: Option<&VmId>) -> Vec<Arc<VolumeStatus>> {
-        self.lock()
-            .volumes
-            .values()
-            .filter(|v| vm.is_none_or(|vm| v.key.vm == *vm))
-            .cloned()
-            .collect()
+        let inner = self.lock();
+        match vm {
+            Some(vm) => inner.vms.get(vm).into_iter().flat_map(BTreeMap::values).cloned().collect(),
+            None => inner.vms.values().flat_map(BTreeMap::values).cloned().collect(),
+        }
     }
 
     /// Every change from now on.
@@ -192,8 +224,14 @@ mod tests {
         board.phase(&key(), Phase::Bound);
         let failure = Failure::new(Reason::LunNotFound, "no LUN 1");
         board.trouble(&key(), Phase::Failed, &failure, None);
+        let of = |names: &[&str]| {
+            let names: Vec<VolumeName> = names.iter().map(|name| name.parse().unwrap()).collect();
+            board.phases(&key().vm, names.iter())
+        };
+        assert_eq!(of(&["a", "v", "w"]), [None, Some(Phase::Failed), None]);
         board.open(&key(), &volume_fixture("v").into());
         board.close(&key());
+        assert_eq!(of(&["a", "v"]), [None, None]);
         board.phase(&key(), Phase::Ready);
         let mut seen = Vec::new();
         while let Ok(status) = watch.try_recv() {

@@ -160,7 +160,7 @@ impl Ways {
     /// A store that cannot be read now says nothing of them.
     pub(super) async fn wanted(&self, name: &VolumeName) -> Vec<(VolumeName, Bus)> {
         let disks = self.desired.disks(&self.vm.id).await.unwrap_or_default();
-        let others = disks.into_iter().filter(|d| d.keeps_place && d.volume != *name);
+        let others = disks.into_iter().filter(|d| d.keeps_place && d.volume != name.as_str());
         others.map(|d| (d.disk, d.bus)).collect()
     }
 

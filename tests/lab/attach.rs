@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use lunplug::host::block::{Blocks, RealBlocks};
+
 use crate::node::{
     DOMAIN, Lab, Lun, Story, VM, add, guest_disk, guest_disks, guest_has, in_guest, lunplug,
     refused, remove, sh, source_of, until, virsh, volume,
@@ -20,6 +22,10 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
     assert_eq!(told["phase"], "Ready");
     assert_eq!(told["device"]["wwid"], lun.wwid.as_str());
     assert_eq!(told["device"]["paths"], 2, "{told}");
+    // device-mapper itself tells the map by its uuid: lunplug asks it whether one is there still.
+    let dev = told["device"]["dev"].as_str().expect("a number").to_owned();
+    let uuid = sh(&format!("cat /sys/dev/block/{dev}/dm/uuid")).ok().trim().to_owned();
+    assert_eq!(mapped(&uuid), Some(dev));
     let disk = guest_disk("Case-Kept_01");
     assert_eq!(disk.bytes, 64 << 20);
 
@@ -47,7 +53,16 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
     });
     remove("portals", &[]).ok();
     guest_has(0);
+    assert_eq!(mapped(&uuid), None);
     story.nothing_left();
+}
+
+fn mapped(uuid: &str) -> Option<String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.expect("a runtime");
+    let blocks = RealBlocks::new("/dev/lunplug-story", Duration::from_secs(10));
+    let found = runtime.block_on(blocks.mapped(uuid)).expect("device-mapper answers");
+    found.map(|dev| dev.to_string())
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What leases say. Read without their lock: what a change is decided by is read again under it.
 
 use super::store::{entry_name, of_lun, users_dir};
-use super::{Lease, Leases, Made, User, file_name, lease_file, user_file};
+use super::{Lease, Leases, Made, User, file_name, lease_file};
 use crate::connector::error::{Error, chain};
 use crate::types::{Lun, VolumeKey};
 
@@ -23,24 +23,7 @@ impl Leases {
         owner: &VolumeKey,
         lun: Lun,
     ) -> Result<Option<User>, Error> {
-        let lease = self.lease::<M>(target).await?;
-        self.user_beside(lease.as_ref(), target, owner, lun).await
-    }
-
-    /// The same beside a target's own file that was read just now: it is read first, for it says whether the
-    /// users have files.
-    pub(crate) async fn user_beside<M: Made>(
-        &self,
-        lease: Option<&Lease<M>>,
-        target: &str,
-        owner: &VolumeKey,
-        lun: Lun,
-    ) -> Result<Option<User>, Error> {
-        if let Some(users) = lease.and_then(|lease| lease.users.as_ref()) {
-            return Ok(users.iter().find(|u| u.is(owner, lun)).cloned());
-        }
-        let user = self.read_user(&user_file(M::TRANSPORT, target, owner, lun)).await?;
-        Ok(user.filter(|u| u.is(owner, lun)))
+        Ok(self.read_both::<M>(target, owner, lun).await?.1)
     }
 
     /// All that a volume has at a target: mostly one LUN.
@@ -63,8 +46,26 @@ impl Leases {
         self.users_that::<M>(target, |name| name.starts_with(&start), |u| u.lun == lun).await
     }
 
-    /// The other users of the same LUN.
-    pub(crate) async fn others<M: Made>(
+    /// What an owner has of a LUN, and the other users of it.
+    pub(crate) async fn user_and_others<M: Made>(
+        &self,
+        target: &str,
+        owner: &VolumeKey,
+        lun: Lun,
+    ) -> Result<(Option<User>, Vec<User>), Error> {
+        let (lease, mine) = self.read_both::<M>(target, owner, lun).await?;
+        let others = match lease.and_then(|lease| lease.users) {
+            Some(users) => {
+                let is = |u: &User| u.lun == lun && u.owner != *owner;
+                users.into_iter().filter(is).collect()
+            }
+            None => self.others_filed::<M>(target, owner, lun).await?,
+        };
+        Ok((mine, others))
+    }
+
+    /// The other users of a LUN of a target whose users have files.
+    pub(super) async fn others_filed<M: Made>(
         &self,
         target: &str,
         owner: &VolumeKey,
@@ -72,7 +73,8 @@ impl Leases {
     ) -> Result<Vec<User>, Error> {
         let (start, mine) = (of_lun(lun), entry_name(owner, lun));
         let named = |name: &str| name.starts_with(&start) && name != mine;
-        self.users_that::<M>(target, named, |u| u.lun == lun && u.owner != *owner).await
+        let is = |u: &User| u.lun == lun && u.owner != *owner;
+        self.filed_that::<M>(target, named, is).await
     }
 
     /// The users whose files are `named` so, if they are what the name says (`is`).
@@ -82,9 +84,19 @@ impl Leases {
         named: impl Fn(&str) -> bool + Send,
         is: impl Fn(&User) -> bool + Send,
     ) -> Result<Vec<User>, Error> {
-        if let Some(users) = self.lease::<M>(target).await?.and_then(|lease| lease.users) {
-            return Ok(users.into_iter().filter(is).collect());
+        match self.lease::<M>(target).await?.and_then(|lease| lease.users) {
+            Some(users) => Ok(users.into_iter().filter(is).collect()),
+            None => self.filed_that::<M>(target, named, is).await,
         }
+    }
+
+    /// The same at a target whose users have files.
+    async fn filed_that<M: Made>(
+        &self,
+        target: &str,
+        named: impl Fn(&str) -> bool + Send,
+        is: impl Fn(&User) -> bool + Send,
+    ) -> Result<Vec<User>, Error> {
         let dir = users_dir(M::TRANSPORT, target);
         let mut found = Vec::new();
         for name in self.names(&dir).await?.iter().filter(|name| named(name)) {

@@ -102,12 +102,12 @@ impl Leases {
         intent: User,
         change: impl FnOnce(&mut User, User) + Send,
     ) -> Result<(), Error> {
-        let (_guard, lease) = self.locked::<M>(target).await?;
+        let (_guard, lease, before) =
+            self.locked_with::<M>(target, &intent.owner, intent.lun).await?;
         if lease.is_none() {
             let lease = self.empty::<M>(target);
             self.store(&lease_file(M::TRANSPORT, target), &lease).await?;
         }
-        let before = self.user_beside(lease.as_ref(), target, &intent.owner, intent.lun).await?;
         let user = match before.clone() {
             None => intent,
             Some(mut user) => {
@@ -126,10 +126,8 @@ impl Leases {
         lun: Lun,
         change: impl FnOnce(&mut User) -> R + Send,
     ) -> Result<Option<R>, Error> {
-        let (_guard, lease) = self.locked::<M>(target).await?;
-        let Some(before) = self.user_beside(lease.as_ref(), target, owner, lun).await? else {
-            return Ok(None);
-        };
+        let (_guard, _, before) = self.locked_with::<M>(target, owner, lun).await?;
+        let Some(before) = before else { return Ok(None) };
         let mut user = before.clone();
         let result = change(&mut user);
         self.store_user::<M>(target, Some(&before), &user).await?;
@@ -162,9 +160,9 @@ impl Leases {
         owner: &VolumeKey,
         lun: Lun,
     ) -> Result<(), Error> {
-        let (_guard, lease) = self.locked::<M>(target).await?;
-        if let Some(gone) = self.user_beside(lease.as_ref(), target, owner, lun).await? {
-            if let Some(before) = self.others::<M>(target, owner, lun).await?.first() {
+        let (_guard, lease, user) = self.locked_with::<M>(target, owner, lun).await?;
+        if let Some(gone) = user {
+            if let Some(before) = self.others_filed::<M>(target, owner, lun).await?.first() {
                 let mut heir = before.clone();
                 heir.inherit(&gone);
                 self.store_user::<M>(target, Some(before), &heir).await?;
@@ -184,13 +182,33 @@ impl Leases {
         &self,
         target: &str,
     ) -> Result<(Box<dyn LockGuard>, Option<Lease<M>>), Error> {
-        let lock = format!("locks/lease-{}-{}", M::TRANSPORT, file_name(target));
-        let guard = self.doors.rundir.lock(&lock, self.lock).await?;
+        let guard = self.lock::<M>(target).await?;
         let lease = match self.lease::<M>(target).await? {
             Some(lease) if lease.users.is_some() => self.renew(target, lease).await?,
             lease => lease,
         };
         Ok((guard, lease))
+    }
+
+    /// The same, and what an owner has of a LUN there.
+    async fn locked_with<M: Made>(
+        &self,
+        target: &str,
+        owner: &VolumeKey,
+        lun: Lun,
+    ) -> Result<(Box<dyn LockGuard>, Option<Lease<M>>, Option<User>), Error> {
+        let guard = self.lock::<M>(target).await?;
+        let (lease, user) = self.read_both(target, owner, lun).await?;
+        let lease = match lease {
+            Some(lease) if lease.users.is_some() => self.renew(target, lease).await?,
+            lease => lease,
+        };
+        Ok((guard, lease, user))
+    }
+
+    async fn lock<M: Made>(&self, target: &str) -> Result<Box<dyn LockGuard>, Error> {
+        let lock = format!("locks/lease-{}-{}", M::TRANSPORT, file_name(target));
+        Ok(self.doors.rundir.lock(&lock, self.lock).await?)
     }
 
     /// Brings a lease from the form of before to this one.
@@ -245,14 +263,73 @@ impl Leases {
     }
 
     pub(super) async fn read_lease<M: Made>(&self, name: &str) -> Result<Option<Lease<M>>, Error> {
-        let lease: Option<Lease<M>> = self.read(name).await?;
-        Ok(lease.filter(|lease| lease.boot_id == self.doors.rundir.boot_id()))
+        Ok(self.of_this_boot(self.read(name).await?))
     }
 
     pub(super) async fn read_user(&self, name: &str) -> Result<Option<User>, Error> {
         let entry: Option<Entry<User>> = self.read(name).await?;
+        Ok(self.entered(entry))
+    }
+
+    /// A target's own file, and what an owner has of a LUN there.
+    pub(super) async fn read_both<M: Made>(
+        &self,
+        target: &str,
+        owner: &VolumeKey,
+        lun: Lun,
+    ) -> Result<(Option<Lease<M>>, Option<User>), Error> {
+        let names = [lease_file(M::TRANSPORT, target), user_file(M::TRANSPORT, target, owner, lun)];
+        let mut loaded = self.doors.rundir.load_each(&names).await.into_iter();
+        let mut next = || loaded.next().unwrap_or(Ok(None));
+        let lease: Option<Lease<M>> = self.of_this_boot(value(&names[0], next())?);
+        // The target's own file says whether the users have files.
+        let user = match lease.as_ref().and_then(|lease| lease.users.as_ref()) {
+            Some(users) => users.iter().find(|u| u.is(owner, lun)).cloned(),
+            None => self.entered(value(&names[1], next())?).filter(|u: &User| u.is(owner, lun)),
+        };
+        Ok((lease, user))
+    }
+
+    /// What each of these has, read in one: a target's name, an owner, a LUN.
+    pub(crate) async fn read_users<M: Made>(
+        &self,
+        asked: &[(String, VolumeKey, Lun)],
+    ) -> Vec<Result<Option<User>, Error>> {
+        let mut targets: Vec<&String> = asked.iter().map(|(target, ..)| target).collect();
+        targets.sort();
+        targets.dedup();
+        let own = targets.iter().map(|target| lease_file(M::TRANSPORT, target));
+        let users = asked.iter().map(|(at, owner, lun)| user_file(M::TRANSPORT, at, owner, *lun));
+        let names: Vec<String> = own.chain(users).collect();
+        let mut loaded = names.iter().zip(self.doors.rundir.load_each(&names).await);
+        let own: Vec<Result<Option<Lease<M>>, Error>> = (loaded.by_ref().take(targets.len()))
+            .map(|(name, loaded)| Ok(self.of_this_boot(value(name, loaded)?)))
+            .collect();
+        let mut found = Vec::with_capacity(asked.len());
+        for ((target, owner, lun), (name, loaded)) in asked.iter().zip(loaded) {
+            let own = targets.binary_search(&target).ok().map(|n| &own[n]);
+            found.push(match own {
+                Some(Ok(Some(Lease { users: Some(users), .. }))) => {
+                    Ok(users.iter().find(|u| u.is(owner, *lun)).cloned())
+                }
+                Some(Ok(_)) => {
+                    let entry = value(name, loaded);
+                    entry.map(|entry| self.entered(entry).filter(|u: &User| u.is(owner, *lun)))
+                }
+                // Each says so for itself.
+                Some(Err(_)) | None => self.user::<M>(target, owner, *lun).await,
+            });
+        }
+        found
+    }
+
+    fn of_this_boot<M>(&self, lease: Option<Lease<M>>) -> Option<Lease<M>> {
+        lease.filter(|lease| lease.boot_id == self.doors.rundir.boot_id())
+    }
+
+    fn entered(&self, entry: Option<Entry<User>>) -> Option<User> {
         let entry = entry.filter(|entry| entry.boot_id == self.doors.rundir.boot_id());
-        Ok(entry.map(|entry| entry.user))
+        entry.map(|entry| entry.user)
     }
 
     /// Writes what a user has, unless that is there.
@@ -272,10 +349,7 @@ impl Leases {
 
     /// A file's value, of whatever boot.
     pub(super) async fn read<V: DeserializeOwned>(&self, name: &str) -> Result<Option<V>, Error> {
-        let loaded = self.doors.rundir.load(name).await;
-        let bytes = loaded.map_err(Error::store(format!("reading {name}")))?;
-        let read = bytes.map(|bytes| serde_json::from_slice(&bytes)).transpose();
-        read.map_err(|source| Error::LeaseCorrupt { name: name.into(), source })
+        value(name, self.doors.rundir.load(name).await)
     }
 
     pub(super) async fn store(
@@ -293,4 +367,14 @@ impl Leases {
         let removed = self.doors.rundir.remove(name).await;
         removed.map_err(Error::store(format!("writing {name}")))
     }
+}
+
+/// A file's value, as it was loaded.
+fn value<V: DeserializeOwned>(
+    name: &str,
+    loaded: std::io::Result<Option<Vec<u8>>>,
+) -> Result<Option<V>, Error> {
+    let bytes = loaded.map_err(Error::store(format!("reading {name}")))?;
+    let read = bytes.map(|bytes| serde_json::from_slice(&bytes)).transpose();
+    read.map_err(|source| Error::LeaseCorrupt { name: name.into(), source })
 }

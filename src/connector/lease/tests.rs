@@ -196,7 +196,8 @@ async fn luns_and_owners_are_told_apart_by_their_whole_names() {
     assert_eq!(names(of), ["a 10", "a 1"]);
     let with = node.leases.users_with::<Count>(TARGET, lun(1)).await.expect("read");
     assert_eq!(names(with), ["a 1", "aa 1"]);
-    let others = node.leases.others::<Count>(TARGET, &owner("a"), lun(1)).await.expect("read");
+    let others =
+        node.leases.others_filed::<Count>(TARGET, &owner("a"), lun(1)).await.expect("read");
     assert_eq!(names(others), ["aa 1"]);
     let mut all = node.leases.owners::<Count>().await.expect("read");
     all.dedup();

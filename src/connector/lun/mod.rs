@@ -32,7 +32,7 @@ mod scan;
 mod transport;
 mod whole;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
@@ -46,7 +46,7 @@ pub(crate) use transport::{Job, Transport, Way};
 use super::bounded::bounded;
 use super::error::Error;
 use super::health::Checks;
-use super::lease::{Lease, Leases, Made as _};
+use super::lease::{Leases, Made as _};
 use super::multipath;
 use super::settings::{Settings, ms};
 use super::touched::{self, Touched};
@@ -169,14 +169,9 @@ impl<T: Transport> Connector for Arc<Luns<T>> {
     }
 
     async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>> {
-        let mut leases: HashMap<T::Target, Option<Lease<T::Made>>> = HashMap::new();
         let mut checked = None;
         let mut found = Vec::with_capacity(volumes.len());
-        for (owner, source) in volumes {
-            let held = match of::<T>(source) {
-                Ok(source) => self.held_now(owner, &T::targets(source), &mut leases).await,
-                Err(error) => Err(error),
-            };
+        for held in self.held_each(volumes).await {
             let user = match held {
                 Ok(user) => user,
                 Err(error) => {

@@ -63,8 +63,8 @@ impl<T: Transport> Luns<T> {
         let owner = &user.owner;
         let (mut alone, mut spare, mut shared) = (Vec::new(), Vec::new(), false);
         for at in targets {
-            let mine = self.leases.user::<T::Made>(at.lease(), owner, at.lun).await?;
-            let others = self.leases.others::<T::Made>(at.lease(), owner, at.lun).await?;
+            let (mine, others) =
+                self.leases.user_and_others::<T::Made>(at.lease(), owner, at.lun).await?;
             if others.is_empty() {
                 alone.extend(mine);
                 continue;

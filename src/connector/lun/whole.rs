@@ -1,13 +1,11 @@
 //! A volume that is reached by several targets, as one: what it has in each of their leases.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-
-use super::Luns;
 use super::access::Access;
 use super::transport::Transport;
+use super::{Luns, of};
 use crate::connector::error::Error;
-use crate::connector::lease::{Claim, Lease, Made as _, User};
+use crate::connector::lease::{Claim, Made as _, User};
+use crate::spec::Source;
 use crate::types::{Lun, VolumeKey, Wwid};
 
 impl<T: Transport> Luns<T> {
@@ -17,26 +15,33 @@ impl<T: Transport> Luns<T> {
         owner: &VolumeKey,
         targets: &[Access<T>],
     ) -> Result<Option<User>, Error> {
-        self.held_now(owner, targets, &mut HashMap::new()).await
-    }
-
-    /// The same by targets' own files that were read just now; what is missing of them is read.
-    pub(super) async fn held_now(
-        &self,
-        owner: &VolumeKey,
-        targets: &[Access<T>],
-        leases: &mut HashMap<T::Target, Option<Lease<T::Made>>>,
-    ) -> Result<Option<User>, Error> {
         let mut users = Vec::new();
         for at in targets {
-            let lease = match leases.entry(at.target.clone()) {
-                Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(place) => place.insert(self.leases.lease(at.lease()).await?),
-            };
-            let user = self.leases.user_beside(lease.as_ref(), at.lease(), owner, at.lun).await?;
-            users.extend(user);
+            users.extend(self.leases.user::<T::Made>(at.lease(), owner, at.lun).await?);
         }
         Ok(User::joined(&users))
+    }
+
+    /// The same of many volumes, read in one.
+    pub(super) async fn held_each(
+        &self,
+        volumes: &[(VolumeKey, Source)],
+    ) -> Vec<Result<Option<User>, Error>> {
+        let targets: Vec<_> =
+            volumes.iter().map(|(_, source)| of::<T>(source).map(T::targets)).collect();
+        let asked = volumes.iter().zip(&targets).flat_map(|((owner, _), targets)| {
+            let targets = targets.iter().flatten();
+            targets.map(move |at| (at.lease().to_owned(), owner.clone(), at.lun))
+        });
+        let asked: Vec<_> = asked.collect();
+        let mut users = self.leases.read_users::<T::Made>(&asked).await.into_iter();
+        let mut joined = |targets: Result<Vec<Access<T>>, Error>| {
+            // All of it, also where a part cannot be read: what follows is the next volume's.
+            let its: Vec<_> = users.by_ref().take(targets?.len()).collect();
+            let its: Vec<Option<User>> = its.into_iter().collect::<Result<_, _>>()?;
+            Ok(User::joined(its.iter().flatten()))
+        };
+        targets.into_iter().map(&mut joined).collect()
     }
 
     /// Changes what the owner has at the first of its targets; `None` where it has nothing there.

@@ -185,15 +185,23 @@ impl Domain {
     }
 
     fn put(&mut self, disk: Arc<Disk>) -> Result<(), XmlError> {
-        if disk.bus == "scsi" {
-            let address = disk.drive.ok_or_else(|| XmlError::Unsupported {
-                element: format!("<disk> {}", disk.target),
-                why: "a disk on bus scsi without an address",
-            })?;
-            self.scsi_used.insert(address);
-        }
+        self.scsi_used.extend(disk.scsi_address()?);
         self.disks.push(disk);
         Ok(())
+    }
+}
+
+impl Disk {
+    /// The address that it takes on a SCSI controller.
+    fn scsi_address(&self) -> Result<Option<DriveAddress>, XmlError> {
+        if self.bus != "scsi" {
+            return Ok(None);
+        }
+        let address = self.drive.ok_or_else(|| XmlError::Unsupported {
+            element: format!("<disk> {}", self.target),
+            why: "a disk on bus scsi without an address",
+        })?;
+        Ok(Some(address))
     }
 }
 

@@ -104,14 +104,18 @@ impl Memory {
     fn join(&self, cut: &Cut<'_>) -> Option<Domain> {
         let mut domain = Domain::clone(&*self.rest(cut)?);
         domain.disks.reserve_exact(cut.disks.len());
+        let mut drives = Vec::with_capacity(cut.disks.len());
         for text in &cut.disks {
             let piece = self.piece(text)?;
             domain.pci_used.extend(&piece.used.pci);
             for (thread, users) in &piece.used.io_threads {
                 *domain.io_threads.users.entry(*thread).or_default() += users;
             }
-            domain.put(piece.disk.clone()).ok()?;
+            drives.extend(piece.disk.scsi_address().ok()?);
+            domain.disks.push(piece.disk.clone());
         }
+        // One after the other they would be looked up in a tree each.
+        domain.scsi_used.append(&mut drives.into_iter().collect());
         Some(domain)
     }
 

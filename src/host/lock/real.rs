@@ -180,6 +180,14 @@ struct RealLock {
 }
 impl LockGuard for RealLock {}
 
+fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
 fn make_dirs(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
@@ -204,12 +212,17 @@ impl RunDir for RealRunDir {
 
     async fn load(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
         let path = self.path(name)?;
-        let call = move || match fs::read(path) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e),
+        self.run(move || read(&path)).await
+    }
+
+    async fn load_each(&self, names: &[String]) -> Vec<io::Result<Option<Vec<u8>>>> {
+        let paths: Vec<_> = names.iter().map(|name| self.path(name)).collect();
+        let call = move || Ok(paths.into_iter().map(|path| read(&path?)).collect());
+        let failed = |e: io::Error| {
+            let again = |_| Err(io::Error::new(e.kind(), e.to_string()));
+            names.iter().map(again).collect()
         };
-        self.run(call).await
+        self.run(call).await.unwrap_or_else(failed)
     }
 
     async fn store(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
@@ -307,6 +320,12 @@ mod tests {
         std::fs::write(dir.path().join("lunplug/lease/.tmp-9-9"), "").unwrap();
         assert_eq!(run.list("lease").await.unwrap(), ["a", "b"]);
         assert_eq!(run.load("lease/a").await.unwrap().unwrap(), b"11");
+        let names = ["lease/b", "lease/none", "../x", "lease/a"].map(str::to_owned);
+        let [Ok(b), Ok(none), Err(outside), Ok(a)] = &run.load_each(&names).await[..] else {
+            panic!("each for itself, in their order")
+        };
+        assert_eq!((a.as_deref(), b.as_deref(), none), (Some(&b"11"[..]), Some(&b"2"[..]), &None));
+        assert_eq!(outside.kind(), io::ErrorKind::InvalidInput);
         let mode = |p: &str| fs::metadata(dir.path().join(p)).unwrap().mode() & 0o777;
         assert_eq!((mode("lunplug"), mode("lunplug/lease")), (0o700, 0o700));
         assert_eq!(mode("lunplug/lease/a"), 0o600);

@@ -109,8 +109,7 @@ impl Actor {
 
     /// Whether a volume is ready and nothing is going on with it.
     pub(super) fn is_steady(&self, name: &VolumeName) -> bool {
-        let idle = |v: &Volume| !v.working && !v.failed && v.removing.is_none();
-        self.volumes.get(name).is_some_and(idle) && self.phase(name) == Phase::Ready
+        self.volumes.get(name).is_some_and(is_idle) && self.phase(name) == Phase::Ready
     }
 
     /// A volume has come to be ready.
@@ -136,17 +135,16 @@ impl Actor {
 
     /// The slow timer: up to a fifth less than the interval, so that many VMs are spread.
     fn look_later(&mut self) {
-        let interval = at_rest(self.tools.look_interval, self.tools.board.len());
+        let interval = at_rest(self.tools.look_interval, self.tools.board.count());
         self.look_within(interval.mul_f64(1.0 - fastrand::f64() * 0.2));
     }
 
     pub(super) fn look(&mut self) {
         self.looks.next = None;
-        let looked_at: Vec<LookedAt> = self
-            .volumes
-            .iter()
-            .filter(|(name, v)| v.unlooked || self.is_steady(name))
-            .map(|(_, v)| LookedAt { volume: v.stored.clone(), anew: v.unlooked })
+        let phases = self.tools.board.phases(&self.vm, self.volumes.keys());
+        let looked_at: Vec<LookedAt> = (self.volumes.values().zip(phases))
+            .filter(|(v, phase)| v.unlooked || (is_idle(v) && *phase == Some(Phase::Ready)))
+            .map(|(v, _)| LookedAt { volume: v.stored.clone(), anew: v.unlooked })
             .collect();
         if looked_at.is_empty() {
             // Whichever comes to be ready asks for a look.
@@ -294,6 +292,11 @@ impl Actor {
             }
         });
     }
+}
+
+/// Whether nothing is going on with a volume.
+fn is_idle(volume: &Volume) -> bool {
+    !volume.working && !volume.failed && volume.removing.is_none()
 }
 
 /// How often volumes are looked at when nothing happens, on a node that has so many.

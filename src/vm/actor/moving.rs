@@ -160,7 +160,8 @@ impl Actor {
 
     /// Tells whoever waits for it that nothing is under way, once that is so.
     pub(super) fn stands_still(&mut self) {
-        if self.volumes.values().any(|v| v.working || v.unlooked) {
+        let waited_for = self.moving.still.is_some();
+        if !waited_for || self.volumes.values().any(|v| v.working || v.unlooked) {
             return;
         }
         if let Some(reply) = self.moving.still.take() {

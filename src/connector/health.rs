@@ -51,7 +51,9 @@ pub(crate) struct Checks {
 }
 
 struct Answer {
-    at: Instant,
+    asked: Instant,
+    answered: Instant,
+    /// As of when it was asked: what happened since may not be in it.
     doubts: u64,
     checked: Arc<Checked>,
 }
@@ -68,18 +70,21 @@ impl Checks {
 
     /// As of now, or of a moment ago since which nothing happened.
     pub(super) async fn get(&self, multipathd: &dyn Multipathd) -> Arc<Checked> {
+        let came = Instant::now();
         let mut last = self.last.lock().await;
-        // Read before it is asked: what happens meanwhile may not be in the answer.
-        let (at, doubts) = (Instant::now(), self.doubts.load(Ordering::Acquire));
-        if let Some(answer) = &*last
-            && at - answer.at < FRESH
-            && answer.doubts == doubts
-            && doubts > 0
-        {
-            return answer.checked.clone();
+        let doubts = self.doubts.load(Ordering::Acquire);
+        if let Some(answer) = &*last {
+            // Somebody asked while this one waited: of those who wait for one that hangs, not each asks again.
+            let is_new = answer.asked > came;
+            let is_fresh =
+                answer.answered.elapsed() < FRESH && answer.doubts == doubts && doubts > 0;
+            if is_new || is_fresh {
+                return answer.checked.clone();
+            }
         }
+        let asked = Instant::now();
         let checked = Arc::new(checked(multipathd).await);
-        *last = Some(Answer { at, doubts, checked: checked.clone() });
+        *last = Some(Answer { asked, answered: Instant::now(), doubts, checked: checked.clone() });
         checked
     }
 }
@@ -166,5 +171,29 @@ mod tests {
         tokio::time::sleep(FRESH).await;
         look().await;
         assert_eq!(asked(), 5);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_takes_long_in_a_storm_keeps_nobody_for_longer_than_two_answers() {
+        let (multipathd, checks) = (Slow::default(), Checks::default());
+        checks.doubt();
+        let begin = Instant::now();
+        let look = async |n| {
+            tokio::time::sleep(Duration::from_millis(n)).await;
+            checks.get(&multipathd).await;
+        };
+        let looks = futures_util::future::join_all((0..100).map(look));
+        let storm = async {
+            loop {
+                checks.doubt();
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            _ = looks => {}
+            () = storm => {}
+        }
+        assert_eq!(multipathd.0.load(Ordering::Relaxed), 2);
+        assert_eq!(begin.elapsed(), Duration::from_secs(2));
     }
 }

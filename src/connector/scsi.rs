@@ -305,13 +305,13 @@ async fn stacked_of(
 }
 
 /// Programs that have the device open, but for those that look after it: multipathd has every path
-/// open, and udev looks at each new device for a moment.
+/// open, and udev looks at each new device for a moment, itself and by `multipath -u`, which its rules ask about each path.
 pub(crate) async fn openers(doors: &StorageDoors, dev: DevNum) -> Result<Vec<String>, Error> {
     let all = doors.blocks.openers(dev).await;
     let all = all.map_err(Error::io(format!("looking who has {dev} open")))?;
     let keeper = |o: &String| {
         let command = o.split('[').next().unwrap_or("");
-        matches!(command, "multipathd" | "systemd-udevd" | "(udev-worker)" | "udevd")
+        matches!(command, "multipathd" | "multipath" | "systemd-udevd" | "(udev-worker)" | "udevd")
     };
     Ok(all.into_iter().filter(|o| !keeper(o)).collect())
 }

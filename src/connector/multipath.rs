@@ -295,14 +295,11 @@ pub(crate) async fn decide(
     paths: &[ScsiPath],
 ) -> Result<(), Error> {
     let mut wait = Wait::for_udev(&*doors.uevents, ms(settings.map_ms));
-    // Not a moment less than it may take udev: a multipathd that is told of a path before takes it, and makes its map
-    // only when udev is done, when somebody may have been given the path.
-    let patience = Instant::now() + ms(settings.map_ms);
     let is_ruled = |path: &ScsiPath| doors.uevents.is_ruled(path.disk.dev);
-    // What multipathd would refuse now takes it from the rules' own questions.
-    while !paths.iter().all(is_ruled) && Instant::now() < patience {
-        wait.next_before(patience).await;
-    }
+    // As long as udev may take: a multipathd that is told of a path before takes it, and makes its map only when udev is
+    // done, when somebody may have been given the path. What it refuses takes it from the rules' own questions.
+    while !paths.iter().all(is_ruled) && wait.next().await {}
+    wait.restart(ms(settings.map_ms));
     while !nudge(&*doors.multipathd, paths).await? {
         // Where udev is not heard it is asked again in a while.
         let again = Instant::now() + ms(settings.map_nudge_ms);

@@ -20,7 +20,7 @@ use lunplug::domain::xml;
 use lunplug::host::grants::{Access, CgroupRef, Hierarchy};
 use lunplug::host::sim::SimHost;
 use lunplug::journal::{Desired, StoredVolume};
-use lunplug::spec::{FcSupport, Phase, VmPlace, VmSpec};
+use lunplug::spec::{FcSupport, VmPlace, VmSpec};
 use lunplug::types::{DevNum, VolumeKey};
 use lunplug::vm::plan::fc::AfterLast;
 use lunplug::vm::plan::{self, Known, Rules};
@@ -61,7 +61,7 @@ fn admission(c: &mut Criterion) {
     };
     for beside in BESIDE {
         let known: Vec<Known> = (0..beside)
-            .map(|n| Known { spec: lun(0, n).into(), phase: Phase::Ready, removing: None })
+            .map(|n| Known { spec: lun(0, n).into(), failed: false, removing: None })
             .collect();
         let new = lun(0, 1000);
         c.bench_function(&id("admission", beside), |b| {

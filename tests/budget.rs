@@ -22,7 +22,7 @@ use common::{Stores, heap};
 use lunplug::domain::diff::{self, Views};
 use lunplug::domain::xml;
 use lunplug::host::sim::SimHost;
-use lunplug::spec::{AddOptions, FcSupport, Phase};
+use lunplug::spec::{AddOptions, FcSupport};
 use lunplug::vm::facade::{Volumes, Wish};
 use lunplug::vm::plan::fc::AfterLast;
 use lunplug::vm::plan::{self, Known, Rules};
@@ -259,8 +259,7 @@ impl Beside {
     fn many() -> Self {
         let text = domain(256);
         let views = Views { live: Some(Arc::new(xml::parse(&text).unwrap())), config: None };
-        let known =
-            |n| Known { spec: common::lun(0, n).into(), phase: Phase::Ready, removing: None };
+        let known = |n| Known { spec: common::lun(0, n).into(), failed: false, removing: None };
         Self { views, known: (0..256).map(known).collect(), text }
     }
 }

@@ -278,7 +278,7 @@ pub async fn attach(
     desired: &DesiredDisk,
     persist: bool,
     pending: &BTreeSet<String>,
-    ahead: &[(VolumeName, Bus)],
+    ahead: &[(String, Bus)],
     deadline: Duration,
 ) -> Result<Outcome<Attached>, Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };
@@ -324,7 +324,7 @@ pub async fn check(
     desired: &DesiredDisk,
     persist: bool,
     pending: &BTreeSet<String>,
-    ahead: &[(VolumeName, Bus)],
+    ahead: &[(String, Bus)],
     deadline: Duration,
 ) -> Result<(), Error> {
     let at = At { connection, domain, until: Instant::now() + deadline };

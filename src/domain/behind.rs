@@ -10,7 +10,7 @@ use super::diff::{
 };
 use super::place::{free_slot, free_target, place_scsi};
 use super::xml::{Disk, Domain, ScsiController, Written};
-use crate::types::{Bus, IoLimits, VolumeName};
+use crate::types::{Bus, IoLimits};
 
 /// Takes the places that disks added earlier will have and do not have yet, in their order: so a disk
 /// gets the same place whichever of them is the first to be there, and volumes come back to a
@@ -18,23 +18,12 @@ use crate::types::{Bus, IoLimits, VolumeName};
 /// for that.
 pub(super) fn keep_places(
     views: &mut Views,
-    ahead: &[(VolumeName, Bus)],
+    ahead: &[(String, Bus)],
     pending: &BTreeSet<String>,
 ) -> Vec<NewController> {
     let mut controllers = Vec::new();
-    let disks: Vec<Arc<Disk>> = views.all().flat_map(|view| &view.disks).cloned().collect();
-    let aliases = disks.iter().filter_map(|disk| disk.alias.as_deref());
-    let there: Vec<&str> = aliases.filter_map(|a| a.strip_prefix(ALIAS_PREFIX)).collect();
-    let mut next = 0;
-    for (volume, bus) in ahead {
-        // Mostly they came to the domain in this order.
-        let is_next = there.get(next).is_some_and(|name| *name == volume.as_str());
-        let at = || there.iter().position(|name| *name == volume.as_str());
-        if let Some(at) = if is_next { Some(next) } else { at() } {
-            next = at + 1;
-            continue;
-        }
-        let alias = super::alias(volume);
+    for (disk, bus) in missing(views, ahead) {
+        let alias = format!("{ALIAS_PREFIX}{disk}");
         let needs = Needs { live: views.live.is_some(), config: views.config.is_some() };
         let target = free_target(views, *bus, pending);
         let placed = match bus {
@@ -49,6 +38,21 @@ pub(super) fn keep_places(
         controllers.extend(controller);
     }
     controllers
+}
+
+/// Those that no view has.
+fn missing<'a>(views: &Views, ahead: &'a [(String, Bus)]) -> Vec<&'a (String, Bus)> {
+    let aliases = views.all().flat_map(|view| &view.disks).filter_map(|disk| disk.alias.as_deref());
+    let there: Vec<&str> = aliases.filter_map(|a| a.strip_prefix(ALIAS_PREFIX)).collect();
+    let mut next = 0;
+    let is_missing = |(disk, _): &&(String, Bus)| {
+        // Mostly they came to the domain in this order.
+        let is_next = there.get(next).is_some_and(|name| name == disk);
+        let at = if is_next { Some(next) } else { there.iter().position(|name| name == disk) };
+        next = at.map_or(next, |at| at + 1);
+        at.is_none()
+    };
+    ahead.iter().filter(is_missing).collect()
 }
 
 impl Domain {
@@ -107,7 +111,7 @@ pub(super) fn plan_behind(
     views: &Views,
     desired: &DesiredDisk,
     pending: &BTreeSet<String>,
-    ahead: &[(VolumeName, Bus)],
+    ahead: &[(String, Bus)],
 ) -> Result<Plan, PlanError> {
     let mut kept = views.clone();
     let controllers = keep_places(&mut kept, ahead, pending);

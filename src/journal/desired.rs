@@ -5,16 +5,15 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::str::FromStr;
 use std::sync::Arc;
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::de::Error as _;
 
 use super::Error;
 use super::store::Store;
 use crate::spec::{RemoveOptions, Revision, VmSpec, VolumeSpec};
-use crate::types::{Bus, Malformed, VmId, VolumeKey, VolumeName, Wwid};
+use crate::types::{Bus, VmId, VolumeKey, VolumeName, Wwid};
 
 /// A volume as it is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,8 +31,8 @@ pub struct StoredVolume {
 pub struct StoredDisk {
     /// The volume's name, as it is stored.
     pub volume: String,
-    /// Its disk's name.
-    pub disk: VolumeName,
+    /// Its disk's name, as it is stored.
+    pub disk: String,
     /// The bus that it is plugged into.
     pub bus: Bus,
     /// It has a place of its own, and stays: no medium, which comes into a drive that is there, nor being removed.
@@ -315,30 +314,17 @@ impl Desired {
 
     /// What a VM's volumes are to the guest, in their order; nothing else is read of them.
     pub async fn disks(&self, vm: &VmId) -> Result<Vec<StoredDisk>, Error> {
-        let id = vm.to_string();
-        let rows = self
-            .read(move |c| {
-                c.prepare(
-                    "SELECT volume, spec ->> '$.disk', spec ->> '$.bus',
-                         removing IS NULL AND coalesce(spec ->> '$.device', '') <> 'cdrom'
-                     FROM volumes WHERE vm = ?1 ORDER BY position",
-                )?
-                .query_map([id], |r| {
-                    let (name, disk, bus): (String, Option<String>, Option<String>) =
-                        (r.get(0)?, r.get(1)?, r.get(2)?);
-                    Ok((name, disk, bus, r.get::<_, bool>(3)?))
-                })?
-                .collect::<Result<Vec<_>, _>>()
-            })
-            .await?;
-        type Row = (String, Option<String>, Option<String>, bool);
-        let read = |(name, disk, bus, keeps_place): Row| {
-            let damaged = |source| Error::Damaged { what: format!("volume {vm}/{name}"), source };
-            let disk = text(disk.as_deref(), "disk").map_err(damaged)?;
-            let bus = text(bus.as_deref(), "bus").map_err(damaged)?;
-            Ok(StoredDisk { volume: name, disk, bus, keeps_place })
-        };
-        rows.into_iter().map(read).collect()
+        let vm = vm.to_string();
+        self.read(move |c| {
+            c.prepare(
+                "SELECT volume, spec ->> '$.disk', spec ->> '$.bus',
+                     removing IS NULL AND coalesce(spec ->> '$.device', '') <> 'cdrom'
+                 FROM volumes WHERE vm = ?1 ORDER BY position",
+            )?
+            .query_map([&vm], |r| stored_disk(&vm, r))?
+            .collect::<Result<Result<Vec<_>, _>, _>>()
+        })
+        .await?
     }
 
     /// The identities of all of a VM's volumes. One that is damaged is left out: whoever attaches its volume
@@ -390,13 +376,20 @@ fn parse<T: serde::de::DeserializeOwned>(what: &str, json: &str) -> Result<T, Er
     serde_json::from_str(json).map_err(|source| Error::Damaged { what: what.to_owned(), source })
 }
 
-/// A value that is stored as a text of its own.
-fn text<T: FromStr<Err = Malformed>>(
-    stored: Option<&str>,
-    field: &'static str,
-) -> Result<T, serde_json::Error> {
-    let stored = stored.ok_or_else(|| serde_json::Error::missing_field(field))?;
-    stored.parse().map_err(serde_json::Error::custom)
+fn stored_disk(vm: &str, row: &Row<'_>) -> rusqlite::Result<Result<StoredDisk, Error>> {
+    let volume: String = row.get(0)?;
+    let (disk, bus): (Option<String>, Option<String>) = (row.get(1)?, row.get(2)?);
+    let lacks = serde_json::Error::missing_field;
+    let read = disk.ok_or_else(|| lacks("disk")).and_then(|disk| {
+        let bus: Bus =
+            bus.ok_or_else(|| lacks("bus"))?.parse().map_err(serde_json::Error::custom)?;
+        Ok((disk, bus))
+    });
+    let keeps_place = row.get(3)?;
+    Ok(match read {
+        Ok((disk, bus)) => Ok(StoredDisk { volume, disk, bus, keeps_place }),
+        Err(source) => Err(Error::Damaged { what: format!("volume {vm}/{volume}"), source }),
+    })
 }
 
 fn render<T: serde::Serialize>(value: &T) -> Result<String, Error> {

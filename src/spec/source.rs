@@ -57,9 +57,10 @@ impl IscsiSource {
         std::iter::once(first).chain(self.more_targets.iter().cloned()).collect()
     }
 
-    fn luns(&self) -> impl Iterator<Item = (&Iqn, Lun)> {
-        let more = self.more_targets.iter().map(|more| (&more.target, more.lun));
-        std::iter::once((&self.target, self.lun)).chain(more)
+    /// Each LUN with its target, the number first: it is what two of one target differ in.
+    fn luns(&self) -> impl Iterator<Item = (Lun, &Iqn)> {
+        let more = self.more_targets.iter().map(|more| (more.lun, &more.target));
+        std::iter::once((self.lun, &self.target)).chain(more)
     }
 }
 
@@ -205,7 +206,6 @@ impl Source {
         }
     }
 
-    /// Each way to it, in a fixed order.
     /// Whether they have a key in common.
     fn meets(&self, other: &Self) -> bool {
         match (self, other) {
@@ -222,6 +222,7 @@ impl Source {
         }
     }
 
+    /// Each way to it, in a fixed order.
     fn keys(&self) -> Vec<String> {
         let mut keys: Vec<String> = match self {
             Self::Iscsi(source) => {

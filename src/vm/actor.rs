@@ -110,6 +110,12 @@ impl Volume {
             cause: Span::none(),
         }
     }
+
+    /// What admission is to know of it.
+    fn known(&self) -> Known {
+        let (spec, failed, removing) = (self.stored.spec.clone(), self.failed, self.removing);
+        Known { spec, failed, removing }
+    }
 }
 
 /// The task's own state.
@@ -335,13 +341,7 @@ impl Actor {
     }
 
     fn known(&self) -> Vec<Known> {
-        let phases = self.tools.board.phases(&self.vm, self.volumes.keys());
-        let known = |(volume, phase): (&Volume, Option<Phase>)| Known {
-            spec: volume.stored.spec.clone(),
-            phase: phase.unwrap_or(Phase::Pending),
-            removing: volume.removing,
-        };
-        self.volumes.values().zip(phases).map(known).collect()
+        self.volumes.values().map(Volume::known).collect()
     }
 }
 

@@ -10,7 +10,7 @@ use crate::host::libvirt::Connection;
 use crate::journal::DiskEffect;
 use crate::spec::VolumeSpec;
 use crate::step::Step;
-use crate::types::{Bus, VolumeName};
+use crate::types::Bus;
 
 impl Way<'_> {
     /// The domain has the disk; returns its target name.
@@ -45,7 +45,7 @@ impl Way<'_> {
     /// Waits for the volumes that were asked for before this one and come back with it. Returns the
     /// disks of those that are wanted: their places are left to them. A store that cannot be read now
     /// costs the order, not the volume.
-    async fn in_order(&self) -> Vec<(VolumeName, Bus)> {
+    async fn in_order(&self) -> Vec<(String, Bus)> {
         let own = &self.spec.name;
         let mut before = self.ways.desired.disks(&self.ways.vm.id).await.unwrap_or_default();
         before.truncate(before.iter().take_while(|d| d.volume != own.as_str()).count());

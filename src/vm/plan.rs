@@ -24,17 +24,10 @@ use crate::types::{TargetName, VolumeName};
 pub struct Known {
     /// As it was asked for.
     pub spec: Arc<VolumeSpec>,
-    /// How far it is.
-    pub phase: Phase,
+    /// Its add failed, which left nothing but the memory of it.
+    pub failed: bool,
     /// How it is being removed, if it is.
     pub removing: Option<RemoveOptions>,
-}
-
-impl Known {
-    /// Whether it counts: a failed add left nothing.
-    fn is_live(&self) -> bool {
-        self.phase != Phase::Failed
-    }
 }
 
 /// The same, with the removal of some asked for together with what is to be admitted.
@@ -78,7 +71,7 @@ pub fn admit_add(known: &[Known], spec: &VolumeSpec, rules: Rules) -> Result<Adm
             Refusal::new(reason_of(field), malformed.to_string()).field(format!("volume.{field}"))
         );
     }
-    let live = || known.iter().filter(|k| k.is_live());
+    let live = || known.iter().filter(|k| !k.failed);
     if let Some(same) = live().find(|k| k.spec.name == spec.name) {
         if same.removing.is_some() {
             let message =
@@ -143,7 +136,7 @@ fn outgrown(has: &VolumeSpec, asked: &VolumeSpec) -> bool {
 pub fn admit_remove(known: Option<&Known>, options: RemoveOptions) -> Option<Admission> {
     let known = known?;
     Some(match known.removing {
-        _ if !known.is_live() => Admission::Forget,
+        _ if known.failed => Admission::Forget,
         Some(under_way) if under_way.force || !options.force => Admission::Ignore,
         Some(_) | None => Admission::Accept,
     })
@@ -261,10 +254,16 @@ mod tests {
         spec
     }
 
-    fn known(spec: VolumeSpec, phase: Phase) -> Known {
-        let removing = matches!(phase, Phase::Detaching | Phase::UnmountedFromPod)
-            .then_some(RemoveOptions::default());
-        Known { spec: spec.into(), phase, removing }
+    fn wanted(spec: VolumeSpec) -> Known {
+        Known { spec: spec.into(), failed: false, removing: None }
+    }
+
+    fn leaving(spec: VolumeSpec) -> Known {
+        Known { removing: Some(RemoveOptions::default()), ..wanted(spec) }
+    }
+
+    fn failed(spec: VolumeSpec) -> Known {
+        Known { failed: true, ..wanted(spec) }
     }
 
     pub(super) const RULES: Rules = Rules {
@@ -282,7 +281,7 @@ mod tests {
 
     #[test]
     fn each_clash_has_its_own_reason_and_names_the_field() {
-        let ready = [known(with_lun("a", 1), Phase::Ready)];
+        let ready = [wanted(with_lun("a", 1))];
         assert_eq!(admit_add(&ready, &with_lun("a", 1), RULES).unwrap(), Admission::Ignore);
         assert_eq!(
             denied(&ready, &with_lun("a", 2)),
@@ -305,7 +304,7 @@ mod tests {
         let full =
             admit_add(&ready, &with_lun("b", 2), Rules { max_volumes: 1, ..RULES }).unwrap_err();
         assert_eq!(full.reason, Reason::LimitReached);
-        let leaving = [known(with_lun("a", 1), Phase::Detaching)];
+        let leaving = [leaving(with_lun("a", 1))];
         assert_eq!(denied(&leaving, &with_lun("a", 1)).0, Reason::VolumeExists);
     }
 
@@ -318,14 +317,14 @@ mod tests {
             VolumeSpec { serial: None, device, drive, read_only: true, ..plain }
         };
         let field = Some("volume.drive".into());
-        let ready = [known(in_drive("a", 1, "sda"), Phase::Ready)];
+        let ready = [wanted(in_drive("a", 1, "sda"))];
         assert_eq!(denied(&ready, &in_drive("b", 2, "sda")), (Reason::DriveOccupied, field));
         // What an unnamed drive is, the domain alone can say.
         for drive in ["sdb", ""] {
             let admitted = admit_add(&ready, &in_drive("b", 2, drive), RULES);
             assert_eq!(admitted.unwrap(), Admission::Accept);
         }
-        let leaving = [known(in_drive("a", 1, "sda"), Phase::Detaching)];
+        let leaving = [leaving(in_drive("a", 1, "sda"))];
         let with_it = without(ready.to_vec(), &BTreeSet::from(["a".parse().unwrap()]));
         for known in [&leaving[..], &with_it] {
             let admitted = admit_add(known, &in_drive("b", 2, "sda"), RULES);
@@ -343,7 +342,7 @@ mod tests {
             (Reason::WwidRequired, Some("volume.wwid".into()))
         );
         // What there was before the setting stays what it is.
-        let before = [known(spec.clone(), Phase::Ready)];
+        let before = [wanted(spec.clone())];
         assert_eq!(admit_add(&before, &spec, strict).unwrap(), Admission::Ignore);
         spec.expect_wwid = Some("naa.6001405abcdef0123456789abcdef012".parse().unwrap());
         assert_eq!(admit_add(&[], &spec, strict).unwrap(), Admission::Accept);
@@ -355,7 +354,7 @@ mod tests {
             let plain = with_lun(name, lun);
             VolumeSpec { serial: None, device: crate::types::DiskType::Lun, ..plain }
         };
-        let have = [known(lun("a", 1), Phase::Ready)];
+        let have = [wanted(lun("a", 1))];
         assert_eq!(admit_add(&have, &lun("b", 2), RULES).unwrap(), Admission::Accept);
         let reserving = VolumeSpec { reservations: true, ..lun("b", 2) };
         let field = Some("volume.persistent_reservations".into());
@@ -368,7 +367,7 @@ mod tests {
     #[test]
     fn a_size_that_was_outgrown_is_that_of_the_same_volume() {
         let sized = |size| VolumeSpec { expect_size: size, ..with_lun("a", 1) };
-        let grown = [known(sized(Some(1024)), Phase::Ready)];
+        let grown = [wanted(sized(Some(1024)))];
         for size in [512, 1024] {
             let same = admit_add(&grown, &sized(Some(size)), RULES);
             assert_eq!(same.unwrap(), Admission::Ignore, "{size}");
@@ -382,7 +381,7 @@ mod tests {
 
     #[test]
     fn the_same_source_by_another_portal_is_the_same_source() {
-        let ready = [known(with_lun("a", 1), Phase::Ready)];
+        let ready = [wanted(with_lun("a", 1))];
         let mut other = with_lun("b", 1);
         let Source::Iscsi(source) = &mut other.source else { panic!("of iSCSI") };
         source.portals = vec!["192.0.2.9:3260".parse().unwrap()];
@@ -391,7 +390,7 @@ mod tests {
 
     #[test]
     fn a_source_that_has_any_target_in_common_is_the_same_source() {
-        let ready = [known(with_lun("a", 1), Phase::Ready)];
+        let ready = [wanted(with_lun("a", 1))];
         let of = |lun: u64, more: &str| {
             let mut spec = with_lun("b", lun);
             spec.source = format!("{}+{more}", spec.source).parse().unwrap();
@@ -420,13 +419,13 @@ mod tests {
     fn a_removal_can_only_become_more_forceful() {
         let plain = RemoveOptions::default();
         let force = RemoveOptions { force: true, ..plain };
-        let leaving = known(with_lun("a", 1), Phase::Detaching);
+        let leaving = leaving(with_lun("a", 1));
         let forced = Known { removing: Some(force), ..leaving.clone() };
         assert_eq!(admit_remove(None, plain), None);
         assert_eq!(admit_remove(Some(&leaving), plain), Some(Admission::Ignore));
         assert_eq!(admit_remove(Some(&leaving), force), Some(Admission::Accept));
         assert_eq!(admit_remove(Some(&forced), plain), Some(Admission::Ignore));
-        let failed = known(with_lun("a", 1), Phase::Failed);
+        let failed = failed(with_lun("a", 1));
         assert_eq!(admit_remove(Some(&failed), plain), Some(Admission::Forget));
     }
 
@@ -451,18 +450,10 @@ mod tests {
     }
 
     fn any_known() -> impl Strategy<Value = Vec<Known>> {
-        let phases = prop::sample::select(vec![
-            Phase::Pending,
-            Phase::Bound,
-            Phase::Ready,
-            Phase::Detaching,
-            Phase::Failed,
-        ]);
-        prop::collection::vec((0u64..4, 0u64..4, phases), 0..6).prop_map(|all| {
-            all.into_iter()
-                .map(|(name, lun, phase)| known(with_lun(&format!("v{name}"), lun), phase))
-                .collect()
-        })
+        const STATES: [fn(VolumeSpec) -> Known; 3] = [wanted, leaving, failed];
+        let one = (0u64..4, 0u64..4, prop::sample::select(&STATES[..]));
+        let one = one.prop_map(|(name, lun, state)| state(with_lun(&format!("v{name}"), lun)));
+        prop::collection::vec(one, 0..6)
     }
 
     proptest! {
@@ -473,7 +464,7 @@ mod tests {
             for (name, lun) in requests {
                 let spec = with_lun(&format!("v{name}"), lun);
                 if matches!(admit_add(&have, &spec, RULES), Ok(Admission::Accept)) {
-                    have.push(known(spec, Phase::Pending));
+                    have.push(wanted(spec));
                 }
             }
             for (i, a) in have.iter().enumerate() {
@@ -489,7 +480,7 @@ mod tests {
         #[test]
         fn failed_adds_do_not_count(have in any_known(), name in 0u64..5, lun in 0u64..5) {
             let spec = with_lun(&format!("v{name}"), lun);
-            let live: Vec<Known> = have.iter().filter(|k| k.phase != Phase::Failed).cloned().collect();
+            let live: Vec<Known> = have.iter().filter(|k| !k.failed).cloned().collect();
             let few = Rules { max_volumes: 4, ..RULES };
             prop_assert_eq!(admit_add(&have, &spec, few), admit_add(&live, &spec, few));
         }

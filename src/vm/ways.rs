@@ -158,7 +158,7 @@ impl Ways {
 
     /// The disks of all volumes that are wanted, but that of `name`: each has its place, or will have it.
     /// A store that cannot be read now says nothing of them.
-    pub(super) async fn wanted(&self, name: &VolumeName) -> Vec<(VolumeName, Bus)> {
+    pub(super) async fn wanted(&self, name: &VolumeName) -> Vec<(String, Bus)> {
         let disks = self.desired.disks(&self.vm.id).await.unwrap_or_default();
         let others = disks.into_iter().filter(|d| d.keeps_place && d.volume != name.as_str());
         others.map(|d| (d.disk, d.bus)).collect()

@@ -5,7 +5,7 @@ use futures_util::stream::FuturesUnordered;
 use tracing::{Instrument, info, warn};
 
 use super::work::whole;
-use super::{Actor, Tools};
+use super::{Actor, Tools, Volume};
 use crate::reason::Reason;
 use crate::spec::{AddOptions, Phase, RemoveOptions, VolumeSpec, VolumeStatus};
 use crate::step::Step;
@@ -13,7 +13,7 @@ use crate::types::{Outcome, VmId, VolumeKey, VolumeName};
 use crate::vm::facade::{Refusal, Wish};
 use crate::vm::failure::Failure;
 use crate::vm::handler::{Asked, Asker, Message, Removal};
-use crate::vm::plan::{self, Admission, Known, set};
+use crate::vm::plan::{self, Admission, set};
 
 /// A removal that is taken on, and what it gives up.
 struct Taken {
@@ -31,10 +31,7 @@ impl Actor {
         name: &VolumeName,
         options: RemoveOptions,
     ) -> Option<Outcome<VolumeStatus>> {
-        let known = self.shown(name).map(|(spec, phase)| {
-            let removing = self.volumes.get(name).and_then(|v| v.removing);
-            Known { spec: spec.into(), phase, removing }
-        });
+        let known = self.volumes.get(name).map(Volume::known);
         match plan::admit_remove(known.as_ref(), options) {
             Some(Admission::Ignore) => {
                 let mut status = self.status(name);

@@ -128,7 +128,7 @@ impl Actor {
                     add.asker.answer(again);
                 }
                 Ok((Admission::Accept | Admission::Forget, marks_vm)) => {
-                    let (spec, phase) = (Arc::new((*add.spec).clone()), Phase::Pending);
+                    let spec = Arc::new((*add.spec).clone());
                     if add.options.dry_run {
                         let vm_needs_hba = marks_vm || self.needs_hba(&spec);
                         let blank = publish::blank(&self.key(&spec.name), &spec);
@@ -141,7 +141,7 @@ impl Actor {
                         marks |= marks_vm;
                         taken.push(add);
                     }
-                    known.push(Known { spec, phase, removing: None });
+                    known.push(Known { spec, failed: false, removing: None });
                 }
             }
         }

@@ -55,7 +55,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::spec::{Phase, RemoveOptions, Source, VolumeSpec, volume_fixture};
+    use crate::spec::{RemoveOptions, Source, VolumeSpec, volume_fixture};
     use crate::types::Lun;
     use crate::vm::plan::{Rules, admit_add, admit_remove};
 
@@ -103,14 +103,15 @@ mod tests {
     }
 
     fn any_known() -> impl Strategy<Value = Vec<Known>> {
-        let phases = vec![Phase::Pending, Phase::Ready, Phase::Detaching, Phase::Failed];
-        (any_set(), prop::collection::vec(prop::sample::select(phases), 8)).prop_map(
-            |(set, phases)| {
-                let known = |(spec, phase): (VolumeSpec, Phase)| {
-                    let removing = (phase == Phase::Detaching).then(RemoveOptions::default);
-                    Known { spec: spec.into(), phase, removing }
+        let states = vec![(false, None), (false, Some(RemoveOptions::default())), (true, None)];
+        (any_set(), prop::collection::vec(prop::sample::select(states), 8)).prop_map(
+            |(set, states)| {
+                let known = |(spec, (failed, removing)): (VolumeSpec, _)| Known {
+                    spec: spec.into(),
+                    failed,
+                    removing,
                 };
-                set.into_iter().zip(phases).map(known).collect()
+                set.into_iter().zip(states).map(known).collect()
             },
         )
     }
@@ -121,11 +122,7 @@ mod tests {
         for spec in set {
             if let Ok(Admission::Accept) = admit_add(&known, spec, RULES) {
                 known.retain(|k| k.spec.name != spec.name);
-                known.push(Known {
-                    spec: spec.clone().into(),
-                    phase: Phase::Ready,
-                    removing: None,
-                });
+                known.push(Known { spec: spec.clone().into(), failed: false, removing: None });
             }
         }
         known.retain(|k| k.removing.is_none() && !gone.contains(&k.spec.name));

@@ -4,7 +4,7 @@ use super::error::Error;
 use super::multipath::{Map, by_uuid};
 use super::scsi;
 use super::settings::{Settings, ms};
-use super::wait::Wait;
+use super::wait::{About, Wait};
 use crate::host::multipathd::MultipathdError;
 use crate::host::storage::StorageDoors;
 use crate::types::Wwid;
@@ -16,7 +16,7 @@ pub(crate) async fn make_writable(
     settings: &Settings,
     map: &Map,
 ) -> Result<(), Error> {
-    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    let mut wait = Wait::about(&*doors.uevents, About::Blocks, ms(settings.map_ms));
     let mut asked = false;
     while scsi::is_protected(&*doors.sysfs, &map.dir()).await? {
         if !asked {
@@ -41,7 +41,7 @@ pub(crate) async fn resize(
     wwid: &Wwid,
     size: u64,
 ) -> Result<(), Error> {
-    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    let mut wait = Wait::about(&*doors.uevents, About::Blocks, ms(settings.map_ms));
     let asked = doors.multipathd.ask(&format!("resize map {}", map.name)).await;
     // A refusal is final; only what has not answered yet may still do it.
     let late = match &asked {

@@ -25,7 +25,7 @@ use super::error::Error;
 use super::identity::Identity;
 use super::scsi::{self, Hctl, Opens, ScsiPath};
 use super::settings::{Settings, ms};
-use super::wait::Wait;
+use super::wait::{About, Wait};
 
 /// A device-mapper device as sysfs shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -208,14 +208,42 @@ pub(crate) async fn above(sysfs: &dyn Sysfs, paths: &[ScsiPath]) -> Result<Above
     })
 }
 
+/// multipathd's time for what it does by itself when udev tells it of paths.
+struct OwnTime {
+    wait: Wait,
+    begun: Instant,
+}
+
+/// In all it is waited for multipathd for so many times what it may be silent for.
+const SILENCES: u32 = 4;
+
+impl OwnTime {
+    fn begin(doors: &StorageDoors, settings: &Settings) -> Self {
+        let quiet = ms(settings.map_ms);
+        let wait = Wait::while_told(&*doors.uevents, About::Blocks, quiet, SILENCES * quiet);
+        Self { wait, begun: Instant::now() }
+    }
+
+    /// When it is to be told of paths all the same. While udev's rules or itself are busy, also with the disks of
+    /// others, the command would take that work's time: it has the same to do once more, and nobody else has it do
+    /// anything meanwhile.
+    fn ends(&self, doors: &StorageDoors, settings: &Settings, paths: &[ScsiPath]) -> Instant {
+        let last = self.begun + ms(settings.map_ms);
+        if paths.iter().all(|path| doors.uevents.is_ruled(path.disk.dev)) {
+            last.min(self.wait.quiet_since() + ms(settings.map_nudge_ms))
+        } else {
+            last
+        }
+    }
+}
+
 /// Waits for the map above all of `paths` and proves it.
 pub(crate) async fn ensure(
     doors: &StorageDoors,
     settings: &Settings,
     paths: &[ScsiPath],
 ) -> Result<Map, Error> {
-    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
-    let nudge_at = Instant::now() + ms(settings.map_nudge_ms);
+    let mut time = OwnTime::begin(doors, settings);
     let mut nudged = false;
     loop {
         let found = above(&*doors.sysfs, paths).await?;
@@ -223,14 +251,17 @@ pub(crate) async fn ensure(
             prove(&*doors.sysfs, &map, paths).await?;
             return Ok(map);
         }
+        let nudge_at = time.ends(doors, settings, paths);
         if !nudged && Instant::now() >= nudge_at {
             nudged = true;
             nudge(&*doors.multipathd, paths).await?;
             if found == Above::Nothing {
                 insist(&*doors.multipathd, &paths[0].identity).await?;
             }
+            time.wait.restart(ms(settings.map_ms));
             continue;
         }
+        let wait = &mut time.wait;
         let more = if nudged { wait.next().await } else { wait.next_before(nudge_at).await };
         if !more {
             let problem = match found {
@@ -242,21 +273,40 @@ pub(crate) async fn ensure(
                     )
                 }
                 Above::Partial(map) => format!(
-                    "({}) has not all {} paths in it after {:?}",
+                    "({}) has not all {} paths in it after {:.0?}",
                     map.name,
                     paths.len(),
-                    ms(settings.map_ms)
+                    time.begun.elapsed()
                 ),
-                _ => format!("was not made within {:?}", ms(settings.map_ms)),
+                _ => format!("was not made within {:.0?}", time.begun.elapsed()),
             };
             return Err(Error::Map { wwid: paths[0].identity.wwid.clone(), problem });
         }
     }
 }
 
+/// Waits until a path that came after the others is in a map, and tells multipathd of it where it does not take it
+/// by itself.
+pub(crate) async fn join(
+    doors: &StorageDoors,
+    settings: &Settings,
+    path: ScsiPath,
+) -> Result<(), Error> {
+    let mut time = OwnTime::begin(doors, settings);
+    let paths = [path];
+    while above(&*doors.sysfs, &paths).await? == Above::Nothing {
+        let nudge_at = time.ends(doors, settings, &paths);
+        if Instant::now() >= nudge_at {
+            return nudge(&*doors.multipathd, &paths).await.map(drop);
+        }
+        time.wait.next_before(nudge_at).await;
+    }
+    Ok(())
+}
+
 /// Tells multipathd of each path; says whether it took all of them. What it answers is a hint
 /// (`blacklisted` comes as success).
-pub(crate) async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Result<bool, Error> {
+async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Result<bool, Error> {
     let mut taken = true;
     for path in paths {
         match multipathd.ask(&format!("add path {}", path.disk.name)).await {
@@ -358,7 +408,7 @@ pub(crate) async fn remove(
     if let Some(holder) = held {
         return Err(Error::DeviceHeld { device: format!("{} ({})", map.kernel, map.name), holder });
     }
-    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    let mut wait = Wait::about(&*doors.uevents, About::Blocks, ms(settings.map_ms));
     // udev has a new map open for a moment: a refusal is worth another try, for as long as holders
     // may need to let go.
     let patience = Instant::now() + ms(settings.holders_ms);
@@ -473,7 +523,7 @@ pub(crate) async fn part(
     name: &str,
     block_dir: &str,
 ) -> Result<(), Error> {
-    let mut wait = Wait::new(&*doors.uevents, ms(settings.map_ms));
+    let mut wait = Wait::about(&*doors.uevents, About::Blocks, ms(settings.map_ms));
     for (holder, map) in on(&*doors.sysfs, block_dir).await? {
         let Some(map) = map else { continue };
         if !map.uuid.starts_with("mpath-") || map.slaves.iter().all(|s| s == name) {

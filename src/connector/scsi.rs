@@ -441,7 +441,7 @@ async fn await_free(
     ours: &[String],
     opens: Opens,
 ) -> Result<Option<String>, Error> {
-    let mut wait = Wait::new(&*doors.uevents, ms(settings.holders_ms));
+    let mut wait = Wait::about(&*doors.uevents, About::Blocks, ms(settings.holders_ms));
     loop {
         let held = holder(doors, block_dir, dev, ours, opens).await?;
         if held.is_none() || !wait.next_before(Instant::now() + CLOSES).await {

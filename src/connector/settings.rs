@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// A plain sysfs read or listing (default 2 000).
+    /// A sysfs read or listing, and several that belong together (default 5 000: on a node that is busy a thread may
+    /// wait for long).
     pub sysfs_read_ms: u64,
     /// A sysfs write on which the kernel works: scan, rescan, delete (default 20 000).
     pub sysfs_write_ms: u64,
@@ -32,9 +33,12 @@ pub struct Settings {
     pub lun_ms: u64,
     /// How long a SCSI device's disk may take to appear, with its size (default 10 000).
     pub disk_ms: u64,
-    /// How long the map may take to appear with all paths in it (default 15 000).
+    /// How long the map may take to appear with all paths in it, from the last that was heard of any disk or map
+    /// (default 15 000): where many come at once, each waits for udev's rules and for multipathd, and in all
+    /// for four times as long at most.
     pub map_ms: u64,
-    /// After how long without a map multipathd is told of each path (default 1 500).
+    /// After how long without a map, and without a word of any disk or map, multipathd is told of each path
+    /// (default 1 500).
     pub map_nudge_ms: u64,
     /// How long to wait for further portals once one path is proven; what comes later is added to
     /// the map in the background (default 1 000).
@@ -123,7 +127,7 @@ impl Default for IscsiSettings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            sysfs_read_ms: 2_000,
+            sysfs_read_ms: 5_000,
             sysfs_write_ms: 20_000,
             lock_ms: 60_000,
             file_ms: 5_000,

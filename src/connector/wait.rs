@@ -23,6 +23,8 @@ pub(crate) enum About {
     Any,
     /// Sessions: what is told of single devices is not about them.
     Sessions,
+    /// Disks and maps.
+    Blocks,
     /// What is in a directory below /sys, or comes there: `devices/platform/host3/session1/target3:0:0/3:0:0:1`.
     Below(String),
 }
@@ -35,6 +37,7 @@ impl About {
                 "scsi" => event.properties.get("DEVTYPE").is_none_or(|kind| kind != "scsi_device"),
                 subsystem => subsystem == "scsi_host" || subsystem.starts_with("iscsi_"),
             },
+            Self::Blocks => event.subsystem == "block",
             Self::Below(dir) => {
                 let rest = event.devpath.strip_prefix(dir.as_str());
                 rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
@@ -48,7 +51,11 @@ pub(crate) struct Wait {
     stream: UeventStream,
     about: About,
     begun: Instant,
+    /// When an event was heard last; the beginning, before the first.
+    heard: Instant,
     deadline: Instant,
+    /// Each event puts the deadline off, to so long after it, and no further than that.
+    puts_off: Option<(Duration, Instant)>,
     over: bool,
 }
 
@@ -66,7 +73,24 @@ impl Wait {
     pub(crate) fn about(uevents: &dyn Uevents, about: About, within: Duration) -> Self {
         let begun = Instant::now();
         let (stream, deadline) = (uevents.subscribe(), begun + within);
-        Self { stream, about, begun, deadline, over: false }
+        Self { stream, about, begun, heard: begun, deadline, puts_off: None, over: false }
+    }
+
+    /// For what a queue has to be worked off before, of a length that nobody knows: ends when nothing was heard for
+    /// `quiet`, and in `most` in any case.
+    pub(crate) fn while_told(
+        uevents: &dyn Uevents,
+        about: About,
+        quiet: Duration,
+        most: Duration,
+    ) -> Self {
+        let wait = Self::about(uevents, about, quiet);
+        Self { puts_off: Some((quiet, wait.begun + most)), ..wait }
+    }
+
+    /// Since when nothing was heard.
+    pub(crate) fn quiet_since(&self) -> Instant {
+        self.heard
     }
 
     /// For what comes of udev's rules: looks again whenever they have been run for a device.
@@ -114,22 +138,32 @@ impl Wait {
             loop {
                 match self.stream.next().await {
                     Notice::Event(event) if !self.about.is(&event) => {}
-                    Notice::Event(_) | Notice::Lost | Notice::Recheck => return,
+                    Notice::Event(_) => return true,
+                    Notice::Lost | Notice::Recheck => return false,
                 }
             }
         };
         // What is told of others puts that time off no longer.
-        let _ = timeout(UeventStream::RECHECK, told).await;
+        let told = timeout(UeventStream::RECHECK, told).await.unwrap_or(false);
         tokio::time::sleep_until(looked + looked.duration_since(self.begun) / PAUSE).await;
-        self.drain().await;
+        if self.drain().await || told {
+            self.heard = Instant::now();
+            if let Some((quiet, last)) = self.puts_off {
+                self.deadline = self.deadline.max(last.min(self.heard + quiet));
+            }
+        }
     }
 
-    async fn drain(&mut self) {
+    /// Takes what is here by now; says whether some of it is about what is waited for.
+    async fn drain(&mut self) -> bool {
+        let mut told = false;
         loop {
             tokio::select! {
                 biased;
-                _ = self.stream.next() => {}
-                () = std::future::ready(()) => return,
+                notice = self.stream.next() => {
+                    told |= matches!(notice, Notice::Event(event) if self.about.is(&event));
+                }
+                () = std::future::ready(()) => return told,
             }
         }
     }
@@ -226,6 +260,34 @@ mod tests {
             () = looking => {}
         }
         assert!((50..500).contains(&looks), "{looks} looks in 10 s");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_for_what_is_queued_goes_on_while_there_are_events_but_not_for_ever() {
+        let source = Source(broadcast::channel(16).0);
+        let [second, quiet, most] = [1, 10, 40].map(Duration::from_secs);
+        // Some events, one a second; then none.
+        for (subsystem, events, ends) in
+            [("block", 0, 10), ("block", 15, 25), ("net", 15, 10), ("block", 99, 40)]
+        {
+            let mut wait = Wait::while_told(&source, About::Blocks, quiet, most);
+            let begin = Instant::now();
+            let telling = async {
+                for _ in 0..events {
+                    tokio::time::sleep(second).await;
+                    source.0.send(of(subsystem, "devices/virtual/block/dm-0")).expect("subscribed");
+                }
+                std::future::pending().await
+            };
+            let waiting = async { while wait.next().await {} };
+            tokio::select! {
+                () = telling => {}
+                () = waiting => {}
+            }
+            let took = begin.elapsed();
+            let ends = Duration::from_secs(ends);
+            assert!((ends..=ends + second).contains(&took), "{events} of {subsystem}: {took:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

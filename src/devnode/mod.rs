@@ -112,25 +112,42 @@ impl DevNodes {
         }
     }
 
-    /// Whether the volume's node is there as [`DevNodes::ensure`] leaves it, its label apart.
-    pub async fn is_right(
-        &self,
-        dir: &HotplugDir,
-        volume: &VolumeName,
-        dev: DevNum,
-        owner: NodeOwner,
-    ) -> Result<bool> {
-        let seen = self.door.observe(dir, volume).await.map_err(|e| error(volume, e))?;
-        Ok(seen == Some(Seen::Node { dev, owner, mode: NODE_MODE }))
-    }
-
     /// The device of the volume's node; `None` when there is none, or something else.
     pub async fn observe(&self, dir: &HotplugDir, volume: &VolumeName) -> Result<Option<DevNum>> {
         let seen = self.door.observe(dir, volume).await.map_err(|e| error(volume, e))?;
-        Ok(match seen {
+        Ok(InPlace(seen).dev())
+    }
+
+    /// What is in the places of volumes' nodes, in their order.
+    pub async fn observe_each(
+        &self,
+        dir: &HotplugDir,
+        volumes: &[VolumeName],
+    ) -> Vec<Result<InPlace>> {
+        let seen = self.door.observe_each(dir, volumes).await;
+        let of = |(volume, seen): (&VolumeName, std::result::Result<_, NodeError>)| {
+            seen.map(InPlace).map_err(|e| error(volume, e))
+        };
+        volumes.iter().zip(seen).map(of).collect()
+    }
+}
+
+/// What is in the place of a volume's node.
+#[derive(Debug, Clone, Copy)]
+pub struct InPlace(Option<Seen>);
+
+impl InPlace {
+    /// Whether it is the node as [`DevNodes::ensure`] leaves it, its label apart.
+    pub fn is_right(self, dev: DevNum, owner: NodeOwner) -> bool {
+        self.0 == Some(Seen::Node { dev, owner, mode: NODE_MODE })
+    }
+
+    /// The node's device; `None` when there is none, or something else.
+    pub fn dev(self) -> Option<DevNum> {
+        match self.0 {
             Some(Seen::Node { dev, .. }) => Some(dev),
             Some(Seen::Directory | Seen::Other) | None => None,
-        })
+        }
     }
 }
 

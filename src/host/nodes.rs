@@ -120,6 +120,19 @@ pub trait Nodes: Send + Sync {
 
     /// What is there.
     async fn observe(&self, dir: &HotplugDir, name: &VolumeName) -> Result<Option<Seen>>;
+
+    /// The same of several, in their order: looked at one after the other, with a single trip to where that is done.
+    async fn observe_each(
+        &self,
+        dir: &HotplugDir,
+        names: &[VolumeName],
+    ) -> Vec<Result<Option<Seen>>> {
+        let mut seen = Vec::with_capacity(names.len());
+        for name in names {
+            seen.push(self.observe(dir, name).await);
+        }
+        seen
+    }
 }
 
 /// The device nodes of this host.
@@ -151,12 +164,29 @@ impl Nodes for HostNodes {
 
     async fn observe(&self, dir: &HotplugDir, name: &VolumeName) -> Result<Option<Seen>> {
         let (dir, name) = (dir.clone(), name.clone());
-        blocking("looking at a node", move || {
-            let work = Work::open(&dir, &name)?;
-            Ok(work.look(name.as_str())?.map(|found| found.seen))
-        })
-        .await
+        blocking("looking at a node", move || look(&dir, &name)).await
     }
+
+    async fn observe_each(
+        &self,
+        dir: &HotplugDir,
+        names: &[VolumeName],
+    ) -> Vec<Result<Option<Seen>>> {
+        let (dir, all) = (dir.clone(), names.to_vec());
+        let look_at_each = move || Ok(all.iter().map(|name| look(&dir, name)).collect());
+        match blocking("looking at nodes", look_at_each).await {
+            Ok(seen) => seen,
+            Err::<_, io::Error>(error) => {
+                let same = |_| Err(io::Error::new(error.kind(), error.to_string()).into());
+                names.iter().map(same).collect()
+            }
+        }
+    }
+}
+
+fn look(dir: &HotplugDir, name: &VolumeName) -> Result<Option<Seen>> {
+    let work = Work::open(dir, name)?;
+    Ok(work.look(name.as_str())?.map(|found| found.seen))
 }
 
 /// How often a pod that exchanges names under us is answered by another try.

@@ -6,7 +6,7 @@
 //! all that was noted of it then is seen again, and its identity is the one that it must have: what an attach
 //! that finds everything done would have found. All else is walked.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::discover::{self, Place, PodPlace};
 use super::disk::{desired_disk, source_of};
@@ -17,6 +17,7 @@ use super::steps::{LookedAt, Sight};
 use super::ways::Ways;
 use crate::cgroup::GrantRecord;
 use crate::connector::Health;
+use crate::devnode::InPlace;
 use crate::domain::diff::{self, Plan, Views};
 use crate::journal::{Effects, Identities, StoredVolume};
 use crate::spec::VolumeSpec;
@@ -49,6 +50,14 @@ pub(super) async fn look(
         true => ways.desired.identities(&ways.vm.id).await?,
         false => Identities::new(),
     };
+    let with_node =
+        |effects: &Effects| effects.device.as_ref().is_some_and(|device| device.file.is_none());
+    let with_nodes = volumes
+        .iter()
+        .zip(&effects)
+        .filter(|(_, e)| e.as_ref().is_ok_and(|e| e.as_ref().is_some_and(with_node)));
+    let names = with_nodes.map(|(v, _)| v.volume.spec.disk.clone()).collect();
+    let nodes = nodes(ways, &place, names).await;
     let mut found = BTreeMap::new();
     for ((LookedAt { volume: stored, anew }, health), effects) in
         volumes.iter().zip(health).zip(effects)
@@ -63,7 +72,7 @@ pub(super) async fn look(
                 let unproven = if *anew { unproven(stored, effects, &identities) } else { None };
                 match unproven {
                     Some(why) => Some(why.into()),
-                    None => seen.wrong(effects, &granted).await,
+                    None => seen.wrong(effects, node_of(&nodes, volume), &granted).await,
                 }
             }
         };
@@ -86,6 +95,31 @@ pub(super) async fn look(
         found.insert(volume.name.clone(), sight);
     }
     Ok(found)
+}
+
+/// What is in the nodes' places, or why nobody can say so.
+type Nodes = Result<HashMap<VolumeName, Result<InPlace, String>>, String>;
+
+async fn nodes(ways: &Ways, place: &Place, disks: Vec<VolumeName>) -> Nodes {
+    let (pods, vm) = (&ways.host.pods, &ways.vm);
+    let on_host;
+    let dir = match &place.pod {
+        Some(pod) => &pod.hotplug,
+        None => {
+            let settings = &ways.settings().discover;
+            let dir = discover::node_dir(pods, settings, &vm.id, &vm.place).await;
+            on_host = dir.map_err(|error| Failure::from(error).message)?;
+            &on_host
+        }
+    };
+    let seen = ways.nodes.observe_each(dir, &disks).await;
+    let seen = seen.into_iter().map(|seen| seen.map_err(|error| Failure::from(error).message));
+    Ok(disks.into_iter().zip(seen).collect())
+}
+
+fn node_of(nodes: &Nodes, volume: &VolumeSpec) -> Result<InPlace, String> {
+    let unseen = || Err("its node was not looked at".to_owned());
+    nodes.as_ref().map_err(String::clone)?.get(&volume.disk).cloned().unwrap_or_else(unseen)
 }
 
 /// Why an attach that was begun before this daemon has to be walked again, whatever is seen of it.
@@ -123,14 +157,22 @@ struct Seen<'a> {
 
 impl Seen<'_> {
     /// What is not as it was made, between the host's device and the guest.
-    async fn wrong(&self, effects: &Effects, granted: &BTreeSet<DevNum>) -> Option<String> {
+    async fn wrong(
+        &self,
+        effects: &Effects,
+        node: Result<InPlace, String>,
+        granted: &BTreeSet<DevNum>,
+    ) -> Option<String> {
         if effects.incarnation != self.ways.incarnation() {
             return Some("it was made for another pod".into());
         }
         let Some(device) = &effects.device else { return Some("it has no device".into()) };
         let wrong = match &self.place.pod {
-            Some(pod) => self.wrong_in_pod(pod, effects, granted).await,
-            None => self.wrong_on_host(device.device.dev).await,
+            Some(pod) => match &device.file {
+                Some(given) => file::wrong(self.ways, pod, self.volume, given).await,
+                None => wrong_in_pod(pod, device.device.dev, node, effects, granted),
+            },
+            None => wrong_on_host(device.device.dev, node),
         };
         if wrong.is_some() {
             return wrong;
@@ -149,40 +191,29 @@ impl Seen<'_> {
             Err(error) => Some(error.to_string()),
         }
     }
+}
 
-    async fn wrong_on_host(&self, dev: DevNum) -> Option<String> {
-        let (pods, vm) = (&self.ways.host.pods, &self.ways.vm);
-        let settings = &self.ways.settings().discover;
-        let dir = match discover::node_dir(pods, settings, &vm.id, &vm.place).await {
-            Ok(dir) => dir,
-            Err(error) => return Some(Failure::from(error).message),
-        };
-        match self.ways.nodes.observe(&dir, &self.volume.disk).await {
-            Ok(Some(there)) if there == dev => None,
-            Ok(_) => Some("its node on the host is missing or another".into()),
-            Err(error) => Some(Failure::from(error).message),
-        }
+fn wrong_on_host(dev: DevNum, node: Result<InPlace, String>) -> Option<String> {
+    match node {
+        Ok(node) if node.dev() == Some(dev) => None,
+        Ok(_) => Some("its node on the host is missing or another".into()),
+        Err(why) => Some(why),
     }
+}
 
-    async fn wrong_in_pod(
-        &self,
-        pod: &PodPlace,
-        effects: &Effects,
-        granted: &BTreeSet<DevNum>,
-    ) -> Option<String> {
-        let device = effects.device.as_ref()?;
-        if let Some(given) = &device.file {
-            return file::wrong(self.ways, pod, self.volume, given).await;
-        }
-        let dev = device.device.dev;
-        let name = &self.volume.disk;
-        match self.ways.nodes.is_right(&pod.hotplug, name, dev, pod.owner).await {
-            Ok(true) => {}
-            Ok(false) => return Some("its node in the pod is missing or another".into()),
-            Err(error) => return Some(Failure::from(error).message),
-        }
-        let right = |g: &GrantRecord| g.cgroup == pod.cgroup && g.dev == dev;
-        let right = effects.grant.as_ref().is_some_and(right);
-        (!right || !granted.contains(&dev)).then(|| "its grant is lost".into())
+fn wrong_in_pod(
+    pod: &PodPlace,
+    dev: DevNum,
+    node: Result<InPlace, String>,
+    effects: &Effects,
+    granted: &BTreeSet<DevNum>,
+) -> Option<String> {
+    match node {
+        Ok(node) if node.is_right(dev, pod.owner) => {}
+        Ok(_) => return Some("its node in the pod is missing or another".into()),
+        Err(why) => return Some(why),
     }
+    let right = |g: &GrantRecord| g.cgroup == pod.cgroup && g.dev == dev;
+    let right = effects.grant.as_ref().is_some_and(right);
+    (!right || !granted.contains(&dev)).then(|| "its grant is lost".into())
 }

@@ -320,7 +320,8 @@ impl<T: Transport> Luns<T> {
         seen: &Seen,
         going: &mut Going,
     ) -> Result<(), Error> {
-        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.holders_ms));
+        let mut wait =
+            Wait::about(&*self.doors.uevents, About::Blocks, ms(self.settings.holders_ms));
         loop {
             multipath::part(&self.doors, &self.settings, &seen.name, block).await?;
             if let Some(map) = self.map_above(user).await? {

@@ -240,7 +240,7 @@ impl<T: Transport> Luns<T> {
             }
         };
         self.change(&job.owner, &job.source, routed).await?;
-        multipath::nudge(&*self.doors.multipathd, &[late.path]).await?;
+        multipath::join(&self.doors, &self.settings, late.path).await?;
         tracing::info!(%route, "a late path joined");
         Ok(())
     }

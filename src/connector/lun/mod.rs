@@ -169,26 +169,8 @@ impl<T: Transport> Connector for Arc<Luns<T>> {
     }
 
     async fn inspect(&self, volumes: &[(VolumeKey, Source)]) -> Vec<Result<Health, Error>> {
-        let mut checked = None;
-        let mut found = Vec::with_capacity(volumes.len());
-        for held in self.held_each(volumes).await {
-            let user = match held {
-                Ok(user) => user,
-                Err(error) => {
-                    found.push(Err(error));
-                    continue;
-                }
-            };
-            let Some(user) = user else {
-                found.push(Ok(Health::Differs("nothing is attached in its name".into())));
-                continue;
-            };
-            if user.map.is_some() && checked.is_none() {
-                checked = Some(self.checks.get(&*self.doors.multipathd).await);
-            }
-            found.push(Luns::inspect(self, &user, checked.as_deref()).await);
-        }
-        found
+        let Some((owner, _)) = volumes.first() else { return Vec::new() };
+        self.inspect_each(&owner.vm, self.held_each(volumes).await).await
     }
 
     async fn measure(

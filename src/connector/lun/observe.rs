@@ -1,5 +1,9 @@
 //! What is attached, read again.
 
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+
 use super::Luns;
 use super::transport::Transport;
 use crate::connector::error::Error;
@@ -10,6 +14,7 @@ use crate::connector::multipath::Map;
 use crate::connector::scsi::Present;
 use crate::connector::{Attachment, Expect, Health, Paths, multipath, scsi};
 use crate::host::sysfs::{ReadError, View};
+use crate::types::{DevNum, VmId};
 
 impl<T: Transport> Luns<T> {
     /// The attachment if it is still there and is what is expected of it.
@@ -60,32 +65,52 @@ impl<T: Transport> Luns<T> {
         Ok(Some(found))
     }
 
-    /// How a user's volume is: its map, and each path by number, sequence, identity and state.
-    pub(super) async fn inspect(
+    /// How users' volumes are, in their order: their maps, and each path by number, sequence, identity and state.
+    pub(super) async fn inspect_each(
         &self,
-        user: &User,
-        checked: Option<&Checked>,
-    ) -> Result<Health, Error> {
-        let Some(attachment) = user.attachment.clone() else {
-            return Ok(Health::Differs("its attach was not finished".into()));
+        vm: &VmId,
+        held: Vec<Result<Option<User>, Error>>,
+    ) -> Vec<Result<Health, Error>> {
+        let asked: Vec<_> =
+            held.iter().map(|held| Asked::of(held.as_ref().ok()?.as_ref()?)).collect();
+        let mut shown =
+            self.shown_each(vm, asked.into_iter().flatten().collect()).await.into_iter();
+        let with_map = |held: &Result<Option<User>, Error>| {
+            held.as_ref().is_ok_and(|user| user.as_ref().is_some_and(|user| user.map.is_some()))
         };
-        let mut paths: Vec<_> =
-            user.paths.iter().filter_map(|p| Some((p.clone(), p.seen.clone()?))).collect();
-        paths.sort_by_key(|(path, _)| path.hctl);
-        let (dev, has_map) = (attachment.device.dev, attachment.device.map.is_some());
-        let dirs: Vec<_> = paths.iter().map(|(path, _)| path.dir.clone()).collect();
-        let look = move |view: &View<'_>| {
-            let map = if has_map { multipath::by_number_in(view, dev)? } else { None };
-            let paths: Result<Vec<_>, ReadError> =
-                dirs.iter().map(|dir| scsi::present_in(view, dir)).collect();
-            let protected = scsi::is_protected_in(view, &format!("dev/block/{dev}"))?;
-            Ok((map, paths?, protected))
+        let checked = match held.iter().any(with_map) {
+            true => Some(self.checks.get(&*self.doors.multipathd).await),
+            false => None,
         };
-        let (map, present, protected) =
-            self.doors.sysfs.look(&format!("dev/block/{dev}"), look).await?;
-        let found =
-            paths.into_iter().zip(present).map(|((path, seen), now)| Found { path, seen, now });
-        Ok(judge_health(user, attachment, map, found, protected, checked))
+        let mut judge = |held: Result<Option<User>, Error>| {
+            let differs = |why: &str| Ok(Health::Differs(why.into()));
+            let Some(user) = held? else { return differs("nothing is attached in its name") };
+            let Some(attachment) = user.attachment.clone() else {
+                return differs("its attach was not finished");
+            };
+            // There is one for each that has an attachment.
+            let Some(shown) = shown.next() else { return differs("nobody has looked at it") };
+            Ok(judge_health(&user, attachment, shown?, checked.as_deref()))
+        };
+        held.into_iter().map(&mut judge).collect()
+    }
+
+    /// What /sys shows of volumes of a VM. All are read in one; where that does not return in time each is by itself, so
+    /// that one whose device is kept by the kernel is no other's trouble.
+    async fn shown_each(&self, vm: &VmId, asked: Vec<Asked>) -> Vec<Result<Shown, ReadError>> {
+        let asked: Arc<[Asked]> = asked.into();
+        if asked.len() > 1 {
+            let all = asked.clone();
+            let look = move |view: &View<'_>| Ok(all.iter().map(|a| a.read(view)).collect());
+            if let Ok(shown) = self.doors.sysfs.look(&format!("volumes of {vm}"), look).await {
+                return shown;
+            }
+        }
+        join_all((0..asked.len()).map(async |at| {
+            let (about, asked) = (format!("dev/block/{}", asked[at].dev), asked.clone());
+            self.doors.sysfs.look(&about, move |view| asked[at].read(view)).await
+        }))
+        .await
     }
 
     /// The map that has the attachment's number now.
@@ -97,6 +122,20 @@ impl<T: Transport> Luns<T> {
     }
 }
 
+/// What is to be seen of a volume.
+struct Asked {
+    dev: DevNum,
+    has_map: bool,
+    paths: Vec<(PathLease, Seen)>,
+}
+
+/// What is.
+struct Shown {
+    map: Option<Map>,
+    paths: Vec<Found>,
+    protected: bool,
+}
+
 /// A path that is to be there, and what is.
 struct Found {
     path: PathLease,
@@ -104,14 +143,35 @@ struct Found {
     now: Option<Present>,
 }
 
+impl Asked {
+    /// Nothing, where its attach was not finished.
+    fn of(user: &User) -> Option<Self> {
+        let device = &user.attachment.as_ref()?.device;
+        let seen = |p: &PathLease| Some((p.clone(), p.seen.clone()?));
+        let mut paths: Vec<_> = user.paths.iter().filter_map(seen).collect();
+        paths.sort_by_key(|(path, _)| path.hctl);
+        Some(Self { dev: device.dev, has_map: device.map.is_some(), paths })
+    }
+
+    fn read(&self, view: &View<'_>) -> Result<Shown, ReadError> {
+        let map = if self.has_map { multipath::by_number_in(view, self.dev)? } else { None };
+        let found = |(path, seen): &(PathLease, Seen)| {
+            let now = scsi::present_in(view, &path.dir)?;
+            Ok(Found { path: path.clone(), seen: seen.clone(), now })
+        };
+        let paths = self.paths.iter().map(found).collect::<Result<_, _>>()?;
+        let protected = scsi::is_protected_in(view, &format!("dev/block/{}", self.dev))?;
+        Ok(Shown { map, paths, protected })
+    }
+}
+
 fn judge_health(
     user: &User,
     attachment: Attachment,
-    map: Option<Map>,
-    found: impl Iterator<Item = Found>,
-    protected: bool,
+    shown: Shown,
     checked: Option<&Checked>,
 ) -> Health {
+    let Shown { map, paths: found, protected } = shown;
     let mut slaves = None;
     if let Some(name) = &attachment.device.map {
         let uuid = user.map.as_ref().map(|m| m.uuid.as_str()).unwrap_or_default();

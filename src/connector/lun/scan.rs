@@ -189,7 +189,7 @@ impl<T: Transport> Luns<T> {
     /// too, and is in the lease before: without its path nothing else would tell of it.
     async fn leave_map(&self, job: &Job<T>, name: &str, block: &str) -> Result<(), Error> {
         let sysfs = &*self.doors.sysfs;
-        let mut wait = Wait::new(&*self.doors.uevents, ms(self.settings.map_ms));
+        let mut wait = Wait::about(&*self.doors.uevents, About::Blocks, ms(self.settings.map_ms));
         for (holder, map) in multipath::on(sysfs, block).await? {
             let Some(map) = map else { continue };
             if !map.uuid.starts_with("mpath-") {

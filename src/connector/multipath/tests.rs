@@ -11,7 +11,7 @@ use super::*;
 use crate::connector::identity::Unit;
 use crate::connector::scsi::Disk;
 use crate::host::sim::SimHost;
-use crate::host::uevent::{Notice, UeventStream, Uevents};
+use crate::host::uevent::{Notice, Uevent, UeventStream, Uevents};
 use crate::types::Wwid;
 
 /// Hears the kernel and udev apart.
@@ -117,4 +117,56 @@ async fn a_udev_that_never_comes_to_a_path_keeps_nobody() {
     let settings = Settings::default();
     decide(&doors, &settings, &[path()]).await.unwrap();
     assert_eq!(multipathd.asked.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_multipathd_that_is_busy_is_not_told_of_paths_before_it_is_done() {
+    let seconds = Duration::from_secs;
+    // Until when udev's rules have not come to the path, and until when the kernel tells of disks; when it is told.
+    for (ruled, events, told) in [(0, 0, 1.5), (4, 0, 4.0), (0, 10, 11.5), (99, 99, 15.0)] {
+        let (kernel, udev) = (broadcast::channel(8).0, broadcast::channel(8).0);
+        let is_empty = AtomicBool::new(ruled > 0);
+        let events_door = Arc::new(Events { kernel: kernel.clone(), udev, is_empty });
+        let multipathd = Arc::new(Listening::default());
+        multipathd.told.store(true, Ordering::Relaxed);
+        let doors = StorageDoors {
+            uevents: events_door.clone(),
+            multipathd: multipathd.clone(),
+            ..StorageDoors::sim(&SimHost::default().storage)
+        };
+        let begin = Instant::now();
+        let busy = async {
+            for second in 1.. {
+                tokio::time::sleep(seconds(1)).await;
+                events_door.is_empty.store(second < ruled, Ordering::Relaxed);
+                if second <= events {
+                    let disk = uevent("block", "devices/virtual/block/dm-7");
+                    kernel.send(Notice::Event(disk.into())).unwrap();
+                }
+            }
+        };
+        let asked = async {
+            while multipathd.asked.load(Ordering::Relaxed) == 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            begin.elapsed()
+        };
+        let (settings, paths) = (Settings::default(), [path()]);
+        let at = tokio::select! {
+            () = busy => unreachable!(),
+            ended = ensure(&doors, &settings, &paths) => panic!("{ended:?}"),
+            at = asked => at,
+        };
+        let late = at.as_secs_f64() - told;
+        assert!((0.0..2.0).contains(&late), "told after {at:?}: {ruled}, {events}");
+    }
+}
+
+fn uevent(subsystem: &str, devpath: &str) -> Uevent {
+    Uevent {
+        action: "change".into(),
+        devpath: devpath.into(),
+        subsystem: subsystem.into(),
+        properties: Default::default(),
+    }
 }

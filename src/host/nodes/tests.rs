@@ -201,3 +201,21 @@ fn root_a_pod_that_exchanges_names_never_gets_another_file_changed() {
     let meta = std::fs::metadata(&victim).expect("it is there");
     assert_eq!((meta.uid(), meta.mode() & 0o7777), (0, 0o644), "the host's file is untouched");
 }
+
+#[tokio::test]
+async fn root_nodes_are_looked_at_together_and_each_is_told_of() {
+    let Some(pod) = Pod::new("root_nodes_are_looked_at_together_and_each_is_told_of") else {
+        return;
+    };
+    assert!(pod.ensure(DISK).expect("made").changed());
+    std::fs::write(pod.at("file"), "").expect("writable");
+    let names = ["file", "none", "vol-1"].map(|name| name.parse().expect("a label"));
+    let seen = HostNodes.observe_each(&pod.dir, &names).await;
+    let seen: Vec<_> = seen.into_iter().map(|seen| seen.expect("the directory is fine")).collect();
+    let node = Seen::Node { dev: DISK, owner: QEMU, mode: NODE_MODE };
+    assert_eq!(seen, [Some(Seen::Other), None, Some(node)]);
+    std::fs::remove_dir_all(&pod.dir.pod.path).expect("removable");
+    let seen = HostNodes.observe_each(&pod.dir, &names).await;
+    assert_eq!(seen.len(), names.len());
+    assert!(seen.iter().all(|seen| matches!(seen, Err(NodeError::Dir(_)))), "{seen:?}");
+}

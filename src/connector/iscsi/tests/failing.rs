@@ -487,3 +487,24 @@ async fn what_looks_after_a_device_is_no_holder_of_it() {
     san.sim.open(dev, "dd[7]");
     assert_eq!(holders().await, ["dd[7]"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_device_whose_reads_hang_is_no_other_volumes_trouble() {
+    let san = San::new();
+    san.sim.set_multipathd(false);
+    let mut attached = Vec::new();
+    for (volume, n) in [("a", 1), ("b", 2), ("c", 3)] {
+        attached.push(san.attach(&request(volume, n, &[2])).await);
+    }
+    let volumes = [("a", 1), ("b", 2), ("c", 3)].map(|(v, n)| (owner(v), source(n, &[2])));
+    let seen = async || {
+        let found = san.connector.inspect(&volumes).await;
+        found.iter().map(|f| matches!(f, Ok(Health::Right { .. }))).collect::<Vec<_>>()
+    };
+    assert_eq!(seen().await, [true, true, true]);
+    let state = format!("{}/state", hctls(&attached[1])[0]);
+    san.sim.faults().inject(fault("sysfs.read", &state, FaultAction::Hang));
+    assert_eq!(seen().await, [true, false, true]);
+    san.sim.faults().clear();
+    assert_eq!(seen().await, [true, true, true]);
+}

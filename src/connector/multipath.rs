@@ -285,28 +285,27 @@ pub(crate) async fn ensure(
     }
 }
 
-/// Waits until a path that came after the others is in a map, and tells multipathd of it where it does not take it
-/// by itself.
-pub(crate) async fn join(
+/// Whether multipathd takes a path that came after the others into a map, in its own time.
+pub(crate) async fn joins(
     doors: &StorageDoors,
     settings: &Settings,
-    path: ScsiPath,
-) -> Result<(), Error> {
+    path: &ScsiPath,
+) -> Result<bool, Error> {
     let mut time = OwnTime::begin(doors, settings);
-    let paths = [path];
-    while above(&*doors.sysfs, &paths).await? == Above::Nothing {
-        let nudge_at = time.ends(doors, settings, &paths);
-        if Instant::now() >= nudge_at {
-            return nudge(&*doors.multipathd, &paths).await.map(drop);
+    let paths = std::slice::from_ref(path);
+    while above(&*doors.sysfs, paths).await? == Above::Nothing {
+        let ends = time.ends(doors, settings, paths);
+        if Instant::now() >= ends {
+            return Ok(false);
         }
-        time.wait.next_before(nudge_at).await;
+        time.wait.next_before(ends).await;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Tells multipathd of each path; says whether it took all of them. What it answers is a hint
 /// (`blacklisted` comes as success).
-async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Result<bool, Error> {
+pub(crate) async fn nudge(multipathd: &dyn Multipathd, paths: &[ScsiPath]) -> Result<bool, Error> {
     let mut taken = true;
     for path in paths {
         match multipathd.ask(&format!("add path {}", path.disk.name)).await {

@@ -16,7 +16,8 @@ pub struct Settings {
     pub sysfs_write_ms: u64,
     /// Waiting for a lock that another volume or process holds (default 60 000).
     pub lock_ms: u64,
-    /// Reading or writing one of our files under /run or a record (default 5 000).
+    /// Reading or writing one of our files under /run or a record (default 20 000: where thousands of volumes are added
+    /// at once, each waits for its turn).
     pub file_ms: u64,
     /// One answer of multipathd (default 5 000; its own timeout is 4 s).
     pub multipathd_ms: u64,
@@ -130,7 +131,7 @@ impl Default for Settings {
             sysfs_read_ms: 5_000,
             sysfs_write_ms: 20_000,
             lock_ms: 60_000,
-            file_ms: 5_000,
+            file_ms: 20_000,
             multipathd_ms: 5_000,
             probe_ms: 5_000,
             flush_ms: 30_000,

@@ -99,7 +99,7 @@ impl<T: Transport> Luns<T> {
 
     /// The path of a late way, if the volume is still there; undone if it is not the LUN.
     async fn late_path(self: &Arc<Self>, job: &Job<T>, way: &T::Way) -> Result<(), Error> {
-        let _lun = self.lun_lock(&job.whole).await?;
+        let lun = self.lun_lock(&job.whole).await?;
         if self.attached(job).await?.is_none() {
             return Ok(());
         }
@@ -110,7 +110,13 @@ impl<T: Transport> Luns<T> {
             },
             Err(e) => Err(e),
         };
-        let Err(cause) = added else { return Ok(()) };
+        let cause = match added {
+            Ok(path) => {
+                drop(lun);
+                return self.see_joined(job, path).await;
+            }
+            Err(cause) => cause,
+        };
         match self.drop_path(job, way.hctl(job.source.lun.scsi())).await {
             Ok(()) => Err(cause),
             Err(undo) => Err(Error::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
@@ -133,7 +139,9 @@ impl<T: Transport> Luns<T> {
                     && found.device.wwid == proven.path.identity.wwid
                     && self.refuse_unlike(job, &proven).await.is_ok() =>
             {
-                self.add_path(job, way.route(), proven).await
+                let path = self.add_path(job, way.route(), proven).await?;
+                drop(lun);
+                self.see_joined(job, path).await
             }
             Some(_) => {
                 self.drop_path(job, proven.path.hctl).await?;
@@ -216,8 +224,32 @@ impl<T: Transport> Luns<T> {
         self.remove_device(&user, DetachOptions { force: true, ..DetachOptions::default() }).await
     }
 
+    /// multipathd takes a late path into the map by itself; where it does not, it is told of it. Nobody is kept from the
+    /// volume while that is waited for, so the path may have gone meanwhile, and its name be another's.
+    async fn see_joined(&self, job: &Job<T>, path: ScsiPath) -> Result<(), Error> {
+        if multipath::joins(&self.doors, &self.settings, &path).await? {
+            return Ok(());
+        }
+        let _lun = self.lun_lock(&job.whole).await?;
+        let held = self.held(&job.owner, &job.whole).await?;
+        let is_it = |p: &PathLease| {
+            p.hctl == path.hctl && p.seen.as_ref().is_some_and(|s| s.diskseq == path.disk.diskseq)
+        };
+        let disk = scsi::disk(&*self.doors.sysfs, &path.dir).await?;
+        if held.is_some_and(|user| user.paths.iter().any(is_it)) && disk == Some(path.disk.clone())
+        {
+            multipath::nudge(&*self.doors.multipathd, &[path]).await?;
+        }
+        Ok(())
+    }
+
     /// Makes a late path part of the volume.
-    async fn add_path(&self, job: &Job<T>, route: T::Route, late: Proven) -> Result<(), Error> {
+    async fn add_path(
+        &self,
+        job: &Job<T>,
+        route: T::Route,
+        late: Proven,
+    ) -> Result<ScsiPath, Error> {
         let status = late.path.status();
         let note = |user: &mut User| {
             if let Some(found) = &mut user.attachment {
@@ -240,8 +272,7 @@ impl<T: Transport> Luns<T> {
             }
         };
         self.change(&job.owner, &job.source, routed).await?;
-        multipath::join(&self.doors, &self.settings, late.path).await?;
         tracing::info!(%route, "a late path joined");
-        Ok(())
+        Ok(late.path)
     }
 }

@@ -25,7 +25,7 @@ use crate::host::workers::Workers;
 /// a moment after the event of its close.
 const RETRY: Duration = Duration::from_millis(200);
 /// /run is a tmpfs; only a machine in great trouble takes this long.
-const FILE_DEADLINE: Duration = Duration::from_secs(10);
+const FILE_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The real run directory.
 pub struct RealRunDir {

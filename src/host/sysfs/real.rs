@@ -26,7 +26,8 @@ impl RealSysfs {
     pub fn new(base: impl Into<PathBuf>, deadline: Duration) -> Self {
         Self {
             tree: Tree { base: base.into() },
-            reads: Workers::new("lunplug-sysfs-r", 16, 4),
+            // A device whose reads hang has four of its own, and four looks at the VM that has it.
+            reads: Workers::new("lunplug-sysfs-r", 32, 4),
             // Two for each device: the kernel serialises scans of one host anyway.
             writes: Workers::new("lunplug-sysfs-w", 64, 2),
             deadline,

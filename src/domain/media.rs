@@ -241,48 +241,68 @@ pub async fn eject(
     take_out(&at, &alias, source, how).await
 }
 
+/// How often a guest is asked to open a locked tray before that is told. It is locked while anything in the guest
+/// has the drive open, as its udev has for a moment to look at a new medium; nobody there may hear the request,
+/// and libvirt waits 5 s for the tray to open, not for the lock to go.
+const ASKED: usize = 3;
+
+/// What of the deadline must be left to ask once more: libvirt's 5 s, and some to spare.
+const TO_ASK: Duration = Duration::from_secs(7);
+
 async fn take_out(at: &At<'_>, alias: &str, source: &str, how: Eject) -> Result<Ejected, Error> {
-    let done = |end, unlocked| Ejected { end, unlocked };
+    let asked = if how == Eject::Forced { 1 } else { ASKED };
+    let mut result = take_out_once(at, alias, source, Medium::Eject).await;
+    for _ in 1..asked {
+        if !matches!(result, Err(Error::TrayLocked { .. })) || at.left() < TO_ASK {
+            break;
+        }
+        result = take_out_once(at, alias, source, Medium::Eject).await;
+    }
+    let unlocked = how == Eject::Forced && matches!(result, Err(Error::TrayLocked { .. }));
+    if unlocked {
+        result = take_out_once(at, alias, source, Medium::EjectByForce).await;
+    }
+    result.map(|end| Ejected { end, unlocked })
+}
+
+/// The drive is looked for anew each time: what is in it now may be somebody else's.
+async fn take_out_once(
+    at: &At<'_>,
+    alias: &str,
+    source: &str,
+    how: Medium,
+) -> Result<Detached, Error> {
     match at.info().await? {
         Some(info) if info.state != DomainState::Shutoff => {
             if let Some(busy) = busy(at, info) {
                 return Err(busy);
             }
         }
-        _ => return Ok(done(Detached::DomainGone, false)),
+        _ => return Ok(Detached::DomainGone),
     }
     let (live, text) = match read(at).await {
         Err(Error::Libvirt { source: LibvirtError::NoDomain { .. }, .. }) => {
-            return Ok(done(Detached::DomainGone, false));
+            return Ok(Detached::DomainGone);
         }
         read => read?,
     };
     let Some(drive) = live.drive_with(source) else {
-        return Ok(done(Detached::Absent, false));
+        return Ok(Detached::Absent);
     };
-    let out = async |medium| {
-        change(at, alias, &text, &drive.target, &DriveSource::default(), medium).await
-    };
-    let mut unlocked = false;
-    let mut result = out(Medium::Eject).await;
-    if how == Eject::Forced && matches!(result, Err(Error::TrayLocked { .. })) {
-        unlocked = true;
-        result = out(Medium::EjectByForce).await;
-    }
-    match result {
+    match change(at, alias, &text, &drive.target, &DriveSource::default(), how).await {
         Err(Error::Libvirt {
             source: LibvirtError::NoDomain { .. } | LibvirtError::NotRunning { .. },
             ..
-        }) => return Ok(done(Detached::DomainGone, unlocked)),
+        }) => return Ok(Detached::DomainGone),
         result => result?,
     }
     match at.info().await? {
         Some(info) if info.state != DomainState::Shutoff => {}
-        _ => return Ok(done(Detached::DomainGone, unlocked)),
+        _ => return Ok(Detached::DomainGone),
     }
     let (live, _) = read(at).await?;
     match live.drive_with(source) {
-        None => Ok(done(Detached::Removed, unlocked)),
+        None => Ok(Detached::Removed),
         Some(_) => {
             let (alias, domain) = (alias.to_owned(), at.domain.to_owned());
             Err(Error::NotConfirmed { alias, domain })

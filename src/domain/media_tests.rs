@@ -138,6 +138,15 @@ async fn a_locked_tray_is_opened_by_force_alone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_guest_that_only_looks_at_a_medium_keeps_it_no_longer_than_that() {
+    let w = World::new().await;
+    w.insert().await.unwrap();
+    w.with(|d| d.look_at_medium("sda"));
+    let ejected = w.eject(Eject::Asked).await.unwrap();
+    assert_eq!(ejected, Ejected { end: Detached::Removed, unlocked: false });
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_medium_of_somebody_elses_is_never_taken_out() {
     let w = World::new().await;
     w.insert().await.unwrap();

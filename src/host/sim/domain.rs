@@ -56,6 +56,8 @@ pub struct SimDomain {
     pub(super) shown: BTreeMap<String, u64>,
     /// Target names of the drives whose trays the guest has locked.
     pub(super) locked: BTreeSet<String>,
+    /// Those whose trays are locked for one request, as by a guest's udev that looks at a medium.
+    pub(super) looked_at: BTreeSet<String>,
     /// What the device behind each disk is, by the disk's alias.
     identities: BTreeMap<String, String>,
 }
@@ -84,6 +86,7 @@ impl SimDomain {
             unanswered: BTreeSet::new(),
             shown: BTreeMap::new(),
             locked: BTreeSet::new(),
+            looked_at: BTreeSet::new(),
             identities: BTreeMap::new(),
         }
     }
@@ -164,6 +167,7 @@ impl SimDomain {
         self.live = None;
         self.unanswered.clear();
         self.locked.clear();
+        self.looked_at.clear();
         self.config.is_some()
     }
 

@@ -36,6 +36,11 @@ impl SimDomain {
         }
     }
 
+    /// The guest looks at a drive's medium, and has its tray locked until after the next request to open it.
+    pub fn look_at_medium(&mut self, target: &str) {
+        self.looked_at.insert(target.to_owned());
+    }
+
     /// Somebody puts a file into a drive of the running domain, or takes out what is there.
     pub fn change_medium(&mut self, target: &str, file: Option<&str>) {
         let xml = file.map(|file| format!("<source file='{file}'/>")).unwrap_or_default();
@@ -76,7 +81,8 @@ impl SimDomain {
             let size = device_of(path).unwrap_or_default().size;
             self.shown.insert(new.alias.clone().unwrap_or_default(), size);
         }
-        if self.locked.contains(&new.target) && !force {
+        let looked_at = self.looked_at.remove(&new.target);
+        if (looked_at || self.locked.contains(&new.target)) && !force {
             let message = "operation failed: timed out waiting to open tray";
             return Err(LibvirtError::TrayLocked { message: message.into() });
         }

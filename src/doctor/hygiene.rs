@@ -1,6 +1,7 @@
 //! What would look into a guest's LUN on the host, and kernel modules.
 
 use super::{Finding, Module, Survey};
+use crate::preflight::{SG3_RULES, UDEV_RULE, UDEV_RULE_EARLY, UDEV_RULE_SPARING};
 
 pub(super) fn examine(survey: &Survey) -> Vec<Finding> {
     let mut findings = modules(survey);
@@ -65,15 +66,23 @@ fn lvm(survey: &Survey) -> Finding {
 fn udev(survey: &Survey) -> Finding {
     const CHECK: &str = "udev";
     let has = |name: &str| survey.udev_rules.iter().any(|rule| rule.ends_with(name));
-    if has("13-dm-disk.rules") && !has("12-lunplug.rules") {
+    if has("13-dm-disk.rules") && !has(UDEV_RULE_EARLY) {
         let what = "13-dm-disk.rules probes maps before lunplug's rule can keep it from that";
-        return Finding::warning(CHECK, what, "Install 59-lunplug.rules as 12-lunplug.rules.");
+        let todo = format!("Install {UDEV_RULE} as {UDEV_RULE_EARLY}.");
+        return Finding::warning(CHECK, what, todo);
     }
-    if !has("59-lunplug.rules") && !has("12-lunplug.rules") {
-        let todo = "Install dist/59-lunplug.rules on the host, then udevadm control --reload.";
+    if !has(UDEV_RULE) && !has(UDEV_RULE_EARLY) {
+        let todo = format!("Install dist/{UDEV_RULE} on the host, then udevadm control --reload.");
         return Finding::problem(CHECK, "lunplug's udev rule is not installed", todo);
     }
-    Finding::fine(CHECK, "lunplug's rule is in its place")
+    if !has(UDEV_RULE_SPARING)
+        && let Some(sg3) = SG3_RULES.into_iter().find(|name| has(name))
+    {
+        let what = format!("{sg3} runs six processes for each path of a guest's LUN in vain");
+        let todo = format!("Install dist/{UDEV_RULE_SPARING} on the host beside {UDEV_RULE}.");
+        return Finding::warning(CHECK, what, todo);
+    }
+    Finding::fine(CHECK, "lunplug's rules are in their places")
 }
 
 #[cfg(test)]
@@ -123,5 +132,9 @@ mod tests {
         let late = rules(&["59-lunplug.rules", "13-dm-disk.rules"]);
         assert!(only(&late).what_to_do.contains("12-lunplug.rules"));
         assert_eq!(complaints(&rules(&["12-lunplug.rules", "13-dm-disk.rules"])), []);
+        let slow = rules(&["59-lunplug.rules", "55-scsi-sg3_id.rules"]);
+        assert!(only(&slow).what_to_do.contains("dist/54-lunplug.rules"));
+        let quick = ["54-lunplug.rules", "59-lunplug.rules", "55-scsi-sg3_id.rules"];
+        assert_eq!(complaints(&rules(&quick)), []);
     }
 }

@@ -204,9 +204,11 @@ fn remote_ports() -> Vec<RemotePort> {
 }
 
 fn udev_rules() -> Vec<PathBuf> {
-    let names = [preflight::UDEV_RULE, preflight::UDEV_RULE_EARLY, "13-dm-disk.rules"];
+    use preflight::{SG3_RULES, UDEV_RULE, UDEV_RULE_EARLY, UDEV_RULE_SPARING};
+    let mut names = vec![UDEV_RULE, UDEV_RULE_EARLY, UDEV_RULE_SPARING, "13-dm-disk.rules"];
+    names.extend(SG3_RULES);
     let dirs = preflight::UDEV_RULES_D.iter().map(Path::new);
-    let all = dirs.flat_map(|dir| names.map(|name| dir.join(name)));
+    let all = dirs.flat_map(|dir| names.iter().map(|name| dir.join(name)));
     all.filter(|rule| rule.exists()).collect()
 }
 

@@ -30,6 +30,8 @@ fn the_host_activates_nothing_of_what_the_guest_writes() {
         add("table", &table.source(), &[]).ok();
         sh("udevadm settle").ok();
         assert_eq!(snapshot(), attached, "round {round}: the host has new maps or volume groups");
+        let partitions = sh("ls -d /sys/block/sd*/*/partition 2>/dev/null || true").ok();
+        assert_eq!(partitions, "", "round {round}: the guest's partitions are devices of the host");
         let b = guest_disk("table").name;
         in_guest(&format!("test -b /dev/{b}2")).ok();
     }

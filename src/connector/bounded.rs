@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::time::timeout;
 
-use crate::host::block::{Blocks, Exclusive};
+use crate::host::block::{Blocks, Exclusive, listed};
 use crate::host::cmd::{CmdError, Commands, Output, Tool};
 use crate::host::iscsidb::{DbLockState, IscsiDb, Record};
 use crate::host::lock::{LockError, LockGuard, RunDir};
@@ -146,8 +146,9 @@ impl Blocks for BoundedBlocks {
     async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>> {
         within(self.probe, || format!("looking for {uuid}"), self.door.mapped(uuid)).await
     }
-    async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
-        within(self.probe, || format!("looking who has {dev} open"), self.door.openers(dev)).await
+    async fn openers(&self, devs: &[DevNum]) -> io::Result<Vec<Vec<String>>> {
+        let doing = || format!("looking who has {} open", listed(devs));
+        within(self.probe, doing, self.door.openers(devs)).await
     }
 }
 

@@ -60,7 +60,7 @@ struct Answer {
 
 /// For how long an answer counts while nothing happens. The kernel tells of each path that fails or comes back
 /// (dm-mpath, `DM_ACTION=PATH_FAILED`).
-const FRESH: Duration = Duration::from_secs(10);
+const FRESH: Duration = Duration::from_secs(60);
 
 impl Checks {
     /// Something happened, or somebody begins to listen: what was answered before counts no more.

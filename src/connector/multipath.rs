@@ -222,10 +222,7 @@ pub(crate) async fn remove(
     let Some(map) = by_uuid(doors, uuid, at).await? else {
         return Ok(Outcome::Already(()));
     };
-    let held = match opens {
-        Opens::Unknown => scsi::await_unheld(doors, settings, &map.dir(), map.dev, &[]).await?,
-        Opens::None => scsi::await_unclaimed(doors, settings, &map.dir(), map.dev).await?,
-    };
+    let held = scsi::await_free(doors, settings, &map.dir(), map.dev, &[], opens).await?;
     if let Some(holder) = held {
         return Err(Error::DeviceHeld { device: format!("{} ({})", map.kernel, map.name), holder });
     }

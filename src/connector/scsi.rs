@@ -1,13 +1,14 @@
 //! SCSI disks as sysfs shows them: read, rescanned, and deleted only if they are still what they
 //! were. Nothing here knows a transport.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::host::block::Exclusive;
+use crate::host::block::{Exclusive, listed};
 use crate::host::storage::StorageDoors;
 use crate::host::sysfs::{Guard, Guarded, ReadError, Sysfs, View, is_gone};
 use crate::types::{DevNum, Malformed};
@@ -264,7 +265,7 @@ pub(crate) async fn holder(
         if let Some(name) = stacked(&*doors.sysfs, block_dir, ours).await? {
             return Ok(Some(name));
         }
-        if let Some(opener) = openers(doors, dev).await?.into_iter().next() {
+        if let Some(opener) = openers(doors, &[dev]).await?.into_iter().flatten().next() {
             return Ok(Some(opener));
         }
     }
@@ -304,16 +305,30 @@ async fn stacked_of(
     }
 }
 
-/// Programs that have the device open, but for those that look after it: multipathd has every path
-/// open, and udev looks at each new device for a moment, itself and by `multipath -u`, which its rules ask about each path.
-pub(crate) async fn openers(doors: &StorageDoors, dev: DevNum) -> Result<Vec<String>, Error> {
-    let all = doors.blocks.openers(dev).await;
-    let all = all.map_err(Error::io(format!("looking who has {dev} open")))?;
+/// Programs that have each of the devices open, but for those that look after them: multipathd has every path
+/// open, and udev looks at each new device for a moment, itself and by what its rules run: `multipath -u`, which they
+/// may ask about each path, and `partx`, which takes partitions off it.
+pub(crate) async fn openers(
+    doors: &StorageDoors,
+    devs: &[DevNum],
+) -> Result<Vec<Vec<String>>, Error> {
+    let all = doors.blocks.openers(devs).await;
+    let doing = || format!("looking who has {} open", listed(devs));
+    let all = all.map_err(|error| Error::io(doing())(error))?;
     let keeper = |o: &String| {
         let command = o.split('[').next().unwrap_or("");
-        matches!(command, "multipathd" | "multipath" | "systemd-udevd" | "(udev-worker)" | "udevd")
+        let udev = matches!(command, "systemd-udevd" | "(udev-worker)" | "udevd" | "partx");
+        udev || matches!(command, "multipathd" | "multipath")
     };
-    Ok(all.into_iter().filter(|o| !keeper(o)).collect())
+    let strangers = |of_one: Vec<String>| of_one.into_iter().filter(|o| !keeper(o)).collect();
+    Ok(all.into_iter().map(strangers).collect())
+}
+
+/// Those of the devices that no program has open. Where nobody can say so it is none: who needs to know of one asks for
+/// that alone.
+pub(crate) async fn unopened(doors: &StorageDoors, devs: &[DevNum]) -> BTreeSet<DevNum> {
+    let all = openers(doors, devs).await.unwrap_or_default();
+    devs.iter().zip(all).filter(|(_, openers)| openers.is_empty()).map(|(dev, _)| *dev).collect()
 }
 
 /// The names stacked upon a disk: device-mapper's, md's; and its partitions' own.
@@ -423,23 +438,14 @@ pub(crate) async fn await_unheld(
     await_free(doors, settings, block_dir, dev, ours, Opens::Unknown).await
 }
 
-/// The same for a device that no program has open, as somebody has seen in the same step.
-pub(crate) async fn await_unclaimed(
-    doors: &StorageDoors,
-    settings: &Settings,
-    block_dir: &str,
-    dev: DevNum,
-) -> Result<Option<String>, Error> {
-    await_free(doors, settings, block_dir, dev, &[], Opens::None).await
-}
-
-async fn await_free(
+/// The same where something is known already of who has it open.
+pub(crate) async fn await_free(
     doors: &StorageDoors,
     settings: &Settings,
     block_dir: &str,
     dev: DevNum,
     ours: &[String],
-    opens: Opens,
+    mut opens: Opens,
 ) -> Result<Option<String>, Error> {
     let mut wait = Wait::about(&*doors.uevents, About::Blocks, ms(settings.holders_ms));
     loop {
@@ -447,6 +453,8 @@ async fn await_free(
         if held.is_none() || !wait.next_before(Instant::now() + CLOSES).await {
             return Ok(held);
         }
+        // Time has passed.
+        opens = Opens::Unknown;
     }
 }
 

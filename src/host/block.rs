@@ -33,6 +33,13 @@ pub trait Blocks: Send + Sync {
     /// where it cannot be asked.
     async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>>;
 
-    /// Whoever has the device open, as `command[pid]`, as far as /proc shows it.
-    async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>>;
+    /// Whoever has each of the devices open, in their order, as `command[pid]`, as far as /proc shows it. One look at all
+    /// processes serves for all of them.
+    async fn openers(&self, devs: &[DevNum]) -> io::Result<Vec<Vec<String>>>;
+}
+
+/// Device numbers in words: `8:0, 8:16`.
+pub fn listed(devs: &[DevNum]) -> String {
+    let each: Vec<String> = devs.iter().map(ToString::to_string).collect();
+    each.join(", ")
 }

@@ -29,6 +29,9 @@ impl Inner {
 
     /// Records of ours that a boot outlived its lease are known by their mark or their iface.
     async fn adopt(&self, source: &Access, made: &Made) -> Result<(), Error> {
+        if source.routes.iter().all(|portal| made.records.contains(portal)) {
+            return Ok(());
+        }
         let records = match self.doors.iscsidb.records(source.target.target()).await {
             // Where there is something to undo, it fails by that.
             Err(e) if is_place_error(&e) => return Ok(()),

@@ -29,16 +29,19 @@ impl Inner {
     }
 
     async fn settle_portals(&self, target: &Nexus, portals: &[Portal]) -> Result<bool, Error> {
+        let unwanted = self.leases.unwanted::<Made, _>(target.as_str(), portals.to_vec()).await?;
+        if unwanted.is_empty() {
+            return Ok(false); // Also where nobody serves as iscsid, who has the records.
+        }
         let made: Made = self.leases.made(target.as_str()).await?;
         let sessions = session::of_target(&*self.doors.sysfs, target.target()).await?;
         let known = made.portals();
         let something = |p: &Portal| {
             known.contains(p) || sessions.iter().any(|s| s.portal == *p && s.is_by(target))
         };
-        let unwanted: Vec<Portal> = portals.iter().copied().filter(something).collect();
-        let unwanted = self.leases.unwanted::<Made, _>(target.as_str(), unwanted).await?;
+        let unwanted: Vec<Portal> = unwanted.into_iter().filter(something).collect();
         if unwanted.is_empty() {
-            return Ok(false); // Also where nobody serves as iscsid, who has the records.
+            return Ok(false);
         }
         if self.settle_target(target, &unwanted, &made).await? {
             return Ok(true);

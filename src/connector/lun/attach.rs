@@ -1,5 +1,6 @@
 //! The way of an attach: lease, paths, claim, map; each is noted before it is made.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
@@ -13,14 +14,14 @@ use crate::connector::error::Error;
 use crate::connector::identity::Identity;
 use crate::connector::lease::{Claim, Made as _, MapLease, User};
 use crate::connector::multipath::{self, Above, Map};
-use crate::connector::scsi::{self, ScsiPath};
+use crate::connector::scsi::{self, Opens, ScsiPath};
 use crate::connector::{AttachRequest, Attachment, DetachOptions};
 use crate::connector::{guestlun, mapchange};
 use crate::host::multipathd::MultipathdError;
 use crate::reason::Reason;
 use crate::spec::MultipathPolicy;
 use crate::step::Step;
-use crate::types::{Outcome, VolumeKey};
+use crate::types::{DevNum, Outcome, VolumeKey};
 
 impl<T: Transport> Luns<T> {
     /// Attaches a LUN, or finds it attached; what this attach made is undone when it fails.
@@ -238,13 +239,6 @@ impl<T: Transport> Luns<T> {
         let attached = held.is_some_and(|u| u.attachment.is_some());
         let wwid = &paths[0].identity.wwid;
         let in_use = attached || !self.sharers(&job.owner, Some(wwid)).await?.is_empty();
-        let holder = async |block: &str, dev, ours: &[String]| {
-            if in_use {
-                scsi::stacked(&*self.doors.sysfs, block, ours).await
-            } else {
-                scsi::await_unheld(&self.doors, &self.settings, block, dev, ours).await
-            }
-        };
         let ours: Vec<String> = map.iter().map(|m| m.kernel.clone()).collect();
         let mut all = Vec::new();
         for path in paths {
@@ -253,7 +247,18 @@ impl<T: Transport> Luns<T> {
             all.push((name, block, path.disk.dev, &ours[..]));
         }
         all.extend(map.map(|map| (map.name.clone(), map.dir(), map.dev, &[][..])));
-        // At once: one look at all processes serves for all of them.
+        let devs: Vec<DevNum> = all.iter().map(|(_, _, dev, _)| *dev).collect();
+        let unopened = match in_use {
+            true => BTreeSet::new(),
+            false => scsi::unopened(&self.doors, &devs).await,
+        };
+        let holder = async |block: &str, dev, ours: &[String]| {
+            if in_use {
+                return scsi::stacked(&*self.doors.sysfs, block, ours).await;
+            }
+            let opens = if unopened.contains(&dev) { Opens::None } else { Opens::Unknown };
+            scsi::await_free(&self.doors, &self.settings, block, dev, ours, opens).await
+        };
         let holders = all.iter().map(|(_, block, dev, ours)| holder(block, *dev, ours));
         let holders = join_all(holders).await;
         for ((device, ..), holder) in all.into_iter().zip(holders) {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use futures_util::future::{join, join_all};
+use futures_util::future::join_all;
 use tokio::time::Instant;
 
 use super::Luns;
@@ -16,6 +16,7 @@ use crate::connector::scsi::{self, Deleted, Opens};
 use crate::connector::settings::ms;
 use crate::connector::wait::{About, Wait};
 use crate::connector::{DetachOptions, multipath};
+use crate::host::block::Exclusive;
 use crate::host::sysfs::{View, is_gone};
 use crate::step::Step;
 use crate::types::{DevNum, Wwid};
@@ -112,15 +113,12 @@ impl<T: Transport> Luns<T> {
         match map {
             // It was disarmed before: its paths are gone, and all that was to be written is.
             Some(map) if made && map.slaves.is_empty() => {
-                self.refuse_held(&map.name, &map.dir(), map.dev).await
+                self.refuse_held(&map.name, &map.dir(), map.dev, going).await
             }
             Some(map) => {
                 if made {
-                    let dir = map.dir();
-                    let free = self.refuse_held(&map.name, &dir, map.dev);
-                    // At once: one look at all processes serves for all of them.
-                    let (free, paths) = join(free, self.unopened(user)).await;
-                    going.unopened.extend(paths);
+                    self.look_who_opened(user, Some(map), going).await;
+                    let free = self.refuse_held(&map.name, &map.dir(), map.dev, going).await;
                     if let Err(held) = free {
                         self.disarm(user, map, options, going).await?;
                         return Err(held);
@@ -224,18 +222,22 @@ impl<T: Transport> Luns<T> {
         Ok(())
     }
 
-    /// Those of our paths that no program has open; it is asked again of those that cannot be told.
-    async fn unopened(&self, user: &User) -> Vec<DevNum> {
+    /// Notes which of our paths, and the map, no program has open.
+    async fn look_who_opened(&self, user: &User, map: Option<&Map>, going: &mut Going) {
         let paths = user.paths.iter().filter(|p| p.made).filter_map(|p| p.seen.as_ref());
-        let look = async |seen: &Seen| {
-            let openers = scsi::openers(&self.doors, seen.dev).await;
-            openers.is_ok_and(|all| all.is_empty()).then_some(seen.dev)
-        };
-        join_all(paths.map(look)).await.into_iter().flatten().collect()
+        let devs: Vec<DevNum> = paths.map(|seen| seen.dev).chain(map.map(|map| map.dev)).collect();
+        going.unopened.extend(scsi::unopened(&self.doors, &devs).await);
     }
 
-    async fn refuse_held(&self, name: &str, block: &str, dev: DevNum) -> Result<(), Error> {
-        match scsi::await_unheld(&self.doors, &self.settings, block, dev, &[]).await? {
+    async fn refuse_held(
+        &self,
+        name: &str,
+        block: &str,
+        dev: DevNum,
+        going: &Going,
+    ) -> Result<(), Error> {
+        let opens = going.opens(dev);
+        match scsi::await_free(&self.doors, &self.settings, block, dev, &[], opens).await? {
             None => Ok(()),
             Some(holder) => Err(Error::DeviceHeld { device: name.into(), holder }),
         }
@@ -258,9 +260,11 @@ impl<T: Transport> Luns<T> {
     /// nobody's then. One after the other they are taken out of maps, so that the last one of somebody's map is
     /// found to be so; the kernel's part, which takes the longest, goes side by side.
     async fn delete_paths(&self, user: &User, going: &mut Going) -> Result<(), Error> {
-        let mut free = Vec::new();
-        for path in user.paths.iter().filter(|p| p.made) {
-            free.push((path, self.free(user, path, going).await?));
+        let mut free = self.all_free(user, going).await?;
+        if free.is_empty() {
+            for path in user.paths.iter().filter(|p| p.made) {
+                free.push((path, self.free(user, path, going).await?));
+            }
         }
         // multipathd may have made a map in between, and taken it off with a path, unseen.
         let wwids = free.iter().filter_map(|(_, seen)| seen.as_ref()?.wwid.parse::<Wwid>().ok());
@@ -269,6 +273,39 @@ impl<T: Transport> Luns<T> {
         let delete = |(path, seen)| tracker.run(Step::DeletePath, self.delete_path(path, seen));
         let deleted = join_all(free.into_iter().map(delete)).await;
         deleted.into_iter().collect()
+    }
+
+    /// Our paths, read in one, where [`Self::free`] would find of each that it is what it was and that nothing is on it, as
+    /// when their map has gone before; else none of them.
+    async fn all_free<'u>(
+        &self,
+        user: &'u User,
+        going: &Going,
+    ) -> Result<Vec<(&'u PathLease, Option<Seen>)>, Error> {
+        let made = user.paths.iter().filter(|p| p.made);
+        let known = made.clone().map(|path| Some((path.dir.clone(), path.seen.clone()?)));
+        let unopened = |(_, seen): &(String, Seen)| going.opens(seen.dev) == Opens::None;
+        let known: Option<Vec<_>> = known.map(|path| path.filter(unopened)).collect();
+        let Some(known) = known.filter(|known| !known.is_empty()) else { return Ok(Vec::new()) };
+        let first = known[0].0.clone();
+        let look = move |view: &View<'_>| {
+            let mut free = Vec::with_capacity(known.len());
+            for (dir, seen) in &known {
+                let now = scsi::present_in(view, dir)?;
+                let now = now.filter(|now| now.disk.diskseq == seen.diskseq);
+                let holders = scsi::holders_in(view, &format!("{dir}/block/{}", seen.name))?;
+                let Some(now) = now.filter(|_| holders.is_empty()) else { return Ok(Vec::new()) };
+                free.push(Seen { wwid: now.raw_wwid, ..seen.clone() });
+            }
+            Ok(free)
+        };
+        let free = self.doors.sysfs.look(&first, look).await?;
+        let claims = free.iter().map(|seen| self.doors.blocks.exclusive(seen.dev));
+        let claims = join_all(claims).await;
+        if !claims.iter().all(|claim| matches!(claim, Ok(Exclusive::Free))) {
+            return Ok(Vec::new());
+        }
+        Ok(made.zip(free.into_iter().map(Some)).collect())
     }
 
     async fn delete_path(&self, path: &PathLease, seen: Option<Seen>) -> Result<(), Error> {

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -12,8 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use nix::dir::Dir;
+use nix::fcntl::{AtFlags, OFlag};
 use nix::libc;
-use nix::sys::stat::{Mode, SFlag, mknod};
+use nix::sys::stat::{Mode, SFlag, fstatat, mknod};
 use tokio::sync::oneshot;
 
 use super::{Blocks, Exclusive, dm};
@@ -126,35 +129,40 @@ fn flush(file: &File) -> io::Result<()> {
 /// Who waits to be told who has a device open. A look at all processes takes as long as there are
 /// descriptors on the node, so it serves for all who wait when it begins.
 #[derive(Default)]
-struct Asked(Mutex<Vec<(DevNum, oneshot::Sender<Openers>)>>);
+struct Asked(Mutex<Vec<Question>>);
 
-type Openers = Result<Vec<String>, (io::ErrorKind, String)>;
+type Question = (Vec<DevNum>, oneshot::Sender<Openers>);
+
+/// Those of each device that was asked about.
+type Openers = Result<Vec<Vec<String>>, (io::ErrorKind, String)>;
 
 impl Asked {
-    fn lock(&self) -> MutexGuard<'_, Vec<(DevNum, oneshot::Sender<Openers>)>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Question>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ask(&self, dev: DevNum) -> oneshot::Receiver<Openers> {
+    fn ask(&self, devs: &[DevNum]) -> oneshot::Receiver<Openers> {
         let (tell, told) = oneshot::channel();
-        self.lock().push((dev, tell));
+        self.lock().push((devs.to_vec(), tell));
         told
     }
 
     /// Looks once for all who have asked by now.
     fn answer(&self, proc: &Path) {
         let asked = std::mem::take(&mut *self.lock());
-        let devices: HashSet<u64> = asked.iter().map(|(dev, _)| dev.to_dev_t()).collect();
+        let devices = asked.iter().flat_map(|(devs, _)| devs);
+        let devices: HashSet<u64> = devices.map(|dev| dev.to_dev_t()).collect();
         if devices.is_empty() {
             return;
         }
         let found = openers(proc, &devices).map_err(|e| (e.kind(), e.to_string()));
-        for (dev, tell) in asked {
-            let mine = |all: &HashMap<u64, Vec<String>>| all.get(&dev.to_dev_t()).cloned();
+        for (devs, tell) in asked {
+            let each = |all: &HashMap<u64, Vec<String>>| {
+                let of = |dev: &DevNum| all.get(&dev.to_dev_t()).cloned().unwrap_or_default();
+                devs.iter().map(of).collect()
+            };
             // Who has given up does not listen.
-            let _ = tell.send(
-                found.as_ref().map(|all| mine(all).unwrap_or_default()).map_err(Clone::clone),
-            );
+            let _ = tell.send(found.as_ref().map(each).map_err(Clone::clone));
         }
     }
 }
@@ -169,14 +177,7 @@ fn openers(proc: &Path, devices: &HashSet<u64>) -> io::Result<HashMap<u64, Vec<S
         if !pid.bytes().all(|c| c.is_ascii_digit()) || pid == own {
             continue;
         }
-        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
-        let device = |fd: fs::DirEntry| {
-            // Follows the link to the open file itself; opens nothing.
-            let meta = fs::metadata(fd.path()).ok()?;
-            let is_asked = meta.file_type().is_block_device() && devices.contains(&meta.rdev());
-            is_asked.then(|| meta.rdev())
-        };
-        let held: HashSet<u64> = descriptors.flatten().filter_map(device).collect();
+        let held = opened(&process.path().join("fd"), devices).unwrap_or_default();
         if held.is_empty() {
             continue;
         }
@@ -188,6 +189,22 @@ fn openers(proc: &Path, devices: &HashSet<u64>) -> io::Result<HashMap<u64, Vec<S
     }
     found.values_mut().for_each(|openers| openers.sort());
     Ok(found)
+}
+
+/// Those of the devices that a process has open, by its directory of descriptors. Each is asked for from there: the way
+/// through /proc is the most of what a question costs.
+fn opened(descriptors: &Path, devices: &HashSet<u64>) -> nix::Result<HashSet<u64>> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let mut dir = Dir::open(descriptors, flags, Mode::empty())?;
+    let entries = dir.iter().flatten().map(|entry| entry.file_name().to_owned());
+    let names: Vec<CString> = entries.filter(|name| !name.as_bytes().starts_with(b".")).collect();
+    let device = |name: CString| {
+        // Follows the link to the open file itself; opens nothing.
+        let file = fstatat(&dir, name.as_c_str(), AtFlags::empty()).ok()?;
+        let is_block = file.st_mode & libc::S_IFMT == libc::S_IFBLK;
+        (is_block && devices.contains(&file.st_rdev)).then_some(file.st_rdev)
+    };
+    Ok(names.into_iter().filter_map(device).collect())
 }
 
 #[async_trait]
@@ -213,9 +230,9 @@ impl Blocks for RealBlocks {
         self.workers.run("dm", self.deadline, move || dm::number(&uuid)).await
     }
 
-    async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
+    async fn openers(&self, devs: &[DevNum]) -> io::Result<Vec<Vec<String>>> {
         let (proc, asked) = (self.proc.clone(), self.asked.clone());
-        let told = self.asked.ask(dev);
+        let told = self.asked.ask(devs);
         let look = async {
             // A key of its own: a device that hangs does not hide who has it open.
             let looked = self.workers.run("proc", self.deadline, move || {
@@ -255,7 +272,7 @@ mod tests {
         assert!(blocks.flush(none).await.is_err());
         let left = fs::read_dir(dir.path().join("nodes")).map_or(0, Iterator::count);
         assert_eq!(left, 0);
-        assert!(blocks.openers(none).await.unwrap().is_empty());
+        assert_eq!(blocks.openers(&[none]).await.unwrap(), [[""; 0]]);
     }
 
     #[test]
@@ -325,7 +342,7 @@ mod tests {
             .spawn()
             .unwrap();
         let expected = format!("sleep[{}]", child.id());
-        let openers = blocks.openers(dev).await.unwrap();
+        let openers = blocks.openers(&[dev]).await.unwrap().concat();
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(openers, [expected]);
@@ -354,10 +371,12 @@ mod tests {
     async fn one_look_answers_all_who_have_asked() {
         let proc = tempfile::tempdir().unwrap();
         let asked = Asked::default();
-        let [one, other] = [1, 2].map(|minor| asked.ask(DevNum { major: 60, minor }));
+        let devs = [1, 2, 3].map(|minor| DevNum { major: 60, minor });
+        let [one, others] = [&devs[..1], &devs[1..]].map(|devs| asked.ask(devs));
         asked.answer(proc.path());
-        assert_eq!((one.await.unwrap(), other.await.unwrap()), (Ok(vec![]), Ok(vec![])));
-        let late = asked.ask(DevNum { major: 60, minor: 1 });
+        assert_eq!(one.await.unwrap(), Ok(vec![vec![]]));
+        assert_eq!(others.await.unwrap(), Ok(vec![vec![], vec![]]));
+        let late = asked.ask(&devs);
         asked.answer(&proc.path().join("absent"));
         assert_eq!(late.await.unwrap().unwrap_err().0, io::ErrorKind::NotFound);
     }

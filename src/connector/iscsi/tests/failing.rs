@@ -479,10 +479,11 @@ async fn a_map_that_multipathd_finds_busy_is_told_and_kept() {
 async fn what_looks_after_a_device_is_no_holder_of_it() {
     let san = San::new();
     let dev = san.attach(&request("a", 1, &[2])).await.device.dev;
-    for keeper in ["multipathd[1]", "multipath[2968]", "(udev-worker)[3]"] {
+    for keeper in ["multipathd[1]", "multipath[2968]", "partx[2970]", "(udev-worker)[3]"] {
         san.sim.open(dev, keeper);
     }
-    let holders = async || scsi::openers(&san.connector.doors, dev).await.expect("read");
+    let holders =
+        async || scsi::openers(&san.connector.doors, &[dev]).await.expect("read").concat();
     assert!(holders().await.is_empty());
     san.sim.open(dev, "dd[7]");
     assert_eq!(holders().await, ["dd[7]"]);

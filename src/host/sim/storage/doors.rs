@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use super::SimStorage;
-use crate::host::block::{Blocks, Exclusive};
+use crate::host::block::{Blocks, Exclusive, listed};
 use crate::host::cmd::{CmdError, Commands, Output, Tool};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::resolver::Resolver;
@@ -319,15 +319,14 @@ impl Blocks for SimStorage {
         Ok(self.world().dm.by_uuid(uuid).map(|dm| dm.dev()))
     }
 
-    async fn openers(&self, dev: DevNum) -> io::Result<Vec<String>> {
-        self.pass("blocks.openers", &dev.to_string()).await?;
+    async fn openers(&self, devs: &[DevNum]) -> io::Result<Vec<Vec<String>>> {
+        self.pass("blocks.openers", &listed(devs)).await?;
         let world = self.world();
-        Ok([&world.claims, &world.opens]
-            .into_iter()
-            .filter_map(|m| m.get(&dev))
-            .flatten()
-            .cloned()
-            .collect())
+        let of = |dev: &DevNum| {
+            let kept = [&world.claims, &world.opens].into_iter().filter_map(|m| m.get(dev));
+            kept.flatten().cloned().collect()
+        };
+        Ok(devs.iter().map(of).collect())
     }
 }
 

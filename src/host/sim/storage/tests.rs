@@ -269,7 +269,7 @@ async fn two_paths_are_one_map_that_only_del_map_removes() {
     assert_eq!(sim.exclusive(dev(&sim, "sda").await).await.unwrap(), Exclusive::Held);
     sim.open(map, "qemu[42]");
     assert!(matches!(sim.ask("del map mpatha").await, Err(MultipathdError::Refused { .. })));
-    assert_eq!(sim.openers(map).await.unwrap(), ["qemu[42]"]);
+    assert_eq!(sim.openers(&[map]).await.unwrap(), [["qemu[42]"]]);
     sim.release(map);
     for hctl in ["2:0:0:1", "3:0:0:1"] {
         sim.write(&format!("class/scsi_device/{hctl}/device/delete"), "1").await.unwrap();

@@ -160,6 +160,8 @@ impl Floor {
 
     fn xml(&self, name: &str, at: usize) -> String {
         let letter = |n: usize| char::from(b'a' + n as u8);
+        // The guest's cdrom drive is sdz.
+        let at = if at < 25 { at } else { at + 1 };
         let target = if at < 26 {
             letter(at).to_string()
         } else {

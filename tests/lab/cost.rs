@@ -86,7 +86,8 @@ fn udev_runs_nothing_for_a_path_but_what_tells_its_identity() {
     drop(programs);
     let (of_paths, of_map): (Vec<_>, Vec<_>) =
         run.into_iter().partition(|program| program.ends_with("/sg_inq"));
-    assert_eq!(of_paths.len(), 2 * 3, "{of_paths:?}");
+    // Three an event, of which a path seldom has a second.
+    assert!(of_paths.len() >= 2 * 3 && of_paths.len().is_multiple_of(3), "{of_paths:?}");
     let maps = ["/usr/sbin/dmsetup", "/usr/sbin/multipath", "/usr/lib/udev/kpartx_id"];
     assert!(of_map.iter().all(|program| maps.contains(&program.as_str())), "{of_map:?}");
     // Each event of the map runs each of these once: not one `multipath -u` is left for a path.

@@ -18,8 +18,10 @@ impl Inner {
 
     /// Undoes what was made at a target and that nobody wants there any more.
     pub(super) async fn leave(&self, at: &Access) -> Result<bool, Error> {
-        self.adopt(at, &self.leases.made(at.lease()).await?).await?;
-        let made: Made = self.leases.made(at.lease()).await?;
+        let mut made: Made = self.leases.made(at.lease()).await?;
+        if self.adopt(at, &made).await? {
+            made = self.leases.made(at.lease()).await?;
+        }
         let mut portals = at.routes.clone();
         portals.extend(made.portals());
         portals.sort();
@@ -27,18 +29,20 @@ impl Inner {
         self.settle(&at.target, &portals).await
     }
 
-    /// Records of ours that a boot outlived its lease are known by their mark or their iface.
-    async fn adopt(&self, source: &Access, made: &Made) -> Result<(), Error> {
+    /// Enters records of ours whose lease went with an earlier boot: they are known by their mark or their iface. Whether there
+    /// were any.
+    async fn adopt(&self, source: &Access, made: &Made) -> Result<bool, Error> {
         if source.routes.iter().all(|portal| made.records.contains(portal)) {
-            return Ok(());
+            return Ok(false);
         }
         let records = match self.doors.iscsidb.records(source.target.target()).await {
             // Where there is something to undo, it fails by that.
-            Err(e) if is_place_error(&e) => return Ok(()),
+            Err(e) if is_place_error(&e) => return Ok(false),
             records => records,
         };
         let records =
             records.map_err(Error::io(format!("reading the records of {}", source.target)))?;
+        let mut adopted = false;
         for record in records {
             let portal: Portal = record.portal;
             let unknown = record.iface == source.target.iface().as_str()
@@ -50,8 +54,9 @@ impl Inner {
                 self.leases
                     .update_made(target, |made: &mut Made| made.records.insert(portal))
                     .await?;
+                adopted = true;
             }
         }
-        Ok(())
+        Ok(adopted)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use tokio::time::Instant;
 
 use super::Luns;
@@ -48,16 +48,19 @@ impl<T: Transport> Luns<T> {
             Some(map) => Some(map.clone()),
             None => self.map_above(user).await?,
         };
-        let map_device = match &map {
-            Some(map) => {
-                let at = user.attachment.as_ref().map(|a| a.device.dev);
-                multipath::by_uuid(&self.doors, &map.uuid, at).await?
-            }
-            None => None,
-        };
         let made = map.as_ref().is_some_and(|m| m.made);
-        let mut going = Going::default();
-        let swapped = self.swapped(user).await?;
+        let at = user.attachment.as_ref().map(|a| a.device.dev);
+        let look = async {
+            let map_device = match &map {
+                Some(map) => multipath::by_uuid(&self.doors, &map.uuid, at).await?,
+                None => None,
+            };
+            Ok::<_, Error>((map_device, self.swapped(user).await?))
+        };
+        // Side by side: who has them open takes as long to be told as all that is read before the flush.
+        let (looked, unopened) = join(look, self.unopened(user, at.filter(|_| made))).await;
+        let (map_device, swapped) = looked?;
+        let mut going = Going { unopened, ..Going::default() };
         if let Some(error) = swapped {
             if !options.force {
                 return Err(error);
@@ -117,7 +120,6 @@ impl<T: Transport> Luns<T> {
             }
             Some(map) => {
                 if made {
-                    self.look_who_opened(user, Some(map), going).await;
                     let free = self.refuse_held(&map.name, &map.dir(), map.dev, going).await;
                     if let Err(held) = free {
                         self.disarm(user, map, options, going).await?;
@@ -222,11 +224,11 @@ impl<T: Transport> Luns<T> {
         Ok(())
     }
 
-    /// Notes which of our paths, and the map, no program has open.
-    async fn look_who_opened(&self, user: &User, map: Option<&Map>, going: &mut Going) {
+    /// Those of our paths, and of the map at that number, that no program has open.
+    async fn unopened(&self, user: &User, map: Option<DevNum>) -> BTreeSet<DevNum> {
         let paths = user.paths.iter().filter(|p| p.made).filter_map(|p| p.seen.as_ref());
-        let devs: Vec<DevNum> = paths.map(|seen| seen.dev).chain(map.map(|map| map.dev)).collect();
-        going.unopened.extend(scsi::unopened(&self.doors, &devs).await);
+        let devs: Vec<DevNum> = paths.map(|seen| seen.dev).chain(map).collect();
+        if devs.is_empty() { BTreeSet::new() } else { scsi::unopened(&self.doors, &devs).await }
     }
 
     async fn refuse_held(

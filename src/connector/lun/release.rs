@@ -105,10 +105,12 @@ impl<T: Transport> Luns<T> {
     /// Enters a map that multipathd made above our paths into the lease: once it and they are gone, it
     /// alone tells a successor what multipath has yet to forget.
     async fn note_map(&self, first: &Access<T>, user: &mut User) -> Result<(), Error> {
-        if user.map.is_none() {
-            user.map = self.map_above(user).await?;
+        if user.map.is_some() {
+            return Ok(()); // One of its leases has it.
         }
-        let (owner, map) = (user.owner.clone(), user.map.clone());
-        self.change(&owner, first, |user| user.map = map).await.map(drop)
+        let Some(map) = self.map_above(user).await? else { return Ok(()) };
+        user.map = Some(map.clone());
+        let owner = user.owner.clone();
+        self.change(&owner, first, |user| user.map = Some(map)).await.map(drop)
     }
 }

@@ -20,7 +20,7 @@ use crate::cases::{Case, Contender, Took};
 use crate::node::{Lun, PORTALS, Pod, sh};
 use crate::uevents::Monitor;
 
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// The way to LUNs of the target.
 pub struct Floor {

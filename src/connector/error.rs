@@ -28,6 +28,9 @@ pub enum Error {
         #[source]
         source: LoginError,
     },
+    /// The guest's side of a removal ended before it had let go of the device.
+    #[error("nothing was taken from the host: the guest's side did not let go of it")]
+    NotReleased,
     /// The target has no such LUN for us.
     #[error("{target} shows no LUN {lun} to this node")]
     LunNotFound {
@@ -372,7 +375,7 @@ impl Error {
             | Self::Partition { .. } => Reason::SourceNotFound,
             Self::NoIdentity { .. } => Reason::NoUniqueIdentity,
             Self::NoMapOfLocal { .. } => Reason::InvalidOption,
-            Self::OtherTransport { .. } => Reason::Internal,
+            Self::OtherTransport { .. } | Self::NotReleased => Reason::Internal,
             Self::NotAttached { .. } => Reason::VolumeNotReady,
             Self::SourceInUse { .. } => Reason::SourceInUse,
             Self::StaleDeviceHeld { .. } => Reason::StaleDeviceHeld,

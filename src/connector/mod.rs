@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use crate::host::local::HostFile;
 use crate::spec::{DeviceStatus, MultipathPolicy, Source};
@@ -163,9 +163,19 @@ pub struct DetachOptions<'a> {
     pub force: bool,
     /// Where it is told what was given up on the way; otherwise only the log has it.
     pub gave_up: Option<&'a GaveUp>,
+    /// Where it is told (`true`) that nothing of the guest's can come to the device any more; until then a detach only
+    /// reads. Without it that is so already.
+    pub released: Option<&'a watch::Receiver<bool>>,
 }
 
 impl DetachOptions<'_> {
+    /// Returns once the device was released; it never will be where who was to tell so has gone.
+    pub(crate) async fn released(&self) -> Result<(), Error> {
+        let Some(released) = self.released else { return Ok(()) };
+        let told = { released.clone() }.wait_for(|released| *released).await.map(drop);
+        told.map_err(|_| Error::NotReleased)
+    }
+
     /// Something was given up, in words.
     pub(crate) fn gave_up(&self, what: String) {
         tracing::warn!(what, "given up");

@@ -281,19 +281,21 @@ impl Desired {
         .map(drop)
     }
 
-    /// Forgets a volume, with `unmark_fc` the VM's mark as well. Its identity stays: a LUN that was swapped is
+    /// Forgets a volume, with `unmark_fc` the VM's mark as well. That is not waited for to be on the disk: after a
+    /// loss of power the volume may be there, still being removed, and its removal finds nothing left to do.
+    /// Its identity stays: a LUN that was swapped is
     /// noticed when a volume of that name and source comes back.
     pub async fn delete_volume(&self, key: &VolumeKey, unmark_fc: bool) -> Result<(), Error> {
         let (vm, name) = (key.vm.to_string(), key.volume.to_string());
-        self.write(move |c| {
+        let delete = move |c: &mut Connection| {
             let tx = c.transaction()?;
             if unmark_fc {
                 tx.execute("UPDATE vms SET fc_marked = 0 WHERE vm = ?1", [&vm])?;
             }
             tx.execute("DELETE FROM volumes WHERE vm = ?1 AND volume = ?2", params![vm, name])?;
             tx.commit()
-        })
-        .await
+        };
+        self.write(|c| without_sync(c, delete)).await
     }
 
     /// The identity proven at the first attach of this volume from this source.
@@ -390,6 +392,18 @@ fn stored_disk(vm: &str, row: &Row<'_>) -> rusqlite::Result<Result<StoredDisk, E
         Ok((disk, bus)) => Ok(StoredDisk { volume, disk, bus, keeps_place }),
         Err(source) => Err(Error::Damaged { what: format!("volume {vm}/{volume}"), source }),
     })
+}
+
+/// Writes without an fsync: what is written later with one takes it to the disk before (`synchronous` of a WAL,
+/// <https://www.sqlite.org/pragma.html#pragma_synchronous>).
+fn without_sync<T>(
+    connection: &mut Connection,
+    work: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error>,
+) -> Result<T, rusqlite::Error> {
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    let written = work(connection);
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    written
 }
 
 fn render<T: serde::Serialize>(value: &T) -> Result<String, Error> {

@@ -3,10 +3,14 @@
 //! ```text
 //! disk (QEMU has let go) ─► grant ─► node ─► no disk ─► UnMountedFromPod ─► flush, map, paths, session ─► Gone
 //! ```
-//! Nothing later is touched before QEMU has let go. That there is no disk is asked again once grant and
+//! Nothing later is touched before QEMU has let go; what the host's part has to read for it is read from then on, beside
+//! the pod's part. That there is no disk is asked again once grant and
 //! node are gone: an attach that was given up on, also by a daemon that was killed since, may have come
 //! to the guest in between; from then on none can ([`domain::confirm_gone`]). Each effect is struck from the journal after it
 //! was undone, so that a crash repeats one step at most, and each step finds itself done.
+
+use futures_util::future::try_join;
+use tokio::sync::watch;
 
 use super::discover::{self, DiscoverError};
 use super::failure::Failure;
@@ -20,7 +24,7 @@ use crate::host::libvirt::Connection;
 use crate::host::poddir::PathError;
 use crate::journal::{DiskEffect, Effects, NodeEffect};
 use crate::reason::Reason;
-use crate::spec::{RemoveOptions, VmPlace, VolumeSpec};
+use crate::spec::{RemoveOptions, Source, VmPlace, VolumeSpec};
 use crate::step::Step;
 use crate::types::VolumeKey;
 
@@ -119,25 +123,37 @@ pub(super) async fn unwind(
     if reached_guest {
         tracker.run(Step::Unplug, disk(ways, key, effects, why)).await?;
     }
-    let force = match why {
-        Unwind::Removed(options, list) => options.force.then_some(list),
-        Unwind::Failed => None,
-    };
-    leave_pod(ways, key, effects, force).await?;
-    if reached_guest {
-        tracker.run(Step::Confirm, no_disk(ways, key, effects, why)).await?;
-    }
-    if let Unwind::Removed(..) = why {
-        ways.board.phase(key, Step::Confirm.phase());
-    }
-    let options = match why {
-        Unwind::Removed(options, list) => {
-            DetachOptions { force: options.force, gave_up: Some(list) }
+    let (source, on_host) = (effects.spec.source.clone(), effects.host);
+    let (release, released) = watch::channel(false);
+    let pod = async {
+        // Who waits for it hears, too, that it will not be.
+        let release = release;
+        let force = match why {
+            Unwind::Removed(options, list) => options.force.then_some(list),
+            Unwind::Failed => None,
+        };
+        leave_pod(ways, key, effects, force).await?;
+        if reached_guest {
+            tracker.run(Step::Confirm, no_disk(ways, key, effects, why)).await?;
         }
-        // No guest has written anything that a failed flush could lose.
-        Unwind::Failed => DetachOptions { force: !reached_guest, gave_up: None },
+        if let Unwind::Removed(..) = why {
+            ways.board.phase(key, Step::Confirm.phase());
+        }
+        release.send_replace(true);
+        Ok::<_, Failure>(())
     };
-    host(ways, key, effects, options).await?;
+    let (force, gave_up) = match why {
+        Unwind::Removed(options, list) => (options.force, Some(list)),
+        // No guest has written anything that a failed flush could lose.
+        Unwind::Failed => (!reached_guest, None),
+    };
+    let options = DetachOptions { force, gave_up, released: Some(&released) };
+    // What it has to read it reads meanwhile. Its trouble is no reason to leave the pod's part half done.
+    let host = async { Ok(host(ways, key, &source, on_host, options).await) };
+    let ((), host) = try_join(pod, host).await?;
+    host?;
+    ways.effects.delete(key).await?;
+    *effects = ways.effects.begin(&effects.incarnation, &effects.spec);
     if let Unwind::Failed = why {
         ways.board.update(key, |status| {
             status.device = None;
@@ -327,13 +343,12 @@ async fn strike(
 async fn host(
     ways: &Ways,
     key: &VolumeKey,
-    effects: &mut Effects,
+    source: &Source,
+    on_host: bool,
     options: DetachOptions<'_>,
 ) -> Result<(), Failure> {
-    if effects.host {
-        ways.host.connector.detach(key, &effects.spec.source, options).await?;
+    if on_host {
+        ways.host.connector.detach(key, source, options).await?;
     }
-    ways.effects.delete(key).await?;
-    *effects = ways.effects.begin(&effects.incarnation, &effects.spec);
     Ok(())
 }

@@ -5,6 +5,7 @@ mod failing;
 mod ifaces;
 mod luns;
 mod maps;
+mod released;
 mod targets;
 
 mod many;

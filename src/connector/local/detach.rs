@@ -19,6 +19,7 @@ impl Local {
         source: &Source,
         options: DetachOptions<'_>,
     ) -> Result<Outcome, Error> {
+        options.released().await?;
         let Some(user) = self.leases.user(source, owner).await? else {
             return Ok(Outcome::Already(()));
         };

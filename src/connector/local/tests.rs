@@ -234,7 +234,7 @@ async fn a_removal_waits_for_who_holds_it_unless_forced_and_leaves_the_device() 
     let error = node.detach(&data("a")).await.expect_err("held");
     assert_eq!(error.reason(), Reason::DeviceHeld);
     let gave_up = crate::connector::GaveUp::default();
-    let force = DetachOptions { force: true, gave_up: Some(&gave_up) };
+    let force = DetachOptions { force: true, gave_up: Some(&gave_up), released: None };
     node.connector.detach(&owner("a"), &data("a").source, force).await.expect("forced");
     assert!(gave_up.list()[0].contains("qemu-system-x86[7]"), "{:?}", gave_up.list());
     assert_eq!(node.sim.size_of(dev), Some(GIB));

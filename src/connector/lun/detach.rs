@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use futures_util::future::{join, join_all};
+use futures_util::future::{join_all, try_join};
 use tokio::time::Instant;
 
 use super::Luns;
@@ -21,12 +21,23 @@ use crate::host::sysfs::{View, is_gone};
 use crate::step::Step;
 use crate::types::{DevNum, Wwid};
 
+/// What is read of a device before the guest has let go of it for good, so that it need not be waited for after.
+#[derive(Default)]
+pub(super) struct Ahead {
+    /// The map above its paths, noted or not.
+    pub(super) map: Option<MapLease>,
+    /// Those of our paths, and of a map of ours, that no program has open. The guest has closed its own before.
+    unopened: BTreeSet<DevNum>,
+}
+
 /// What is known of a device while it goes.
 #[derive(Default)]
 struct Going {
     /// Uuids of the maps above it that go too, or may have gone unseen.
     maps: BTreeSet<String>,
-    /// What no program had open when the device was about to be flushed.
+    /// The paths that were still what they were when its removal began.
+    there: BTreeSet<DevNum>,
+    /// See [`Ahead::unopened`].
     unopened: BTreeSet<DevNum>,
 }
 
@@ -37,38 +48,47 @@ impl Going {
 }
 
 impl<T: Transport> Luns<T> {
-    /// Flushes and removes the map and the paths that are ours.
-    pub(super) async fn remove_device(
-        &self,
-        user: &User,
-        options: DetachOptions<'_>,
-    ) -> Result<(), Error> {
-        let tracker = &self.doors.tracker;
+    /// Reads what takes long, and changes nothing.
+    pub(super) async fn look_ahead(&self, user: &User) -> Result<Ahead, Error> {
         let map = match &user.map {
             Some(map) => Some(map.clone()),
             None => self.map_above(user).await?,
         };
         let made = map.as_ref().is_some_and(|m| m.made);
         let at = user.attachment.as_ref().map(|a| a.device.dev);
-        let look = async {
-            let map_device = match &map {
-                Some(map) => multipath::by_uuid(&self.doors, &map.uuid, at).await?,
-                None => None,
-            };
-            Ok::<_, Error>((map_device, self.swapped(user).await?))
-        };
-        // Side by side: who has them open takes as long to be told as all that is read before the flush.
-        let (looked, unopened) = join(look, self.unopened(user, at.filter(|_| made))).await;
-        let (map_device, swapped) = looked?;
-        let mut going = Going { unopened, ..Going::default() };
-        if let Some(error) = swapped {
-            if !options.force {
-                return Err(error);
+        let unopened = self.unopened(user, at.filter(|_| made)).await;
+        Ok(Ahead { map, unopened })
+    }
+
+    /// Flushes and removes the map and the paths that are ours.
+    pub(super) async fn remove_device(
+        &self,
+        user: &User,
+        ahead: Ahead,
+        options: DetachOptions<'_>,
+    ) -> Result<(), Error> {
+        let tracker = &self.doors.tracker;
+        let Ahead { map, unopened } = ahead;
+        let made = map.as_ref().is_some_and(|m| m.made);
+        let at = user.attachment.as_ref().map(|a| a.device.dev);
+        let find_map = async {
+            match &map {
+                Some(map) => multipath::by_uuid(&self.doors, &map.uuid, at).await,
+                None => Ok(None),
             }
-            options.gave_up(format!("{error}: it was not flushed"));
-        } else {
-            let flush = self.flush_device(user, map_device.as_ref(), made, options, &mut going);
-            tracker.run(Step::Flush, flush).await?;
+        };
+        let (map_device, there) = try_join(find_map, self.there(user)).await?;
+        let mut going = Going { unopened, ..Going::default() };
+        match there {
+            Ok(there) => {
+                going.there = there;
+                let flush = self.flush_device(user, map_device.as_ref(), made, options, &mut going);
+                tracker.run(Step::Flush, flush).await?;
+            }
+            Err(swapped) if options.force => {
+                options.gave_up(format!("{swapped}: it was not flushed"));
+            }
+            Err(swapped) => return Err(swapped),
         }
         if let Some(map) = map.filter(|m| m.made) {
             let at = map_device.map(|map| map.dev);
@@ -89,19 +109,28 @@ impl<T: Transport> Luns<T> {
         Ok(())
     }
 
-    /// A path that is still the device that it was, but shows another LUN.
-    async fn swapped(&self, user: &User) -> Result<Option<Error>, Error> {
-        let sysfs = &*self.doors.sysfs;
-        for path in &user.paths {
-            let Some(seen) = &path.seen else { continue };
-            let now = scsi::present(sysfs, &path.dir).await?;
-            let now = now.filter(|now| now.disk.diskseq == seen.diskseq);
-            if let Some(found) = now.map(|now| now.raw_wwid).filter(|found| *found != seen.wwid) {
-                let (at, was) = (path.hctl.to_string(), seen.wwid.clone());
-                return Ok(Some(Error::Swapped { at, was, found }));
+    /// The paths that are still the devices that they were; an error is of one that shows another LUN.
+    async fn there(&self, user: &User) -> Result<Result<BTreeSet<DevNum>, Error>, Error> {
+        let known = |path: &PathLease| Some((path.dir.clone(), path.hctl, path.seen.clone()?));
+        let known: Vec<_> = user.paths.iter().filter_map(known).collect();
+        let Some((first, ..)) = known.first().cloned() else { return Ok(Ok(BTreeSet::new())) };
+        let look = move |view: &View<'_>| {
+            let mut there = BTreeSet::new();
+            for (dir, hctl, seen) in &known {
+                let now = scsi::present_in(view, dir)?;
+                match now.filter(|now| now.disk.diskseq == seen.diskseq) {
+                    Some(now) if now.raw_wwid != seen.wwid => {
+                        let (at, was) = (hctl.to_string(), seen.wwid.clone());
+                        return Ok(Err((at, was, now.raw_wwid)));
+                    }
+                    Some(now) => drop(there.insert(now.disk.dev)),
+                    None => {}
+                }
             }
-        }
-        Ok(None)
+            Ok(Ok(there))
+        };
+        let there = self.doors.sysfs.look(&first, look).await?;
+        Ok(there.map_err(|(at, was, found)| Error::Swapped { at, was, found }))
     }
 
     /// Writes out what the host has in its cache of the device, which nobody may hold.
@@ -199,6 +228,16 @@ impl<T: Transport> Luns<T> {
         options: DetachOptions<'_>,
         going: &mut Going,
     ) -> Result<(), Error> {
+        let seen = user.paths.iter().filter_map(|path| Some((path, path.seen.as_ref()?)));
+        let there: Vec<_> = seen.filter(|(_, seen)| going.there.contains(&seen.dev)).collect();
+        let is_unopened = |seen: &Seen| going.opens(seen.dev) == Opens::None;
+        if there.iter().all(|(path, seen)| path.made && is_unopened(seen)) {
+            // Whether something on this host has claimed them is asked once they are about to be deleted.
+            for (path, seen) in there {
+                self.flush_path(user, path, seen, options).await?;
+            }
+            return Ok(());
+        }
         for path in &user.paths {
             let Some(seen) = &path.seen else { continue };
             match scsi::disk(&*self.doors.sysfs, &path.dir).await? {
@@ -216,10 +255,21 @@ impl<T: Transport> Luns<T> {
                 free?;
                 going.unopened.insert(seen.dev);
             }
-            // What was never given away has nothing of anybody's to be written out.
-            if user.attachment.is_some() && !self.flush(seen.dev, options).await? {
-                self.tell_dead(path, seen, options).await?;
-            }
+            self.flush_path(user, path, seen, options).await?;
+        }
+        Ok(())
+    }
+
+    async fn flush_path(
+        &self,
+        user: &User,
+        path: &PathLease,
+        seen: &Seen,
+        options: DetachOptions<'_>,
+    ) -> Result<(), Error> {
+        // What was never given away has nothing of anybody's to be written out.
+        if user.attachment.is_some() && !self.flush(seen.dev, options).await? {
+            self.tell_dead(path, seen, options).await?;
         }
         Ok(())
     }

@@ -319,6 +319,7 @@ fn is_local(error: &Error) -> bool {
         | Error::NoIdentity { .. }
         | Error::NoMapOfLocal { .. }
         | Error::OtherTransport { .. }
+        | Error::NotReleased
         | Error::NotAttached { .. }
         | Error::SourceInUse { .. }
         | Error::StaleDeviceHeld { .. }

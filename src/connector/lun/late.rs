@@ -221,7 +221,9 @@ impl<T: Transport> Luns<T> {
     async fn remove_path(&self, job: &Job<T>, path: &PathLease) -> Result<(), Error> {
         let mut user = job.user();
         user.paths.push(path.clone());
-        self.remove_device(&user, DetachOptions { force: true, ..DetachOptions::default() }).await
+        let options = DetachOptions { force: true, ..DetachOptions::default() };
+        let ahead = self.look_ahead(&user).await?;
+        self.remove_device(&user, ahead, options).await
     }
 
     /// multipathd takes a late path into the map by itself; where it does not, it is told of it. Nobody is kept from the

@@ -2,6 +2,7 @@
 
 use super::Luns;
 use super::access::Access;
+use super::detach::Ahead;
 use super::transport::Transport;
 use crate::connector::DetachOptions;
 use crate::connector::error::Error;
@@ -18,8 +19,11 @@ impl<T: Transport> Luns<T> {
         options: DetachOptions<'_>,
     ) -> Result<Outcome, Error> {
         let user = self.held(owner, targets).await?;
+        match &user {
+            Some(user) => self.let_go(user, targets, options).await?,
+            None => options.released().await?,
+        }
         if let Some(user) = &user {
-            self.let_go(user, targets, options).await?;
             let tracker = &self.doors.tracker;
             if let Some(wwid) = &user.wwid {
                 tracker.run(Step::Unclaim, self.leases.unclaim(wwid, owner)).await?;
@@ -77,16 +81,20 @@ impl<T: Transport> Luns<T> {
         }
         let sharers = self.sharers(owner, user.wwid.as_ref()).await?;
         if !shared && sharers.is_empty() {
+            let ahead = self.look_ahead(user).await?;
+            options.released().await?;
             let mut whole = user.clone();
-            self.note_map(&targets[0], &mut whole).await?;
-            return self.remove_device(&whole, options).await;
+            self.note_map(&targets[0], &mut whole, &ahead).await?;
+            return self.remove_device(&whole, ahead, options).await;
         }
+        options.released().await?;
         self.pass_map(user, &sharers).await?;
         alone.extend(spare.iter().map(|(_, mine)| mine.clone()));
         let Some(mine) = User::joined(&alone) else { return Ok(()) };
         // Out of a map, which goes on with the others' paths; what was given away without one is flushed.
         let attachment = user.attachment.clone().filter(|a| a.device.map.is_none());
-        self.remove_device(&User { map: None, attachment, ..mine }, options).await?;
+        let mine = User { map: None, attachment, ..mine };
+        self.remove_device(&mine, self.look_ahead(&mine).await?, options).await?;
         for (at, gone) in spare {
             let forget = |user: &mut User| user.paths.retain(|p| !gone.paths.contains(p));
             self.change(owner, at, forget).await?;
@@ -104,11 +112,15 @@ impl<T: Transport> Luns<T> {
 
     /// Enters a map that multipathd made above our paths into the lease: once it and they are gone, it
     /// alone tells a successor what multipath has yet to forget.
-    async fn note_map(&self, first: &Access<T>, user: &mut User) -> Result<(), Error> {
-        if user.map.is_some() {
-            return Ok(()); // One of its leases has it.
-        }
-        let Some(map) = self.map_above(user).await? else { return Ok(()) };
+    async fn note_map(
+        &self,
+        first: &Access<T>,
+        user: &mut User,
+        ahead: &Ahead,
+    ) -> Result<(), Error> {
+        let Some(map) = ahead.map.clone().filter(|_| user.map.is_none()) else {
+            return Ok(()); // There is none, or one of its leases has it.
+        };
         user.map = Some(map.clone());
         let owner = user.owner.clone();
         self.change(&owner, first, |user| user.map = Some(map)).await.map(drop)

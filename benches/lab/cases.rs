@@ -21,6 +21,8 @@ pub struct Case {
     pub login: bool,
     pub find_multipaths: &'static str,
     pub at_once: u16,
+    /// To how many VMs they are given in turn.
+    pub vms: usize,
 }
 
 /// Of more volumes at once than this a repetition takes minutes.
@@ -50,8 +52,15 @@ const fn case(
     find_multipaths: &'static str,
     at_once: u16,
 ) -> Case {
-    Case { name, portals, login, find_multipaths, at_once }
+    Case { name, portals, login, find_multipaths, at_once, vms: 1 }
 }
+
+/// VMs of each contender.
+pub const VMS: usize = 2;
+
+/// The same with as many volumes at once, half of them for another VM.
+const TWO_VMS: Case =
+    Case { vms: VMS, ..case("16 at once, single path, 8 to each of two VMs", 1, false, "yes", 16) };
 
 /// Of a single path multipathd makes no map where it waits for a second.
 pub const CASES: &[Case] = &[
@@ -61,6 +70,7 @@ pub const CASES: &[Case] = &[
     case("two paths and map, existing sessions, find_multipaths yes", 2, false, "yes", 1),
     case("two paths and map, first LUN", 2, true, "no", 1),
     case("16 at once, single path", 1, false, "yes", 16),
+    TWO_VMS,
     case("16 at once, two paths and map", 2, false, "no", 16),
     case("75 at once, two paths and map", 2, false, "no", 75),
 ];
@@ -164,14 +174,14 @@ const REFERENCES: usize = 5;
 
 impl Contenders {
     pub fn set_up(peer: bool) -> Self {
-        sh("for pod in bench floor; do pod down $pod; done; target down; target up
+        sh("for pod in bench bench2 floor floor2; do pod down $pod; done; target down; target up
             daemon start; daemon configure guest_unproven=allow");
         let iqn = node::iqn();
         let keeper = node::make_luns(0, 1);
         let [floors, ours, peers] = [1, 1 + LUNS, 1 + 2 * LUNS].map(|n| node::make_luns(n, LUNS));
         Self {
-            ours: Ours::new(&iqn, ours, &Pod::up("bench")),
-            floor: Floor::new(&iqn, floors, Pod::up("floor")),
+            ours: Ours::new(&iqn, ours, &["bench", "bench2"].map(Pod::up)),
+            floor: Floor::new(&iqn, floors, ["floor", "floor2"].map(Pod::up)),
             peer: peer.then(|| Peer::start(&iqn, peers)),
             keeper,
             is_kept: false,
@@ -181,9 +191,9 @@ impl Contenders {
     /// Whether the target is logged in to: by a volume that stays.
     fn keep_sessions(&mut self, keep: bool) {
         if keep && !self.is_kept {
-            self.ours.add(&self.keeper, 2);
+            self.ours.add(&self.keeper, 2, 1);
         } else if !keep && self.is_kept {
-            self.ours.remove(&self.keeper);
+            self.ours.remove(&self.keeper, 1);
         }
         self.is_kept = keep;
     }

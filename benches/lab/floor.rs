@@ -16,7 +16,7 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::sys::VIR_DOMAIN_AFFECT_LIVE;
 
-use crate::cases::{Case, Contender, Took};
+use crate::cases::{Case, Contender, Took, VMS};
 use crate::node::{Lun, PORTALS, Pod, sh};
 use crate::uevents::Monitor;
 
@@ -26,9 +26,14 @@ const DEADLINE: Duration = Duration::from_secs(300);
 pub struct Floor {
     iqn: String,
     luns: Vec<Lun>,
+    guests: [Guest; VMS],
+    attached: Vec<Attached>,
+}
+
+/// A VM.
+struct Guest {
     libvirt: Domain,
     pod: Pod,
-    attached: Vec<Attached>,
 }
 
 /// What was attached.
@@ -42,19 +47,9 @@ struct Attached {
 }
 
 impl Floor {
-    /// In a pod that may have every device: its device filter is taken off.
-    pub fn new(iqn: &str, luns: Vec<Lun>, pod: Pod) -> Self {
-        // The runtime's filter is on the container's cgroup or on the scope around it.
-        sh(&format!(
-            "for dir in {0} $(dirname {0}); do
-               bpftool -j cgroup show $dir | jq -r '.[]? | select(.attach_type | test(\"device\")) | .id' |
-                 while read -r id; do bpftool cgroup detach $dir device id $id multi; done
-             done",
-            pod.cgroup
-        ));
-        let connection = Connect::open(Some(&pod.libvirt_uri)).unwrap();
-        let libvirt = connection.lookup_domain_by_name(&pod.domain).unwrap();
-        Self { iqn: iqn.into(), luns, libvirt, pod, attached: Vec::new() }
+    /// In pods that may have every device.
+    pub fn new(iqn: &str, luns: Vec<Lun>, pods: [Pod; VMS]) -> Self {
+        Self { iqn: iqn.into(), luns, guests: pods.map(Guest::new), attached: Vec::new() }
     }
 
     fn iscsiadm(&self, more: &[&str]) {
@@ -141,6 +136,23 @@ impl Floor {
             left.is_empty()
         });
     }
+}
+
+impl Guest {
+    /// Takes the pod's device filter off.
+    fn new(pod: Pod) -> Self {
+        // The runtime's filter is on the container's cgroup or on the scope around it.
+        sh(&format!(
+            "for dir in {0} $(dirname {0}); do
+               bpftool -j cgroup show $dir | jq -r '.[]? | select(.attach_type | test(\"device\")) | .id' |
+                 while read -r id; do bpftool cgroup detach $dir device id $id multi; done
+             done",
+            pod.cgroup
+        ));
+        let connection = Connect::open(Some(&pod.libvirt_uri)).unwrap();
+        let libvirt = connection.lookup_domain_by_name(&pod.domain).unwrap();
+        Self { libvirt, pod }
+    }
 
     /// Gives a device to the guest: a node, and libvirt's own attach.
     fn plug(&self, name: &str, at: usize, dev: (u64, u64)) {
@@ -211,7 +223,7 @@ impl Contender for Floor {
         let attached: Vec<(Attached, Duration)> = at_once(luns, |at, lun| {
             let attached = self.attach_lun(lun, case.portals);
             let host = begin.elapsed();
-            self.plug(&format!("lun{at}"), at, attached.dev);
+            self.guests[at % case.vms].plug(&format!("lun{at}"), at, attached.dev);
             (attached, host)
         });
         let whole = begin.elapsed();
@@ -224,7 +236,7 @@ impl Contender for Floor {
         let begin = Instant::now();
         let attached = std::mem::take(&mut self.attached);
         let unplugged = at_once(&attached, |at, attached| {
-            self.unplug(&format!("lun{at}"), at);
+            self.guests[at % case.vms].unplug(&format!("lun{at}"), at);
             let unplugged = begin.elapsed();
             self.detach_lun(attached);
             unplugged

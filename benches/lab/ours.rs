@@ -10,7 +10,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::cases::{Case, Contender, Took};
+use crate::cases::{Case, Contender, Took, VMS};
 use crate::node::{Lun, PORTALS, Pod, sh};
 
 const SOCKET: &str = "/run/lunplug/lunplugd.sock";
@@ -22,32 +22,42 @@ struct Times {
     last: Instant,
 }
 
-/// A VM of lunplugd's.
+/// VMs of lunplugd's.
 pub struct Ours {
     runtime: Runtime,
     client: LunplugServiceClient<Channel>,
     changes: mpsc::UnboundedReceiver<(Instant, v1::Volume)>,
-    vm: v1::VmId,
+    vms: [v1::VmId; VMS],
     iqn: String,
     luns: Vec<Lun>,
     troubles: usize,
 }
 
 impl Ours {
-    pub fn new(iqn: &str, luns: Vec<Lun>, pod: &Pod) -> Self {
+    pub fn new(iqn: &str, luns: Vec<Lun>, pods: &[Pod; VMS]) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = { runtime }.worker_threads(1).enable_all().build().unwrap();
-        let vm = v1::VmId { namespace: "default".into(), name: pod.name.clone() };
-        let (client, changes) = runtime.block_on(register(&vm, pod));
-        Self { runtime, client, changes, vm, iqn: iqn.into(), luns, troubles: 0 }
+        let vms = pods
+            .each_ref()
+            .map(|pod| v1::VmId { namespace: "default".into(), name: pod.name.clone() });
+        let (client, changes) = runtime.block_on(async {
+            let mut client = connect().await;
+            let (sender, changes) = mpsc::unbounded_channel();
+            for (vm, pod) in vms.iter().zip(pods) {
+                register(&mut client, &sender, vm, pod).await;
+            }
+            (client, changes)
+        });
+        Self { runtime, client, changes, vms, iqn: iqn.into(), luns, troubles: 0 }
     }
 
     /// Adds volumes, all by requests of their own at once, and waits for the last. The host's part begins when
     /// lunplugd begins with the first of the LUNs: its request is checked and durable then, which is in the whole.
-    pub fn add(&mut self, luns: &[Lun], portals: usize) -> Took {
+    pub fn add(&mut self, luns: &[Lun], portals: usize, vms: usize) -> Took {
         let begin = Instant::now();
-        for lun in luns {
-            let (mut client, request) = (self.client.clone(), self.request(lun, portals));
+        for (at, lun) in luns.iter().enumerate() {
+            let vm = &self.vms[at % vms];
+            let (mut client, request) = (self.client.clone(), self.request(vm, lun, portals));
             self.runtime.spawn(async move { client.add_volume(request).await.unwrap() });
         }
         let times = self.wait(luns, &[Phase::Bound, Phase::AttachedToNode, Phase::Ready]);
@@ -56,12 +66,12 @@ impl Ours {
 
     /// Removes volumes in the same way. What is done on the host begins when the guest has let go of the
     /// last; of several at once that is not all of it.
-    pub fn remove(&mut self, luns: &[Lun]) -> Took {
+    pub fn remove(&mut self, luns: &[Lun], vms: usize) -> Took {
         let begin = Instant::now();
-        for lun in luns {
+        for (at, lun) in luns.iter().enumerate() {
             let mut client = self.client.clone();
             let request = v1::RemoveVolumeRequest {
-                vm: Some(self.vm.clone()),
+                vm: Some(self.vms[at % vms].clone()),
                 volume: name(lun),
                 ..Default::default()
             };
@@ -71,7 +81,7 @@ impl Ours {
         Took { host: times[1].last - times[0].last, whole: times[1].last - begin }
     }
 
-    fn request(&self, lun: &Lun, portals: usize) -> v1::AddVolumeRequest {
+    fn request(&self, vm: &v1::VmId, lun: &Lun, portals: usize) -> v1::AddVolumeRequest {
         let source = v1::IscsiSource {
             target: self.iqn.clone(),
             portals: PORTALS[..portals].iter().map(|p| (*p).to_owned()).collect(),
@@ -88,11 +98,7 @@ impl Ours {
             multipath: policy.into(),
             ..Default::default()
         };
-        v1::AddVolumeRequest {
-            vm: Some(self.vm.clone()),
-            volume: Some(volume),
-            ..Default::default()
-        }
+        v1::AddVolumeRequest { vm: Some(vm.clone()), volume: Some(volume), ..Default::default() }
     }
 
     /// When the volumes were told to have come to each phase.
@@ -132,12 +138,12 @@ impl Contender for Ours {
 
     fn attach(&mut self, case: &Case) -> Took {
         let luns = self.luns[..case.at_once.into()].to_vec();
-        self.add(&luns, case.portals)
+        self.add(&luns, case.portals, case.vms)
     }
 
     fn detach(&mut self, case: &Case) -> Took {
         let luns = self.luns[..case.at_once.into()].to_vec();
-        self.remove(&luns)
+        self.remove(&luns, case.vms)
     }
 
     fn troubles(&mut self) -> usize {
@@ -149,16 +155,22 @@ fn name(lun: &Lun) -> String {
     format!("bench{}", lun.number)
 }
 
-async fn register(
-    vm: &v1::VmId,
-    pod: &Pod,
-) -> (LunplugServiceClient<Channel>, mpsc::UnboundedReceiver<(Instant, v1::Volume)>) {
+async fn connect() -> LunplugServiceClient<Channel> {
     let connector = tower::service_fn(|_| async {
         let stream = tokio::net::UnixStream::connect(SOCKET).await?;
         Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
     });
     let channel = Endpoint::from_static("http://bench").connect_with_connector(connector).await;
-    let mut client = LunplugServiceClient::new(channel.unwrap());
+    LunplugServiceClient::new(channel.unwrap())
+}
+
+/// Registers a VM, and has all changes of its volumes told.
+async fn register(
+    client: &mut LunplugServiceClient<Channel>,
+    changes: &mpsc::UnboundedSender<(Instant, v1::Volume)>,
+    vm: &v1::VmId,
+    pod: &Pod,
+) {
     let place = v1::PodPlace { uid: pod.uid.clone(), ..Default::default() };
     let spec = v1::VmSpec {
         id: Some(vm.clone()),
@@ -169,7 +181,7 @@ async fn register(
     client.register_vm(v1::RegisterVmRequest { vm: Some(spec) }).await.unwrap();
     let request = v1::WatchVolumesRequest { vm: Some(vm.clone()) };
     let mut watched = client.watch_volumes(request).await.unwrap().into_inner();
-    let (sender, changes) = mpsc::unbounded_channel();
+    let sender = changes.clone();
     tokio::spawn(async move {
         while let Some(message) = watched.message().await.unwrap() {
             match message.event.unwrap() {
@@ -178,5 +190,4 @@ async fn register(
             }
         }
     });
-    (client, changes)
 }

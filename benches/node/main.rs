@@ -50,8 +50,8 @@ fn main() {
     if let Some(at) = arguments.iter().position(|a| a == "--serve") {
         return serve::run(Path::new(&arguments[at + 1]), vms);
     }
-    // So long that each volume is looked at: of more than 2000 each less often than once a minute.
-    let idle = Duration::from_secs(value("--idle", (vms * VOLUMES * 60 / 2000).max(60)).into());
+    // So long that each volume is looked at: of more than 1200 each less often than once a minute.
+    let idle = Duration::from_secs(value("--idle", (vms * VOLUMES * 60 / 1200).max(60)).into());
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(bench(vms, idle));
 }
@@ -72,18 +72,17 @@ async fn bench(vms: u32, idle: Duration) {
     let each = begin.elapsed().as_secs_f64() * 1e3 / f64::from(vms * (VOLUMES - 1));
     row("a volume, in batches of 9: host and all", each, "ms", Limit::None);
 
-    burst(&clients, &daemon, vms).await;
+    burst(&clients, &mut daemon, vms).await;
     at_rest(&mut daemon, idle).await;
-    fan_out(&clients, &daemon, dir.path(), vms).await;
+    fan_out(&clients, &mut daemon, dir.path(), vms).await;
     drop(clients);
     restart(&mut daemon, dir.path(), vms * VOLUMES).await;
     daemon.quit();
 }
 
 /// One volume more for each VM, all asked for at once.
-async fn burst(clients: &Clients, daemon: &Daemon, vms: u32) {
-    daemon.forget_peak();
-    let before = daemon.rss();
+async fn burst(clients: &Clients, daemon: &mut Daemon, vms: u32) {
+    let memory = Memory::begin(daemon);
     let begin = Instant::now();
     let slowest = clients.add_one_to_each(vms, VOLUMES - 1).await;
     let durable = begin.elapsed();
@@ -92,13 +91,29 @@ async fn burst(clients: &Clients, daemon: &Daemon, vms: u32) {
     row(&format!("{vms} adds at once: all durable after"), durable.as_secs_f64(), "s", Limit::None);
     row(&format!("{vms} adds at once: slowest answer"), slowest.as_secs_f64(), "s", Limit::None);
     row(&format!("{vms} adds at once: all ready after"), ready.as_secs_f64(), "s", Limit::None);
-    let peak = daemon.peak_rss() - before;
-    row(
-        &format!("{vms} adds at once: RSS more at the peak"),
-        peak / MIB,
-        "MiB",
-        Limit::AtMost(64.0),
-    );
+    memory.rows(daemon, &format!("{vms} adds at once"));
+}
+
+/// Memory before something, for what it takes at its peak.
+struct Memory {
+    rss: f64,
+}
+
+impl Memory {
+    fn begin(daemon: &mut Daemon) -> Self {
+        daemon.forget_peak();
+        daemon.tell("heap");
+        Self { rss: daemon.rss() }
+    }
+
+    /// What stays is in the heap afterwards, too: what was passing is the rest.
+    fn rows(&self, daemon: &mut Daemon, what: &str) {
+        let more = daemon.peak_rss() - self.rss;
+        row(&format!("{what}: RSS more at the peak"), more / MIB, "MiB", Limit::None);
+        let [after, peak] = daemon.tell("heap")[..] else { panic!("two numbers") };
+        let what = format!("{what}: heap more at the peak than after");
+        row(&what, (peak - after) / MIB, "MiB", Limit::AtMost(64.0));
+    }
 }
 
 /// Memory and CPU when nothing happens.
@@ -114,15 +129,13 @@ async fn at_rest(daemon: &mut Daemon, idle: Duration) {
     row("at rest: CPU, the simulated node included", share, "% of a core", Limit::AtMost(0.5));
 }
 
-async fn fan_out(clients: &Clients, daemon: &Daemon, dir: &Path, vms: u32) {
-    daemon.forget_peak();
-    let before = daemon.rss();
+async fn fan_out(clients: &Clients, daemon: &mut Daemon, dir: &Path, vms: u32) {
+    let memory = Memory::begin(daemon);
     let begin = Instant::now();
     let mut watchers = Watchers::connect(&dir.join("lunplugd.sock"), WATCHERS, vms * VOLUMES).await;
     row("100 watchers: all have their list after", begin.elapsed().as_secs_f64(), "s", Limit::None);
     row("100 watchers: bytes of a list", watchers.list_bytes() / MIB, "MiB", Limit::AtMost(4.0));
-    let peak = daemon.peak_rss() - before;
-    row("100 watchers: RSS more at the peak", peak / MIB, "MiB", Limit::AtMost(64.0));
+    memory.rows(daemon, "100 watchers");
 
     let begin = Instant::now();
     clients.limit(0, 0).await;
@@ -134,8 +147,7 @@ async fn fan_out(clients: &Clients, daemon: &Daemon, dir: &Path, vms: u32) {
         Limit::None,
     );
 
-    daemon.forget_peak();
-    let (before, begin) = (daemon.rss(), Instant::now());
+    let (memory, begin) = (Memory::begin(daemon), Instant::now());
     clients.remove_one_of_each(vms, VOLUMES - 1).await;
     watchers.all_know(vms * (VOLUMES - 1)).await;
     row(
@@ -150,13 +162,7 @@ async fn fan_out(clients: &Clients, daemon: &Daemon, dir: &Path, vms: u32) {
         "",
         Limit::None,
     );
-    let peak = daemon.peak_rss() - before;
-    row(
-        &format!("100 watchers, {vms} removals: RSS more at the peak"),
-        peak / MIB,
-        "MiB",
-        Limit::AtMost(64.0),
-    );
+    memory.rows(daemon, &format!("100 watchers, {vms} removals"));
     drop(watchers);
     clients.add_one_to_each(vms, VOLUMES - 1).await;
     clients.all_ready(vms * VOLUMES).await;

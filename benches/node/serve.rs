@@ -44,7 +44,9 @@ impl Life {
 /// Serves, and does what each line of standard input says.
 pub fn run(dir: &Path, vms: u32) {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    let config = common::config(dir, vms);
+    // In memory, as /run is.
+    let run = tempfile::tempdir_in("/dev/shm").unwrap();
+    let config = Config { run_dir: run.path().join("run"), ..common::config(dir, vms) };
     let host = common::node(vms);
     let mut life = runtime.block_on(Life::begin(&host, &config));
     println!("0");
@@ -58,7 +60,10 @@ pub fn run(dir: &Path, vms: u32) {
                 life = runtime.block_on(Life::begin(&host, &config));
                 println!("{own} {}", begin.elapsed().as_secs_f64());
             }
-            "heap" => println!("{}", common::heap::in_use()),
+            "heap" => {
+                println!("{} {}", common::heap::in_use(), common::heap::peak());
+                common::heap::forget_peak();
+            }
             _ => break,
         }
     }

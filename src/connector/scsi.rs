@@ -160,17 +160,17 @@ pub(crate) fn disk_in(view: &View<'_>, dir: &str) -> Result<Option<Disk>, ReadEr
     };
     let base = format!("{dir}/block/{name}");
     let dev = view.text(&format!("{base}/dev"))?;
-    let size = view.text(&format!("{base}/size"))?;
+    let size = size_in(view, &base)?;
     let diskseq = view.text(&format!("{base}/diskseq"))?;
     Ok((|| {
-        // `size` counts sectors of 512 bytes, whatever the disk's own are.
-        Some(Disk {
-            name,
-            dev: dev?.parse().ok()?,
-            diskseq: diskseq?.parse().ok()?,
-            size: size?.parse::<u64>().ok()?.checked_mul(512)?,
-        })
+        Some(Disk { name, dev: dev?.parse().ok()?, diskseq: diskseq?.parse().ok()?, size: size? })
     })())
+}
+
+/// Bytes of a block device. `size` counts sectors of 512 bytes, whatever the disk's own are.
+pub(crate) fn size_in(view: &View<'_>, block_dir: &str) -> Result<Option<u64>, ReadError> {
+    let sectors = view.text(&format!("{block_dir}/size"))?;
+    Ok(sectors.and_then(|sectors| sectors.parse::<u64>().ok()?.checked_mul(512)))
 }
 
 /// What sysfs says in `wwid`; empty where the device has no such identity (then the kernel answers
@@ -180,7 +180,7 @@ pub(crate) async fn raw_wwid(sysfs: &dyn Sysfs, dir: &str) -> Result<String, Err
     Ok(sysfs.look(dir, move |view| raw_wwid_in(view, &device)).await?)
 }
 
-fn raw_wwid_in(view: &View<'_>, dir: &str) -> Result<String, ReadError> {
+pub(crate) fn raw_wwid_in(view: &View<'_>, dir: &str) -> Result<String, ReadError> {
     match view.text(&format!("{dir}/wwid")) {
         Err(e) if e.is_invalid() => Ok(String::new()),
         text => Ok(text?.unwrap_or_default()),

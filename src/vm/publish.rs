@@ -10,8 +10,9 @@ use super::failure::Failure;
 use crate::spec::{Phase, VolumeSpec, VolumeStatus};
 use crate::types::{VmId, VolumeKey, VolumeName};
 
-/// How many changes a slow watcher may lag behind before it is told to take a new list.
-const BACKLOG: usize = 1024;
+/// How many changes a slow watcher may lag behind before it is told to take a new list, which of a large node is as long as
+/// thousands of changes: a burst of 1000 removals has four each.
+const BACKLOG: usize = 4096;
 
 /// The statuses of all volumes on this node. Clones share it.
 #[derive(Debug, Clone)]

@@ -1,8 +1,12 @@
-//! How many programs the daemon starts on the way, and udev for it, counted by the kernel.
+//! How many programs the daemon starts on the way, and udev for it, counted by the kernel; and the daemon's system calls,
+//! counted by strace.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use crate::node::{Lab, Lun, Story, add, remove, sh};
+use crate::node::{Lab, Lun, Story, add, remove, sh, until};
 
 const TRACING: &str = "/sys/kernel/tracing";
 
@@ -94,6 +98,63 @@ fn udev_runs_nothing_for_a_path_but_what_tells_its_identity() {
     let times = |name: &str| of_map.iter().filter(|program| program.ends_with(name)).count();
     assert_eq!(times("/multipath"), times("/kpartx_id"), "{of_map:?}");
     remove("second", &[]).ok();
+    remove("first", &[]).ok();
+    story.nothing_left();
+}
+
+/// lunplugd's system calls meanwhile, all kinds together.
+#[track_caller]
+fn system_calls(work: impl FnOnce()) -> u64 {
+    let pid = sh("systemctl show --property MainPID --value lunplugd").ok().trim().to_owned();
+    let arguments = ["-f", "-c", "-U", "calls,name", "-p", &pid];
+    let mut strace = Command::new("strace");
+    let strace = strace.args(arguments).stderr(Stdio::piped()).spawn().expect("strace");
+    let untraced =
+        format!("grep -L 'TracerPid:[[:space:]]*{}$' /proc/{pid}/task/*/status", strace.id());
+    let all_traced = || sh(&format!("{untraced} || true")).ok().trim().is_empty();
+    until("strace has attached to each thread", Duration::from_secs(60), all_traced);
+    work();
+    sh(&format!("kill -INT {}", strace.id())).ok();
+    let output = strace.wait_with_output().expect("strace");
+    let table = String::from_utf8(output.stderr).expect("text");
+    let total = table.lines().find_map(|line| line.trim().strip_suffix(" total"));
+    total.and_then(|calls| calls.trim().parse().ok()).unwrap_or_else(|| panic!("{table}"))
+}
+
+/// By how much the calls may differ unremarked, in percent: they depend on how many processes the node has, and on how
+/// often who waits is woken.
+const MORE: u64 = 25;
+const LESS: u64 = 40;
+
+/// benches/syscalls.toml has what one volume of two paths and a map costs on sessions that are there.
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn a_volume_keeps_its_budget_of_system_calls() {
+    Lab::get();
+    let (first, second) = (Lun::new("first", 1, "16M"), Lun::new("second", 2, "16M"));
+    let story = Story::begin();
+    add("first", &first.source(), &[]).ok();
+    // What a first volume leaves to be learnt is learnt then.
+    add("second", &second.source(), &[]).ok();
+    remove("second", &[]).ok();
+    let counted = [
+        ("add", system_calls(|| drop(add("second", &second.source(), &[]).ok()))),
+        ("remove", system_calls(|| drop(remove("second", &[]).ok()))),
+    ];
+    println!("{counted:?}");
+    let budget: BTreeMap<String, u64> =
+        toml::from_str(include_str!("../../benches/syscalls.toml")).expect("a budget");
+    for (what, calls) in counted {
+        let may = budget[what];
+        assert!(
+            calls * 100 <= may * (100 + MORE),
+            "{what}: {calls} system calls, and {may} are budgeted"
+        );
+        assert!(
+            calls * 100 >= may * (100 - LESS),
+            "{what}: {calls} system calls, down from {may}: write that in"
+        );
+    }
     remove("first", &[]).ok();
     story.nothing_left();
 }

@@ -11,7 +11,6 @@ use crate::connector::health::Checked;
 use crate::connector::identity::{Identity, Unit, judge};
 use crate::connector::lease::{PathLease, Seen, User};
 use crate::connector::multipath::Map;
-use crate::connector::scsi::Present;
 use crate::connector::{Attachment, Expect, Health, Paths, multipath, scsi};
 use crate::host::sysfs::{ReadError, View};
 use crate::types::{DevNum, VmId};
@@ -114,24 +113,24 @@ impl<T: Transport> Luns<T> {
     }
 
     /// The map that has the attachment's number now.
-    pub(super) async fn map_at(
-        &self,
-        attachment: &Attachment,
-    ) -> Result<Option<multipath::Map>, Error> {
+    pub(super) async fn map_at(&self, attachment: &Attachment) -> Result<Option<Map>, Error> {
         multipath::by_number(&*self.doors.sysfs, attachment.device.dev).await
     }
 }
 
-/// What is to be seen of a volume.
+/// What is to be seen of a volume. A sequence number is given once in a boot: what has that of then is what was proven
+/// then, and of that only what may have changed is read.
 struct Asked {
     dev: DevNum,
+    diskseq: u64,
     has_map: bool,
     paths: Vec<(PathLease, Seen)>,
 }
 
 /// What is.
 struct Shown {
-    map: Option<Map>,
+    /// What its map has beneath it; `None` where the map has gone, or there was to be none.
+    slaves: Option<Vec<String>>,
     paths: Vec<Found>,
     protected: bool,
 }
@@ -140,7 +139,15 @@ struct Shown {
 struct Found {
     path: PathLease,
     seen: Seen,
-    now: Option<Present>,
+    now: Option<Now>,
+}
+
+/// What may have changed of a path.
+struct Now {
+    /// Bytes.
+    size: u64,
+    raw_wwid: String,
+    state: String,
 }
 
 impl Asked {
@@ -150,19 +157,44 @@ impl Asked {
         let seen = |p: &PathLease| Some((p.clone(), p.seen.clone()?));
         let mut paths: Vec<_> = user.paths.iter().filter_map(seen).collect();
         paths.sort_by_key(|(path, _)| path.hctl);
-        Some(Self { dev: device.dev, has_map: device.map.is_some(), paths })
+        let diskseq = user.attachment.as_ref()?.diskseq;
+        Some(Self { dev: device.dev, diskseq, has_map: device.map.is_some(), paths })
     }
 
     fn read(&self, view: &View<'_>) -> Result<Shown, ReadError> {
-        let map = if self.has_map { multipath::by_number_in(view, self.dev)? } else { None };
+        let device = format!("dev/block/{}", self.dev);
+        let slaves = match self.has_map && is_still(view, &device, self.diskseq)? {
+            true => Some(view.entries(&format!("{device}/slaves"))?),
+            false => None,
+        };
         let found = |(path, seen): &(PathLease, Seen)| {
-            let now = scsi::present_in(view, &path.dir)?;
+            let now = Now::read(view, path, seen)?;
             Ok(Found { path: path.clone(), seen: seen.clone(), now })
         };
         let paths = self.paths.iter().map(found).collect::<Result<_, _>>()?;
-        let protected = scsi::is_protected_in(view, &format!("dev/block/{}", self.dev))?;
-        Ok(Shown { map, paths, protected })
+        let protected = scsi::is_protected_in(view, &device)?;
+        Ok(Shown { slaves, paths, protected })
     }
+}
+
+impl Now {
+    /// `None` where the path has gone, or another is at its place.
+    fn read(view: &View<'_>, path: &PathLease, seen: &Seen) -> Result<Option<Self>, ReadError> {
+        let block = format!("{}/block/{}", path.dir, seen.name);
+        if !is_still(view, &block, seen.diskseq)? {
+            return Ok(None);
+        }
+        let raw_wwid = scsi::raw_wwid_in(view, &path.dir)?;
+        let state = view.text(&format!("{}/state", path.dir))?.unwrap_or_default();
+        let size = scsi::size_in(view, &block)?;
+        Ok(size.map(|size| Self { size, raw_wwid, state }))
+    }
+}
+
+/// Whether a block device is the one that had this sequence number.
+fn is_still(view: &View<'_>, block_dir: &str, diskseq: u64) -> Result<bool, ReadError> {
+    let now = view.text(&format!("{block_dir}/diskseq"))?;
+    Ok(now.and_then(|now| now.parse().ok()) == Some(diskseq))
 }
 
 fn judge_health(
@@ -171,14 +203,11 @@ fn judge_health(
     shown: Shown,
     checked: Option<&Checked>,
 ) -> Health {
-    let Shown { map, paths: found, protected } = shown;
-    let mut slaves = None;
-    if let Some(name) = &attachment.device.map {
-        let uuid = user.map.as_ref().map(|m| m.uuid.as_str()).unwrap_or_default();
-        match map.filter(|map| map.uuid == uuid && map.diskseq == attachment.diskseq) {
-            Some(map) => slaves = Some(map.slaves),
-            None => return Health::Differs(format!("its map {name} is gone")),
-        }
+    let Shown { slaves, paths: found, protected } = shown;
+    if let Some(name) = &attachment.device.map
+        && slaves.is_none()
+    {
+        return Health::Differs(format!("its map {name} is gone"));
     }
     let mut paths = Paths { wanted: 1, protected, ..Paths::default() };
     if slaves.is_some() {
@@ -186,12 +215,11 @@ fn judge_health(
     }
     for Found { path, seen, now } in found {
         let hctl = path.hctl.to_string();
-        let is_same = |now: &Present| (now.disk.diskseq, now.disk.dev) == (seen.diskseq, seen.dev);
-        let Some(now) = now.filter(is_same) else {
+        let Some(now) = now else {
             paths.dead.push(format!("{hctl} ({}) is gone", seen.name));
             continue;
         };
-        paths.grown |= now.disk.size > attachment.device.size;
+        paths.grown |= now.size > attachment.device.size;
         if now.raw_wwid != seen.wwid {
             return Health::Differs(format!("{hctl} ({}) shows another LUN", seen.name));
         }

@@ -35,7 +35,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_secs(5);
 /// How many volumes of the node are looked at within an interval when nothing happens; of more each is looked at less
 /// often. Events tell of nearly all that may happen; this is for the rest, and is not to cost more the more there are.
-const IN_AN_INTERVAL: u32 = 2000;
+const IN_AN_INTERVAL: u32 = 1200;
 /// A missing path is tried again after one, two and then always so many intervals.
 const MISSING: u32 = 4;
 
@@ -346,7 +346,7 @@ mod tests {
     #[test]
     fn looks_at_rest_cost_a_large_node_no_more() {
         let minute = Duration::from_secs(60);
-        for (volumes, interval) in [(0, 60), (2000, 60), (3000, 90), (10_000, 300)] {
+        for (volumes, interval) in [(0, 60), (1200, 60), (1800, 90), (10_000, 500)] {
             assert_eq!(at_rest(minute, volumes), Duration::from_secs(interval), "{volumes}");
         }
     }

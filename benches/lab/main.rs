@@ -24,12 +24,14 @@ struct Options {
     repetitions: usize,
     peer: bool,
     only: Option<String>,
+    without: Option<String>,
     /// Whether system calls are counted: strace slows the daemon down so far that its deadlines may pass.
     syscalls: bool,
 }
 
 fn options() -> Options {
-    let mut options = Options { repetitions: 8, peer: false, only: None, syscalls: false };
+    let mut options =
+        Options { repetitions: 8, peer: false, only: None, without: None, syscalls: false };
     // cargo's own `--bench` is among them.
     let mut words = std::env::args().skip(1).filter(|a| a != "--bench");
     while let Some(word) = words.next() {
@@ -37,6 +39,7 @@ fn options() -> Options {
         match word.as_str() {
             "--repetitions" => options.repetitions = value().parse().expect("a number"),
             "--case" => options.only = Some(value()),
+            "--without" => options.without = Some(value()),
             "--syscalls" => options.syscalls = true,
             "--peer" => {
                 assert_eq!(value(), "os-brick", "the peer that is known");
@@ -56,7 +59,10 @@ fn main() {
     }
     let options = options();
     let mut contenders = Contenders::set_up(options.peer);
-    let wanted = |case: &&Case| options.only.as_ref().is_none_or(|only| case.name.contains(only));
+    let wanted = |case: &&Case| {
+        options.only.as_ref().is_none_or(|only| case.name.contains(only))
+            && !options.without.as_ref().is_some_and(|without| case.name.contains(without))
+    };
     let cases: Vec<&Case> = cases::CASES.iter().filter(wanted).collect();
     let mut drift = vec![contenders.reference()];
     for (number, case) in cases.iter().enumerate() {

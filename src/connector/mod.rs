@@ -28,6 +28,7 @@ pub use settings::Settings;
 pub use touched::Touched;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -156,6 +157,9 @@ pub struct Measured {
     pub now: u64,
 }
 
+/// How long others may wait for a device that is yet to be released. Mostly it takes a tenth of this.
+const SOON: Duration = Duration::from_secs(1);
+
 /// Says how to let go.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DetachOptions<'a> {
@@ -169,11 +173,17 @@ pub struct DetachOptions<'a> {
 }
 
 impl DetachOptions<'_> {
-    /// Returns once the device was released; it never will be where who was to tell so has gone.
+    /// Returns once the device was released. It never will be where who was to tell so has gone: [`Error::NotReleased`].
     pub(crate) async fn released(&self) -> Result<(), Error> {
         let Some(released) = self.released else { return Ok(()) };
         let told = { released.clone() }.wait_for(|released| *released).await.map(drop);
         told.map_err(|_| Error::NotReleased)
+    }
+
+    /// The same for one who has locks: the error is also that it takes long.
+    pub(crate) async fn released_soon(&self) -> Result<(), Error> {
+        let soon = tokio::time::timeout(SOON, self.released()).await;
+        soon.unwrap_or(Err(Error::NotReleased))
     }
 
     /// Something was given up, in words.

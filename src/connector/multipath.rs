@@ -21,7 +21,7 @@ use crate::host::sysfs::{ReadError, Sysfs, View};
 use crate::types::{DevNum, Outcome};
 
 pub(crate) use coming::{decide, ensure, joins, nudge};
-pub(crate) use memory::{drain, forget, forget_deleted, forget_unused};
+pub(crate) use memory::{drain, forget, forget_ahead, forget_deleted, forget_unused};
 
 use super::error::Error;
 use super::identity::Identity;

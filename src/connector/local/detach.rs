@@ -19,7 +19,6 @@ impl Local {
         source: &Source,
         options: DetachOptions<'_>,
     ) -> Result<Outcome, Error> {
-        options.released().await?;
         let Some(user) = self.leases.user(source, owner).await? else {
             return Ok(Outcome::Already(()));
         };

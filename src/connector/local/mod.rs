@@ -212,6 +212,8 @@ impl Connector for Local {
     ) -> Result<Outcome, Error> {
         let span = tracing::info_span!("detach", %owner, path = %path_of(source)?);
         async {
+            // It has nothing to read that takes long.
+            options.released().await?;
             let _lock = self.lock(source).await?;
             self.release(owner, source, options).await
         }

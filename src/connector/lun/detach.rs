@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use futures_util::future::{join_all, try_join};
+use futures_util::future::{join, join_all, try_join};
 use tokio::time::Instant;
 
 use super::Luns;
@@ -22,7 +22,6 @@ use crate::step::Step;
 use crate::types::{DevNum, Wwid};
 
 /// What is read of a device before the guest has let go of it for good, so that it need not be waited for after.
-#[derive(Default)]
 pub(super) struct Ahead {
     /// The map above its paths, noted or not.
     pub(super) map: Option<MapLease>,
@@ -91,13 +90,19 @@ impl<T: Transport> Luns<T> {
             Err(swapped) => return Err(swapped),
         }
         if let Some(map) = map.filter(|m| m.made) {
-            let at = map_device.map(|map| map.dev);
+            let at = map_device.as_ref().map(|map| map.dev);
             let opens = at.map_or(Opens::Unknown, |dev| going.opens(dev));
             let remove = multipath::remove(&self.doors, &self.settings, &map.uuid, at, opens);
             tracker.run(Step::Unmap, remove).await?;
             going.maps.insert(map.uuid);
         }
-        self.delete_paths(user, &mut going).await?;
+        // Multipath's files are waited for to be on the disk: as much of it as can be goes on beside the deletion. Of a map
+        // with paths of others nothing: multipathd may have it again by now.
+        let is_ours = map_device.is_some_and(|map| lies_on_ours(&map, user));
+        let gone = if is_ours { going.maps.clone() } else { BTreeSet::new() };
+        let forget = multipath::forget_ahead(&*self.doors.multipathd, &gone);
+        let (deleted, ()) = join(self.delete_paths(user, &mut going), forget).await;
+        deleted?;
         // Last: as long as it had a path, multipathd could have written them again.
         if !going.maps.is_empty() {
             multipath::drain(&*self.doors.multipathd).await;
@@ -456,4 +461,11 @@ impl<T: Transport> Luns<T> {
         }
         Ok(())
     }
+}
+
+/// Whether a map has no path beneath it but those that were made for a volume.
+fn lies_on_ours(map: &Map, user: &User) -> bool {
+    let made = user.paths.iter().filter(|path| path.made).filter_map(|path| path.seen.as_ref());
+    let names: BTreeSet<&String> = made.map(|seen| &seen.name).collect();
+    map.slaves.iter().all(|slave| names.contains(slave))
 }

@@ -144,10 +144,20 @@ impl<T: Transport> Connector for Arc<Luns<T>> {
         let targets = T::targets(of::<T>(source)?);
         let first = &targets[0];
         let span = tracing::info_span!("detach", %owner, target = %first.target, lun = %first.lun);
-        async {
+        let locked = async |options| {
             let _lun = self.lun_lock(&targets).await?;
             self.await_walks(owner).await;
             self.release(owner, &targets, options).await
+        };
+        async {
+            match locked(options).await {
+                // Others need not wait for that.
+                Err(Error::NotReleased) => {
+                    options.released().await?;
+                    locked(DetachOptions { released: None, ..options }).await
+                }
+                ended => ended,
+            }
         }
         .instrument(span)
         .await

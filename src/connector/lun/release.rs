@@ -20,19 +20,19 @@ impl<T: Transport> Luns<T> {
     ) -> Result<Outcome, Error> {
         let user = self.held(owner, targets).await?;
         match &user {
-            Some(user) => self.let_go(user, targets, options).await?,
-            None => options.released().await?,
-        }
-        if let Some(user) = &user {
-            let tracker = &self.doors.tracker;
-            if let Some(wwid) = &user.wwid {
-                tracker.run(Step::Unclaim, self.leases.unclaim(wwid, owner)).await?;
+            Some(user) => {
+                self.let_go(user, targets, options).await?;
+                let tracker = &self.doors.tracker;
+                if let Some(wwid) = &user.wwid {
+                    tracker.run(Step::Unclaim, self.leases.unclaim(wwid, owner)).await?;
+                }
+                // The first one knows the whole, so it is left last.
+                for at in targets.iter().rev() {
+                    let leave = self.leases.remove::<T::Made>(at.lease(), owner, at.lun);
+                    tracker.run(Step::Unlease, leave).await?;
+                }
             }
-            // The first one knows the whole, so it is left last.
-            for at in targets.iter().rev() {
-                let leave = self.leases.remove::<T::Made>(at.lease(), owner, at.lun);
-                tracker.run(Step::Unlease, leave).await?;
-            }
+            None => options.released_soon().await?,
         }
         let mut changed = user.is_some();
         let mut failed = None;
@@ -82,12 +82,12 @@ impl<T: Transport> Luns<T> {
         let sharers = self.sharers(owner, user.wwid.as_ref()).await?;
         if !shared && sharers.is_empty() {
             let ahead = self.look_ahead(user).await?;
-            options.released().await?;
+            options.released_soon().await?;
             let mut whole = user.clone();
             self.note_map(&targets[0], &mut whole, &ahead).await?;
             return self.remove_device(&whole, ahead, options).await;
         }
-        options.released().await?;
+        options.released_soon().await?;
         self.pass_map(user, &sharers).await?;
         alone.extend(spare.iter().map(|(_, mine)| mine.clone()));
         let Some(mine) = User::joined(&alone) else { return Ok(()) };

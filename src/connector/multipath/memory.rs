@@ -1,5 +1,7 @@
 //! What multipath remembers of a LUN once it has gone: its lines in `wwids` and `bindings`.
 
+use std::collections::BTreeSet;
+
 use super::{by_uuid, remove};
 use crate::connector::error::Error;
 use crate::connector::scsi::Opens;
@@ -28,15 +30,18 @@ const NO_PATH: &str = "show path none";
 /// How often multipath is told again to forget a LUN that it has written down anew.
 const FORGETS: usize = 4;
 
+/// The LUN of a map, if it is one that could be attached.
+fn wwid_of(uuid: &str) -> Option<Wwid> {
+    uuid.strip_prefix("mpath-")?.parse().ok()
+}
+
 /// Has multipath forget the LUN of a map that was ours, in its own spelling.
 ///
 /// multipathd writes `bindings` from what it has in memory, without a look at the file. Where it did so for another
 /// map just then, before it had noticed that ours is gone from the file, ours is back. It notices before it
 /// answers (its `uxlsnr` thread does both): so it is asked, and what came back meanwhile is removed once more.
 pub(crate) async fn forget(multipathd: &dyn Multipathd, uuid: &str) -> Result<(), Error> {
-    let Some(Ok(wwid)) = uuid.strip_prefix("mpath-").map(str::parse::<Wwid>) else {
-        return Ok(()); // Not a WWID that we could have attached.
-    };
+    let Some(wwid) = wwid_of(uuid) else { return Ok(()) };
     for _ in 0..FORGETS {
         let forgotten = multipathd.forget(&wwid).await.map_err(Error::Multipathd)?;
         if matches!(forgotten, Outcome::Already(())) {
@@ -45,6 +50,16 @@ pub(crate) async fn forget(multipathd: &dyn Multipathd, uuid: &str) -> Result<()
         drain(multipathd).await;
     }
     Ok(())
+}
+
+/// Has multipath forget the LUNs of maps of ours that have gone, while their paths go: what then is left to
+/// [`forget_deleted`], which also tells what does not work.
+pub(crate) async fn forget_ahead(multipathd: &dyn Multipathd, uuids: &BTreeSet<String>) {
+    for wwid in uuids.iter().filter_map(|uuid| wwid_of(uuid)) {
+        if let Err(error) = multipathd.forget(&wwid).await {
+            tracing::debug!(%wwid, %error, "multipath has not forgotten it yet");
+        }
+    }
 }
 
 /// The same once its paths are deleted. A map that multipathd made of them in their last moment goes, too;

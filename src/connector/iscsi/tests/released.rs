@@ -20,6 +20,10 @@ async fn nothing_is_changed_before_the_guest_has_let_go() {
     let early = tokio::time::timeout(ms(60_000), &mut detach).await;
     early.expect_err("the guest has it");
     assert_eq!(san.sim.snapshot(), attached);
+    // Nor does anybody wait for it.
+    let other = san.connector.attach(&request("b", 1, &[2, 3])).await.expect_err("it is taken");
+    assert_eq!(other.reason(), Reason::SourceInUse, "{other}");
+    assert_eq!(san.sim.snapshot(), attached);
 
     release.send_replace(true);
     assert_eq!(detach.await.expect("detached"), Outcome::Done(()));

@@ -1,6 +1,7 @@
 //! Block devices by number: flush, exclusive probe, dm tables.
 
 mod dm;
+mod processes;
 mod real;
 
 use std::io;

@@ -2,7 +2,6 @@
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,12 +12,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nix::dir::Dir;
-use nix::fcntl::{AtFlags, OFlag};
 use nix::libc;
-use nix::sys::stat::{Mode, SFlag, fstatat, mknod};
+use nix::sys::stat::{Mode, SFlag, mknod};
 use tokio::sync::oneshot;
 
+use super::processes::Processes;
 use super::{Blocks, Exclusive, dm};
 use crate::host::workers::Workers;
 use crate::types::DevNum;
@@ -32,7 +30,7 @@ mod ioctls {
 /// Real block devices.
 pub struct RealBlocks {
     opener: Arc<Opener>,
-    proc: PathBuf,
+    processes: Arc<Processes>,
     asked: Arc<Asked>,
     workers: Workers,
     deadline: Duration,
@@ -45,7 +43,7 @@ impl RealBlocks {
     pub fn new(nodes: impl Into<PathBuf>, deadline: Duration) -> Self {
         Self {
             opener: Arc::new(Opener { nodes: nodes.into(), count: AtomicU64::new(0) }),
-            proc: PathBuf::from("/proc"),
+            processes: Arc::new(Processes::of_host()),
             asked: Arc::default(),
             workers: Workers::new("lunplug-block", 64, 2),
             deadline,
@@ -148,14 +146,14 @@ impl Asked {
     }
 
     /// Looks once for all who have asked by now.
-    fn answer(&self, proc: &Path) {
+    fn answer(&self, processes: &Processes) {
         let asked = std::mem::take(&mut *self.lock());
         let devices = asked.iter().flat_map(|(devs, _)| devs);
         let devices: HashSet<u64> = devices.map(|dev| dev.to_dev_t()).collect();
         if devices.is_empty() {
             return;
         }
-        let found = openers(proc, &devices).map_err(|e| (e.kind(), e.to_string()));
+        let found = processes.openers(&devices).map_err(|e| (e.kind(), e.to_string()));
         for (devs, tell) in asked {
             let each = |all: &HashMap<u64, Vec<String>>| {
                 let of = |dev: &DevNum| all.get(&dev.to_dev_t()).cloned().unwrap_or_default();
@@ -165,46 +163,6 @@ impl Asked {
             let _ = tell.send(found.as_ref().map(each).map_err(Clone::clone));
         }
     }
-}
-
-/// Looks at every open descriptor of every process; those that vanish meanwhile are passed over.
-fn openers(proc: &Path, devices: &HashSet<u64>) -> io::Result<HashMap<u64, Vec<String>>> {
-    let mut found: HashMap<u64, Vec<String>> = HashMap::new();
-    let own = std::process::id().to_string();
-    for process in fs::read_dir(proc)? {
-        let process = process?;
-        let pid = process.file_name().to_string_lossy().into_owned();
-        if !pid.bytes().all(|c| c.is_ascii_digit()) || pid == own {
-            continue;
-        }
-        let held = opened(&process.path().join("fd"), devices).unwrap_or_default();
-        if held.is_empty() {
-            continue;
-        }
-        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-        let opener = format!("{}[{pid}]", name.trim_end());
-        for device in held {
-            found.entry(device).or_default().push(opener.clone());
-        }
-    }
-    found.values_mut().for_each(|openers| openers.sort());
-    Ok(found)
-}
-
-/// Those of the devices that a process has open, by its directory of descriptors. Each is asked for from there: the way
-/// through /proc is the most of what a question costs.
-fn opened(descriptors: &Path, devices: &HashSet<u64>) -> nix::Result<HashSet<u64>> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let mut dir = Dir::open(descriptors, flags, Mode::empty())?;
-    let entries = dir.iter().flatten().map(|entry| entry.file_name().to_owned());
-    let names: Vec<CString> = entries.filter(|name| !name.as_bytes().starts_with(b".")).collect();
-    let device = |name: CString| {
-        // Follows the link to the open file itself; opens nothing.
-        let file = fstatat(&dir, name.as_c_str(), AtFlags::empty()).ok()?;
-        let is_block = file.st_mode & libc::S_IFMT == libc::S_IFBLK;
-        (is_block && devices.contains(&file.st_rdev)).then_some(file.st_rdev)
-    };
-    Ok(names.into_iter().filter_map(device).collect())
 }
 
 #[async_trait]
@@ -231,12 +189,12 @@ impl Blocks for RealBlocks {
     }
 
     async fn openers(&self, devs: &[DevNum]) -> io::Result<Vec<Vec<String>>> {
-        let (proc, asked) = (self.proc.clone(), self.asked.clone());
+        let (processes, asked) = (self.processes.clone(), self.asked.clone());
         let told = self.asked.ask(devs);
         let look = async {
             // A key of its own: a device that hangs does not hide who has it open.
             let looked = self.workers.run("proc", self.deadline, move || {
-                asked.answer(&proc);
+                asked.answer(&processes);
                 Ok(())
             });
             looked.await?;
@@ -343,28 +301,13 @@ mod tests {
             .unwrap();
         let expected = format!("sleep[{}]", child.id());
         let openers = blocks.openers(&[dev]).await.unwrap().concat();
+        // However it was told, /proc says the same.
+        let in_proc = Processes::below(Path::new("/proc")).openers(&[dev.to_dev_t()].into());
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(openers, [expected]);
+        assert_eq!(openers, std::slice::from_ref(&expected));
+        assert_eq!(in_proc.unwrap(), [(dev.to_dev_t(), vec![expected])].into());
         assert_eq!(fs::read_dir(dir.path().join("nodes")).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn openers_are_found_in_proc() {
-        let Some(dev) = fs::read_dir("/dev/block").ok().and_then(|d| d.flatten().next()) else {
-            eprintln!("skipped: no block device here");
-            return;
-        };
-        let number: DevNum = dev.file_name().to_string_lossy().parse().unwrap();
-        let proc = tempfile::tempdir().unwrap();
-        let process = proc.path().join("4242");
-        fs::create_dir_all(process.join("fd")).unwrap();
-        fs::write(process.join("comm"), "qemu-system-x86\n").unwrap();
-        std::os::unix::fs::symlink(dev.path(), process.join("fd/9")).unwrap();
-        fs::create_dir_all(proc.path().join("sys/fd")).unwrap();
-        let other = number.to_dev_t() + 1;
-        let found = openers(proc.path(), &[number.to_dev_t(), other].into()).unwrap();
-        assert_eq!(found, [(number.to_dev_t(), vec!["qemu-system-x86[4242]".to_owned()])].into());
     }
 
     #[tokio::test]
@@ -373,11 +316,11 @@ mod tests {
         let asked = Asked::default();
         let devs = [1, 2, 3].map(|minor| DevNum { major: 60, minor });
         let [one, others] = [&devs[..1], &devs[1..]].map(|devs| asked.ask(devs));
-        asked.answer(proc.path());
+        asked.answer(&Processes::below(proc.path()));
         assert_eq!(one.await.unwrap(), Ok(vec![vec![]]));
         assert_eq!(others.await.unwrap(), Ok(vec![vec![], vec![]]));
         let late = asked.ask(&devs);
-        asked.answer(&proc.path().join("absent"));
+        asked.answer(&Processes::below(&proc.path().join("absent")));
         assert_eq!(late.await.unwrap().unwrap_err().0, io::ErrorKind::NotFound);
     }
 }

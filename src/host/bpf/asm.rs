@@ -24,6 +24,8 @@ pub(super) enum Reg {
     R1,
     /// Second argument, clobbered by calls.
     R2,
+    /// Third argument, clobbered by calls.
+    R3,
     /// Kept across calls.
     R6 = 6,
     /// Kept across calls.
@@ -39,7 +41,12 @@ pub(super) enum Reg {
 #[repr(i32)]
 pub(super) enum Helper {
     MapLookupElem = 1,
+    GetCurrentPidTgid = 14,
+    /// Since Linux 5.5.
+    ProbeReadKernel = 113,
     GetCurrentAncestorCgroupId = 123,
+    /// Since Linux 5.7.
+    SeqWrite = 127,
     /// Since Linux 5.18.
     GetRetval = 186,
     /// Since Linux 5.18.
@@ -50,6 +57,8 @@ pub(super) enum Helper {
 pub(super) type Label = &'static str;
 
 const LDX_W: u8 = 0x61;
+const LDX_H: u8 = 0x69;
+const LDX_DW: u8 = 0x79;
 const STX_W: u8 = 0x63;
 const STX_DW: u8 = 0x7b;
 const MOV64_X: u8 = 0xbf;
@@ -60,8 +69,10 @@ const AND32_K: u8 = 0x54;
 const AND32_X: u8 = 0x5c;
 const XOR32_K: u8 = 0xa4;
 const RSH32_K: u8 = 0x74;
+const RSH64_K: u8 = 0x77;
 const JA: u8 = 0x05;
 const JEQ_K: u8 = 0x15;
+const JEQ_X: u8 = 0x1d;
 const JNE_K: u8 = 0x55;
 const JNE32_K: u8 = 0x56;
 const JEQ32_K: u8 = 0x16;
@@ -129,6 +140,18 @@ impl Assembler {
     pub(super) fn shr32_imm(&mut self, dst: Reg, imm: i32) -> &mut Self {
         self.push(RSH32_K, dst as u8, 0, 0, imm)
     }
+    /// dst = dst >> imm
+    pub(super) fn shr_imm(&mut self, dst: Reg, imm: i32) -> &mut Self {
+        self.push(RSH64_K, dst as u8, 0, 0, imm)
+    }
+    /// dst = *(u16 *)(src + off)
+    pub(super) fn load16(&mut self, dst: Reg, src: Reg, off: i16) -> &mut Self {
+        self.push(LDX_H, dst as u8, src as u8, off, 0)
+    }
+    /// dst = *(u64 *)(src + off)
+    pub(super) fn load64(&mut self, dst: Reg, src: Reg, off: i16) -> &mut Self {
+        self.push(LDX_DW, dst as u8, src as u8, off, 0)
+    }
     /// dst = *(u32 *)(src + off)
     pub(super) fn load32(&mut self, dst: Reg, src: Reg, off: i16) -> &mut Self {
         self.push(LDX_W, dst as u8, src as u8, off, 0)
@@ -160,6 +183,11 @@ impl Assembler {
     /// if (dst == imm) goto to
     pub(super) fn if_eq(&mut self, dst: Reg, imm: i32, to: Label) -> &mut Self {
         self.jump(JEQ_K, dst, imm, to)
+    }
+    /// if (dst == src) goto to
+    pub(super) fn if_same(&mut self, dst: Reg, src: Reg, to: Label) -> &mut Self {
+        self.jumps.push((self.insns.len(), to));
+        self.push(JEQ_X, dst as u8, src as u8, 0, 0)
     }
     /// if (dst != imm) goto to
     pub(super) fn if_ne(&mut self, dst: Reg, imm: i32, to: Label) -> &mut Self {

@@ -15,6 +15,8 @@
 //! so that no grant lapses in between.
 
 mod asm;
+mod btf;
+mod openfiles;
 mod program;
 mod root;
 mod sys;
@@ -31,6 +33,7 @@ use async_trait::async_trait;
 use super::blocking::blocking;
 use super::grants::{Access, CgroupRef, Entry, GrantStoreError, OverrideStatus, Overrides};
 use crate::types::{DevNum, Outcome};
+pub use openfiles::{OpenFiles, Opened};
 use program::{ACC_READ, ACC_WRITE, KEY_SIZE, NAME, VALUE_SIZE};
 use root::Root;
 
@@ -164,7 +167,8 @@ impl Shared {
         };
         let insns = program::assemble(map.as_raw_fd())
             .ok_or_else(|| io::Error::other("the device program does not assemble"))?;
-        let prog = sys::prog_load(sys::name(NAME), &insns, c"Apache-2.0").map_err(load_error)?;
+        let prog = sys::prog_load(sys::name(NAME), &insns, c"Apache-2.0", sys::ProgKind::DEVICE)
+            .map_err(load_error)?;
         let info = sys::prog_info(&prog).map_err(io_error("reading the device program's id"))?;
         Ok(Ours { id: info.id, tag: info.tag, prog, map })
     }

@@ -24,10 +24,14 @@ const PROG_GET_FD_BY_ID: libc::c_int = 13;
 const MAP_GET_FD_BY_ID: libc::c_int = 14;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const PROG_QUERY: libc::c_int = 16;
+const LINK_CREATE: libc::c_int = 28;
+const ITER_CREATE: libc::c_int = 33;
 
 const MAP_TYPE_HASH: u32 = 1;
 const PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const PROG_TYPE_TRACING: u32 = 26;
 const ATTACH_CGROUP_DEVICE: u32 = 6;
+const ATTACH_TRACE_ITER: u32 = 28;
 /// Memory for an entry is taken when it is put.
 const F_NO_PREALLOC: u32 = 1;
 const F_ALLOW_MULTI: u32 = 2;
@@ -173,11 +177,36 @@ pub(super) fn map_keys<const K: usize>(map: &OwnedFd) -> io::Result<Vec<Bytes<K>
     Ok(keys.into_iter().collect())
 }
 
-/// Loads a device program. The error comes with the verifier's log.
+/// What a program is for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ProgKind {
+    prog_type: u32,
+    attach_type: u32,
+    /// Of iterators: the id of the kernel's function whose arguments they get.
+    attach_btf_id: u32,
+}
+
+impl ProgKind {
+    /// Says which devices a cgroup may use.
+    pub(super) const DEVICE: Self = Self {
+        prog_type: PROG_TYPE_CGROUP_DEVICE,
+        attach_type: ATTACH_CGROUP_DEVICE,
+        attach_btf_id: 0,
+    };
+
+    /// Is called for each of something, by `function`.
+    pub(super) fn iterator(function: u32) -> Self {
+        let (prog_type, attach_type) = (PROG_TYPE_TRACING, ATTACH_TRACE_ITER);
+        Self { prog_type, attach_type, attach_btf_id: function }
+    }
+}
+
+/// Loads a program. The error comes with the verifier's log.
 pub(super) fn prog_load(
     prog_name: Name,
     insns: &[Insn],
     license: &CStr,
+    kind: ProgKind,
 ) -> Result<OwnedFd, (io::Error, String)> {
     #[repr(C)]
     struct Attr {
@@ -193,9 +222,17 @@ pub(super) fn prog_load(
         prog_name: Name,
         prog_ifindex: u32,
         expected_attach_type: u32,
+        prog_btf_fd: u32,
+        func_info_rec_size: u32,
+        func_info: u64,
+        func_info_cnt: u32,
+        line_info_rec_size: u32,
+        line_info: u64,
+        line_info_cnt: u32,
+        attach_btf_id: u32,
     }
     let mut attr = Attr {
-        prog_type: PROG_TYPE_CGROUP_DEVICE,
+        prog_type: kind.prog_type,
         insn_cnt: u32::try_from(insns.len()).unwrap_or(u32::MAX),
         insns: pointer(insns),
         license: pointer(license),
@@ -206,7 +243,15 @@ pub(super) fn prog_load(
         prog_flags: 0,
         prog_name,
         prog_ifindex: 0,
-        expected_attach_type: ATTACH_CGROUP_DEVICE,
+        expected_attach_type: kind.attach_type,
+        prog_btf_fd: 0,
+        func_info_rec_size: 0,
+        func_info: 0,
+        func_info_cnt: 0,
+        line_info_rec_size: 0,
+        line_info: 0,
+        line_info_cnt: 0,
+        attach_btf_id: kind.attach_btf_id,
     };
     let error = match bpf_fd(PROG_LOAD, &mut attr) {
         Ok(fd) => return Ok(fd),
@@ -224,6 +269,30 @@ pub(super) fn prog_load(
             Err((error, text.unwrap_or_default()))
         }
     }
+}
+
+/// Makes an iterator's program one that can be read from. It goes with the descriptor.
+pub(super) fn iterator_link(prog: &OwnedFd) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        target_fd: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let mut attr =
+        Attr { prog_fd: raw(prog), target_fd: 0, attach_type: ATTACH_TRACE_ITER, flags: 0 };
+    bpf_fd(LINK_CREATE, &mut attr)
+}
+
+/// A file whose reading goes through all of what the iterator is for, once.
+pub(super) fn iterate(link: &OwnedFd) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        link_fd: u32,
+        flags: u32,
+    }
+    bpf_fd(ITER_CREATE, &mut Attr { link_fd: raw(link), flags: 0 })
 }
 
 #[repr(C)]

@@ -30,7 +30,8 @@ fn deny_all() -> OwnedFd {
     let mut asm = Assembler::default();
     asm.mov_imm(Reg::R0, 0).exit();
     let insns = asm.finish().expect("no labels");
-    sys::prog_load(sys::name("test_deny_all"), &insns, c"GPL").expect("a trivial program loads")
+    sys::prog_load(sys::name("test_deny_all"), &insns, c"GPL", sys::ProgKind::DEVICE)
+        .expect("a trivial program loads")
 }
 
 /// A cgroup for the test, removed at its end.
@@ -267,7 +268,12 @@ fn root_another_version_is_replaced_without_losing_grants() {
     let map = map.expect("a map can be made");
     let mut asm = Assembler::default();
     asm.load_map(Reg::R1, map.as_raw_fd()).mov_imm(Reg::R0, 1).exit();
-    let old = sys::prog_load(sys::name(NAME), &asm.finish().expect("no labels"), c"Apache-2.0");
+    let old = sys::prog_load(
+        sys::name(NAME),
+        &asm.finish().expect("no labels"),
+        c"Apache-2.0",
+        sys::ProgKind::DEVICE,
+    );
     let old = old.expect("it loads");
     let root = store.root().and_then(|r| Ok(r.open()?)).expect("the root opens");
     sys::prog_attach(&root, &old).expect("it attaches");

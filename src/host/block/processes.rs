@@ -31,9 +31,9 @@ impl Processes {
         let host = Self { proc: PathBuf::from("/proc"), files: Arc::default() };
         // It takes its time, in which nobody may have asked yet.
         let files = host.files.clone();
-        std::thread::spawn(move || {
-            files.get_or_init(load);
-        });
+        let begin = std::thread::Builder::new().name("lunplug-btf".into());
+        // Without a thread for it, it is loaded for the first who asks.
+        let _ = begin.spawn(move || files.get_or_init(load).is_some());
         host
     }
 
@@ -45,12 +45,8 @@ impl Processes {
 
     /// Who but this process has each of the devices open.
     pub(super) fn openers(&self, devices: &HashSet<u64>) -> io::Result<Openers> {
-        let mut found = match self
-            .files
-            .get_or_init(load)
-            .as_ref()
-            .map(|files| told(files, devices))
-        {
+        let files = self.files.get_or_init(load).as_ref();
+        let mut found = match files.map(|files| told(files, devices)) {
             Some(Ok(found)) => found,
             Some(Err(error)) => {
                 tracing::warn!(%error, "the kernel does not tell of open files: all of /proc is looked at");

@@ -121,10 +121,10 @@ fn system_calls(work: impl FnOnce()) -> u64 {
     total.and_then(|calls| calls.trim().parse().ok()).unwrap_or_else(|| panic!("{table}"))
 }
 
-/// By how much the calls may differ unremarked, in percent: they depend on how many processes the node has, and on how
-/// often who waits is woken.
-const MORE: u64 = 25;
-const LESS: u64 = 40;
+/// By how much the calls may differ unremarked, in percent: they depend on how often who waits is woken, so on how fast the
+/// machine is.
+const MORE: u64 = 40;
+const LESS: u64 = 50;
 
 /// benches/syscalls.toml has what one volume of two paths and a map costs on sessions that are there.
 #[test]

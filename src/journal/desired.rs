@@ -15,6 +15,25 @@ use super::store::Store;
 use crate::spec::{RemoveOptions, Revision, VmSpec, VolumeSpec};
 use crate::types::{Bus, VmId, VolumeKey, VolumeName, Wwid};
 
+/// When a write is on the disk.
+#[derive(Debug, Clone, Copy)]
+enum Durable {
+    /// Once it returns.
+    Now,
+    /// With what is written next, which takes it to the disk before.
+    Later,
+}
+
+impl Durable {
+    /// `synchronous` of a WAL, <https://www.sqlite.org/pragma.html#pragma_synchronous>.
+    fn level(self) -> &'static str {
+        match self {
+            Self::Now => "FULL",
+            Self::Later => "NORMAL",
+        }
+    }
+}
+
 /// A volume as it is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredVolume {
@@ -84,12 +103,25 @@ impl Desired {
         tokio::task::spawn_blocking(move || store.read(work)).await.map_err(|_| Error::Closed)?
     }
 
-    /// Writes on a blocking worker.
+    /// Writes on a blocking worker; it is on the disk then.
     async fn write<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, Error> {
+        self.write_as(Durable::Now, work).await
+    }
+
+    async fn write_as<T: Send + 'static>(
+        &self,
+        durable: Durable,
+        work: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error> + Send + 'static,
+    ) -> Result<T, Error> {
         let store = self.0.clone();
+        let work = move |c: &mut Connection| {
+            // Each says so for itself: what the one before has left is nobody's trouble.
+            c.pragma_update(None, "synchronous", durable.level())?;
+            work(c)
+        };
         tokio::task::spawn_blocking(move || store.write(work)).await.map_err(|_| Error::Closed)?
     }
 
@@ -281,21 +313,22 @@ impl Desired {
         .map(drop)
     }
 
-    /// Forgets a volume, with `unmark_fc` the VM's mark as well. That is not waited for to be on the disk: after a
-    /// loss of power the volume may be there, still being removed, and its removal finds nothing left to do.
-    /// Its identity stays: a LUN that was swapped is
+    /// Forgets a volume, with `unmark_fc` the VM's mark as well. Its identity stays: a LUN that was swapped is
     /// noticed when a volume of that name and source comes back.
+    ///
+    /// That is not waited for to be on the disk: after a loss of power the volume may be there, still being removed,
+    /// and its removal finds nothing left to do.
     pub async fn delete_volume(&self, key: &VolumeKey, unmark_fc: bool) -> Result<(), Error> {
         let (vm, name) = (key.vm.to_string(), key.volume.to_string());
-        let delete = move |c: &mut Connection| {
+        self.write_as(Durable::Later, move |c| {
             let tx = c.transaction()?;
             if unmark_fc {
                 tx.execute("UPDATE vms SET fc_marked = 0 WHERE vm = ?1", [&vm])?;
             }
             tx.execute("DELETE FROM volumes WHERE vm = ?1 AND volume = ?2", params![vm, name])?;
             tx.commit()
-        };
-        self.write(|c| without_sync(c, delete)).await
+        })
+        .await
     }
 
     /// The identity proven at the first attach of this volume from this source.
@@ -392,18 +425,6 @@ fn stored_disk(vm: &str, row: &Row<'_>) -> rusqlite::Result<Result<StoredDisk, E
         Ok((disk, bus)) => Ok(StoredDisk { volume, disk, bus, keeps_place }),
         Err(source) => Err(Error::Damaged { what: format!("volume {vm}/{volume}"), source }),
     })
-}
-
-/// Writes without an fsync: what is written later with one takes it to the disk before (`synchronous` of a WAL,
-/// <https://www.sqlite.org/pragma.html#pragma_synchronous>).
-fn without_sync<T>(
-    connection: &mut Connection,
-    work: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error>,
-) -> Result<T, rusqlite::Error> {
-    connection.pragma_update(None, "synchronous", "NORMAL")?;
-    let written = work(connection);
-    connection.pragma_update(None, "synchronous", "FULL")?;
-    written
 }
 
 fn render<T: serde::Serialize>(value: &T) -> Result<String, Error> {

@@ -21,14 +21,6 @@ use crate::host::sysfs::{View, is_gone};
 use crate::step::Step;
 use crate::types::{DevNum, Wwid};
 
-/// What is read of a device before the guest has let go of it for good, so that it need not be waited for after.
-pub(super) struct Ahead {
-    /// The map above its paths, noted or not.
-    pub(super) map: Option<MapLease>,
-    /// Those of our paths, and of a map of ours, that no program has open. The guest has closed its own before.
-    unopened: BTreeSet<DevNum>,
-}
-
 /// What is known of a device while it goes.
 #[derive(Default)]
 struct Going {
@@ -36,7 +28,7 @@ struct Going {
     maps: BTreeSet<String>,
     /// The paths that were still what they were when its removal began.
     there: BTreeSet<DevNum>,
-    /// See [`Ahead::unopened`].
+    /// What no program had open when the device was about to be flushed.
     unopened: BTreeSet<DevNum>,
 }
 
@@ -47,27 +39,14 @@ impl Going {
 }
 
 impl<T: Transport> Luns<T> {
-    /// Reads what takes long, and changes nothing.
-    pub(super) async fn look_ahead(&self, user: &User) -> Result<Ahead, Error> {
-        let map = match &user.map {
-            Some(map) => Some(map.clone()),
-            None => self.map_above(user).await?,
-        };
-        let made = map.as_ref().is_some_and(|m| m.made);
-        let at = user.attachment.as_ref().map(|a| a.device.dev);
-        let unopened = self.unopened(user, at.filter(|_| made)).await;
-        Ok(Ahead { map, unopened })
-    }
-
-    /// Flushes and removes the map and the paths that are ours.
+    /// Flushes and removes the map, if there is one above them, and the paths, as far as they are ours.
     pub(super) async fn remove_device(
         &self,
         user: &User,
-        ahead: Ahead,
+        map: Option<MapLease>,
         options: DetachOptions<'_>,
     ) -> Result<(), Error> {
         let tracker = &self.doors.tracker;
-        let Ahead { map, unopened } = ahead;
         let made = map.as_ref().is_some_and(|m| m.made);
         let at = user.attachment.as_ref().map(|a| a.device.dev);
         let find_map = async {
@@ -76,7 +55,10 @@ impl<T: Transport> Luns<T> {
                 None => Ok(None),
             }
         };
-        let (map_device, there) = try_join(find_map, self.there(user)).await?;
+        let look = try_join(find_map, self.there(user));
+        // Now, and not before: what the guest had open it has closed, and nothing of its pod can open it any more.
+        let (looked, unopened) = join(look, self.unopened(user, at.filter(|_| made))).await;
+        let (map_device, there) = looked?;
         let mut going = Going { unopened, ..Going::default() };
         match there {
             Ok(there) => {

@@ -222,8 +222,8 @@ impl<T: Transport> Luns<T> {
         let mut user = job.user();
         user.paths.push(path.clone());
         let options = DetachOptions { force: true, ..DetachOptions::default() };
-        let ahead = self.look_ahead(&user).await?;
-        self.remove_device(&user, ahead, options).await
+        let map = self.map_above(&user).await?;
+        self.remove_device(&user, map, options).await
     }
 
     /// multipathd takes a late path into the map by itself; where it does not, it is told of it. Nobody is kept from the

@@ -2,11 +2,10 @@
 
 use super::Luns;
 use super::access::Access;
-use super::detach::Ahead;
 use super::transport::Transport;
 use crate::connector::DetachOptions;
 use crate::connector::error::Error;
-use crate::connector::lease::{Claim, Made as _, User};
+use crate::connector::lease::{Claim, Made as _, MapLease, User};
 use crate::step::Step;
 use crate::types::{Outcome, VolumeKey};
 
@@ -80,21 +79,19 @@ impl<T: Transport> Luns<T> {
             }
         }
         let sharers = self.sharers(owner, user.wwid.as_ref()).await?;
-        if !shared && sharers.is_empty() {
-            let ahead = self.look_ahead(user).await?;
-            options.released_soon().await?;
-            let mut whole = user.clone();
-            self.note_map(&targets[0], &mut whole, &ahead).await?;
-            return self.remove_device(&whole, ahead, options).await;
-        }
         options.released_soon().await?;
+        if !shared && sharers.is_empty() {
+            let map = self.noted_map(&targets[0], user).await?;
+            return self.remove_device(user, map, options).await;
+        }
         self.pass_map(user, &sharers).await?;
         alone.extend(spare.iter().map(|(_, mine)| mine.clone()));
         let Some(mine) = User::joined(&alone) else { return Ok(()) };
         // Out of a map, which goes on with the others' paths; what was given away without one is flushed.
         let attachment = user.attachment.clone().filter(|a| a.device.map.is_none());
         let mine = User { map: None, attachment, ..mine };
-        self.remove_device(&mine, self.look_ahead(&mine).await?, options).await?;
+        let map = self.map_above(&mine).await?;
+        self.remove_device(&mine, map, options).await?;
         for (at, gone) in spare {
             let forget = |user: &mut User| user.paths.retain(|p| !gone.paths.contains(p));
             self.change(owner, at, forget).await?;
@@ -110,19 +107,16 @@ impl<T: Transport> Luns<T> {
         self.leases.leave_map::<T::Made>(&heir.target, &heir.owner, user.map.as_ref()).await
     }
 
-    /// Enters a map that multipathd made above our paths into the lease: once it and they are gone, it
-    /// alone tells a successor what multipath has yet to forget.
-    async fn note_map(
-        &self,
-        first: &Access<T>,
-        user: &mut User,
-        ahead: &Ahead,
-    ) -> Result<(), Error> {
-        let Some(map) = ahead.map.clone().filter(|_| user.map.is_none()) else {
-            return Ok(()); // There is none, or one of its leases has it.
-        };
-        user.map = Some(map.clone());
-        let owner = user.owner.clone();
-        self.change(&owner, first, |user| user.map = Some(map)).await.map(drop)
+    /// The map above a volume's paths. One that multipathd made unseen is entered into the lease: once it and they are
+    /// gone, that alone tells a successor what multipath has yet to forget.
+    async fn noted_map(&self, first: &Access<T>, user: &User) -> Result<Option<MapLease>, Error> {
+        if user.map.is_some() {
+            return Ok(user.map.clone()); // One of its leases has it.
+        }
+        let map = self.map_above(user).await?;
+        if let Some(map) = map.clone() {
+            self.change(&user.owner, first, |user| user.map = Some(map)).await?;
+        }
+        Ok(map)
     }
 }

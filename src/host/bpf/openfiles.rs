@@ -71,13 +71,24 @@ impl OpenFiles {
 
     /// The block devices that any process but this one has open, once for each descriptor.
     pub fn block_devices(&self) -> io::Result<Vec<Opened>> {
-        let mut bytes = Vec::new();
-        File::from(sys::iterate(&self.link)?).read_to_end(&mut bytes)?;
+        let bytes = read_whole(File::from(sys::iterate(&self.link)?))?;
         let (records, rest) = bytes.as_chunks::<RECORD>();
         if !rest.is_empty() {
             return Err(io::Error::other("the kernel told of half an open file"));
         }
         Ok(records.iter().map(Opened::of).collect())
+    }
+}
+
+/// The kernel returns `EAGAIN` where it has gone through a million of files in one read without having anything to tell
+/// (kernel/bpf/bpf_iter.c, `MAX_ITER_OBJECTS`): the next read goes on from there.
+fn read_whole(mut file: impl Read) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    loop {
+        match file.read_to_end(&mut bytes) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            ended => return ended.map(|_| bytes),
+        }
     }
 }
 
@@ -147,6 +158,23 @@ mod tests {
             Ok(files) => drop(files.block_devices().expect("told")),
             Err(error) => eprintln!("skipped: {error}"),
         }
+    }
+
+    #[test]
+    fn a_walk_that_pauses_is_read_to_its_end() {
+        struct Pausing(Vec<io::Result<&'static [u8]>>);
+        impl Read for Pausing {
+            fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+                let part = self.0.pop().unwrap_or(Ok(b""))?;
+                into[..part.len()].copy_from_slice(part);
+                Ok(part.len())
+            }
+        }
+        let again = || Err(io::ErrorKind::WouldBlock.into());
+        let walk = vec![Ok(b"cd".as_slice()), again(), again(), Ok(b"ab".as_slice()), again()];
+        assert_eq!(read_whole(Pausing(walk)).unwrap(), b"abcd");
+        let failing = Pausing(vec![Err(io::ErrorKind::NotFound.into()), again()]);
+        assert_eq!(read_whole(failing).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

@@ -158,6 +158,37 @@ fn a_removal_that_was_taken_on_survives_the_reboot() {
     });
 }
 
+/// A removal's end is not waited for to be on the disk: where the power goes before, the volume is in the store again,
+/// wanted no more.
+#[test]
+fn a_removal_whose_end_was_lost_with_the_power_finds_nothing_to_do() {
+    let world = World::new();
+    world.life(async |daemon| {
+        daemon.add(1, &volume("a", 1)).await;
+        let wanted = world.desired.volumes(&vm(1)).await.unwrap();
+        daemon.remove(1, "a").await;
+        daemon.quiet().await;
+        world.assert_clean("removed");
+        assert!(world.desired.volumes(&vm(1)).await.unwrap().is_empty());
+        world.desired.put_volumes(&vm(1), &wanted, false).await.unwrap();
+        let removal = (wanted[0].spec.name.clone(), PLAIN);
+        world.desired.put_removals(&vm(1), &[removal]).await.unwrap();
+    });
+    world.shut_down();
+    world.boot();
+    world.life(async |daemon| {
+        daemon.gone(1, "a").await;
+        daemon.quiet().await;
+        world.assert_clean("removed once more");
+        assert!(world.desired.volumes(&vm(1)).await.unwrap().is_empty());
+        // Its name and its LUN can be had again.
+        daemon.add(1, &volume("a", 1)).await;
+        daemon.remove(1, "a").await;
+        daemon.quiet().await;
+        world.assert_clean("and added again");
+    });
+}
+
 #[test]
 fn a_removal_that_the_guest_never_answered_survives_the_reboot() {
     let world = World::new();

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::process::{Command, Stdio};
+use std::io::Read;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::node::{Lab, Lun, Story, add, remove, sh, until};
@@ -102,23 +103,52 @@ fn udev_runs_nothing_for_a_path_but_what_tells_its_identity() {
     story.nothing_left();
 }
 
-/// lunplugd's system calls meanwhile, all kinds together.
+/// strace counts lunplugd's system calls until this is dropped, also by a story that fails: it slows lunplugd down many times.
+struct Strace(Child);
+
+impl Strace {
+    #[track_caller]
+    fn begin() -> Self {
+        let pid = sh("systemctl show --property MainPID --value lunplugd").ok().trim().to_owned();
+        let arguments = ["-f", "-c", "-U", "calls,name", "-p", &pid];
+        let mut strace = Command::new("strace");
+        let strace = Self(strace.args(arguments).stderr(Stdio::piped()).spawn().expect("strace"));
+        let own = strace.0.id();
+        let untraced =
+            format!("grep -L 'TracerPid:[[:space:]]*{own}$' /proc/{pid}/task/*/status || true");
+        let all_traced = || sh(&untraced).ok().trim().is_empty();
+        until("strace has attached to each thread", Duration::from_secs(60), all_traced);
+        strace
+    }
+
+    /// So many, all kinds together.
+    #[track_caller]
+    fn end(mut self) -> u64 {
+        self.interrupt();
+        let mut table = String::new();
+        let stderr = self.0.stderr.as_mut().expect("a pipe");
+        stderr.read_to_string(&mut table).expect("text");
+        let total = table.lines().find_map(|line| line.trim().strip_suffix(" total"));
+        total.and_then(|calls| calls.trim().parse().ok()).unwrap_or_else(|| panic!("{table}"))
+    }
+
+    fn interrupt(&self) {
+        sh(&format!("kill -INT {}", self.0.id()));
+    }
+}
+
+impl Drop for Strace {
+    fn drop(&mut self) {
+        self.interrupt();
+        let _ = self.0.wait();
+    }
+}
+
 #[track_caller]
 fn system_calls(work: impl FnOnce()) -> u64 {
-    let pid = sh("systemctl show --property MainPID --value lunplugd").ok().trim().to_owned();
-    let arguments = ["-f", "-c", "-U", "calls,name", "-p", &pid];
-    let mut strace = Command::new("strace");
-    let strace = strace.args(arguments).stderr(Stdio::piped()).spawn().expect("strace");
-    let untraced =
-        format!("grep -L 'TracerPid:[[:space:]]*{}$' /proc/{pid}/task/*/status", strace.id());
-    let all_traced = || sh(&format!("{untraced} || true")).ok().trim().is_empty();
-    until("strace has attached to each thread", Duration::from_secs(60), all_traced);
+    let strace = Strace::begin();
     work();
-    sh(&format!("kill -INT {}", strace.id())).ok();
-    let output = strace.wait_with_output().expect("strace");
-    let table = String::from_utf8(output.stderr).expect("text");
-    let total = table.lines().find_map(|line| line.trim().strip_suffix(" total"));
-    total.and_then(|calls| calls.trim().parse().ok()).unwrap_or_else(|| panic!("{table}"))
+    strace.end()
 }
 
 /// By how much the calls may differ unremarked, in percent: they depend on how often who waits is woken, so on how fast the

@@ -166,6 +166,8 @@ impl Drop for Sidecar {
         let vm = self.vm;
         if std::thread::panicking() {
             println!("{}", sh(&format!("journalctl -u sidecar-{vm} -n 15 -o cat")).stdout);
+            // The guest tells when its agent ends.
+            println!("{}", run("guest", &["console", vm, &format!("default_{vm}")]).stdout);
             let listed = self.ask(&["list", "-o", "json"]).stdout;
             let volumes: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
             for name in volumes.iter().filter_map(|v| v["name"].as_str()) {

@@ -64,8 +64,8 @@ impl Ours {
         Took { host: times[1].last - times[0].first, whole: times[2].last - begin }
     }
 
-    /// Removes volumes in the same way. What is done on the host begins when the guest has let go of the
-    /// last; of several at once that is not all of it.
+    /// Removes volumes in the same way. The host's part begins when the guest has let go of the first; of several at
+    /// once it has the others' in it, as that of an add has.
     pub fn remove(&mut self, luns: &[Lun], vms: usize) -> Took {
         let begin = Instant::now();
         for (at, lun) in luns.iter().enumerate() {
@@ -78,7 +78,7 @@ impl Ours {
             self.runtime.spawn(async move { client.remove_volume(request).await.unwrap() });
         }
         let times = self.wait(luns, &[Phase::UnmountedFromPod, Phase::Gone]);
-        Took { host: times[1].last - times[0].last, whole: times[1].last - begin }
+        Took { host: times[1].last - times[0].first, whole: times[1].last - begin }
     }
 
     fn request(&self, vm: &v1::VmId, lun: &Lun, portals: usize) -> v1::AddVolumeRequest {

@@ -20,16 +20,12 @@ pub fn tell(measured: &Measured) {
     let (host, whole) = limits(case);
     let mut lines = Vec::new();
     for what in ["attach", "detach"] {
-        let floor = of(&measured.floor, case, what);
-        let ours = of(&measured.ours, case, what);
-        let peer = measured.peer.as_ref().map(|peer| of(peer, case, what));
+        let (floor, ours) = (of(&measured.floor, what), of(&measured.ours, what));
+        let peer = measured.peer.as_ref().map(|peer| of(peer, what));
         lines.push(compare(case, what, host, &floor, &ours, peer.as_ref()));
     }
     for what in ["whole attach", "whole detach"] {
-        if case.at_once > 1 && what == "whole detach" {
-            continue;
-        }
-        let (floor, ours) = (of(&measured.floor, case, what), of(&measured.ours, case, what));
+        let (floor, ours) = (of(&measured.floor, what), of(&measured.ours, what));
         lines.push(compare(case, what, whole, &floor, &ours, None));
     }
     for_people(&lines);
@@ -91,12 +87,11 @@ struct Figures<'a> {
     programs: usize,
 }
 
-/// Of several at once the host's part of a detach cannot be told from the guest's: it is the whole.
-fn of<'a>(series: &'a Series, case: &Case, what: &str) -> Figures<'a> {
+fn of<'a>(series: &'a Series, what: &str) -> Figures<'a> {
     let (attach, detach) = series.programs;
     match what {
         "attach" => Figures { samples: &series.attach, programs: attach },
-        "detach" if case.at_once == 1 => Figures { samples: &series.detach, programs: detach },
+        "detach" => Figures { samples: &series.detach, programs: detach },
         "whole attach" => Figures { samples: &series.whole_attach, programs: attach },
         _ => Figures { samples: &series.whole_detach, programs: detach },
     }

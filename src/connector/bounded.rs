@@ -140,6 +140,10 @@ impl Blocks for BoundedBlocks {
     async fn flush(&self, dev: DevNum) -> io::Result<()> {
         within(self.flush, || format!("flushing {dev}"), self.door.flush(dev)).await
     }
+    async fn flush_unclaimed(&self, dev: DevNum) -> io::Result<Exclusive> {
+        let flush = self.door.flush_unclaimed(dev);
+        within(self.flush, || format!("flushing {dev}"), flush).await
+    }
     async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive> {
         within(self.probe, || format!("opening {dev}"), self.door.exclusive(dev)).await
     }

@@ -250,6 +250,8 @@ pub(crate) enum Opens {
     Unknown,
     /// That there are none: somebody has asked, in the same step.
     None,
+    /// And that nobody has claimed it.
+    Unheld,
 }
 
 /// Whoever holds a disk: what is stacked on it, or has it open or claimed. `ours` are names (of a
@@ -261,6 +263,9 @@ pub(crate) async fn holder(
     ours: &[String],
     opens: Opens,
 ) -> Result<Option<String>, Error> {
+    if opens == Opens::Unheld {
+        return Ok(None);
+    }
     if opens == Opens::Unknown {
         if let Some(name) = stacked(&*doors.sysfs, block_dir, ours).await? {
             return Ok(Some(name));

@@ -27,6 +27,9 @@ pub trait Blocks: Send + Sync {
     /// Writes out what the host's page cache has of it and drops that (fsync, `BLKFLSBUF`).
     async fn flush(&self, dev: DevNum) -> io::Result<()>;
 
+    /// The same by an exclusive open, which shows that nobody has claimed it: what is held is left alone.
+    async fn flush_unclaimed(&self, dev: DevNum) -> io::Result<Exclusive>;
+
     /// Tries an exclusive open (O_EXCL) and closes it again.
     async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive>;
 

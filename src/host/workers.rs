@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 use super::keyed::Keyed;
 
-type Job = Box<dyn FnOnce() + Send>;
+pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
 /// A bounded pool of detached threads.
 #[derive(Clone)]
@@ -26,7 +26,8 @@ pub(crate) struct Workers {
     stuck: Arc<AtomicU64>,
 }
 
-struct Pool {
+/// Detached threads that take jobs in their order, and stay for a while when there are none.
+pub(crate) struct Pool {
     name: &'static str,
     max_threads: usize,
     state: Mutex<State>,
@@ -51,12 +52,7 @@ impl Workers {
     /// A pool of at most `max_threads`, of which one key may have `per_key`.
     pub(crate) fn new(name: &'static str, max_threads: usize, per_key: usize) -> Self {
         Self {
-            pool: Arc::new(Pool {
-                name,
-                max_threads,
-                state: Mutex::default(),
-                wake: Condvar::new(),
-            }),
+            pool: Pool::new(name, max_threads),
             keys: Arc::default(),
             per_key,
             stuck: Arc::default(),
@@ -112,7 +108,13 @@ impl Workers {
 }
 
 impl Pool {
-    fn submit(self: &Arc<Self>, job: Job) -> io::Result<()> {
+    /// Threads of that name, at most so many.
+    pub(crate) fn new(name: &'static str, max_threads: usize) -> Arc<Self> {
+        Arc::new(Self { name, max_threads, state: Mutex::default(), wake: Condvar::new() })
+    }
+
+    /// Has a thread do it: at once, unless all of them are busy; an error where there is none and none can be had.
+    pub(crate) fn submit(self: &Arc<Self>, job: Job) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.jobs.push_back(job);
         if state.idle < state.jobs.len() && state.threads < self.max_threads {

@@ -29,6 +29,7 @@ mod expand;
 mod fc;
 mod limits;
 mod look;
+mod mailbox;
 mod moving;
 mod removals;
 mod requests;
@@ -137,9 +138,10 @@ pub(super) struct Actor {
 }
 
 impl Actor {
-    pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Message>) {
+    pub(super) async fn run(mut self, messages: mpsc::Receiver<Message>) {
         self.take_up();
-        while let Some(message) = mailbox.recv().await {
+        let mut mailbox = mailbox::Mailbox::new(messages);
+        while let Some(message) = mailbox.next().await {
             // Ended tasks are only collected here; they have reported by message.
             while self.tasks.try_join_next().is_some() {}
             match message {

@@ -139,7 +139,6 @@ async fn may_go(ways: &Ways, name: &VolumeName, spec: &VolumeSpec) -> Result<Vec
         Usage::Unproven(why) => {
             let message = format!("nobody can say whether the guest uses volume {name}: {why}");
             if ways.settings().allow_unproven {
-                tracing::warn!(volume = %name, why, "removing a disk that the guest may be using");
                 return Ok(vec![message]);
             }
             Err(Refusal::new(Reason::GuestUnproven, message))

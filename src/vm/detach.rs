@@ -7,7 +7,7 @@
 //! the pod's part. That there is no disk is asked again once grant and
 //! node are gone: an attach that was given up on, also by a daemon that was killed since, may have come
 //! to the guest in between; from then on none can ([`domain::confirm_gone`]). Each effect is struck from the journal after it
-//! was undone, so that a crash repeats one step at most, and each step finds itself done.
+//! was undone, grant and node together, so that a crash repeats little, and each step finds itself done.
 
 use futures_util::future::try_join;
 use tokio::sync::watch;
@@ -81,7 +81,8 @@ async fn effects_of(
     volume: &VolumeSpec,
     attached: bool,
 ) -> Result<Effects, Failure> {
-    let mut effects = match ways.effects.get(key).await? {
+    let stored = ways.effects.get(key).await?;
+    let mut effects = match stored.clone() {
         Some(effects) => incoming::taken_over(ways, key, effects).await?,
         None => {
             let mut effects = begin(ways, key, volume).await?;
@@ -95,7 +96,9 @@ async fn effects_of(
         effects.disk.get_or_insert(disk);
     }
     // From here on a successor knows it too.
-    ways.effects.put(key, &effects).await?;
+    if stored.as_ref() != Some(&effects) {
+        ways.effects.put(key, &effects).await?;
+    }
     Ok(effects)
 }
 
@@ -295,6 +298,9 @@ async fn grant(ways: &Ways, key: &VolumeKey, effects: &mut Effects) -> Result<()
     let Some(record) = &effects.grant else { return Ok(()) };
     ways.host.grants.revoke(record).await?;
     effects.grant = None;
+    if effects.node.is_some() {
+        return Ok(()); // It is struck with the node, which goes next.
+    }
     strike(ways, key, effects, Step::Revoke).await
 }
 

@@ -25,7 +25,7 @@ use crate::connector::{Connector, Touched};
 use crate::devnode::DevNodes;
 use crate::domain;
 use crate::host::libvirt::{
-    Connection, Definition, DomainEvent, DomainEvents, DomainState, Hypervisor, Lifecycle,
+    Connection, Definition, DomainEvent, DomainEvents, DomainState, Hypervisor, Lifecycle, Shared,
 };
 use crate::host::pods::PodDoors;
 use crate::host::secrets::Secrets;
@@ -200,6 +200,7 @@ impl Ways {
         let endpoint = self.host.pods.dirs.pin(&found).await;
         let endpoint = endpoint.map_err(discover::DiscoverError::Socket)?;
         let connection = self.host.hypervisor.connect(&endpoint, self.settings().libvirt).await?;
+        let connection: Arc<dyn Connection> = Arc::new(Shared::new(connection, &endpoint.name));
         *link = Some(connection.clone());
         self.linked.send_replace(Some(Arc::downgrade(&connection)));
         Ok(connection)

@@ -1,6 +1,6 @@
 //! The device goes: flush, map, paths.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::future::{join, join_all, try_join};
 use tokio::time::Instant;
@@ -28,14 +28,27 @@ struct Going {
     maps: BTreeSet<String>,
     /// The paths that were still what they were when its removal began.
     there: BTreeSet<DevNum>,
-    /// What no program had open when the device was about to be flushed.
-    unopened: BTreeSet<DevNum>,
+    /// What is known of who has them open.
+    opens: BTreeMap<DevNum, Opens>,
 }
 
 impl Going {
     fn opens(&self, dev: DevNum) -> Opens {
-        if self.unopened.contains(&dev) { Opens::None } else { Opens::Unknown }
+        self.opens.get(&dev).copied().unwrap_or(Opens::Unknown)
     }
+}
+
+/// What came of a flush.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flushed {
+    /// It was written out, and nobody had claimed it.
+    Unclaimed,
+    /// Somebody has claimed it.
+    Held,
+    /// It is gone.
+    NotThere,
+    /// It failed, which is to be no obstacle.
+    GivenUp,
 }
 
 impl<T: Transport> Luns<T> {
@@ -59,7 +72,8 @@ impl<T: Transport> Luns<T> {
         // Now, and not before: what the guest had open it has closed, and nothing of its pod can open it any more.
         let (looked, unopened) = join(look, self.unopened(user, at.filter(|_| made))).await;
         let (map_device, there) = looked?;
-        let mut going = Going { unopened, ..Going::default() };
+        let opens = unopened.into_iter().map(|dev| (dev, Opens::None)).collect();
+        let mut going = Going { opens, ..Going::default() };
         match there {
             Ok(there) => {
                 going.there = there;
@@ -129,6 +143,13 @@ impl<T: Transport> Luns<T> {
         options: DetachOptions<'_>,
         going: &mut Going,
     ) -> Result<(), Error> {
+        if let Some(map) = map.filter(|map| made && !map.slaves.is_empty())
+            && going.opens(map.dev) == Opens::None
+            && !options.force
+            && self.flush_unclaimed(map.dev, options, going).await? == Flushed::Unclaimed
+        {
+            return Ok(());
+        }
         match map {
             // It was disarmed before: its paths are gone, and all that was to be written is.
             Some(map) if made && map.slaves.is_empty() => {
@@ -141,7 +162,7 @@ impl<T: Transport> Luns<T> {
                         self.disarm(user, map, options, going).await?;
                         return Err(held);
                     }
-                    going.unopened.insert(map.dev);
+                    going.opens.insert(map.dev, Opens::None);
                 }
                 if made && options.force {
                     if !self.has_live_path(map).await {
@@ -219,11 +240,18 @@ impl<T: Transport> Luns<T> {
         let there: Vec<_> = seen.filter(|(_, seen)| going.there.contains(&seen.dev)).collect();
         let is_unopened = |seen: &Seen| going.opens(seen.dev) == Opens::None;
         if there.iter().all(|(path, seen)| path.made && is_unopened(seen)) {
-            // Whether something on this host has claimed them is asked once they are about to be deleted.
-            for (path, seen) in there {
-                self.flush_path(user, path, seen, options).await?;
+            // What was never given away has nothing of anybody's to be written out.
+            let mut held = false;
+            for (path, seen) in there.into_iter().filter(|_| user.attachment.is_some()) {
+                match self.flush_unclaimed(seen.dev, options, going).await? {
+                    Flushed::Unclaimed | Flushed::GivenUp => {}
+                    Flushed::NotThere => self.tell_dead(path, seen, options).await?,
+                    Flushed::Held => held = true,
+                }
             }
-            return Ok(());
+            if !held {
+                return Ok(());
+            }
         }
         for path in &user.paths {
             let Some(seen) = &path.seen else { continue };
@@ -240,7 +268,7 @@ impl<T: Transport> Luns<T> {
                     return Err(held);
                 }
                 free?;
-                going.unopened.insert(seen.dev);
+                going.opens.insert(seen.dev, Opens::None);
             }
             self.flush_path(user, path, seen, options).await?;
         }
@@ -295,6 +323,28 @@ impl<T: Transport> Luns<T> {
         }
     }
 
+    /// Writes out what nobody on this host has claimed.
+    async fn flush_unclaimed(
+        &self,
+        dev: DevNum,
+        options: DetachOptions<'_>,
+        going: &mut Going,
+    ) -> Result<Flushed, Error> {
+        match self.doors.blocks.flush_unclaimed(dev).await {
+            Ok(Exclusive::Free) => {
+                going.opens.insert(dev, Opens::Unheld);
+                Ok(Flushed::Unclaimed)
+            }
+            Ok(Exclusive::Held) => Ok(Flushed::Held),
+            Err(e) if is_gone(&e) => Ok(Flushed::NotThere),
+            Err(error) if options.force => {
+                options.gave_up(flush_lost(dev, &error));
+                Ok(Flushed::GivenUp)
+            }
+            Err(source) => Err(Error::Flush { dev, source }),
+        }
+    }
+
     /// Deletes our paths, those that are still what they were and that nobody holds; their addresses are
     /// nobody's then. One after the other they are taken out of maps, so that the last one of somebody's map is
     /// found to be so; the kernel's part, which takes the longest, goes side by side.
@@ -323,9 +373,13 @@ impl<T: Transport> Luns<T> {
     ) -> Result<Vec<(&'u PathLease, Option<Seen>)>, Error> {
         let made = user.paths.iter().filter(|p| p.made);
         let known = made.clone().map(|path| Some((path.dir.clone(), path.seen.clone()?)));
-        let unopened = |(_, seen): &(String, Seen)| going.opens(seen.dev) == Opens::None;
+        let unopened = |(_, seen): &(String, Seen)| going.opens(seen.dev) != Opens::Unknown;
         let known: Option<Vec<_>> = known.map(|path| path.filter(unopened)).collect();
         let Some(known) = known.filter(|known| !known.is_empty()) else { return Ok(Vec::new()) };
+        let unheld = |seen: &Seen| going.opens(seen.dev) == Opens::Unheld;
+        if known.iter().all(|(_, seen)| unheld(seen) && going.there.contains(&seen.dev)) {
+            return Ok(made.zip(known.into_iter().map(|(_, seen)| Some(seen))).collect());
+        }
         let first = known[0].0.clone();
         let look = move |view: &View<'_>| {
             let mut free = Vec::with_capacity(known.len());
@@ -413,7 +467,7 @@ impl<T: Transport> Luns<T> {
                 return Err(Error::DeviceHeld { device, holder });
             }
             // Time has passed.
-            going.unopened.remove(&seen.dev);
+            going.opens.remove(&seen.dev);
         }
     }
 

@@ -74,6 +74,15 @@ impl Opener {
         }
     }
 
+    /// Opens it exclusively; `None` where somebody else has claimed it.
+    fn claim(&self, dev: DevNum) -> io::Result<Option<File>> {
+        match self.open(dev, libc::O_EXCL) {
+            Ok(claimed) => Ok(Some(claimed)),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
     fn by_node(&self, dev: DevNum, flags: libc::c_int) -> io::Result<File> {
         match fs::DirBuilder::new().mode(0o700).create(&self.nodes) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
@@ -173,12 +182,20 @@ impl Blocks for RealBlocks {
         self.workers.run(&dev.to_string(), self.deadline, call).await
     }
 
+    async fn flush_unclaimed(&self, dev: DevNum) -> io::Result<Exclusive> {
+        let opener = self.opener.clone();
+        let call = move || match opener.claim(dev)? {
+            Some(claimed) => flush(&claimed).map(|()| Exclusive::Free),
+            None => Ok(Exclusive::Held),
+        };
+        self.workers.run(&dev.to_string(), self.deadline, call).await
+    }
+
     async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive> {
         let opener = self.opener.clone();
-        let call = move || match opener.open(dev, libc::O_EXCL) {
-            Ok(_) => Ok(Exclusive::Free),
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(Exclusive::Held),
-            Err(e) => Err(e),
+        let call = move || {
+            let claimed = opener.claim(dev)?;
+            Ok(claimed.map_or(Exclusive::Held, |_| Exclusive::Free))
         };
         self.workers.run(&dev.to_string(), self.deadline, call).await
     }

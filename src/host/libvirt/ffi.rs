@@ -12,6 +12,7 @@ use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
 
+use super::domains::Domains;
 use super::events::{DomainEvent, EventSender, Lifecycle};
 use super::{IoThread, Job};
 use crate::types::IoLimits;
@@ -44,6 +45,7 @@ pub(super) fn start_event_loop() -> Result<(), String> {
 /// What the callbacks need: shared with libvirt, one reference for each registration.
 struct Listener {
     events: EventSender,
+    domains: Arc<Domains>,
     alive: Arc<AtomicBool>,
 }
 
@@ -51,6 +53,7 @@ struct Listener {
 /// only ever on a thread that may.
 pub(super) struct Handle {
     connect: Connect,
+    domains: Arc<Domains>,
     callbacks: Vec<c_int>,
     closing: bool,
 }
@@ -69,8 +72,9 @@ impl Handle {
             // dead peer is noticed by the deadlines.
             let _ = connect.set_keep_alive(5, 3);
         }
-        let listener = Arc::new(Listener { events, alive });
-        let mut handle = Self { connect, callbacks: Vec::new(), closing: false };
+        let domains = Arc::<Domains>::default();
+        let listener = Arc::new(Listener { events, domains: Arc::clone(&domains), alive });
+        let mut handle = Self { connect, domains, callbacks: Vec::new(), closing: false };
         handle.register_close(&listener);
         handle.register(sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle_callback(), &listener)?;
         for (id, callback) in [
@@ -86,6 +90,15 @@ impl Handle {
     /// The connection for safe calls.
     pub(super) fn connect(&self) -> &Connect {
         &self.connect
+    }
+
+    /// Does something with the domain of that name.
+    pub(super) fn with_domain<T>(
+        &self,
+        name: &str,
+        work: impl Fn(&Domain) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.domains.with(&self.connect, name, work)
     }
 
     fn register(
@@ -151,6 +164,7 @@ impl Drop for Handle {
                 sys::virConnectUnregisterCloseCallback(self.connect.as_ptr(), Some(on_close))
             };
         }
+        self.domains.clear();
     }
 }
 
@@ -299,6 +313,9 @@ unsafe fn tell(opaque: *mut c_void, domain: sys::virDomainPtr, event: DomainEven
         (!name.is_null()).then(|| CStr::from_ptr(name).to_string_lossy())
     };
     if let Some(name) = name {
+        if let DomainEvent::Lifecycle(_) = event {
+            listener.domains.forget(&name);
+        }
         listener.events.send(&name, event);
     }
 }

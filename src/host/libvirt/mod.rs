@@ -19,11 +19,13 @@
 //!
 //! All that libvirt needs of `unsafe` is in `ffi`.
 
+mod domains;
 mod error;
 mod events;
 mod ffi;
 mod inflight;
 mod real;
+mod shared;
 mod workers;
 
 use std::fmt;
@@ -40,6 +42,7 @@ pub use error::LibvirtError;
 pub use events::{DomainEvent, DomainEvents, EventSender, Lifecycle};
 pub(in crate::host) use inflight::{Flight, InFlight};
 pub use real::RealHypervisor;
+pub use shared::Shared;
 
 /// Which of libvirt's two instances answers at a socket: this decides the path of the URI. The
 /// daemon refuses a client that asks for the other, so this is what is tried first.

@@ -12,11 +12,12 @@ use virt::enumutil::Enum;
 use virt::sys;
 
 use super::ffi::{self, Handle};
-use super::workers::Workers;
+use super::workers::{self, Workers};
 use super::{
     Affect, Calls, Connection, Definition, DomainEvents, DomainInfo, DomainState, Endpoint,
     EventSender, Hypervisor, InFlight, Instance, IoThread, LibvirtError, Medium, Socket, Version,
 };
+use crate::host::workers::Pool;
 use crate::types::IoLimits;
 
 /// How many calls of one connection run at once. libvirt has one modifying job a domain at a time,
@@ -36,10 +37,16 @@ pub(super) fn client_is_sound() -> bool {
 }
 
 /// libvirt as it is on this host.
-#[derive(Debug, Default)]
 pub struct RealHypervisor {
     in_flight: InFlight,
+    threads: Arc<Pool>,
     stuck: Arc<AtomicUsize>,
+}
+
+impl Default for RealHypervisor {
+    fn default() -> Self {
+        Self { in_flight: InFlight::default(), threads: workers::threads(), stuck: Arc::default() }
+    }
 }
 
 #[async_trait]
@@ -52,7 +59,8 @@ impl Hypervisor for RealHypervisor {
         let name: Arc<str> = endpoint.name.as_str().into();
         let sound = client_is_sound();
         let places = if sound { PLACES } else { 1 };
-        let workers = Workers::new(&name, places, Arc::clone(&self.stuck));
+        let threads = Arc::clone(&self.threads);
+        let workers = Workers::new(&name, threads, places, Arc::clone(&self.stuck));
         let events = EventSender::default();
         let alive = Arc::new(AtomicBool::new(true));
         let handle = {
@@ -203,13 +211,10 @@ impl RealConnection {
         call: &'static str,
         domain: &str,
         deadline: Duration,
-        work: impl FnOnce(&Domain) -> Result<T, virt::error::Error> + Send + 'static,
+        work: impl Fn(&Domain) -> Result<T, virt::error::Error> + Send + 'static,
     ) -> Result<T, LibvirtError> {
         let domain = domain.to_owned();
-        self.with_connect(call, deadline, move |handle| {
-            work(&handle.connect().lookup_domain_by_name(&domain)?)
-        })
-        .await
+        self.with_connect(call, deadline, move |handle| handle.with_domain(&domain, work)).await
     }
 }
 
@@ -301,7 +306,7 @@ impl Connection for RealConnection {
         let xml = xml.to_owned();
         let flight = self.in_flight.attach(&self.name, domain, device);
         self.with_domain("attach", domain, deadline, move |d| {
-            let _flight = flight;
+            let _flight = &flight;
             d.attach_device_flags(&xml, flags(affect))
         })
         .await
@@ -319,7 +324,7 @@ impl Connection for RealConnection {
             message: format!("an alias cannot hold NUL: {alias:?}"),
         })?;
         self.with_domain("detach", domain, deadline, move |d| {
-            let _flight = flight;
+            let _flight = &flight;
             ffi::detach_alias(d, &alias, flags(affect))
         })
         .await
@@ -345,7 +350,7 @@ impl Connection for RealConnection {
             Medium::Insert | Medium::Eject => 0,
         };
         self.with_domain("update", domain, deadline, move |d| {
-            let _flight = flight;
+            let _flight = &flight;
             d.update_device_flags(&xml, flags(Affect::LIVE) | force)
         })
         .await
@@ -411,7 +416,7 @@ impl Connection for RealConnection {
             IoThread::Remove => ("iothreaddel", self.in_flight.detach(&self.name, domain, device)),
         };
         self.with_domain(call, domain, deadline, move |d| {
-            let _flight = flight;
+            let _flight = &flight;
             ffi::io_thread(d, id, how, flags(affect))
         })
         .await

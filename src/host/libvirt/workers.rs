@@ -8,14 +8,21 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use super::LibvirtError;
+use crate::host::workers::Pool;
 
-/// A bounded number of threads for one connection.
+/// Threads for the calls of all connections. What bounds them is that each connection has few places.
+pub(super) fn threads() -> Arc<Pool> {
+    Pool::new("lunplug-libvirt", usize::MAX)
+}
+
+/// A bounded number of threads at a time for one connection.
 ///
 /// Not the runtime's own blocking pool: that is waited for when the runtime ends, and a stuck call
 /// would hold up the end of the process.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Workers {
     endpoint: Arc<str>,
+    threads: Arc<Pool>,
     places: Arc<Semaphore>,
     stuck: Stuck,
 }
@@ -55,9 +62,15 @@ impl Drop for Call {
 
 impl Workers {
     /// `all` counts what is stuck at this connection and others.
-    pub(super) fn new(endpoint: &str, places: usize, all: Arc<AtomicUsize>) -> Self {
+    pub(super) fn new(
+        endpoint: &str,
+        threads: Arc<Pool>,
+        places: usize,
+        all: Arc<AtomicUsize>,
+    ) -> Self {
         Self {
             endpoint: endpoint.into(),
+            threads,
             places: Arc::new(Semaphore::new(places)),
             stuck: Stuck { here: Arc::default(), all },
         }
@@ -67,7 +80,7 @@ impl Workers {
         self.stuck.here.load(Ordering::Acquire)
     }
 
-    /// Runs `work` on a thread of its own. When `deadline` passes first, the thread is left to
+    /// Runs `work` on a thread that does nothing else meanwhile. When `deadline` passes first, the thread is left to
     /// itself and keeps its place until the call returns, whatever it then returns.
     pub(super) async fn run<T: Send + 'static>(
         &self,
@@ -89,15 +102,14 @@ impl Workers {
         let (sender, receiver) = oneshot::channel();
         let abandoned = Arc::new(std::sync::atomic::AtomicBool::new(false));
         let running = Call { stuck: self.stuck.clone(), abandoned: Arc::clone(&abandoned) };
-        std::thread::Builder::new()
-            .name(format!("libvirt-{call}"))
-            .spawn(move || {
+        self.threads
+            .submit(Box::new(move || {
                 let result = work();
                 drop(running);
                 drop(place);
                 // The caller may have given up.
                 let _ = sender.send(result);
-            })
+            }))
             .map_err(|e| LibvirtError::Other { code: 0, message: format!("no thread: {e}") })?;
         // Also runs when the caller drops this future: then, too, the call is abandoned.
         let guard = Abandon { stuck: &self.stuck, abandoned: &abandoned };
@@ -134,7 +146,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stuck_call_is_left_behind_and_counted() {
-        let workers = Workers::new("here", 2, Arc::default());
+        let workers = Workers::new("here", threads(), 2, Arc::default());
         let (release, held) = mpsc::channel::<()>();
         let (done, returned) = mpsc::channel::<()>();
         let stuck = workers
@@ -161,7 +173,7 @@ mod tests {
 
     #[tokio::test]
     async fn when_all_places_are_stuck_a_call_fails_and_says_so() {
-        let workers = Workers::new("here", 1, Arc::default());
+        let workers = Workers::new("here", threads(), 1, Arc::default());
         let (release, held) = mpsc::channel::<()>();
         let _ = workers
             .run("attach", Duration::from_millis(20), move || {
@@ -176,7 +188,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_an_error() {
-        let workers = Workers::new("here", 1, Arc::default());
+        let workers = Workers::new("here", threads(), 1, Arc::default());
         let result: Result<(), _> =
             workers.run("xml", Duration::from_secs(30), || panic!("on purpose")).await;
         assert!(matches!(result, Err(LibvirtError::Other { .. })));

@@ -169,7 +169,11 @@ impl Actor {
         let Taken { key, options, gave_up, asker } = taken;
         let name = &key.volume;
         let Some(volume) = self.volumes.get_mut(name) else { return };
-        info!(volume = %name, force = options.force, ?gave_up, "volume wanted no more");
+        if gave_up.is_empty() {
+            info!(volume = %name, force = options.force, "volume wanted no more");
+        } else {
+            warn!(volume = %name, force = options.force, ?gave_up, "volume wanted no more");
+        }
         self.tools.board.gave_up(&key, &gave_up);
         volume.removing = Some(options);
         volume.attempts = 0;

@@ -303,6 +303,13 @@ impl Blocks for SimStorage {
         .await
     }
 
+    async fn flush_unclaimed(&self, dev: DevNum) -> io::Result<Exclusive> {
+        match self.exclusive(dev).await? {
+            Exclusive::Free => self.flush(dev).await.map(|()| Exclusive::Free),
+            Exclusive::Held => Ok(Exclusive::Held),
+        }
+    }
+
     async fn exclusive(&self, dev: DevNum) -> io::Result<Exclusive> {
         self.pass("blocks.exclusive", &dev.to_string()).await?;
         let world = self.world();

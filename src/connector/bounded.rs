@@ -198,8 +198,8 @@ impl IscsiDb for BoundedIscsiDb {
     async fn records(&self, target: &Iqn) -> io::Result<Vec<Record>> {
         within(self.1, || format!("reading the records of {target}"), self.0.records(target)).await
     }
-    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
-        let call = self.0.remove_corrupt(target, record);
+    async fn remove(&self, target: &Iqn, record: &Record) -> io::Result<()> {
+        let call = self.0.remove(target, record);
         within(self.1, || format!("removing a record of {target}"), call).await
     }
     async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()> {

@@ -42,8 +42,9 @@ pub enum DbLockState {
 }
 
 /// The door to the database's directory (`/etc/iscsi/nodes` on Debian, `/var/lib/iscsi/nodes`
-/// elsewhere). Node records are made and removed by iscsiadm; of what is in them only credentials are
-/// written here, for iscsiadm takes them by its arguments alone, where everybody sees them. Iface records,
+/// elsewhere). Node records are made by iscsiadm, which knows the node's defaults; of what is in them only
+/// credentials are written here, for iscsiadm takes them by its arguments alone, where everybody sees them. They are removed
+/// here, each by itself: iscsiadm would take a program, and others' along that have no portal group. Iface records,
 /// which people write by hand, are written whole: by iscsiadm they would take two programs, and be the
 /// node's own initiator in between.
 #[async_trait]
@@ -51,9 +52,10 @@ pub trait IscsiDb: Send + Sync {
     /// The records of a target, in the order of their portals.
     async fn records(&self, target: &Iqn) -> io::Result<Vec<Record>>;
 
-    /// Removes a corrupt record's file, which iscsiadm itself may refuse to touch. A record that
-    /// is not corrupt is left: `InvalidInput`.
-    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()>;
+    /// Removes a record that nobody is logged in by, and the links to it; also a corrupt one, which iscsiadm
+    /// may refuse to touch. One that is whole by now, or corrupt, though it was not is left: `InvalidInput`. None there is fine;
+    /// a database that is locked is `WouldBlock`.
+    async fn remove(&self, target: &Iqn, record: &Record) -> io::Result<()>;
 
     /// Writes credentials into the record of a target by an iface at a portal, whose file is its owner's
     /// alone from then on. No such record is `NotFound`, a corrupt one `InvalidData`, and a database

@@ -28,10 +28,10 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{OFlag, open, readlinkat};
 use nix::sys::stat::Mode;
 
 pub(crate) use root::{Entry, Pinned, Root};
@@ -131,10 +131,26 @@ struct Found {
     pid: i32,
     /// Its directory in /proc: once it has ended nothing can be opened there, whoever has its number.
     dir: OwnedFd,
+    /// Its descriptor of the socket, in there.
+    descriptor: PathBuf,
     /// Its root is ours.
     ours: bool,
     /// Its root is neither ours nor the host's.
     contained: bool,
+}
+
+impl Found {
+    /// Whether it still has that socket. As long as it does nobody else can have the socket's name, so the list of all
+    /// sockets, which is long on a node with many pods, need not be read.
+    fn serves(&self) -> bool {
+        let link = readlinkat(&self.dir, &self.descriptor);
+        link.is_ok_and(|link| *link == *socket_link(self.inode))
+    }
+}
+
+/// What a descriptor of a socket shows itself to be.
+fn socket_link(inode: u64) -> String {
+    format!("socket:[{inode}]")
 }
 
 impl Default for Places {
@@ -148,14 +164,14 @@ impl Places {
     pub(crate) fn of(&self, service: Service) -> Result<Place, PlaceError> {
         let io = |source| PlaceError::Io { service, source };
         let mut known = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        let inode = self.socket(service).map_err(io)?;
-        if let Some(found) = known.get(&service).filter(|f| Some(f.inode) == inode) {
+        if let Some(found) = known.get(&service).filter(|found| found.serves()) {
             match self.place(found) {
                 Ok(place) => return Ok(place),
                 Err(e) if is_gone(&e) => {}
                 Err(e) => return Err(io(e)),
             }
         }
+        let inode = self.socket(service).map_err(io)?;
         let holder = inode.map(|inode| self.holder(service, inode)).transpose()?.flatten();
         match holder {
             Some(found) => {
@@ -218,16 +234,16 @@ impl Places {
     /// Who holds a socket: the daemon itself rather than who has opened it for it.
     fn holder(&self, service: Service, inode: u64) -> Result<Option<Found>, PlaceError> {
         let io = |source| PlaceError::Io { service, source };
-        let link = format!("socket:[{inode}]");
+        let link = socket_link(inode);
         for pid in self.candidates(service).map_err(io)? {
             match self.examine(pid, &link) {
                 Ok(None) => {}
-                Ok(Some((dir, who))) => {
+                Ok(Some((dir, descriptor, who))) => {
                     if !who.trusted {
                         let Who { uid, comm, .. } = who;
                         return Err(PlaceError::Untrusted { service, pid, uid, comm });
                     }
-                    return self.found(inode, pid, dir).map(Some).map_err(io);
+                    return self.found(inode, pid, dir, descriptor).map(Some).map_err(io);
                 }
                 // It has ended meanwhile, or is not ours to look at.
                 Err(e) if is_gone(&e) || e.kind() == io::ErrorKind::PermissionDenied => {}
@@ -237,11 +253,11 @@ impl Places {
         Ok(None)
     }
 
-    fn found(&self, inode: u64, pid: i32, dir: OwnedFd) -> io::Result<Found> {
+    fn found(&self, inode: u64, pid: i32, dir: OwnedFd, descriptor: PathBuf) -> io::Result<Found> {
         let root = Root::open(pid, &dir)?;
         let ours = root.is_ours();
         let contained = !ours && !matches!(self.host(), Place::Other(host) if root.is_same(&host));
-        Ok(Found { inode, pid, dir, ours, contained })
+        Ok(Found { inode, pid, dir, descriptor, ours, contained })
     }
 
     /// All processes: first those of the daemon's name, then the host's init, then the rest.
@@ -264,16 +280,15 @@ impl Places {
         Ok(all.into_iter().map(|(_, pid)| pid).collect())
     }
 
-    /// A process, if it has that file open.
-    fn examine(&self, pid: i32, link: &str) -> io::Result<Option<(OwnedFd, Who)>> {
+    /// A process, if it has that file open, and by which descriptor in its directory.
+    fn examine(&self, pid: i32, link: &str) -> io::Result<Option<(OwnedFd, PathBuf, Who)>> {
         let dir = self.directory(pid)?;
         let at = super::poddir::proc_path(&dir);
         let mut fds = fs::read_dir(at.join("fd"))?.flatten();
-        if !fds.any(|fd| fs::read_link(fd.path()).is_ok_and(|l| l.as_os_str() == link)) {
-            return Ok(None);
-        }
+        let found = fds.find(|fd| fs::read_link(fd.path()).is_ok_and(|l| l.as_os_str() == link));
+        let Some(found) = found else { return Ok(None) };
         let who = Who::read(&at)?;
-        Ok(Some((dir, who)))
+        Ok(Some((dir, Path::new("fd").join(found.file_name()), who)))
     }
 }
 

@@ -14,6 +14,7 @@ use std::io;
 use zeroize::Zeroizing;
 
 use super::login::Made;
+use super::noderecords::is_by;
 use super::session::Session;
 use super::{Inner, Job};
 use crate::connector::error::Error;
@@ -57,7 +58,11 @@ impl Inner {
         let stale = |p: &&Portal| ours.contains(p) && made.chap.contains(p);
         for &portal in need.iter().filter(stale).filter(|_| job.with.chap.is_none()) {
             if !missing.contains(&portal) {
-                self.iscsiadm(target).delete_record(Some(portal)).await?;
+                for record in self.known_records(target).await? {
+                    if record.portal == portal && is_by(&record, target) {
+                        self.remove_record(target, &record).await?;
+                    }
+                }
                 missing.push(portal);
             }
             let forget = |made: &mut Made| made.chap.remove(&portal);

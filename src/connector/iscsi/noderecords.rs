@@ -216,40 +216,32 @@ impl Inner {
         found.map_err(Error::io(format!("reading the records of {target}")))
     }
 
-    pub(super) async fn remove_corrupt(
-        &self,
-        target: &Nexus,
-        record: &Record,
-    ) -> Result<(), Error> {
+    /// Removes a damaged record.
+    async fn remove_corrupt(&self, target: &Nexus, record: &Record) -> Result<(), Error> {
         tracing::warn!(%target, portal = %record.portal, "removing a damaged node record");
-        let doing = || format!("removing a damaged record of {target}");
-        let unlocked = self.iscsiadm(target).unlocked().await;
-        unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
-        let removed = self.doors.iscsidb.remove_corrupt(target.target(), record).await;
+        self.remove_record(target, record).await
+    }
+
+    /// Removes a record of ours that nobody is logged in by, whatever state it is in.
+    pub(super) async fn remove_record(&self, target: &Nexus, record: &Record) -> Result<(), Error> {
+        let doing = || format!("removing a record of {target}");
+        let db = &self.doors.iscsidb;
+        let mut removed = db.remove(target.target(), record).await;
+        if removed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
+            let unlocked = self.iscsiadm(target).unlocked().await;
+            unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
+            removed = db.remove(target.target(), record).await;
+        }
         removed.map_err(|source| match source.kind() {
             // Locked again, in this very moment.
             io::ErrorKind::WouldBlock => Error::Io { doing: doing(), source },
-            _ if is_place_error(&source) => Error::Io { doing: doing(), source },
+            _ if is_place_error(&source) || !record.corrupt => Error::Io { doing: doing(), source },
             _ => Error::RecordCorrupt {
                 target: target.to_string(),
                 portal: record.portal.to_string(),
                 source,
             },
         })
-    }
-
-    /// Removes a record of ours, whatever state it is in. Not while iscsiadm would meet another's.
-    pub(super) async fn delete_record(&self, target: &Nexus, record: &Record) -> Result<(), Error> {
-        if record.corrupt {
-            return self.remove_corrupt(target, record).await;
-        }
-        let found = self.known_records(target).await?;
-        let before =
-            |r: &&Record| r.portal == record.portal && r.group.is_none() && r.iface != record.iface;
-        match found.iter().find(before) {
-            Some(other) => Err(untagged(target, other)),
-            None => self.iscsiadm(target).delete_record(Some(record.portal)).await,
-        }
     }
 }
 

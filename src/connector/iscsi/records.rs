@@ -88,12 +88,6 @@ impl Iscsiadm<'_> {
         self.expect(out, &[], || format!("writing the records of {}", self.target))
     }
 
-    /// Removes the record at `portal`, or every record of the target; none there is fine (21).
-    pub(crate) async fn delete_record(&self, portal: Option<Portal>) -> Result<(), Error> {
-        let out = self.node(portal, &["-o", "delete"]).await?;
-        self.expect(out, &[21], || format!("removing the record of {}", self.at(portal)))
-    }
-
     /// Asks iscsid to log out at `portal`, or at every portal of the target; `false` when it does not know the session (2, 21) or has
     /// no connection of it (32), as for a moment after it was started anew.
     pub(crate) async fn logout(&self, portal: Option<Portal>) -> Result<bool, Error> {

@@ -43,57 +43,66 @@ impl Inner {
         if unwanted.is_empty() {
             return Ok(false);
         }
-        if self.settle_target(target, &unwanted, &made).await? {
+        let records = self.known_records(target).await?;
+        if self.settle_target(target, &unwanted, &made, &sessions, &records).await? {
             return Ok(true);
         }
-        let mut changed = false;
+        let (mut changed, mut seen) = (false, Some(sessions));
         for portal in unwanted {
-            changed |= self.settle_portal(target, portal, &made).await?;
+            let sessions = match seen.take() {
+                Some(sessions) => sessions,
+                // Time has passed.
+                None => session::of_target(&*self.doors.sysfs, target.target()).await?,
+            };
+            changed |= self.settle_portal(target, portal, &made, &sessions, &records).await?;
         }
         Ok(changed)
     }
 
-    /// Ends by two programs what would take two a portal, where all that iscsiadm knows of the target is
-    /// ours and unwanted: without a portal it means every session and every record of the target.
-    /// `false` when that is not so, or not all of it went: then each portal is seen to.
+    /// Ends several sessions by one program, where all that open-iscsi knows of the target is ours and unwanted: without a
+    /// portal iscsiadm means every session of the target. `false` when that is not so, or not all of them went: then each
+    /// portal is seen to.
     async fn settle_target(
         &self,
         target: &Nexus,
         unwanted: &[Portal],
         made: &Made,
+        sessions: &[Session],
+        records: &[Record],
     ) -> Result<bool, Error> {
-        let records = self.known_records(target).await?;
         let is_ours = |r: &Record| {
             is_by(r, target) && unwanted.contains(&r.portal) && made.records.contains(&r.portal)
         };
         if records.len() < 2 || !records.iter().all(|r| !r.corrupt && is_ours(r)) {
             return Ok(false);
         }
-        let sysfs = &*self.doors.sysfs;
-        let sessions = session::of_target(sysfs, target.target()).await?;
-        for session in &sessions {
+        for session in sessions {
             let ours =
                 session.up && made.has(target, session) && unwanted.contains(&session.portal);
-            if !ours || !session::devices(sysfs, session).await?.is_empty() {
+            if !ours || !session::devices(&*self.doors.sysfs, session).await?.is_empty() {
                 return Ok(false);
             }
         }
-        for record in &records {
+        for record in records {
             let up = sessions.iter().any(|s| s.portal == record.portal);
             if !up && self.login_goes_on(target, record.portal).await {
                 return Ok(false);
             }
         }
-        if sessions.len() > 1 {
-            self.doors.tracker.run(Step::Logout, self.log_out(target, None, &sessions)).await?;
-        }
-        if !session::of_target(sysfs, target.target()).await?.is_empty() {
+        let left = match sessions.len() {
+            0 => Vec::new(),
+            1 => return Ok(false),
+            _ => {
+                let log_out = self.log_out(target, None, sessions);
+                self.doors.tracker.run(Step::Logout, log_out).await?
+            }
+        };
+        if !left.is_empty() {
             return Ok(false);
         }
-        let iscsiadm = self.iscsiadm(target);
-        self.doors.tracker.run(Step::DeleteRecord, iscsiadm.delete_record(None)).await?;
-        if !self.known_records(target).await?.is_empty() {
-            return Ok(false);
+        for record in records {
+            let remove = self.remove_record(target, record);
+            self.doors.tracker.run(Step::DeleteRecord, remove).await?;
         }
         let forget = |made: &mut Made| {
             made.sessions.retain(|portal, _| !unwanted.contains(portal));
@@ -109,87 +118,75 @@ impl Inner {
         target: &Nexus,
         portal: Portal,
         made: &Made,
+        sessions: &[Session],
+        records: &[Record],
     ) -> Result<bool, Error> {
-        let sysfs = &*self.doors.sysfs;
-        let at_portal = async || -> Result<Vec<Session>, Error> {
-            let all = session::of_target(sysfs, target.target()).await?;
-            Ok(all.into_iter().filter(|s| s.portal == portal).collect())
-        };
-        let sessions = at_portal().await?;
-        let by_it = sessions.iter().find(|s| s.is_by(target));
+        let is_its = |s: &&Session| s.portal == portal && s.is_by(target);
+        let by_it = sessions.iter().find(is_its);
         if by_it.is_none_or(|s| !s.up) && self.login_goes_on(target, portal).await {
             return Ok(false); // The login's own end sees to it.
         }
-        let mut changed = false;
-        let ours = match by_it {
-            Some(session) => made.has(target, session) || self.is_orphan(target, session).await?,
-            None => false,
-        };
-        if let Some(session) = by_it.filter(|_| ours) {
-            let left = session::devices(sysfs, session).await?;
+        let (mut changed, mut is_used) = (false, by_it.is_some());
+        let is_ours = |s: &&Session| made.has(target, s) || is_orphan(s, records);
+        if let Some(session) = by_it.filter(is_ours) {
+            let left = session::devices(&*self.doors.sysfs, session).await?;
             if !left.is_empty() {
                 tracing::info!(%target, %portal, device = %left[0], "the session stays: it has devices");
                 return Ok(false);
             }
             let logout = self.log_out(target, Some(portal), std::slice::from_ref(session));
-            self.doors.tracker.run(Step::Logout, logout).await?;
-            changed = true;
+            let left = self.doors.tracker.run(Step::Logout, logout).await?;
+            (changed, is_used) = (true, left.iter().any(|s| is_its(&s)));
         }
-        if made.sessions.contains_key(&portal) {
-            let forget = |made: &mut Made| made.sessions.remove(&portal);
-            self.leases.update_made(target.as_str(), forget).await?;
+        let mut removed = Ok(false);
+        if made.records.contains(&portal) && !is_used {
+            let record = records.iter().find(|r| r.portal == portal && is_by(r, target));
+            removed = match record {
+                Some(record) => {
+                    let remove = self.remove_record(target, record);
+                    self.doors.tracker.run(Step::DeleteRecord, remove).await.map(|()| true)
+                }
+                None => Ok(true),
+            };
+            changed |= record.is_some();
         }
-        if made.records.contains(&portal) && at_portal().await?.iter().all(|s| !s.is_by(target)) {
-            if let Some(record) = self.record(target, portal).await? {
-                let delete = self.delete_record(target, &record);
-                self.doors.tracker.run(Step::DeleteRecord, delete).await?;
-                changed = true;
-            }
+        let is_gone = matches!(removed, Ok(true));
+        if is_gone || made.sessions.contains_key(&portal) {
             let forget = |made: &mut Made| {
-                made.chap.remove(&portal);
-                made.records.remove(&portal)
+                made.sessions.remove(&portal);
+                if is_gone {
+                    made.chap.remove(&portal);
+                    made.records.remove(&portal);
+                }
             };
             self.leases.update_made(target.as_str(), forget).await?;
         }
-        Ok(changed)
+        removed.map(|_| changed)
     }
 
-    /// Whether it is of a login of ours that iscsid carried out after it was given up and undone: it
-    /// bears our mark, and has no record. iscsiadm removes no record of a session that is there.
-    async fn is_orphan(&self, target: &Nexus, session: &Session) -> Result<bool, Error> {
-        if !session.marked {
-            return Ok(false);
-        }
-        let records = self.known_records(target).await?;
-        Ok(!records.iter().any(|r| r.portal == session.portal && r.iface == session.iface))
-    }
-
-    /// The record that we could have made at a portal.
-    async fn record(&self, target: &Nexus, portal: Portal) -> Result<Option<Record>, Error> {
-        let mut all = self.known_records(target).await?.into_iter();
-        Ok(all.find(|r| r.portal == portal && is_by(r, target)))
-    }
-
-    /// Logs out at a portal, or of the whole target, and waits until these sessions are gone.
+    /// Logs out at a portal, or of the whole target, and waits until these sessions are gone; returns those that are left.
     async fn log_out(
         &self,
         target: &Nexus,
         portal: Option<Portal>,
         sessions: &[Session],
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<Session>, Error> {
         let end = Instant::now() + ms(self.settings.command_ms);
         loop {
             let within = ms(self.settings.command_ms);
             let mut wait = Wait::about(&*self.doors.uevents, About::Sessions, within);
             let taken = self.iscsiadm(target).logout(portal).await?;
             let until = if taken { end } else { end.min(Instant::now() + LOGOUT_AGAIN) };
-            while self.is_logged_in(target, sessions).await? {
-                if Instant::now() >= until || !wait.next_before(until).await {
+            loop {
+                let all = session::of_target(&*self.doors.sysfs, target.target()).await?;
+                if !all.iter().any(|s| sessions.iter().any(|gone| gone.sid == s.sid)) {
+                    return Ok(all);
+                }
+                if Instant::now() >= until {
                     break;
                 }
-            }
-            if !self.is_logged_in(target, sessions).await? {
-                return Ok(());
+                // Whether there was an event or not, they are looked at once more.
+                wait.next_before(until).await;
             }
             if Instant::now() >= end {
                 return Err(Error::Tool {
@@ -204,11 +201,6 @@ impl Inner {
         }
     }
 
-    async fn is_logged_in(&self, target: &Nexus, sessions: &[Session]) -> Result<bool, Error> {
-        let all = session::of_target(&*self.doors.sysfs, target.target()).await?;
-        Ok(all.iter().any(|s| sessions.iter().any(|gone| gone.sid == s.sid)))
-    }
-
     /// Whether a login at that portal goes on, here or in another process.
     async fn login_goes_on(&self, target: &Nexus, portal: Portal) -> bool {
         if self.state.get(target, portal).is_some() {
@@ -217,4 +209,11 @@ impl Inner {
         let name = login_lock(target, portal);
         self.doors.rundir.lock(&name, Duration::ZERO).await.is_err()
     }
+}
+
+/// Whether a session is of a login of ours that iscsid carried out after it was given up and undone: it
+/// bears our mark, and has no record.
+fn is_orphan(session: &Session, records: &[Record]) -> bool {
+    session.marked
+        && !records.iter().any(|r| r.portal == session.portal && r.iface == session.iface)
 }

@@ -34,6 +34,9 @@ const MAX_RECORD: u64 = 1 << 20;
 /// The database's lock; the same in all distributions (`LOCK_DIR` in usr/idbm.h).
 const LOCKS: &str = "/run/lock/iscsi";
 
+/// The directories with links to node records (`*_CONFIG_DIR` in usr/idbm.h).
+const LINKING: [&str; 4] = ["send_targets", "static", "isns", "fw"];
+
 /// The real database.
 pub struct RealIscsiDb {
     whose: Whose,
@@ -54,6 +57,8 @@ enum Whose {
 struct Dirs {
     nodes: Pinned,
     discovery: Pinned,
+    /// Those with links to node records.
+    linking: Vec<Pinned>,
     ifaces: Pinned,
     locks: Pinned,
 }
@@ -105,6 +110,7 @@ impl Whose {
                 return Ok(Dirs {
                     nodes: Pinned::ours(nodes),
                     discovery: Pinned::ours(base.join("send_targets")),
+                    linking: LINKING.iter().map(|name| Pinned::ours(base.join(name))).collect(),
                     ifaces: Pinned::ours(base.join("ifaces")),
                     locks: Pinned::ours(locks),
                 });
@@ -129,6 +135,10 @@ impl Whose {
         Ok(Dirs {
             nodes: pin(&format!("{base}/nodes"))?,
             discovery: pin(&format!("{base}/send_targets"))?,
+            linking: LINKING
+                .iter()
+                .map(|name| pin(&format!("{base}/{name}")))
+                .collect::<io::Result<_>>()?,
             ifaces: pin(&format!("{base}/ifaces"))?,
             locks: pin(LOCKS)?,
         })
@@ -262,26 +272,46 @@ fn rewrite(path: &Path, change: impl FnOnce(&str) -> Zeroizing<String>) -> io::R
     file.write_all(text.as_bytes())
 }
 
-fn remove_corrupt(nodes: &Path, locks: &Path, target: &Iqn, record: &Record) -> io::Result<()> {
+fn remove(at: &Dirs, target: &Iqn, record: &Record) -> io::Result<()> {
     // While iscsiadm writes a record it is empty for a moment, and not corrupt.
-    let _lock = lock::Held::take(locks)?;
+    let _lock = lock::Held::take(&at.locks.path)?;
+    let nodes = &at.nodes.path;
     for found in find(nodes, target)? {
         if (found.record.portal, &found.record.iface) != (record.portal, &record.iface) {
             continue;
         }
-        if !found.record.corrupt {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{} is a whole record; iscsiadm removes it", found.file.display()),
-            ));
+        if found.record.corrupt != record.corrupt {
+            let (file, is) =
+                (found.file.display(), if record.corrupt { "whole" } else { "corrupt" });
+            let message = format!("{file} is {is} by now");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        if let Some(dir) =
+            found.file.parent().and_then(Path::file_name).filter(|_| found.record.group.is_some())
+        {
+            unlink(&at.linking, &format!("{target},{},{}", dir.to_string_lossy(), record.iface))?;
         }
         fs::remove_file(&found.file)?;
         // The directories go when they are empty; one that is not stays.
-        for dir in found.file.ancestors().skip(1).take_while(|d| *d != nodes) {
+        for dir in found.file.ancestors().skip(1).take_while(|d| d != nodes) {
             if fs::remove_dir(dir).is_err() {
                 break;
             }
         }
+    }
+    Ok(())
+}
+
+/// Removes the links to a record: `IQN,ADDRESS,PORT,TPGT,IFACE`, where each way to make records keeps its own, or in a
+/// directory of the portal that was asked there (usr/idbm.c, `setup_disc_to_node_link`). One without a tag has none.
+fn unlink(linking: &[Pinned], name: &str) -> io::Result<()> {
+    let mut dirs: Vec<PathBuf> = linking.iter().map(|dir| dir.path.clone()).collect();
+    for dir in linking {
+        let portals = entries(&dir.path)?.into_iter().map(|(_, path)| path);
+        dirs.extend(portals.filter(|path| path.is_dir() && !path.is_symlink()));
+    }
+    for link in dirs.iter().map(|dir| dir.join(name)).filter(|link| link.is_symlink()) {
+        fs::remove_file(link)?;
     }
     Ok(())
 }
@@ -294,11 +324,9 @@ impl IscsiDb for RealIscsiDb {
         self.run("nodes", move |at| Ok(records(find(&at.nodes.path, &target)?))).await
     }
 
-    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
+    async fn remove(&self, target: &Iqn, record: &Record) -> io::Result<()> {
         let (target, record) = (target.clone(), record.clone());
-        let call =
-            move |at: &Dirs| remove_corrupt(&at.nodes.path, &at.locks.path, &target, &record);
-        self.run("nodes", call).await
+        self.run("nodes", move |at: &Dirs| remove(at, &target, &record)).await
     }
 
     async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()> {

@@ -40,22 +40,54 @@ async fn both_layouts_are_read_and_corrupt_records_known() {
             "[fd00::1]:3261 default true"
         ]
     );
-    let whole = db.remove_corrupt(&target, &records[0]).await.unwrap_err();
-    assert_eq!(whole.kind(), io::ErrorKind::InvalidInput);
-    // A record that was repaired since it was read is not touched.
+    // A record that was repaired since it was read is not touched, nor one that was damaged.
     let lie = Record { corrupt: true, ..records[2].clone() };
-    assert!(db.remove_corrupt(&target, &lie).await.is_err());
-    db.remove_corrupt(&target, &records[1]).await.unwrap();
-    db.remove_corrupt(&target, &records[1]).await.unwrap();
-    db.remove_corrupt(&target, &records[3]).await.unwrap();
+    let whole = db.remove(&target, &lie).await.unwrap_err();
+    assert_eq!(whole.kind(), io::ErrorKind::InvalidInput);
+    let lie = Record { corrupt: false, ..records[1].clone() };
+    assert!(db.remove(&target, &lie).await.is_err());
+    assert_eq!(db.records(&target).await.unwrap(), records);
+    db.remove(&target, &records[1]).await.unwrap();
+    db.remove(&target, &records[1]).await.unwrap();
+    db.remove(&target, &records[3]).await.unwrap();
     assert_eq!(db.records(&target).await.unwrap().len(), 2);
     assert!(!locks.path().join("lock.write").exists(), "the database is unlocked again");
     assert_eq!(db.look_at_lock().await.unwrap(), DbLockState::Free);
     fs::write(locks.path().join("lock.write"), "").unwrap();
-    let locked = db.remove_corrupt(&target, &records[0]).await.unwrap_err();
+    let locked = db.remove(&target, &records[0]).await.unwrap_err();
     assert_eq!(locked.kind(), io::ErrorKind::WouldBlock);
     assert!(!dir.path().join(IQN).join("fd00::1,3261,-1").exists());
     assert!(dir.path().join(IQN).join("127.0.0.3,3260,1").exists());
+}
+
+#[tokio::test]
+async fn a_record_goes_with_the_links_to_it_and_leaves_those_of_others() {
+    let (base, locks) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let nodes = base.path().join("nodes");
+    let whole = format!("node.name = {IQN}\n");
+    put(&nodes, "127.0.0.2,3260,1/default", &whole);
+    put(&nodes, "127.0.0.2,3260,1/eth1", &whole);
+    let portal = nodes.join(IQN).join("127.0.0.2,3260,1");
+    let link = |dir: &str, iface: &str| {
+        let dir = base.path().join(dir);
+        fs::create_dir_all(&dir).unwrap();
+        let link = dir.join(format!("{IQN},127.0.0.2,3260,1,{iface}"));
+        std::os::unix::fs::symlink(&portal, &link).unwrap();
+        link
+    };
+    let its = ["static", "send_targets/127.0.0.9,3260", "isns"].map(|dir| link(dir, "default"));
+    let others = ["static", "send_targets/127.0.0.9,3260"].map(|dir| link(dir, "eth1"));
+    let db = RealIscsiDb::new(&nodes).with_locks(locks.path());
+    let target: Iqn = IQN.parse().unwrap();
+    let records = db.records(&target).await.unwrap();
+    assert_eq!(records[0].iface, "default");
+    db.remove(&target, &records[0]).await.unwrap();
+    assert_eq!(db.records(&target).await.unwrap(), records[1..]);
+    assert!(its.iter().all(|link| !link.is_symlink()));
+    assert!(others.iter().all(|link| link.is_symlink() && link.exists()));
+    db.remove(&target, &records[1]).await.unwrap();
+    assert!(others.iter().all(|link| !link.is_symlink()));
+    assert!(nodes.exists() && !nodes.join(IQN).exists(), "empty directories go");
 }
 
 #[tokio::test]
@@ -155,7 +187,7 @@ async fn the_records_are_those_of_whoever_serves() {
     fs::write(&lock, "").unwrap();
     assert_eq!(db.look_at_lock().await.unwrap(), DbLockState::Held(Vec::new()));
     fs::remove_file(&lock).unwrap();
-    db.remove_corrupt(&target, &records[0]).await.unwrap();
+    db.remove(&target, &records[0]).await.unwrap();
     assert!(db.records(&target).await.unwrap().is_empty());
     let secret = crate::types::SecretText::from("secret".to_owned());
     let chap = Chap::new("u".into(), secret, String::new(), Default::default()).unwrap();

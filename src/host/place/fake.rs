@@ -58,6 +58,11 @@ impl Proc {
         }
     }
 
+    /// It closes a socket.
+    pub(crate) fn closes(&self, pid: i32, inode: u64) {
+        fs::remove_file(self.0.path().join(format!("{pid}/fd/{inode}"))).unwrap();
+    }
+
     pub(crate) fn ends(&self, pid: i32) {
         fs::remove_dir_all(self.0.path().join(pid.to_string())).unwrap();
     }

@@ -58,6 +58,7 @@ fn from_a_container_the_hosts_are_used() {
     assert_eq!(whose(&places).unwrap(), Some(1), "where it would be started");
     proc.listens(&[70]);
     assert_eq!(whose(&places).unwrap(), Some(1));
+    proc.closes(1, 70);
     proc.runs(40, "iscsid", &host, IN_FULL, &[71]);
     proc.listens(&[71]);
     assert_eq!(whose(&places).unwrap(), Some(40));
@@ -112,4 +113,19 @@ fn a_stranger_with_the_sockets_name_is_refused() {
     proc.listens(&[80]);
     let refused = whose(&proc.places()).unwrap_err();
     assert!(matches!(refused, PlaceError::Untrusted { pid: 50, uid: 0, .. }), "{refused}");
+}
+
+#[test]
+fn who_has_let_go_of_the_socket_is_not_asked_any_more() {
+    let proc = Proc::new();
+    let places = proc.places();
+    let image = proc.root("image", &["iscsiadm"]);
+    proc.runs(1, "systemd", Path::new("/"), IN_FULL, &[80]);
+    proc.listens(&[80]);
+    assert_eq!(whose(&places).unwrap(), None, "the socket is systemd's");
+    // Its unit is stopped, and a container has the name now; systemd lives on.
+    proc.closes(1, 80);
+    proc.runs(50, "iscsid", &image, IN_FULL, &[81]);
+    proc.listens(&[81]);
+    assert_eq!(whose(&places).unwrap(), Some(50));
 }

@@ -25,7 +25,7 @@ impl IscsiDb for SimStorage {
             .collect())
     }
 
-    async fn remove_corrupt(&self, target: &Iqn, record: &Record) -> io::Result<()> {
+    async fn remove(&self, target: &Iqn, record: &Record) -> io::Result<()> {
         self.pass("iscsidb.remove", target.as_str()).await?;
         self.iscsid_place()?;
         let key = (target.clone(), record.portal, record.iface.clone());
@@ -34,7 +34,9 @@ impl IscsiDb for SimStorage {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         match world.records.get(&key) {
-            Some(found) if !found.corrupt => Err(io::ErrorKind::InvalidInput.into()),
+            Some(found) if found.corrupt != record.corrupt => {
+                Err(io::ErrorKind::InvalidInput.into())
+            }
             _ => {
                 world.records.remove(&key);
                 Ok(())

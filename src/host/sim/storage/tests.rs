@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::*;
 use crate::host::block::{Blocks, Exclusive};
 use crate::host::cmd::{CmdError, Commands, Output};
-use crate::host::iscsidb::IscsiDb;
+use crate::host::iscsidb::{IscsiDb, Record};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::sim::{Fault, FaultAction};
 use crate::host::sysfs::{Guard, Guarded, Sysfs};
@@ -375,15 +375,19 @@ async fn a_write_that_hangs_times_out_and_one_that_stalls_is_done_late() {
 }
 
 #[tokio::test]
-async fn records_are_read_and_only_corrupt_ones_removed() {
+async fn records_are_read_and_removed_as_they_were_seen() {
     let sim = sim();
     sim.add_record(&iqn(), portal(A), "default");
     sim.corrupt_record(&iqn(), portal(B), "default");
     let records = sim.records(&iqn()).await.unwrap();
     assert_eq!(records.iter().map(|r| r.corrupt).collect::<Vec<_>>(), [false, true]);
-    assert!(sim.remove_corrupt(&iqn(), &records[0]).await.is_err());
-    sim.remove_corrupt(&iqn(), &records[1]).await.unwrap();
-    assert_eq!(sim.records(&iqn()).await.unwrap().len(), 1);
+    let lie = Record { corrupt: true, ..records[0].clone() };
+    assert!(IscsiDb::remove(&sim, &iqn(), &lie).await.is_err());
+    assert_eq!(sim.records(&iqn()).await.unwrap().len(), 2);
+    for record in &records {
+        IscsiDb::remove(&sim, &iqn(), record).await.unwrap();
+    }
+    assert!(sim.records(&iqn()).await.unwrap().is_empty());
 }
 
 #[tokio::test(start_paused = true)]

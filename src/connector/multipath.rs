@@ -219,9 +219,19 @@ pub(crate) async fn remove(
     at: Option<DevNum>,
     opens: Opens,
 ) -> Result<Outcome, Error> {
-    let Some(map) = by_uuid(doors, uuid, at).await? else {
-        return Ok(Outcome::Already(()));
-    };
+    match by_uuid(doors, uuid, at).await? {
+        Some(map) => remove_found(doors, settings, &map, opens).await,
+        None => Ok(Outcome::Already(())),
+    }
+}
+
+/// The same of a map that was just found.
+pub(crate) async fn remove_found(
+    doors: &StorageDoors,
+    settings: &Settings,
+    map: &Map,
+    opens: Opens,
+) -> Result<Outcome, Error> {
     let held = scsi::await_free(doors, settings, &map.dir(), map.dev, &[], opens).await?;
     if let Some(holder) = held {
         return Err(Error::DeviceHeld { device: format!("{} ({})", map.kernel, map.name), holder });
@@ -230,7 +240,9 @@ pub(crate) async fn remove(
     // udev has a new map open for a moment: a refusal is worth another try, for as long as holders
     // may need to let go.
     let patience = Instant::now() + ms(settings.holders_ms);
-    let mut refused = delete(doors, settings, &map).await?;
+    // What nobody holds and was flushed has nothing in its queue.
+    let queues = opens != Opens::Unheld;
+    let mut refused = delete(doors, settings, map, queues).await?;
     loop {
         // `del map` may answer that it is delayed: sysfs is the truth.
         match by_number(&*doors.sysfs, map.dev).await? {
@@ -246,23 +258,27 @@ pub(crate) async fn remove(
             });
         }
         if refused.is_some() {
-            refused = delete(doors, settings, &map).await?;
+            refused = delete(doors, settings, map, true).await?;
         }
     }
 }
 
-/// Asks multipathd, or does without it where it does not run; `Some` is a refusal.
+/// Asks multipathd, or does without it where it does not run; `Some` is a refusal. What it may have in its queue (`queues`) is
+/// failed.
 async fn delete(
     doors: &StorageDoors,
     settings: &Settings,
     map: &Map,
+    queues: bool,
 ) -> Result<Option<String>, Error> {
     let name = &map.name;
     if map.slaves.is_empty() {
         // Disarmed, or left by its paths: multipathd may not know it any more.
         return Ok(dmsetup(doors, settings, &["remove", name]).await.err().map(|e| e.to_string()));
     }
-    stop_queueing(&*doors.multipathd, name).await;
+    if queues {
+        stop_queueing(&*doors.multipathd, name).await;
+    }
     match doors.multipathd.ask(&format!("del map {name}")).await {
         Ok(_) => Ok(None),
         Err(MultipathdError::Refused { answer, .. }) => Ok(Some(answer)),

@@ -391,7 +391,9 @@ pub(crate) async fn delete(
     let mut wait = Wait::about(&*doors.uevents, About::Below(dir.to_owned()), ms(settings.disk_ms));
     let path = format!("{dir}/delete");
     match sysfs.write_guarded(&path, "1", &guards).await {
-        Ok(Guarded::Written) => {}
+        Ok(Guarded::Written { gone: true }) => return Ok(Deleted::Gone),
+        // Or another one came to its address.
+        Ok(Guarded::Written { gone: false }) => {}
         Ok(Guarded::Refused { guard, found })
             if guard.path.ends_with("/wwid") && found.is_some() =>
         {

@@ -23,7 +23,10 @@ pub struct Guard {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Guarded {
     /// All guards held and the value was written.
-    Written,
+    Written {
+        /// The device that the attribute is of was not there any more right after it.
+        gone: bool,
+    },
     /// A guard did not hold; nothing was written.
     Refused {
         /// The guard that did not hold.

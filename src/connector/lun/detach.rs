@@ -56,22 +56,24 @@ impl<T: Transport> Luns<T> {
     pub(super) async fn remove_device(
         &self,
         user: &User,
-        map: Option<MapLease>,
+        map: impl Future<Output = Result<Option<MapLease>, Error>>,
         options: DetachOptions<'_>,
     ) -> Result<(), Error> {
         let tracker = &self.doors.tracker;
-        let made = map.as_ref().is_some_and(|m| m.made);
         let at = user.attachment.as_ref().map(|a| a.device.dev);
         let find_map = async {
-            match &map {
-                Some(map) => multipath::by_uuid(&self.doors, &map.uuid, at).await,
-                None => Ok(None),
-            }
+            let map = map.await?;
+            let device = match &map {
+                Some(map) => multipath::by_uuid(&self.doors, &map.uuid, at).await?,
+                None => None,
+            };
+            Ok((map, device))
         };
         let look = try_join(find_map, self.there(user));
         // Now, and not before: what the guest had open it has closed, and nothing of its pod can open it any more.
-        let (looked, unopened) = join(look, self.unopened(user, at.filter(|_| made))).await;
-        let (map_device, there) = looked?;
+        let (looked, unopened) = join(look, self.unopened(user, at)).await;
+        let ((map, map_device), there) = looked?;
+        let made = map.as_ref().is_some_and(|m| m.made);
         let opens = unopened.into_iter().map(|dev| (dev, Opens::None)).collect();
         let mut going = Going { opens, ..Going::default() };
         match there {
@@ -86,9 +88,12 @@ impl<T: Transport> Luns<T> {
             Err(swapped) => return Err(swapped),
         }
         if let Some(map) = map.filter(|m| m.made) {
-            let at = map_device.as_ref().map(|map| map.dev);
-            let opens = at.map_or(Opens::Unknown, |dev| going.opens(dev));
-            let remove = multipath::remove(&self.doors, &self.settings, &map.uuid, at, opens);
+            let remove = async {
+                let Some(map) = &map_device else { return Ok(()) }; // It is looked for once more at the end.
+                let opens = going.opens(map.dev);
+                let removed = multipath::remove_found(&self.doors, &self.settings, map, opens);
+                removed.await.map(drop)
+            };
             tracker.run(Step::Unmap, remove).await?;
             going.maps.insert(map.uuid);
         }
@@ -289,10 +294,11 @@ impl<T: Transport> Luns<T> {
         Ok(())
     }
 
-    /// Those of our paths, and of the map at that number, that no program has open.
-    async fn unopened(&self, user: &User, map: Option<DevNum>) -> BTreeSet<DevNum> {
+    /// Those of our paths, and of what was attached at that number, that no program has open.
+    async fn unopened(&self, user: &User, attached: Option<DevNum>) -> BTreeSet<DevNum> {
         let paths = user.paths.iter().filter(|p| p.made).filter_map(|p| p.seen.as_ref());
-        let devs: Vec<DevNum> = paths.map(|seen| seen.dev).chain(map).collect();
+        let devs: BTreeSet<DevNum> = paths.map(|seen| seen.dev).chain(attached).collect();
+        let devs: Vec<DevNum> = devs.into_iter().collect();
         if devs.is_empty() { BTreeSet::new() } else { scsi::unopened(&self.doors, &devs).await }
     }
 

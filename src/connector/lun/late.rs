@@ -222,8 +222,7 @@ impl<T: Transport> Luns<T> {
         let mut user = job.user();
         user.paths.push(path.clone());
         let options = DetachOptions { force: true, ..DetachOptions::default() };
-        let map = self.map_above(&user).await?;
-        self.remove_device(&user, map, options).await
+        self.remove_device(&user, self.map_above(&user), options).await
     }
 
     /// multipathd takes a late path into the map by itself; where it does not, it is told of it. Nobody is kept from the

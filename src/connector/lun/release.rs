@@ -81,7 +81,7 @@ impl<T: Transport> Luns<T> {
         let sharers = self.sharers(owner, user.wwid.as_ref()).await?;
         options.released_soon().await?;
         if !shared && sharers.is_empty() {
-            let map = self.noted_map(&targets[0], user).await?;
+            let map = self.noted_map(&targets[0], user);
             return self.remove_device(user, map, options).await;
         }
         self.pass_map(user, &sharers).await?;
@@ -90,8 +90,7 @@ impl<T: Transport> Luns<T> {
         // Out of a map, which goes on with the others' paths; what was given away without one is flushed.
         let attachment = user.attachment.clone().filter(|a| a.device.map.is_none());
         let mine = User { map: None, attachment, ..mine };
-        let map = self.map_above(&mine).await?;
-        self.remove_device(&mine, map, options).await?;
+        self.remove_device(&mine, self.map_above(&mine), options).await?;
         for (at, gone) in spare {
             let forget = |user: &mut User| user.paths.retain(|p| !gone.paths.contains(p));
             self.change(owner, at, forget).await?;

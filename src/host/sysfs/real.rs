@@ -124,7 +124,8 @@ fn write_through(tree: &Tree, path: &Path, value: &str, guards: &[Guard]) -> io:
             "the kernel took a part of the value",
         ));
     }
-    Ok(Guarded::Written)
+    let gone = path.parent().is_some_and(|device| matches!(device.try_exists(), Ok(false)));
+    Ok(Guarded::Written { gone })
 }
 
 #[async_trait]
@@ -153,7 +154,7 @@ impl Sysfs for RealSysfs {
 
     async fn write(&self, path: &str, value: &str) -> io::Result<()> {
         match self.write_guarded(path, value, &[]).await? {
-            Guarded::Written => Ok(()),
+            Guarded::Written { .. } => Ok(()),
             Guarded::Refused { .. } => Err(io::Error::other("refused without a guard")),
         }
     }
@@ -239,7 +240,8 @@ mod tests {
         );
         assert_eq!(written(), "");
         let both = [guard("naa.6001"), guard(" naa.6001\n")];
-        assert_eq!(sysfs.write_guarded(delete, "1", &both).await.unwrap(), Guarded::Written);
+        let done = sysfs.write_guarded(delete, "1", &both).await.unwrap();
+        assert_eq!(done, Guarded::Written { gone: false }, "no kernel has taken it away");
         assert_eq!(written(), "1");
         let gone = sysfs.write("class/scsi_device/9:0:0:1/delete", "1").await.unwrap_err();
         assert!(is_gone(&gone));

@@ -116,7 +116,7 @@ impl Sysfs for SimStorage {
 
     async fn write(&self, path: &str, value: &str) -> io::Result<()> {
         match self.write_guarded(path, value, &[]).await? {
-            Guarded::Written => Ok(()),
+            Guarded::Written { .. } => Ok(()),
             Guarded::Refused { .. } => Err(io::Error::other("refused without a guard")),
         }
     }
@@ -144,7 +144,9 @@ impl Sysfs for SimStorage {
                 }
             }
             world.write(&real, &value)?;
-            Ok(Guarded::Written)
+            let device = path.rsplit_once('/').map_or("", |(device, _)| device);
+            let gone = world.tree.resolve(device).is_err();
+            Ok(Guarded::Written { gone })
         })
         .await
     }

@@ -194,7 +194,7 @@ async fn a_guarded_delete_touches_only_the_device_that_was_meant() {
     assert!(matches!(refused, Guarded::Refused { found: Some(w), .. } if w == wwid(1).as_str()));
     assert!(sim.text("class/block/sda/dev").await.unwrap().is_some());
     let done = sim.write_guarded(delete, "1", &[guard(wwid(1).as_str())]).await.unwrap();
-    assert_eq!(done, Guarded::Written);
+    assert_eq!(done, Guarded::Written { gone: true });
     assert!(sim.text("class/block/sda/dev").await.unwrap().is_none());
 }
 

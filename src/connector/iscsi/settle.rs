@@ -44,10 +44,11 @@ impl Inner {
             return Ok(false);
         }
         let records = self.known_records(target).await?;
-        if self.settle_target(target, &unwanted, &made, &sessions, &records).await? {
+        let left = self.settle_target(target, &unwanted, &made, sessions, &records).await?;
+        if left.is_none() {
             return Ok(true);
         }
-        let (mut changed, mut seen) = (false, Some(sessions));
+        let (mut changed, mut seen) = (false, left);
         for portal in unwanted {
             let sessions = match seen.take() {
                 Some(sessions) => sessions,
@@ -60,45 +61,43 @@ impl Inner {
     }
 
     /// Ends several sessions by one program, where all that open-iscsi knows of the target is ours and unwanted: without a
-    /// portal iscsiadm means every session of the target. `false` when that is not so, or not all of them went: then each
-    /// portal is seen to.
+    /// portal iscsiadm means every session of the target. Returns the sessions that there are when that is not so, or not all
+    /// of them went: then each portal is seen to.
     async fn settle_target(
         &self,
         target: &Nexus,
         unwanted: &[Portal],
         made: &Made,
-        sessions: &[Session],
+        sessions: Vec<Session>,
         records: &[Record],
-    ) -> Result<bool, Error> {
+    ) -> Result<Option<Vec<Session>>, Error> {
         let is_ours = |r: &Record| {
             is_by(r, target) && unwanted.contains(&r.portal) && made.records.contains(&r.portal)
         };
         if records.len() < 2 || !records.iter().all(|r| !r.corrupt && is_ours(r)) {
-            return Ok(false);
+            return Ok(Some(sessions));
         }
-        for session in sessions {
+        for session in &sessions {
             let ours =
                 session.up && made.has(target, session) && unwanted.contains(&session.portal);
             if !ours || !session::devices(&*self.doors.sysfs, session).await?.is_empty() {
-                return Ok(false);
+                return Ok(Some(sessions));
             }
         }
         for record in records {
             let up = sessions.iter().any(|s| s.portal == record.portal);
             if !up && self.login_goes_on(target, record.portal).await {
-                return Ok(false);
+                return Ok(Some(sessions));
             }
         }
-        let left = match sessions.len() {
-            0 => Vec::new(),
-            1 => return Ok(false),
-            _ => {
-                let log_out = self.log_out(target, None, sessions);
-                self.doors.tracker.run(Step::Logout, log_out).await?
-            }
+        let left = if sessions.len() > 1 {
+            let log_out = self.log_out(target, None, &sessions);
+            self.doors.tracker.run(Step::Logout, log_out).await?
+        } else {
+            sessions
         };
         if !left.is_empty() {
-            return Ok(false);
+            return Ok(Some(left));
         }
         for record in records {
             let remove = self.remove_record(target, record);
@@ -110,7 +109,7 @@ impl Inner {
             made.chap.retain(|portal| !unwanted.contains(portal));
         };
         self.leases.update_made(target.as_str(), forget).await?;
-        Ok(true)
+        Ok(None)
     }
 
     async fn settle_portal(

@@ -1,7 +1,10 @@
 //! What reaches a VM's task.
 
+use std::collections::BTreeSet;
+
 use tokio::sync::mpsc;
 
+use crate::types::VolumeName;
 use crate::vm::handler::Message;
 
 /// Messages in their order. Checks of one kind that have ended one after the other are one message: what they
@@ -37,25 +40,33 @@ impl Mailbox {
 }
 
 /// Two messages as one. Those of a set are taken on by themselves, and so are additions to which volumes that
-/// leave with them make room.
+/// leave with them make room. Of one volume the second is told what became of the first.
 fn joined(first: Message, after: Message) -> Result<Message, Box<[Message; 2]>> {
     match (first, after) {
         (
             Message::RemovalsChecked { mut checked, of: None },
             Message::RemovalsChecked { checked: more, of: None },
-        ) => {
+        ) if are_others(&checked, &more, |(removal, _)| &removal.name) => {
             checked.extend(more);
             Ok(Message::RemovalsChecked { checked, of: None })
         }
         (
             Message::AddsChecked { mut checked, of: None },
             Message::AddsChecked { checked: more, of: None },
-        ) if checked.iter().chain(&more).all(|(add, _)| add.leaving.is_empty()) => {
+        ) if checked.iter().chain(&more).all(|(add, _)| add.leaving.is_empty())
+            && are_others(&checked, &more, |(add, _)| &add.spec.name) =>
+        {
             checked.extend(more);
             Ok(Message::AddsChecked { checked, of: None })
         }
         (first, after) => Err(Box::new([first, after])),
     }
+}
+
+/// Whether none of `more` is about a volume that one of `these` is about.
+fn are_others<T>(these: &[T], more: &[T], name: impl Fn(&T) -> &VolumeName) -> bool {
+    let names: BTreeSet<&VolumeName> = these.iter().map(&name).collect();
+    !more.iter().any(|one| names.contains(name(one)))
 }
 
 #[cfg(test)]
@@ -66,7 +77,6 @@ mod tests {
 
     use super::*;
     use crate::spec::{AddOptions, RemoveOptions, volume_fixture};
-    use crate::types::VolumeName;
     use crate::vm::facade::Wish;
     use crate::vm::handler::{Add, Asked, Removal};
     use crate::vm::plan::fc::Power;
@@ -132,10 +142,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_belongs_to_a_set_or_needs_anothers_place_stands_by_itself() {
+    async fn what_belongs_to_a_set_or_needs_anothers_place_or_end_stands_by_itself() {
         let set = vec![removal("a", Some(1)), removal("b", Some(1)), removal("c", None)];
         assert_eq!(come(set).await, ["a", "b", "c"]);
         let swap = vec![add("a", &[], None), add("b", &["x"], None), add("c", &[], None)];
         assert_eq!(come(swap).await, ["a", "b", "c"]);
+        let again = vec![add("a", &[], None), add("b", &[], None), add("a", &[], None)];
+        assert_eq!(come(again).await, ["a b", "a"]);
+        let again = vec![removal("a", None), removal("a", None)];
+        assert_eq!(come(again).await, ["a", "a"]);
     }
 }

@@ -218,3 +218,20 @@ async fn a_set_forces_what_is_being_removed_already() {
     world.gone("a").await;
     assert_eq!(world.script.log().last().unwrap(), "detach a force");
 }
+
+#[tokio::test(start_paused = true)]
+async fn one_addition_that_is_asked_for_twice_at_once_is_taken_on_once() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    let other = VolumeSpec { read_only: true, ..volume("a") };
+    let asked = [volume("a"), volume("a"), other].map(|spec| handler.add(spec, plain()));
+    let answers = futures_util::future::join_all(asked).await;
+    assert_eq!(told(&answers), ["done", "already", "VOLUME_EXISTS"]);
+    assert_eq!(world.stored().await, ["a"]);
+    world.reaches("a", Phase::Ready).await;
+    let asked = [name("a"), name("a")].map(|n| handler.remove(n, RemoveOptions::default()));
+    let answers = futures_util::future::join_all(asked).await;
+    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    world.gone("a").await;
+    assert_eq!(world.stored().await, Vec::<String>::new());
+}

@@ -1,4 +1,4 @@
-//! The device goes: flush, map, paths.
+//! The device goes: flush ([`super::flush`]), map, paths.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +6,6 @@ use futures_util::future::{join, join_all, try_join};
 use tokio::time::Instant;
 
 use super::Luns;
-use super::held::flush_lost;
 use super::transport::Transport;
 use crate::connector::error::Error;
 use crate::connector::guestlun;
@@ -23,32 +22,19 @@ use crate::types::{DevNum, Wwid};
 
 /// What is known of a device while it goes.
 #[derive(Default)]
-struct Going {
+pub(super) struct Going {
     /// Uuids of the maps above it that go too, or may have gone unseen.
-    maps: BTreeSet<String>,
+    pub(super) maps: BTreeSet<String>,
     /// The paths that were still what they were when its removal began.
-    there: BTreeSet<DevNum>,
+    pub(super) there: BTreeSet<DevNum>,
     /// What is known of who has them open.
-    opens: BTreeMap<DevNum, Opens>,
+    pub(super) opens: BTreeMap<DevNum, Opens>,
 }
 
 impl Going {
-    fn opens(&self, dev: DevNum) -> Opens {
+    pub(super) fn opens(&self, dev: DevNum) -> Opens {
         self.opens.get(&dev).copied().unwrap_or(Opens::Unknown)
     }
-}
-
-/// What came of a flush.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flushed {
-    /// It was written out, and nobody had claimed it.
-    Unclaimed,
-    /// Somebody has claimed it.
-    Held,
-    /// It is gone.
-    NotThere,
-    /// It failed, which is to be no obstacle.
-    GivenUp,
 }
 
 impl<T: Transport> Luns<T> {
@@ -139,73 +125,6 @@ impl<T: Transport> Luns<T> {
         Ok(there.map_err(|(at, was, found)| Error::Swapped { at, was, found }))
     }
 
-    /// Writes out what the host has in its cache of the device, which nobody may hold.
-    async fn flush_device(
-        &self,
-        user: &User,
-        map: Option<&Map>,
-        made: bool,
-        options: DetachOptions<'_>,
-        going: &mut Going,
-    ) -> Result<(), Error> {
-        if let Some(map) = map.filter(|map| made && !map.slaves.is_empty())
-            && going.opens(map.dev) == Opens::None
-            && !options.force
-            && self.flush_unclaimed(map.dev, options, going).await? == Flushed::Unclaimed
-        {
-            return Ok(());
-        }
-        match map {
-            // It was disarmed before: its paths are gone, and all that was to be written is.
-            Some(map) if made && map.slaves.is_empty() => {
-                self.refuse_held(&map.name, &map.dir(), map.dev, going).await
-            }
-            Some(map) => {
-                if made {
-                    let free = self.refuse_held(&map.name, &map.dir(), map.dev, going).await;
-                    if let Err(held) = free {
-                        self.disarm(user, map, options, going).await?;
-                        return Err(held);
-                    }
-                    going.opens.insert(map.dev, Opens::None);
-                }
-                if made && options.force {
-                    if !self.has_live_path(map).await {
-                        options.gave_up(format!(
-                            "map {} has no path left: its queueing was switched off, and what waited in it failed",
-                            map.name
-                        ));
-                    }
-                    multipath::stop_queueing(&*self.doors.multipathd, &map.name).await;
-                }
-                self.flush(map.dev, options).await.map(drop)
-            }
-            None => self.flush_paths(user, options, going).await,
-        }
-    }
-
-    /// Makes a map harmless that was a guest's and that somebody still holds open: it gives errors
-    /// from now on, and its paths go. What is stacked upon it on this host is left alone: it never
-    /// came from the guest, and is somebody's mistake to be mended.
-    async fn disarm(
-        &self,
-        user: &User,
-        map: &Map,
-        options: DetachOptions<'_>,
-        going: &mut Going,
-    ) -> Result<(), Error> {
-        let stacked = scsi::stacked(&*self.doors.sysfs, &map.dir(), &[]).await?;
-        if user.attachment.is_none() || stacked.is_some() {
-            return Ok(());
-        }
-        tracing::warn!(map = map.name, dev = %map.dev, "it is still held open after its revoke: from now on it only gives errors");
-        if let Err(error) = self.doors.blocks.flush(map.dev).await {
-            options.gave_up(flush_lost(map.dev, &error));
-        }
-        multipath::disarm(&self.doors, &self.settings, map).await?;
-        self.delete_paths(user, going).await
-    }
-
     /// A map that multipathd made above our paths, though the lease does not know it (the attach
     /// was cut short, or there was not to be one): it goes with them if it lies on them alone.
     pub(super) async fn map_above(&self, user: &User) -> Result<Option<MapLease>, Error> {
@@ -235,65 +154,6 @@ impl<T: Transport> Luns<T> {
             .map(|m| MapLease { uuid: m.uuid, made: true }))
     }
 
-    async fn flush_paths(
-        &self,
-        user: &User,
-        options: DetachOptions<'_>,
-        going: &mut Going,
-    ) -> Result<(), Error> {
-        let seen = user.paths.iter().filter_map(|path| Some((path, path.seen.as_ref()?)));
-        let there: Vec<_> = seen.filter(|(_, seen)| going.there.contains(&seen.dev)).collect();
-        let is_unopened = |seen: &Seen| going.opens(seen.dev) == Opens::None;
-        if there.iter().all(|(path, seen)| path.made && is_unopened(seen)) {
-            // What was never given away has nothing of anybody's to be written out.
-            let mut held = false;
-            for (path, seen) in there.into_iter().filter(|_| user.attachment.is_some()) {
-                match self.flush_unclaimed(seen.dev, options, going).await? {
-                    Flushed::Unclaimed | Flushed::GivenUp => {}
-                    Flushed::NotThere => self.tell_dead(path, seen, options).await?,
-                    Flushed::Held => held = true,
-                }
-            }
-            if !held {
-                return Ok(());
-            }
-        }
-        for path in &user.paths {
-            let Some(seen) = &path.seen else { continue };
-            match scsi::disk(&*self.doors.sysfs, &path.dir).await? {
-                Some(disk) if disk.diskseq == seen.diskseq => {}
-                _ => continue,
-            }
-            let block = format!("{}/block/{}", path.dir, seen.name);
-            if path.made {
-                // Its maps go as it goes.
-                let free = self.free_path(user, path.hctl, &block, seen, going).await;
-                if let Err(held @ Error::DeviceHeld { .. }) = free {
-                    self.silence(user, path, seen, options).await?;
-                    return Err(held);
-                }
-                free?;
-                going.opens.insert(seen.dev, Opens::None);
-            }
-            self.flush_path(user, path, seen, options).await?;
-        }
-        Ok(())
-    }
-
-    async fn flush_path(
-        &self,
-        user: &User,
-        path: &PathLease,
-        seen: &Seen,
-        options: DetachOptions<'_>,
-    ) -> Result<(), Error> {
-        // What was never given away has nothing of anybody's to be written out.
-        if user.attachment.is_some() && !self.flush(seen.dev, options).await? {
-            self.tell_dead(path, seen, options).await?;
-        }
-        Ok(())
-    }
-
     /// Those of our paths, and of what was attached at that number, that no program has open.
     async fn unopened(&self, user: &User, attached: Option<DevNum>) -> BTreeSet<DevNum> {
         let paths = user.paths.iter().filter(|p| p.made).filter_map(|p| p.seen.as_ref());
@@ -302,59 +162,10 @@ impl<T: Transport> Luns<T> {
         if devs.is_empty() { BTreeSet::new() } else { scsi::unopened(&self.doors, &devs).await }
     }
 
-    async fn refuse_held(
-        &self,
-        name: &str,
-        block: &str,
-        dev: DevNum,
-        going: &Going,
-    ) -> Result<(), Error> {
-        let opens = going.opens(dev);
-        match scsi::await_free(&self.doors, &self.settings, block, dev, &[], opens).await? {
-            None => Ok(()),
-            Some(holder) => Err(Error::DeviceHeld { device: name.into(), holder }),
-        }
-    }
-
-    /// Whether it was flushed; not if it is gone, or if that is to be no obstacle.
-    async fn flush(&self, dev: DevNum, options: DetachOptions<'_>) -> Result<bool, Error> {
-        match self.doors.blocks.flush(dev).await {
-            Ok(()) => Ok(true),
-            Err(e) if is_gone(&e) => Ok(false),
-            Err(error) if options.force => {
-                options.gave_up(flush_lost(dev, &error));
-                Ok(true)
-            }
-            Err(source) => Err(Error::Flush { dev, source }),
-        }
-    }
-
-    /// Writes out what nobody on this host has claimed.
-    async fn flush_unclaimed(
-        &self,
-        dev: DevNum,
-        options: DetachOptions<'_>,
-        going: &mut Going,
-    ) -> Result<Flushed, Error> {
-        match self.doors.blocks.flush_unclaimed(dev).await {
-            Ok(Exclusive::Free) => {
-                going.opens.insert(dev, Opens::Unheld);
-                Ok(Flushed::Unclaimed)
-            }
-            Ok(Exclusive::Held) => Ok(Flushed::Held),
-            Err(e) if is_gone(&e) => Ok(Flushed::NotThere),
-            Err(error) if options.force => {
-                options.gave_up(flush_lost(dev, &error));
-                Ok(Flushed::GivenUp)
-            }
-            Err(source) => Err(Error::Flush { dev, source }),
-        }
-    }
-
     /// Deletes our paths, those that are still what they were and that nobody holds; their addresses are
     /// nobody's then. One after the other they are taken out of maps, so that the last one of somebody's map is
     /// found to be so; the kernel's part, which takes the longest, goes side by side.
-    async fn delete_paths(&self, user: &User, going: &mut Going) -> Result<(), Error> {
+    pub(super) async fn delete_paths(&self, user: &User, going: &mut Going) -> Result<(), Error> {
         let mut free = self.all_free(user, going).await?;
         if free.is_empty() {
             for path in user.paths.iter().filter(|p| p.made) {
@@ -448,7 +259,7 @@ impl<T: Transport> Luns<T> {
 
     /// Waits until nobody holds a path. multipathd may be about to make a map above it, or to make
     /// one anew: that is not a holder, it is taken off as it comes.
-    async fn free_path(
+    pub(super) async fn free_path(
         &self,
         user: &User,
         hctl: scsi::Hctl,

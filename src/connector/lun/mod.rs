@@ -23,6 +23,7 @@ mod attach;
 mod base;
 mod detach;
 mod expand;
+mod flush;
 mod gather;
 mod held;
 mod late;

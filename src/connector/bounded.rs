@@ -1,6 +1,7 @@
 //! The doors with a deadline around every call (invariant 6), so that the flows behind cannot
 //! forget one. A call that is given up on is abandoned, not waited for.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -149,6 +150,10 @@ impl Blocks for BoundedBlocks {
     }
     async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>> {
         within(self.probe, || format!("looking for {uuid}"), self.door.mapped(uuid)).await
+    }
+    async fn failed_paths(&self, maps: &[DevNum]) -> io::Result<Vec<BTreeSet<DevNum>>> {
+        let doing = || format!("reading the status of {}", listed(maps));
+        within(self.probe, doing, self.door.failed_paths(maps)).await
     }
     async fn openers(&self, devs: &[DevNum]) -> io::Result<Vec<Vec<String>>> {
         let doing = || format!("looking who has {} open", listed(devs));

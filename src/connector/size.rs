@@ -7,17 +7,17 @@
 //! A write to `rescan` of a path that is not running returns without having asked the LUN (sd.c,
 //! sd_revalidate_disk), so its old size would pass for the new one: its state is read before and after.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use futures_util::future::join_all;
 
 use super::error::Error;
-use super::health::Checked;
 use super::multipath::Map;
 use super::scsi::{self, Hctl};
 use crate::host::sysfs::Sysfs;
 use crate::reason::Reason;
-use crate::types::Wwid;
+use crate::types::{DevNum, Wwid};
 
 /// A path, for people: `3:0:0:1 (sda)`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,15 +105,15 @@ pub(crate) struct Member {
 }
 
 /// Reads all of `members` anew, side by side; their sizes in the order of their addresses. Each must
-/// be the LUN `wwid`. `checked` is what multipathd thinks of them.
+/// be the LUN `wwid`. `failed` are those that the kernel does not use.
 pub(crate) async fn measure(
     sysfs: &dyn Sysfs,
     mut members: Vec<Member>,
     wwid: &Wwid,
-    checked: &Checked,
+    failed: &BTreeSet<DevNum>,
 ) -> Result<Vec<(PathName, u64)>, Error> {
     members.sort_by(|a, b| a.path.cmp(&b.path));
-    let read = members.iter().map(|member| remeasured(sysfs, member, wwid, checked));
+    let read = members.iter().map(|member| remeasured(sysfs, member, wwid, failed));
     join_all(read).await.into_iter().collect()
 }
 
@@ -121,19 +121,19 @@ async fn remeasured(
     sysfs: &dyn Sysfs,
     member: &Member,
     wwid: &Wwid,
-    checked: &Checked,
+    failed: &BTreeSet<DevNum>,
 ) -> Result<(PathName, u64), Error> {
     let Member { path, dir, diskseq } = member;
     let down = |state: String| SizeError::PathDown { path: path.to_string(), state };
-    if checked.is_failed(&path.hctl.to_string()) {
-        return Err(down("has failed".into()).into());
-    }
     must_run(sysfs, member).await?;
     let Some(before) = scsi::disk(sysfs, dir).await? else {
         return Err(down("is gone".into()).into());
     };
     if before.name != path.name || diskseq.is_some_and(|seq| seq != before.diskseq) {
         return Err(down("is gone: another device is at its place".into()).into());
+    }
+    if failed.contains(&before.dev) {
+        return Err(down("has failed".into()).into());
     }
     scsi::rescan(sysfs, dir).await.map_err(|error| {
         down(format!("could not be read anew: {}", super::error::chain(&error)))

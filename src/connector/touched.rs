@@ -141,12 +141,8 @@ impl Touched {
     }
 }
 
-/// Reads events for ever and tells what they were about; `doubt` is told at once that there is something.
-pub(super) async fn tell(
-    uevents: Arc<dyn Uevents>,
-    listeners: broadcast::Sender<Arc<Touched>>,
-    doubt: impl Fn(),
-) {
+/// Reads events for ever and tells what they were about.
+pub(super) async fn tell(uevents: Arc<dyn Uevents>, listeners: broadcast::Sender<Arc<Touched>>) {
     let mut events = uevents.subscribe();
     loop {
         let mut touched = Touched::default();
@@ -154,11 +150,9 @@ pub(super) async fn tell(
         if touched.is_empty() {
             continue;
         }
-        doubt();
         let until = Instant::now() + GATHER;
         while let Ok(notice) = timeout_at(until, events.event()).await {
             touched.take(&notice);
-            doubt();
         }
         // Nobody listening is fine.
         let _ = listeners.send(Arc::new(touched));
@@ -268,7 +262,7 @@ mod tests {
         }
         let (events, listeners) = (broadcast::channel(16384).0, channel());
         let mut told = listeners.subscribe();
-        let task = tokio::spawn(tell(Arc::new(Source(events.clone())), listeners, || {}));
+        let task = tokio::spawn(tell(Arc::new(Source(events.clone())), listeners));
         tokio::task::yield_now().await;
         for n in 0..10_000 {
             let path = format!("devices/virtual/block/dm-{n}");

@@ -4,6 +4,7 @@ mod dm;
 mod processes;
 mod real;
 
+use std::collections::BTreeSet;
 use std::io;
 
 use async_trait::async_trait;
@@ -36,6 +37,10 @@ pub trait Blocks: Send + Sync {
     /// The number of the mapped device of that uuid, by device-mapper's own word; `None` where there is none. An error
     /// where it cannot be asked.
     async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>>;
+
+    /// Of each of these multipath maps, in their order, the paths that the kernel uses no more until they are reinstated: I/O
+    /// to them failed, or multipathd's checker said so. None of a map that is gone. It waits for nothing and asks nobody else.
+    async fn failed_paths(&self, maps: &[DevNum]) -> io::Result<Vec<BTreeSet<DevNum>>>;
 
     /// Whoever has each of the devices open, in their order, as `command[pid]`, as far as /proc shows it. One look at all
     /// processes serves for all of them.

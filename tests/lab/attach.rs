@@ -25,7 +25,7 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
     // device-mapper itself tells the map by its uuid: lunplug asks it whether one is there still.
     let dev = told["device"]["dev"].as_str().expect("a number").to_owned();
     let uuid = sh(&format!("cat /sys/dev/block/{dev}/dm/uuid")).ok().trim().to_owned();
-    assert_eq!(mapped(&uuid), Some(dev));
+    assert_eq!(mapped(&uuid).as_ref(), Some(&dev));
     let disk = guest_disk("Case-Kept_01");
     assert_eq!(disk.bytes, 64 << 20);
 
@@ -47,10 +47,9 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
         in_guest(&write(32)).code == 0
     });
     println!("I/O went on {recovered:?} after a portal died");
+    until("the kernel has failed the path", Duration::from_secs(60), || failed_paths(&dev) == 1);
     sh("target portal restore 127.0.0.3").ok();
-    until("both paths are back", Duration::from_secs(120), || {
-        sh("multipathd show paths format '%t' | grep -c active").stdout.trim() == "2"
-    });
+    until("both paths are back", Duration::from_secs(120), || failed_paths(&dev) == 0);
     remove("portals", &[]).ok();
     guest_has(0);
     assert_eq!(mapped(&uuid), None);
@@ -58,11 +57,21 @@ fn two_paths_carry_data_and_survive_a_dead_portal() {
 }
 
 fn mapped(uuid: &str) -> Option<String> {
+    asked(async |blocks| blocks.mapped(uuid).await).map(|dev| dev.to_string())
+}
+
+/// How many paths of a map the kernel does not use.
+fn failed_paths(map: &str) -> usize {
+    let map = map.parse().expect("a number");
+    asked(async |blocks| blocks.failed_paths(&[map]).await)[0].len()
+}
+
+/// device-mapper's answer.
+fn asked<T>(ask: impl AsyncFnOnce(&RealBlocks) -> std::io::Result<T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.expect("a runtime");
     let blocks = RealBlocks::new("/dev/lunplug-story", Duration::from_secs(10));
-    let found = runtime.block_on(blocks.mapped(uuid)).expect("device-mapper answers");
-    found.map(|dev| dev.to_string())
+    runtime.block_on(ask(&blocks)).expect("device-mapper answers")
 }
 
 #[test]

@@ -136,9 +136,10 @@ struct Sidecar {
 impl Sidecar {
     fn start(vm: &'static str, uid: &str, domain: &str) -> Self {
         let sidecar = Self { vm };
+        // The agent's deadline is that of the node's daemon (hack/lab/in-node/daemon).
         sh(&format!(
             "systemd-run --quiet --collect --unit=sidecar-{vm} -p Type=notify -p KillMode=process \
-             lunplugd --vm default/{vm}"
+             -E LUNPLUG_DEADLINES_AGENT=30s lunplugd --vm default/{vm}"
         ))
         .ok();
         sidecar.ask(&["vm", "register", vm, "--pod-uid", uid, "--domain", domain]).ok();

@@ -9,7 +9,7 @@ use crate::connector::multipath::Map;
 use crate::connector::size::{self, Member, PathName};
 use crate::connector::{Attachment, Measured, health, scsi};
 use crate::step::Step;
-use crate::types::{Outcome, VolumeKey};
+use crate::types::{DevNum, Outcome, VolumeKey};
 
 impl<T: Transport> Luns<T> {
     /// See [`crate::connector::Connector::measure`].
@@ -24,11 +24,10 @@ impl<T: Transport> Luns<T> {
         let (map, members) = self.members(&user, &attachment).await?;
         let measure = async {
             let sysfs = &*self.doors.sysfs;
-            let checked = match map {
-                Some(_) => health::checked(&*self.doors.multipathd).await,
-                None => health::Checked::default(),
-            };
-            let sizes = size::measure(sysfs, members, &attachment.device.wwid, &checked).await?;
+            let maps: Vec<DevNum> = map.iter().map(|map| map.dev).collect();
+            let failed = health::failed_paths(&*self.doors.blocks, &maps).await;
+            let failed = failed.into_iter().next().unwrap_or_default();
+            let sizes = size::measure(sysfs, members, &attachment.device.wwid, &failed).await?;
             let before = attachment.device.size;
             let now = size::agreed(&sizes, before, expected)?;
             // A map that lost its last path meanwhile.

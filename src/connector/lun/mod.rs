@@ -46,7 +46,6 @@ pub(crate) use transport::{Job, Transport, Way};
 
 use super::bounded::bounded;
 use super::error::Error;
-use super::health::Checks;
 use super::lease::{Leases, Made as _};
 use super::multipath;
 use super::settings::{Settings, ms};
@@ -71,8 +70,6 @@ pub(crate) struct Luns<T: Transport> {
     pub(crate) state: T::State,
     /// Who is told of changes; from when somebody asked for the first time.
     listeners: OnceLock<broadcast::Sender<Arc<Touched>>>,
-    /// How multipathd finds the node's paths.
-    checks: Arc<Checks>,
     /// How many background tasks run.
     running: watch::Sender<usize>,
     walking: watch::Sender<Walks>,
@@ -89,7 +86,6 @@ impl<T: Transport> Luns<T> {
             leases,
             state: T::State::default(),
             listeners: OnceLock::new(),
-            checks: Arc::default(),
             running: watch::Sender::new(0),
             walking: watch::Sender::new(Vec::new()),
         }
@@ -112,9 +108,7 @@ impl<T: Transport> Luns<T> {
     pub(crate) fn changes(&self) -> broadcast::Receiver<Arc<Touched>> {
         let listeners = self.listeners.get_or_init(|| {
             let listeners = touched::channel();
-            let (uevents, checks) = (self.doors.uevents.clone(), self.checks.clone());
-            checks.doubt();
-            tokio::spawn(touched::tell(uevents, listeners.clone(), move || checks.doubt()));
+            tokio::spawn(touched::tell(self.doors.uevents.clone(), listeners.clone()));
             listeners
         });
         listeners.subscribe()

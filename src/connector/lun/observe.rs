@@ -1,5 +1,6 @@
 //! What is attached, read again.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
@@ -7,7 +8,7 @@ use futures_util::future::join_all;
 use super::Luns;
 use super::transport::Transport;
 use crate::connector::error::Error;
-use crate::connector::health::Checked;
+use crate::connector::health::failed_paths;
 use crate::connector::identity::{Identity, Unit, judge};
 use crate::connector::lease::{PathLease, Seen, User};
 use crate::connector::multipath::Map;
@@ -72,15 +73,14 @@ impl<T: Transport> Luns<T> {
     ) -> Vec<Result<Health, Error>> {
         let asked: Vec<_> =
             held.iter().map(|held| Asked::of(held.as_ref().ok()?.as_ref()?)).collect();
-        let mut shown =
-            self.shown_each(vm, asked.into_iter().flatten().collect()).await.into_iter();
-        let with_map = |held: &Result<Option<User>, Error>| {
-            held.as_ref().is_ok_and(|user| user.as_ref().is_some_and(|user| user.map.is_some()))
-        };
-        let checked = match held.iter().any(with_map) {
-            true => Some(self.checks.get(&*self.doors.multipathd).await),
-            false => None,
-        };
+        let shown = self.shown_each(vm, asked.into_iter().flatten().collect()).await;
+        // Of those alone that have it still.
+        let maps = shown.iter().map(|shown| shown.as_ref().ok()?.map());
+        let maps: Vec<Option<DevNum>> = maps.collect();
+        let known: Vec<DevNum> = maps.iter().flatten().copied().collect();
+        let mut failed = failed_paths(&*self.doors.blocks, &known).await.into_iter();
+        let failed = maps.iter().map(|map| map.and_then(|_| failed.next()).unwrap_or_default());
+        let mut shown = shown.into_iter().zip(failed);
         let mut judge = |held: Result<Option<User>, Error>| {
             let differs = |why: &str| Ok(Health::Differs(why.into()));
             let Some(user) = held? else { return differs("nothing is attached in its name") };
@@ -88,8 +88,10 @@ impl<T: Transport> Luns<T> {
                 return differs("its attach was not finished");
             };
             // There is one for each that has an attachment.
-            let Some(shown) = shown.next() else { return differs("nobody has looked at it") };
-            Ok(judge_health(&user, attachment, shown?, checked.as_deref()))
+            let Some((shown, failed)) = shown.next() else {
+                return differs("nobody has looked at it");
+            };
+            Ok(judge_health(&user, attachment, shown?, &failed))
         };
         held.into_iter().map(&mut judge).collect()
     }
@@ -129,10 +131,18 @@ struct Asked {
 
 /// What is.
 struct Shown {
+    dev: DevNum,
     /// What its map has beneath it; `None` where the map has gone, or there was to be none.
     slaves: Option<Vec<String>>,
     paths: Vec<Found>,
     protected: bool,
+}
+
+impl Shown {
+    /// The number of its map, where it has one.
+    fn map(&self) -> Option<DevNum> {
+        self.slaves.as_ref().map(|_| self.dev)
+    }
 }
 
 /// A path that is to be there, and what is.
@@ -173,7 +183,7 @@ impl Asked {
         };
         let paths = self.paths.iter().map(found).collect::<Result<_, _>>()?;
         let protected = scsi::is_protected_in(view, &device)?;
-        Ok(Shown { slaves, paths, protected })
+        Ok(Shown { dev: self.dev, slaves, paths, protected })
     }
 }
 
@@ -201,9 +211,9 @@ fn judge_health(
     user: &User,
     attachment: Attachment,
     shown: Shown,
-    checked: Option<&Checked>,
+    failed: &BTreeSet<DevNum>,
 ) -> Health {
-    let Shown { slaves, paths: found, protected } = shown;
+    let Shown { slaves, paths: found, protected, .. } = shown;
     if let Some(name) = &attachment.device.map
         && slaves.is_none()
     {
@@ -228,9 +238,8 @@ fn judge_health(
             continue;
         }
         paths.present += 1;
-        let failed = slaves.is_some() && checked.is_some_and(|c| c.is_failed(&hctl));
         match now.state.as_str() {
-            "running" if !failed => paths.living += 1,
+            "running" if !failed.contains(&seen.dev) => paths.living += 1,
             "running" => paths.dead.push(format!("{hctl} ({}) has failed", seen.name)),
             other => paths.dead.push(format!("{hctl} ({}) is {other}", seen.name)),
         }

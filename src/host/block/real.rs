@@ -1,7 +1,7 @@
 //! Block devices of the real host.
 #![allow(unsafe_code)]
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -203,6 +203,11 @@ impl Blocks for RealBlocks {
     async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>> {
         let uuid = uuid.to_owned();
         self.workers.run("dm", self.deadline, move || dm::number(&uuid)).await
+    }
+
+    async fn failed_paths(&self, maps: &[DevNum]) -> io::Result<Vec<BTreeSet<DevNum>>> {
+        let maps = maps.to_vec();
+        self.workers.run("dm", self.deadline, move || dm::failed_paths(&maps)).await
     }
 
     async fn openers(&self, devs: &[DevNum]) -> io::Result<Vec<Vec<String>>> {

@@ -509,3 +509,27 @@ async fn a_device_whose_reads_hang_is_no_other_volumes_trouble() {
     san.sim.faults().clear();
     assert_eq!(seen().await, [true, true, true]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn which_paths_have_failed_is_the_kernels_word_not_multipathds() {
+    let san = San::new();
+    san.attach(&request("a", 1, &[2, 3])).await;
+    let volumes = [(owner("a"), source(1, &[2, 3]))];
+    let seen = async || match san.connector.inspect(&volumes).await.remove(0) {
+        Ok(Health::Right { paths, .. }) => (paths.living, paths.dead),
+        other => panic!("{other:?}"),
+    };
+    // It tells of what it saw when it last looked, or nothing.
+    san.sim.set_multipathd(false);
+    assert_eq!(seen().await, (2, vec![]));
+    san.sim.remove_lun(&target(), lun(1));
+    let (living, dead) = seen().await;
+    assert_eq!((living, dead.len()), (0, 2));
+    assert!(dead.iter().all(|path| path.ends_with(" has failed")), "{dead:?}");
+    san.sim.add_lun(&target(), lun(1), SimLun::new(wwid(1), GIB));
+    assert_eq!(seen().await, (2, vec![]));
+    // Where it cannot be read, /sys alone counts.
+    san.sim.remove_lun(&target(), lun(1));
+    san.sim.faults().inject(fault("blocks.failed_paths", "", FaultAction::Fail("EACCES".into())));
+    assert_eq!(seen().await, (2, vec![]));
+}

@@ -1,5 +1,7 @@
 //! Device-mapper devices, of which multipath maps are one kind.
 
+use std::collections::BTreeSet;
+
 use super::kernel::{World, block_properties};
 use crate::types::DevNum;
 
@@ -170,6 +172,13 @@ impl World {
     /// Whether an exclusive open would find it busy.
     pub(super) fn claimed(&self, dev: DevNum) -> bool {
         self.claims.get(&dev).is_some_and(|c| !c.is_empty()) || self.dm.above(dev).next().is_some()
+    }
+
+    /// The paths of a map to which I/O fails: in here each is tried all the time.
+    pub(super) fn failed_paths(&self, map: DevNum) -> BTreeSet<DevNum> {
+        let map = self.dm_at(map).filter(|dm| dm.uuid.starts_with("mpath-") && !dm.error);
+        let slaves = map.map(|dm| dm.slaves.clone()).unwrap_or_default();
+        slaves.into_iter().filter(|slave| self.io_works(*slave) != Some(true)).collect()
     }
 
     /// Whether I/O to it can succeed; `None` when there is no such device.

@@ -1,6 +1,7 @@
 //! The storage doors, answered from the model.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -326,6 +327,12 @@ impl Blocks for SimStorage {
     async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>> {
         self.pass("blocks.mapped", uuid).await?;
         Ok(self.world().dm.by_uuid(uuid).map(|dm| dm.dev()))
+    }
+
+    async fn failed_paths(&self, maps: &[DevNum]) -> io::Result<Vec<BTreeSet<DevNum>>> {
+        self.pass("blocks.failed_paths", &listed(maps)).await?;
+        let world = self.world();
+        Ok(maps.iter().map(|map| world.failed_paths(*map)).collect())
     }
 
     async fn openers(&self, devs: &[DevNum]) -> io::Result<Vec<Vec<String>>> {

@@ -28,6 +28,7 @@ pub mod procs;
 pub mod resolver;
 pub mod runtree;
 pub mod secrets;
+mod short;
 pub mod sim;
 pub mod storage;
 pub mod survey;

@@ -215,9 +215,10 @@ impl Places {
     }
 
     fn place(&self, found: &Found) -> io::Result<Place> {
-        // Also of one whose root is ours it shows whether it is still there.
-        let root = Root::open(found.pid, &found.dir)?;
-        Ok(if found.ours { Place::Ours } else { Place::Other(root) })
+        match found.ours {
+            true => Ok(Place::Ours),
+            false => Ok(Place::Other(Root::open(found.pid, &found.dir)?)),
+        }
     }
 
     fn directory(&self, pid: i32) -> io::Result<OwnedFd> {

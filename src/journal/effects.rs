@@ -207,6 +207,9 @@ impl EffectsStore {
 
     /// Adds to what a removal that was taken on gave up on. Kept, so that a successor can tell it.
     pub async fn add_gave_up(&self, key: &VolumeKey, more: &[String]) -> Result<(), Error> {
+        if more.is_empty() {
+            return Ok(());
+        }
         let found = self.read(removal(key), |r: &Removal| &r.boot_id).await?;
         let Some(mut mark) = found else { return Ok(()) };
         if mark.add(more) { self.write(removal(key), &mark).await } else { Ok(()) }

@@ -18,15 +18,21 @@ impl Inner {
 
     /// Undoes what was made at a target and that nobody wants there any more.
     pub(super) async fn leave(&self, at: &Access) -> Result<bool, Error> {
-        let mut made: Made = self.leases.made(at.lease()).await?;
+        let portals = |made: &Made| {
+            let mut portals = at.routes.clone();
+            portals.extend(made.portals());
+            portals.sort();
+            portals.dedup();
+            portals
+        };
+        let (mut made, unwanted) = self.leases.made_and_unwanted(at.lease(), &portals).await?;
+        if unwanted.is_empty() {
+            return Ok(false); // Others are there by all of them: the last one sees to it, under the target's lock.
+        }
         if self.adopt(at, &made).await? {
             made = self.leases.made(at.lease()).await?;
         }
-        let mut portals = at.routes.clone();
-        portals.extend(made.portals());
-        portals.sort();
-        portals.dedup();
-        self.settle(&at.target, &portals).await
+        self.settle(&at.target, &portals(&made)).await
     }
 
     /// Enters records of ours whose lease went with an earlier boot: they are known by their mark or their iface. Whether there

@@ -112,13 +112,24 @@ impl Leases {
         target: &str,
         routes: Vec<R>,
     ) -> Result<Vec<R>, Error> {
+        Ok(self.made_and_unwanted::<M, R>(target, |_| routes).await?.1)
+    }
+
+    /// The same of routes that depend on what was made at the target; and that.
+    pub(crate) async fn made_and_unwanted<M: Made, R: ToString + Send>(
+        &self,
+        target: &str,
+        routes: impl FnOnce(&M) -> Vec<R> + Send,
+    ) -> Result<(M, Vec<R>), Error> {
+        let lease = self.lease::<M>(target).await?;
+        let (made, users) = lease.map(|lease| (lease.made, lease.users)).unwrap_or_default();
         let mut routes: Vec<(String, R)> =
-            routes.into_iter().map(|route| (route.to_string(), route)).collect();
+            routes(&made).into_iter().map(|route| (route.to_string(), route)).collect();
         let mut strike = |user: &User| {
             routes.retain(|(route, _)| !user.routes.contains(route));
             routes.is_empty()
         };
-        match self.lease::<M>(target).await?.and_then(|lease| lease.users) {
+        match users {
             Some(users) => drop(users.iter().any(&mut strike)),
             None => {
                 let dir = users_dir(M::TRANSPORT, target);
@@ -129,13 +140,13 @@ impl Leases {
                         Ok(_) => {}
                         Err(error) => {
                             tell(&error);
-                            return Ok(Vec::new());
+                            return Ok((made, Vec::new()));
                         }
                     }
                 }
             }
         }
-        Ok(routes.into_iter().map(|(_, route)| route).collect())
+        Ok((made, routes.into_iter().map(|(_, route)| route).collect()))
     }
 
     /// The own files of all targets of this boot that can be read. One that cannot is told and left: it is its

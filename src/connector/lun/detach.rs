@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use futures_util::future::{join, join_all, try_join};
+use futures_util::future::{join, join_all};
 use tokio::time::Instant;
 
 use super::Luns;
@@ -37,28 +37,36 @@ impl Going {
     }
 }
 
+/// What there is of a device that is to go.
+pub(super) struct Looked {
+    /// The paths that are still the devices that they were; an error is of one that shows another LUN.
+    pub(super) there: Result<BTreeSet<DevNum>, Error>,
+    /// A map that multipathd made above our paths, though the lease does not know it (the attach was cut short, or there was
+    /// not to be one): it goes with them if it lies on them alone.
+    pub(super) above: Option<MapLease>,
+}
+
 impl<T: Transport> Luns<T> {
-    /// Flushes and removes the map, if there is one above them, and the paths, as far as they are ours.
+    /// Flushes and removes the map, if there is one above them, and the paths that are still `there`, as far as they are
+    /// ours. What was seen of the paths may be of a moment ago: each is proven once more as it is deleted.
     pub(super) async fn remove_device(
         &self,
         user: &User,
-        map: impl Future<Output = Result<Option<MapLease>, Error>>,
+        map: Option<MapLease>,
+        there: Result<BTreeSet<DevNum>, Error>,
         options: DetachOptions<'_>,
     ) -> Result<(), Error> {
         let tracker = &self.doors.tracker;
         let at = user.attachment.as_ref().map(|a| a.device.dev);
-        let find_map = async {
-            let map = map.await?;
-            let device = match &map {
-                Some(map) => multipath::by_uuid(&self.doors, &map.uuid, at).await?,
-                None => None,
-            };
-            Ok((map, device))
+        let map_device = async {
+            match &map {
+                Some(map) => multipath::by_uuid(&self.doors, &map.uuid, at).await,
+                None => Ok(None),
+            }
         };
-        let look = try_join(find_map, self.there(user));
         // Now, and not before: what the guest had open it has closed, and nothing of its pod can open it any more.
-        let (looked, unopened) = join(look, self.unopened(user, at)).await;
-        let ((map, map_device), there) = looked?;
+        let (map_device, unopened) = join(map_device, self.unopened(user, at)).await;
+        let map_device = map_device?;
         let made = map.as_ref().is_some_and(|m| m.made);
         let opens = unopened.into_iter().map(|dev| (dev, Opens::None)).collect();
         let mut going = Going { opens, ..Going::default() };
@@ -101,57 +109,52 @@ impl<T: Transport> Luns<T> {
         Ok(())
     }
 
-    /// The paths that are still the devices that they were; an error is of one that shows another LUN.
-    async fn there(&self, user: &User) -> Result<Result<BTreeSet<DevNum>, Error>, Error> {
-        let known = |path: &PathLease| Some((path.dir.clone(), path.hctl, path.seen.clone()?));
-        let known: Vec<_> = user.paths.iter().filter_map(known).collect();
-        let Some((first, ..)) = known.first().cloned() else { return Ok(Ok(BTreeSet::new())) };
+    /// Looks at the paths and at what multipathd made above them, all in one.
+    pub(super) async fn look_over(&self, user: &User) -> Result<Looked, Error> {
+        let Some(first) = user.paths.first().map(|path| path.dir.clone()) else {
+            return Ok(Looked { there: Ok(BTreeSet::new()), above: None });
+        };
+        let paths = user.paths.clone();
         let look = move |view: &View<'_>| {
-            let mut there = BTreeSet::new();
-            for (dir, hctl, seen) in &known {
+            let (mut there, mut swapped) = (BTreeSet::new(), None);
+            let (mut names, mut maps) = (Vec::new(), Vec::new());
+            for PathLease { hctl, dir, seen, made } in &paths {
                 let now = scsi::present_in(view, dir)?;
-                match now.filter(|now| now.disk.diskseq == seen.diskseq) {
-                    Some(now) if now.raw_wwid != seen.wwid => {
-                        let (at, was) = (hctl.to_string(), seen.wwid.clone());
-                        return Ok(Err((at, was, now.raw_wwid)));
+                let is_same = |now: &scsi::Present| {
+                    seen.as_ref().is_none_or(|seen| seen.diskseq == now.disk.diskseq)
+                };
+                let Some(now) = now.filter(is_same) else { continue };
+                match seen {
+                    Some(seen) if now.raw_wwid != seen.wwid => {
+                        let found = (hctl.to_string(), seen.wwid.clone(), now.raw_wwid);
+                        swapped.get_or_insert(found);
                     }
-                    Some(now) => drop(there.insert(now.disk.dev)),
+                    Some(_) => drop(there.insert(now.disk.dev)),
                     None => {}
                 }
+                if *made {
+                    let above = multipath::on_in(view, &format!("{dir}/block/{}", now.disk.name))?;
+                    maps.extend(above.into_iter().filter_map(|(_, map)| map));
+                    names.push(now.disk.name);
+                }
             }
-            Ok(Ok(there))
+            Ok((there, swapped, names, maps))
         };
-        let there = self.doors.sysfs.look(&first, look).await?;
-        Ok(there.map_err(|(at, was, found)| Error::Swapped { at, was, found }))
+        let (there, swapped, names, maps) = self.doors.sysfs.look(&first, look).await?;
+        let found = maps.into_iter().rfind(|map| map.uuid.starts_with("mpath-"));
+        let above = found
+            .filter(|m| m.slaves.iter().all(|s| names.contains(s)))
+            .map(|m| MapLease { uuid: m.uuid, made: true });
+        let there = match swapped {
+            Some((at, was, found)) => Err(Error::Swapped { at, was, found }),
+            None => Ok(there),
+        };
+        Ok(Looked { there, above })
     }
 
-    /// A map that multipathd made above our paths, though the lease does not know it (the attach
-    /// was cut short, or there was not to be one): it goes with them if it lies on them alone.
-    pub(super) async fn map_above(&self, user: &User) -> Result<Option<MapLease>, Error> {
-        let mine: Vec<(String, Option<u64>)> = user
-            .paths
-            .iter()
-            .filter(|p| p.made)
-            .map(|p| (p.dir.clone(), p.seen.as_ref().map(|s| s.diskseq)))
-            .collect();
-        let Some((first, _)) = mine.first().cloned() else { return Ok(None) };
-        let look = move |view: &View<'_>| {
-            let (mut names, mut maps) = (Vec::new(), Vec::new());
-            for (dir, diskseq) in &mine {
-                let disk = scsi::disk_in(view, dir)?;
-                let is_same = |disk: &scsi::Disk| diskseq.is_none_or(|seq| seq == disk.diskseq);
-                let Some(disk) = disk.filter(is_same) else { continue };
-                let above = multipath::on_in(view, &format!("{dir}/block/{}", disk.name))?;
-                maps.extend(above.into_iter().filter_map(|(_, map)| map));
-                names.push(disk.name);
-            }
-            Ok((names, maps))
-        };
-        let (names, maps) = self.doors.sysfs.look(&first, look).await?;
-        let found = maps.into_iter().rfind(|map| map.uuid.starts_with("mpath-"));
-        Ok(found
-            .filter(|m| m.slaves.iter().all(|s| names.contains(s)))
-            .map(|m| MapLease { uuid: m.uuid, made: true }))
+    /// See [`Looked::above`].
+    async fn map_above(&self, user: &User) -> Result<Option<MapLease>, Error> {
+        Ok(self.look_over(user).await?.above)
     }
 
     /// Those of our paths, and of what was attached at that number, that no program has open.

@@ -222,7 +222,8 @@ impl<T: Transport> Luns<T> {
         let mut user = job.user();
         user.paths.push(path.clone());
         let options = DetachOptions { force: true, ..DetachOptions::default() };
-        self.remove_device(&user, self.map_above(&user), options).await
+        let looked = self.look_over(&user).await?;
+        self.remove_device(&user, looked.above, looked.there, options).await
     }
 
     /// multipathd takes a late path into the map by itself; where it does not, it is told of it. Nobody is kept from the

@@ -79,10 +79,11 @@ impl<T: Transport> Luns<T> {
             }
         }
         let sharers = self.sharers(owner, user.wwid.as_ref()).await?;
+        let looked = self.look_over(user).await?;
         options.released_soon().await?;
         if !shared && sharers.is_empty() {
-            let map = self.noted_map(&targets[0], user);
-            return self.remove_device(user, map, options).await;
+            let map = self.noted_map(&targets[0], user, looked.above).await?;
+            return self.remove_device(user, map, looked.there, options).await;
         }
         self.pass_map(user, &sharers).await?;
         alone.extend(spare.iter().map(|(_, mine)| mine.clone()));
@@ -90,7 +91,8 @@ impl<T: Transport> Luns<T> {
         // Out of a map, which goes on with the others' paths; what was given away without one is flushed.
         let attachment = user.attachment.clone().filter(|a| a.device.map.is_none());
         let mine = User { map: None, attachment, ..mine };
-        self.remove_device(&mine, self.map_above(&mine), options).await?;
+        let looked = self.look_over(&mine).await?;
+        self.remove_device(&mine, looked.above, looked.there, options).await?;
         for (at, gone) in spare {
             let forget = |user: &mut User| user.paths.retain(|p| !gone.paths.contains(p));
             self.change(owner, at, forget).await?;
@@ -106,16 +108,20 @@ impl<T: Transport> Luns<T> {
         self.leases.leave_map::<T::Made>(&heir.target, &heir.owner, user.map.as_ref()).await
     }
 
-    /// The map above a volume's paths. One that multipathd made unseen is entered into the lease: once it and they are
-    /// gone, that alone tells a successor what multipath has yet to forget.
-    async fn noted_map(&self, first: &Access<T>, user: &User) -> Result<Option<MapLease>, Error> {
+    /// The map above a volume's paths. One that multipathd made unseen (`above`) is entered into the lease: once it and they
+    /// are gone, that alone tells a successor what multipath has yet to forget.
+    async fn noted_map(
+        &self,
+        first: &Access<T>,
+        user: &User,
+        above: Option<MapLease>,
+    ) -> Result<Option<MapLease>, Error> {
         if user.map.is_some() {
             return Ok(user.map.clone()); // One of its leases has it.
         }
-        let map = self.map_above(user).await?;
-        if let Some(map) = map.clone() {
+        if let Some(map) = above.clone() {
             self.change(&user.owner, first, |user| user.map = Some(map)).await?;
         }
-        Ok(map)
+        Ok(above)
     }
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 
@@ -76,7 +77,7 @@ pub(super) fn number(uuid: &str) -> io::Result<Option<DevNum>> {
 /// is not multipath's.
 pub(super) fn failed_paths(maps: &[DevNum]) -> io::Result<Vec<BTreeSet<DevNum>>> {
     let control = control()?;
-    maps.iter().map(|map| failed_paths_of(&control, *map)).collect()
+    maps.iter().map(|map| failed_paths_of(control, *map)).collect()
 }
 
 fn failed_paths_of(control: &File, map: DevNum) -> io::Result<BTreeSet<DevNum>> {
@@ -165,8 +166,15 @@ fn skip<'a>(words: &mut impl Iterator<Item = &'a str>, n: usize) -> Option<()> {
     (0..n).try_for_each(|_| words.next().map(drop))
 }
 
-fn control() -> io::Result<File> {
-    File::options().read(true).write(true).open(CONTROL)
+/// Opened once: what is asked by it is of no device's, and it keeps none.
+fn control() -> io::Result<&'static File> {
+    static OPEN: OnceLock<File> = OnceLock::new();
+    if let Some(control) = OPEN.get() {
+        return Ok(control);
+    }
+    // It is not there before the module is loaded, so that it failed is not kept.
+    let control = File::options().read(true).write(true).open(CONTROL)?;
+    Ok(OPEN.get_or_init(|| control))
 }
 
 fn about(uuid: &str) -> io::Result<Request> {

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use nix::errno::Errno;
 use nix::libc;
 use nix::sys::stat::{Mode, SFlag, mknod};
 use tokio::sync::oneshot;
@@ -84,15 +85,21 @@ impl Opener {
     }
 
     fn by_node(&self, dev: DevNum, flags: libc::c_int) -> io::Result<File> {
-        match fs::DirBuilder::new().mode(0o700).create(&self.nodes) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-            _ => {}
-        }
         let n = self.count.fetch_add(1, Ordering::Relaxed);
         let node = self.nodes.join(format!("{dev}.{}.{n}", std::process::id()));
-        // A crash between mknod and unlink may have left the name.
-        let _ = fs::remove_file(&node);
-        mknod(&node, SFlag::S_IFBLK, Mode::S_IRUSR | Mode::S_IWUSR, dev.to_dev_t())?;
+        let make = || mknod(&node, SFlag::S_IFBLK, Mode::S_IRUSR | Mode::S_IWUSR, dev.to_dev_t());
+        match make() {
+            Err(Errno::ENOENT) => {
+                fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.nodes)?;
+                make()?;
+            }
+            // A crash between mknod and unlink has left the name.
+            Err(Errno::EEXIST) => {
+                fs::remove_file(&node)?;
+                make()?;
+            }
+            made => made?,
+        }
         let opened = open(&node, flags);
         fs::remove_file(&node)?;
         opened

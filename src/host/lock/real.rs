@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use super::{LockError, LockGuard, RunDir, check_name, temporary};
 use crate::host::keyed::Keyed;
+use crate::host::short;
 use crate::host::workers::Workers;
 
 /// How often a lock is tried when no event tells that it is free: a holder that was killed lets go
@@ -94,12 +95,9 @@ impl RealRunDir {
     /// Waits for the file's lock; `None` after `end`.
     async fn acquire(&self, path: PathBuf, end: Option<Instant>) -> io::Result<Option<Locked>> {
         let open = move || {
-            if let Some(parent) = path.parent() {
-                make_dirs(parent)?;
-            }
             let mut options = OpenOptions::new();
-            let file = options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            let file = file.open(&path)?;
+            let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            let file = in_dir_of(&path, || options.open(&path))?;
             Ok((file, path))
         };
         let (file, path) = self.run(open).await?;
@@ -190,10 +188,21 @@ struct RealLock {
 impl LockGuard for RealLock {}
 
 fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    match fs::read(path) {
+    match short::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
+    }
+}
+
+/// Makes a file; the directory that it is to be in is there but for the first time.
+fn in_dir_of<T>(path: &Path, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    match make() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            make_dirs(path.parent().unwrap_or(Path::new("/")))?;
+            make()
+        }
+        made => made,
     }
 }
 
@@ -236,10 +245,7 @@ impl RunDir for RealRunDir {
 
     async fn store(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let (path, bytes) = (self.path(name)?, bytes.to_vec());
-        let call = move || {
-            make_dirs(path.parent().unwrap_or(Path::new("/")))?;
-            temporary::replace(&path, &bytes)
-        };
+        let call = move || in_dir_of(&path, || temporary::replace(&path, &bytes));
         self.run(call).await
     }
 

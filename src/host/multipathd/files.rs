@@ -11,7 +11,7 @@
 //! the replaced file, and gives that map's alias out again at its next start.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
@@ -19,6 +19,8 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+
+use crate::host::short;
 
 /// How long its lock is waited for, as multipath-tools does (FILE_TIMEOUT is 30 s) but shorter.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
@@ -28,8 +30,7 @@ const LOCK_RETRY: Duration = Duration::from_millis(5);
 /// Removes a WWID's lines from `wwids`; whether there were any.
 pub(super) fn forget_wwid(path: &Path, wwid: &str) -> io::Result<bool> {
     let Some(mut file) = open_locked(path)? else { return Ok(false) };
-    let mut text = String::new();
-    file.read_to_string(&mut text)?;
+    let text = text(&mut file)?;
     let (listed, removed) = (format!("/{wwid}/"), format!("#{wwid}/"));
     let ours = |line: &str| line.trim_end() == listed || line.trim_end() == removed;
     let Some(start) = first_match(&text, ours) else { return Ok(false) };
@@ -47,8 +48,7 @@ pub(super) fn forget_binding(path: &Path, wwid: &str) -> io::Result<bool> {
     // multipathd replaces the file without a look at the lock: start over if it did meanwhile.
     for _ in 0..8 {
         let Some(mut file) = open_locked(path)? else { return Ok(false) };
-        let mut text = String::new();
-        file.read_to_string(&mut text)?;
+        let text = text(&mut file)?;
         let ours = |line: &str| {
             let line = line.split('#').next().unwrap_or_default();
             line.split_whitespace().nth(1) == Some(wwid)
@@ -65,6 +65,11 @@ pub(super) fn forget_binding(path: &Path, wwid: &str) -> io::Result<bool> {
         io::ErrorKind::WouldBlock,
         format!("{} is being rewritten all the time", path.display()),
     ))
+}
+
+fn text(file: &mut File) -> io::Result<String> {
+    String::from_utf8(short::read_rest(file)?)
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
 fn first_match(text: &str, matches: impl Fn(&str) -> bool) -> Option<usize> {

@@ -11,6 +11,7 @@ use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
 use super::{Attributes, Guard, Guarded, Look, Looked, ReadError, Sysfs, View, is_gone};
+use crate::host::short;
 use crate::host::workers::Workers;
 
 /// Real sysfs below a base directory, `/sys` but for tests.
@@ -48,7 +49,7 @@ struct Tree {
 
 impl Attributes for Tree {
     fn read(&self, path: &str) -> io::Result<Vec<u8>> {
-        fs::read(below(&self.base, path)?)
+        short::read(&below(&self.base, path)?)
     }
 
     fn list(&self, dir: &str) -> io::Result<Vec<String>> {

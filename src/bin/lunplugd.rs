@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use lunplug::config::{self, Layers, Loaded};
 use lunplug::daemon::{self, Form};
+use lunplug::host::priority;
 use lunplug::types::VmId;
 use lunplug::{host, telemetry, uninstall};
 use mimalloc::MiMalloc;
@@ -123,7 +124,9 @@ fn main() -> ExitCode {
     }
     let uninstall = args.uninstall.then_some(args.force);
     let form = Form { only_vm: args.vm, simulated: args.sim, faults: args.sim_faults };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    priority::raise();
+    let mut threads = tokio::runtime::Builder::new_multi_thread();
+    let runtime = match threads.enable_all().on_thread_start(priority::raise).build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error, 1),
     };

@@ -24,6 +24,7 @@ pub mod place;
 pub mod poddir;
 pub mod podfiles;
 pub mod pods;
+pub mod priority;
 pub mod procs;
 pub mod resolver;
 pub mod runtree;

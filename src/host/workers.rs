@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::keyed::Keyed;
+use super::priority;
 
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
@@ -137,6 +138,7 @@ impl Pool {
     }
 
     fn work(self: Arc<Self>) {
+        priority::raise();
         let mut state = lock(&self.state);
         loop {
             if let Some(job) = state.jobs.pop_front() {

@@ -103,6 +103,66 @@ fn udev_runs_nothing_for_a_path_but_what_tells_its_identity() {
     story.nothing_left();
 }
 
+/// Policy and priority of the daemon's threads, once all have the same.
+#[track_caller]
+fn scheduling() -> String {
+    let pid = sh("systemctl show --property MainPID --value lunplugd").ok().trim().to_owned();
+    let each = format!(
+        "for t in /proc/{pid}/task/*; do
+           case $(cat $t/comm) in lunplug*|tokio-rt-worker) chrt -p ${{t##*/}} ;; esac
+         done"
+    );
+    let mut of_all = Vec::new();
+    // One that has just begun has not asked for it yet.
+    until("all threads have the same", Duration::from_secs(10), || {
+        let told = sh(&each).stdout;
+        let of_each = told.lines().filter_map(|line| line.split_once("current scheduling "));
+        of_all = of_each.map(|(_, what)| what.to_owned()).collect();
+        of_all.sort_unstable();
+        of_all.dedup();
+        of_all.len() == 2
+    });
+    of_all.join(", ")
+}
+
+/// The unit says that the threads are to be ordinary ones, until this is dropped.
+struct Ordinary;
+
+impl Ordinary {
+    const UNIT: &str = "/run/systemd/system/lunplugd.service.d/ordinary.conf";
+
+    fn now() -> Self {
+        sh(&format!(
+            "mkdir -p $(dirname {0}); printf '[Service]\\nLimitRTPRIO=0\\n' >{0}
+             systemctl daemon-reload; systemctl restart lunplugd",
+            Self::UNIT
+        ))
+        .ok();
+        Self
+    }
+}
+
+impl Drop for Ordinary {
+    fn drop(&mut self) {
+        sh(&format!("rm {}; systemctl daemon-reload; systemctl restart lunplugd", Self::UNIT));
+    }
+}
+
+/// Its unit gives it leave to have its threads come before ordinary ones; the programs that it runs are ordinary.
+#[test]
+#[ignore = "runs in the lab: hack/test"]
+fn the_daemons_threads_come_before_ordinary_ones_unless_the_unit_says_no() {
+    Lab::get();
+    let before_ordinary = || {
+        assert_eq!(scheduling(), "policy: SCHED_RR|SCHED_RESET_ON_FORK, priority: 1");
+    };
+    before_ordinary();
+    let ordinary = Ordinary::now();
+    assert_eq!(scheduling(), "policy: SCHED_OTHER, priority: 0");
+    drop(ordinary);
+    before_ordinary();
+}
+
 /// strace counts lunplugd's system calls until this is dropped, also by a story that fails: it slows lunplugd down many times.
 struct Strace(Child);
 

@@ -109,8 +109,8 @@ impl<T: Transport> Luns<T> {
         Ok(())
     }
 
-    /// Looks at the paths and at what multipathd made above them, all in one.
-    pub(super) async fn look_over(&self, user: &User) -> Result<Looked, Error> {
+    /// Looks at the paths, and at what multipathd made above them where that is to be known, all in one.
+    pub(super) async fn look_over(&self, user: &User, above: bool) -> Result<Looked, Error> {
         let Some(first) = user.paths.first().map(|path| path.dir.clone()) else {
             return Ok(Looked { there: Ok(BTreeSet::new()), above: None });
         };
@@ -132,7 +132,7 @@ impl<T: Transport> Luns<T> {
                     Some(_) => drop(there.insert(now.disk.dev)),
                     None => {}
                 }
-                if *made {
+                if *made && above {
                     let above = multipath::on_in(view, &format!("{dir}/block/{}", now.disk.name))?;
                     maps.extend(above.into_iter().filter_map(|(_, map)| map));
                     names.push(now.disk.name);
@@ -154,7 +154,7 @@ impl<T: Transport> Luns<T> {
 
     /// See [`Looked::above`].
     async fn map_above(&self, user: &User) -> Result<Option<MapLease>, Error> {
-        Ok(self.look_over(user).await?.above)
+        Ok(self.look_over(user, true).await?.above)
     }
 
     /// Those of our paths, and of what was attached at that number, that no program has open.

@@ -222,7 +222,7 @@ impl<T: Transport> Luns<T> {
         let mut user = job.user();
         user.paths.push(path.clone());
         let options = DetachOptions { force: true, ..DetachOptions::default() };
-        let looked = self.look_over(&user).await?;
+        let looked = self.look_over(&user, true).await?;
         self.remove_device(&user, looked.above, looked.there, options).await
     }
 

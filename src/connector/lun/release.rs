@@ -79,7 +79,7 @@ impl<T: Transport> Luns<T> {
             }
         }
         let sharers = self.sharers(owner, user.wwid.as_ref()).await?;
-        let looked = self.look_over(user).await?;
+        let looked = self.look_over(user, user.map.is_none()).await?;
         options.released_soon().await?;
         if !shared && sharers.is_empty() {
             let map = self.noted_map(&targets[0], user, looked.above).await?;
@@ -91,7 +91,7 @@ impl<T: Transport> Luns<T> {
         // Out of a map, which goes on with the others' paths; what was given away without one is flushed.
         let attachment = user.attachment.clone().filter(|a| a.device.map.is_none());
         let mine = User { map: None, attachment, ..mine };
-        let looked = self.look_over(&mine).await?;
+        let looked = self.look_over(&mine, true).await?;
         self.remove_device(&mine, looked.above, looked.there, options).await?;
         for (at, gone) in spare {
             let forget = |user: &mut User| user.paths.retain(|p| !gone.paths.contains(p));

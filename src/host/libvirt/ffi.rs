@@ -15,6 +15,7 @@ use virt::sys;
 use super::domains::Domains;
 use super::events::{DomainEvent, EventSender, Lifecycle};
 use super::{IoThread, Job};
+use crate::host::priority;
 use crate::types::IoLimits;
 
 /// Starts libvirt's event loop, once for the process and before the first connection (libvirt
@@ -29,6 +30,7 @@ pub(super) fn start_event_loop() -> Result<(), String> {
             std::thread::Builder::new()
                 .name("libvirt-events".into())
                 .spawn(|| {
+                    priority::raise();
                     loop {
                         if let Err(error) = virt::event::event_run_default_impl() {
                             tracing::error!(%error, "libvirt's event loop failed once");

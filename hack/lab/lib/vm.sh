@@ -164,15 +164,13 @@ vm_reboot() {
   first_login
 }
 
-# Under emulation alone, and only if it was a virtual CPU's thread, or if the kernel, in whatever task, had a stack
-# pointer that is not in its half of the addresses, so a guest's: what the kernel tells of it.
+# Under emulation alone: what the kernel tells of its first crash since it was booted, from its beginning. It need not be a
+# virtual CPU's thread that crashes, nor one with a guest's stack pointer: whatever task comes next on that processor may.
 vm_crashed() {
-  local told
   need_running
   tr '\0' '\n' <"/proc/$(node_pid)/cmdline" | grep -q '^tcg,' || return 1
   grep -aq 'Kernel panic - not syncing' "$CONSOLE" || return 1
-  told=$(grep -aE 'Comm: |BUG: |Oops: |RSP: 0018:|Kernel panic - not syncing' "$CONSOLE")
-  grep -aE -m1 -A9 -B2 'Comm: CPU [0-9]+/KVM' <<<"$told" || grep -aE -m1 -B2 -A1 'RSP: 0018:0000' <<<"$told"
+  grep -aE -m1 -A39 'BUG: |Oops: |Kernel panic - not syncing|general protection fault' "$CONSOLE"
 }
 
 vm_down() {

@@ -39,7 +39,8 @@ pub trait Blocks: Send + Sync {
     async fn mapped(&self, uuid: &str) -> io::Result<Option<DevNum>>;
 
     /// Of each of these multipath maps, in their order, the paths that the kernel uses no more until they are reinstated: I/O
-    /// to them failed, or multipathd's checker said so. None of a map that is gone. It waits for nothing and asks nobody else.
+    /// to them failed, or multipathd's checker said so. None of a map that is gone or cannot be asked
+    /// about; an error where none can. It waits for nothing and asks nobody else.
     async fn failed_paths(&self, maps: &[DevNum]) -> io::Result<Vec<BTreeSet<DevNum>>>;
 
     /// Whoever has each of the devices open, in their order, as `command[pid]`, as far as /proc shows it. One look at all

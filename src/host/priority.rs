@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::sync::Once;
 
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
@@ -12,9 +13,13 @@ const PRIORITY: libc::c_int = 1;
 /// Has the calling thread come before ordinary ones (`SCHED_RR`), where the process may have real-time priorities:
 /// RLIMIT_RTPRIO says so (`LimitRTPRIO=` of the unit), as it does for multipathd. What the thread begins, programs above all,
 /// is ordinary again.
+/// Where the kernel refuses they stay ordinary, and the log says so once.
 pub fn raise() {
+    static TOLD: Once = Once::new();
     if let Err(error) = raised() {
-        tracing::debug!(%error, "this thread is an ordinary one");
+        TOLD.call_once(|| {
+            tracing::warn!(%error, "the kernel refuses the real-time priority that LimitRTPRIO= allows: on a busy node volumes come and go slower; 0 there says that it is not wanted");
+        });
     }
 }
 

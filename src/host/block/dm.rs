@@ -73,11 +73,18 @@ pub(super) fn number(uuid: &str) -> io::Result<Option<DevNum>> {
     }
 }
 
-/// Of each of these maps the paths that the kernel does not use until somebody reinstates them; none of one that is gone, or
-/// is not multipath's.
+/// Of each of these maps the paths that the kernel does not use until somebody reinstates them; none of one that is gone, is
+/// not multipath's or cannot be asked about. An error where none can.
 pub(super) fn failed_paths(maps: &[DevNum]) -> io::Result<Vec<BTreeSet<DevNum>>> {
     let control = control()?;
-    maps.iter().map(|map| failed_paths_of(control, *map)).collect()
+    let of_each = maps.iter().map(|map| {
+        failed_paths_of(control, *map).unwrap_or_else(|error| {
+            // It is no other map's trouble.
+            tracing::debug!(%map, %error, "how its paths are is not known: /sys alone counts");
+            BTreeSet::new()
+        })
+    });
+    Ok(of_each.collect())
 }
 
 fn failed_paths_of(control: &File, map: DevNum) -> io::Result<BTreeSet<DevNum>> {

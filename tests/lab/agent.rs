@@ -17,6 +17,9 @@ use crate::node::{Ran, run, until};
 /// How long a command in the guest may take.
 const DEADLINE: Duration = Duration::from_secs(60);
 
+/// How long an agent that is away may take to come back: the guest's init starts it again.
+const BACK: Duration = Duration::from_secs(30);
+
 /// How long libvirt itself waits for one answer of the agent, in seconds.
 const ANSWER: i32 = 10;
 
@@ -74,7 +77,16 @@ fn talk(pod: &str, domain: &str, line: &str) -> Result<Ran, String> {
 fn in_guest(domain: &Domain, line: &str) -> Result<Ran, String> {
     let began = Instant::now();
     let arguments = json!({"path": "/bin/sh", "arg": ["-c", line], "capture-output": true});
-    let started = ask(domain, &json!({"execute": "guest-exec", "arguments": arguments}))?;
+    let start = json!({"execute": "guest-exec", "arguments": arguments});
+    let started = loop {
+        match ask(domain, &start) {
+            // Nothing was sent, so it can be asked again.
+            Err(why) if why.contains("agent is not connected") && began.elapsed() < BACK => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            answer => break answer?,
+        }
+    };
     let status = json!({"execute": "guest-exec-status", "arguments": {"pid": started["pid"]}});
     loop {
         let told = ask(domain, &status)?;

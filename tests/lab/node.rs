@@ -119,6 +119,7 @@ impl Drop for Story {
             return;
         }
         println!("lunplugd's last lines:\n{}", sh("daemon log 25").stdout);
+        println!("the guest's console: {}", run("guest", &["console", POD, DOMAIN, "15"]).stdout);
         emulation::tell_broken_guests();
         sh("target portal restore 127.0.0.3; umount -l /mnt 2>/dev/null");
         signal(POD, "libvirtd", "CONT");

@@ -41,7 +41,7 @@ fn guests_write_on_while_a_portal_and_the_target_go_and_come_back() {
     Lab::get();
     let luns = [Lun::new("cut1", 1, "16M"), Lun::new("cut2", 2, "16M")];
     let story = Story::begin();
-    let brisk = Brisk::new();
+    let brisk = Brisk::patient();
     let writers = [Writer::begin("cut1", &luns[0]), Writer::begin("cut2", &luns[1])];
 
     let dead = Fault::dead("127.0.0.2");
@@ -83,7 +83,7 @@ fn without_any_path_io_waits_then_fails_and_goes_on_when_one_is_back() {
     Lab::get();
     let lun = Lun::new("none1", 1, "16M");
     let story = Story::begin();
-    let brisk = Brisk::new();
+    let brisk = Brisk::patient();
     let writer = Writer::begin("none1", &lun);
 
     // Shorter than multipath's patience: the guest only waits.
@@ -95,6 +95,7 @@ fn without_any_path_io_waits_then_fails_and_goes_on_when_one_is_back() {
     until("both paths are back", SOON, || living_paths(&lun) == 2);
 
     // Longer: the guest gets errors, and its disk works again when a path is back.
+    brisk.loses_patience();
     let dead = both_dead();
     until("the guest sees errors", SOON, || writer.errors() > 0);
     println!("without a path: {}", volume("none1"));

@@ -8,17 +8,37 @@ use crate::node::{Lun, add, guest_disk, in_guest, remove, sh, until, volume};
 pub const SOON: Duration = Duration::from_secs(60);
 
 /// lunplugd and multipathd with short timeouts, for as long as it lives: a dead path is noticed
-/// within seconds, and I/O without a path is queued for some five. Sessions of volumes that are added
-/// meanwhile have them.
-pub struct Brisk;
+/// within seconds. Sessions of volumes that are added meanwhile have them.
+pub struct Brisk(());
 
 const DROP_IN: &str = "/run/systemd/system/lunplugd.service.d/brisk.conf";
 const MULTIPATH: &str = "/etc/multipath/conf.d/brisk.conf";
 
 impl Brisk {
+    /// I/O without a path is queued for some five seconds: for what is to fail.
     #[track_caller]
     pub fn new() -> Self {
-        let brisk = Self;
+        Self::queueing(5)
+    }
+
+    /// It is queued for longer than a story takes: for what is to wait, however slow the node is.
+    #[track_caller]
+    pub fn patient() -> Self {
+        Self::queueing(600)
+    }
+
+    /// Ends the patience of all maps that are there.
+    #[track_caller]
+    pub fn loses_patience(&self) {
+        sh(&format!(
+            "sed -i 's/no_path_retry .*/no_path_retry 5/' {MULTIPATH}; multipathd reconfigure"
+        ))
+        .ok();
+    }
+
+    #[track_caller]
+    fn queueing(checks: u32) -> Self {
+        let brisk = Self(());
         sh(&format!(
             "mkdir -p $(dirname {DROP_IN}) $(dirname {MULTIPATH})
             printf '%s\\n' '[Service]' \
@@ -31,7 +51,7 @@ impl Brisk {
                 Environment=LUNPLUG_DEADLINES_KERNEL_CALL=20s \
                 Environment=LUNPLUG_DEADLINES_AGENT=20s >{DROP_IN}
             printf '%s\\n' 'defaults {{' ' polling_interval 1' ' max_polling_interval 1' \
-                ' no_path_retry 5' ' fast_io_fail_tmo 1' '}}' >{MULTIPATH}"
+                ' no_path_retry {checks}' ' fast_io_fail_tmo 1' '}}' >{MULTIPATH}"
         ))
         .ok();
         restart_both();

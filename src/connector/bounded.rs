@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use crate::host::block::{Blocks, Exclusive, listed};
 use crate::host::cmd::{CmdError, Commands, Output, Tool};
-use crate::host::iscsidb::{DbLockState, IscsiDb, Record};
+use crate::host::iscsidb::{DbLockState, IscsiDb, Record, Setting};
 use crate::host::lock::{LockError, LockGuard, RunDir};
 use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
@@ -207,8 +207,14 @@ impl IscsiDb for BoundedIscsiDb {
         let call = self.0.remove(target, record);
         within(self.1, || format!("removing a record of {target}"), call).await
     }
-    async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()> {
-        let call = self.0.set_chap(nexus, portal, chap);
+    async fn set(
+        &self,
+        nexus: &Nexus,
+        portal: Portal,
+        settings: &[Setting],
+        chap: Option<&Chap>,
+    ) -> io::Result<()> {
+        let call = self.0.set(nexus, portal, settings, chap);
         within(self.1, || format!("writing a record of {nexus}"), call).await
     }
     async fn set_group(&self, target: &Iqn, portal: Portal, group: u16) -> io::Result<()> {

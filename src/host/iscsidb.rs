@@ -30,6 +30,9 @@ pub struct Record {
     pub corrupt: bool,
 }
 
+/// A setting of a node record: its name and its value.
+pub type Setting = (&'static str, String);
+
 /// What one look at the database's lock found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DbLockState {
@@ -42,9 +45,9 @@ pub enum DbLockState {
 }
 
 /// The door to the database's directory (`/etc/iscsi/nodes` on Debian, `/var/lib/iscsi/nodes`
-/// elsewhere). Node records are made by iscsiadm, which knows the node's defaults; of what is in them only
-/// credentials are written here, for iscsiadm takes them by its arguments alone, where everybody sees them. They are removed
-/// here, each by itself: iscsiadm would take a program, and others' along that have no portal group. Iface records,
+/// elsewhere). Node records are made by iscsiadm, which knows the node's defaults; our settings are written into them
+/// here, for iscsiadm would take another program, and takes credentials by its arguments alone, where everybody sees them. They are
+/// removed here, each by itself: iscsiadm would take a program, and others' along that have no portal group. Iface records,
 /// which people write by hand, are written whole: by iscsiadm they would take two programs, and be the
 /// node's own initiator in between.
 #[async_trait]
@@ -57,10 +60,17 @@ pub trait IscsiDb: Send + Sync {
     /// a database that is locked is `WouldBlock`.
     async fn remove(&self, target: &Iqn, record: &Record) -> io::Result<()>;
 
-    /// Writes credentials into the record of a target by an iface at a portal, whose file is its owner's
-    /// alone from then on. No such record is `NotFound`, a corrupt one `InvalidData`, and a database
-    /// that is locked `WouldBlock`. No error shows a credential.
-    async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()>;
+    /// Writes settings (usr/idbm_fields.h), and credentials in the place of those that it has, into the record of a
+    /// target by an iface at a portal, whose file is its owner's alone from then on; what else is in it stays. No such record is
+    /// `NotFound`, a corrupt one `InvalidData`, one without such a setting `Unsupported`, for its open-iscsi does not know that and would not
+    /// heed it, and a database that is locked `WouldBlock`. No error shows a credential.
+    async fn set(
+        &self,
+        nexus: &Nexus,
+        portal: Portal,
+        settings: &[Setting],
+        chap: Option<&Chap>,
+    ) -> io::Result<()>;
 
     /// Gives the record of a target at a portal that has no portal group tag this one, so that there is room for
     /// others beside it. `NotFound` when there is no such record, `WouldBlock` when the database is locked.

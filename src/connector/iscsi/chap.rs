@@ -9,7 +9,6 @@
 //! (drivers/scsi/scsi_transport_iscsi.c, `iscsi_session_attr(password...)`).
 
 use std::collections::BTreeSet;
-use std::io;
 
 use zeroize::Zeroizing;
 
@@ -24,26 +23,6 @@ use crate::types::{Chap, Portal, SecretText};
 const NOTHING: [&str; 3] = ["", "(null)", "<NULL>"];
 
 impl Inner {
-    /// Writes the job's credentials into records of ours.
-    pub(super) async fn set_chap(&self, job: &Job, portals: &[Portal]) -> Result<(), Error> {
-        let (Some(chap), target) = (&job.with.chap, &job.source.target) else { return Ok(()) };
-        for &portal in portals {
-            let doing = || format!("writing the credentials for {target} at {portal}");
-            let unlocked = self.iscsiadm(target).unlocked().await;
-            unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
-            let written = self.doors.iscsidb.set_chap(target, portal, chap).await;
-            written.map_err(|source| match source.kind() {
-                io::ErrorKind::InvalidData => Error::RecordCorrupt {
-                    target: target.to_string(),
-                    portal: portal.to_string(),
-                    source,
-                },
-                _ => Error::Io { doing: doing(), source },
-            })?;
-        }
-        Ok(())
-    }
-
     /// For a job without credentials: removes records of ours that have somebody's, so that they are
     /// made anew. What they had of the host's configuration cannot be told from their text.
     pub(super) async fn without_chap(

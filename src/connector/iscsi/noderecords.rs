@@ -10,6 +10,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::io;
 
 use super::login::Made;
+use super::records::our_settings;
 use super::session;
 use super::{Inner, Job};
 use crate::connector::error::Error;
@@ -53,8 +54,10 @@ impl Inner {
         for portal in &missing {
             self.iscsiadm(target).new_record(*portal, tags.get(portal).copied()).await?;
         }
-        let alone = self.configure(job, &found, &ours, &need, &mine).await?;
-        self.set_chap(job, &mine).await?;
+        self.configure(job, &mine).await?;
+        let is_ours = |r: &Record| is_by(r, target) && ours.contains(&r.portal);
+        let needed = |r: &Record| need.contains(&r.portal);
+        let alone = found.iter().all(|r| is_ours(r) && needed(r)) && mine.len() == need.len();
         let given = job.with.chap.as_ref().map(|chap| chap.out.name.clone());
         let given = mine.into_iter().filter_map(|p| Some((p, given.clone()?))).collect();
         Ok(Records { alone, given, without })
@@ -95,28 +98,23 @@ impl Inner {
         Ok(target.iface().is_own() || self.iscsiadm(target).is_marked(portal).await?)
     }
 
-    /// Sets our parameters in the records at `mine`; whether the target has no others.
-    async fn configure(
-        &self,
-        job: &Job,
-        found: &[Record],
-        ours: &BTreeSet<Portal>,
-        need: &[Portal],
-        mine: &[Portal],
-    ) -> Result<bool, Error> {
-        let (target, multipath) = (&job.source.target, job.multipath);
-        let is_ours = |r: &Record| is_by(r, target) && ours.contains(&r.portal);
-        let all_ours = found.iter().all(is_ours) && need.iter().all(|p| ours.contains(p));
-        let alone = all_ours && found.iter().all(|r| need.contains(&r.portal));
-        if alone {
-            self.iscsiadm(target).configure(None, multipath).await?;
-        } else {
-            // A call without a portal would touch foreign ones, and those of other volumes.
-            for portal in mine {
-                self.iscsiadm(target).configure(Some(*portal), multipath).await?;
+    /// Writes our settings, and the job's credentials, into records of ours.
+    async fn configure(&self, job: &Job, mine: &[Portal]) -> Result<(), Error> {
+        let target = &job.source.target;
+        let settings = our_settings(&self.settings, job.multipath);
+        for &portal in mine {
+            let doing = || format!("writing the record of {target} at {portal}");
+            let set = || self.doors.iscsidb.set(target, portal, &settings, job.with.chap.as_ref());
+            let mut written = set().await;
+            if self.was_locked(target, &written, doing).await? {
+                written = set().await;
             }
+            written.map_err(|source| match source.kind() {
+                io::ErrorKind::InvalidData => corrupt(target, portal, source),
+                _ => Error::Io { doing: doing(), source },
+            })?;
         }
-        Ok(alone)
+        Ok(())
     }
 
     /// Gives our records of other ifaces their tag, where they have none, so that there can be one more at
@@ -169,10 +167,12 @@ impl Inner {
 
     async fn set_group(&self, target: &Nexus, portal: Portal, tag: u16) -> Result<(), Error> {
         let doing = || format!("giving the record of {target} at {portal} its portal group tag");
-        let unlocked = self.iscsiadm(target).unlocked().await;
-        unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
-        let set = self.doors.iscsidb.set_group(target.target(), portal, tag).await;
-        set.map_err(|source| Error::Io { doing: doing(), source })
+        let set = || self.doors.iscsidb.set_group(target.target(), portal, tag);
+        let mut written = set().await;
+        if self.was_locked(target, &written, doing).await? {
+            written = set().await;
+        }
+        written.map_err(|source| Error::Io { doing: doing(), source })
     }
 
     /// The portal group tags that new records at `missing` are to have: those of the records beside them,
@@ -225,24 +225,37 @@ impl Inner {
     /// Removes a record of ours that nobody is logged in by, whatever state it is in.
     pub(super) async fn remove_record(&self, target: &Nexus, record: &Record) -> Result<(), Error> {
         let doing = || format!("removing a record of {target}");
-        let db = &self.doors.iscsidb;
-        let mut removed = db.remove(target.target(), record).await;
-        if removed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
-            let unlocked = self.iscsiadm(target).unlocked().await;
-            unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
-            removed = db.remove(target.target(), record).await;
+        let remove = || self.doors.iscsidb.remove(target.target(), record);
+        let mut removed = remove().await;
+        if self.was_locked(target, &removed, doing).await? {
+            removed = remove().await;
         }
         removed.map_err(|source| match source.kind() {
             // Locked again, in this very moment.
             io::ErrorKind::WouldBlock => Error::Io { doing: doing(), source },
             _ if is_place_error(&source) || !record.corrupt => Error::Io { doing: doing(), source },
-            _ => Error::RecordCorrupt {
-                target: target.to_string(),
-                portal: record.portal.to_string(),
-                source,
-            },
+            _ => corrupt(target, record.portal, source),
         })
     }
+
+    /// Whether a change of the database met a lock of others', which has been waited for now.
+    async fn was_locked(
+        &self,
+        target: &Nexus,
+        changed: &io::Result<()>,
+        doing: impl Fn() -> String,
+    ) -> Result<bool, Error> {
+        if !changed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
+            return Ok(false);
+        }
+        let unlocked = self.iscsiadm(target).unlocked().await;
+        unlocked.map_err(|source| Error::Command { doing: doing(), source })?;
+        Ok(true)
+    }
+}
+
+fn corrupt(target: &Nexus, portal: Portal, source: io::Error) -> Error {
+    Error::RecordCorrupt { target: target.to_string(), portal: portal.to_string(), source }
 }
 
 /// Whether a record is by the iface of that nexus.

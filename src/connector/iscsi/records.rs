@@ -1,8 +1,7 @@
 //! iscsiadm's part: node records, logins, logouts.
 //!
 //! Facts (open-iscsi 2.1.11): `-o new` takes no settings and writes an existing record anew, so it
-//! is only called where there is none; one `-o update` takes any number of `-n`/`-v` pairs, and
-//! without `-p` meets every record of the target.
+//! is only called where there is none; ours are written after it ([`crate::host::iscsidb::IscsiDb::set`]).
 
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use super::verdict::{NOT_CONNECTED, last_line};
 use crate::connector::error::Error;
 use crate::connector::settings::{Settings, ms};
 use crate::host::cmd::{CmdError, Output, Tool};
-use crate::host::iscsidb::DbLockState;
+use crate::host::iscsidb::{DbLockState, Setting};
 use crate::host::place::is_place_error;
 use crate::host::storage::StorageDoors;
 use crate::types::{IfaceName, Nexus, Portal};
@@ -71,21 +70,6 @@ impl Iscsiadm<'_> {
         let run = self.run(None, &args, ms(self.settings.command_ms)).await;
         let out = run.map_err(|source| Error::Command { doing: doing(), source })?;
         self.expect(out, &[], doing)
-    }
-
-    /// Sets our parameters in the record at `portal`, or in every record of the target.
-    pub(crate) async fn configure(
-        &self,
-        portal: Option<Portal>,
-        multipath: bool,
-    ) -> Result<(), Error> {
-        let pairs = parameters(self.settings, multipath);
-        let mut args = vec!["-o", "update"];
-        for (name, value) in &pairs {
-            args.extend(["-n", name.as_str(), "-v", value.as_str()]);
-        }
-        let out = self.node(portal, &args).await?;
-        self.expect(out, &[], || format!("writing the records of {}", self.target))
     }
 
     /// Asks iscsid to log out at `portal`, or at every portal of the target; `false` when it does not know the session (2, 21) or has
@@ -228,26 +212,26 @@ pub(super) async fn unlocked(doors: &StorageDoors, settings: &Settings) -> Resul
     }
 }
 
-/// Our records' parameters.
-fn parameters(settings: &Settings, multipath: bool) -> Vec<(String, String)> {
+/// Our records' settings.
+pub(super) fn our_settings(settings: &Settings, multipath: bool) -> Vec<Setting> {
     let iscsi = &settings.iscsi;
     let replacement = if multipath {
         iscsi.replacement_timeout_multipath
     } else {
         iscsi.replacement_timeout_single
     };
-    let fixed = [
-        ("node.startup", "manual".to_owned()),
-        ("node.conn[0].startup", "manual".into()),
-        ("node.session.scan", "manual".into()),
-        ("node.session.timeo.replacement_timeout", replacement.to_string()),
-        ("node.session.initial_login_retry_max", iscsi.login_retries.to_string()),
-        ("node.conn[0].timeo.login_timeout", iscsi.login_timeout.to_string()),
-        ("node.conn[0].timeo.noop_out_interval", iscsi.noop_interval.to_string()),
-        ("node.conn[0].timeo.noop_out_timeout", iscsi.noop_timeout.to_string()),
+    let manual = ["node.startup", "node.conn[0].startup", "node.session.scan"];
+    let numbers = [
+        ("node.session.timeo.replacement_timeout", replacement),
+        ("node.session.initial_login_retry_max", iscsi.login_retries),
+        ("node.conn[0].timeo.login_timeout", iscsi.login_timeout),
+        ("node.conn[0].timeo.noop_out_interval", iscsi.noop_interval),
+        ("node.conn[0].timeo.noop_out_timeout", iscsi.noop_timeout),
     ];
+    let manual = manual.map(|name| (name, "manual".to_owned()));
+    let numbers = numbers.map(|(name, number)| (name, number.to_string()));
     let mark = MARK.map(|(name, value)| (name, value.to_owned()));
-    fixed.into_iter().chain(mark).map(|(name, value)| (name.to_owned(), value)).collect()
+    manual.into_iter().chain(numbers).chain(mark).collect()
 }
 
 /// Whether a record as `-o show` prints it bears our mark.
@@ -271,7 +255,7 @@ mod tests {
 
     #[test]
     fn our_records_are_known_by_their_mark() {
-        let ours: String = parameters(&Settings::default(), true)
+        let ours: String = our_settings(&Settings::default(), true)
             .iter()
             .map(|(n, v)| format!("{n} = {v}\n"))
             .collect();

@@ -19,8 +19,8 @@ use zeroize::Zeroizing;
 use super::discovery;
 use super::iface;
 use super::lock::{self, Watcher};
-use super::text::{with_chap, with_group};
-use super::{DbLockState, IscsiDb, Record};
+use super::text::{value_of, with_settings};
+use super::{DbLockState, IscsiDb, Record, Setting};
 use crate::doctor::Service;
 use crate::host::place::{Pinned, Place, Places};
 use crate::host::workers::Workers;
@@ -33,6 +33,9 @@ const MAX_RECORD: u64 = 1 << 20;
 
 /// The database's lock; the same in all distributions (`LOCK_DIR` in usr/idbm.h).
 const LOCKS: &str = "/run/lock/iscsi";
+
+/// The tag of the target's portal group in a record's text.
+const GROUP: &str = "node.tpgt";
 
 /// The directories with links to node records (`*_CONFIG_DIR` in usr/idbm.h).
 const LINKING: [&str; 4] = ["send_targets", "static", "isns", "fw"];
@@ -181,10 +184,7 @@ fn setting(file: &Path, name: &str) -> Option<String> {
     }
     let bytes = Zeroizing::new(fs::read(file).ok()?);
     let text = Zeroizing::new(String::from_utf8_lossy(&bytes).into_owned());
-    let value = |line: &str| {
-        Some(line.trim().strip_prefix(name)?.trim().strip_prefix('=')?.trim().to_owned())
-    };
-    text.lines().filter_map(value).find(|value| !value.is_empty())
+    value_of(&text, name).map(str::to_owned)
 }
 
 pub(super) fn entries(dir: &Path) -> io::Result<Vec<(String, PathBuf)>> {
@@ -222,22 +222,31 @@ fn find(nodes: &Path, target: &Iqn) -> io::Result<Vec<Found>> {
 
 /// As iscsiadm writes a record: in its place, under the lock. Cut off half way it is a damaged record,
 /// which is replaced when it is met.
-fn set_chap(
-    nodes: &Path,
-    locks: &Path,
+fn set(
+    at: &Dirs,
     nexus: &Nexus,
     portal: Portal,
-    chap: &Chap,
+    settings: &[Setting],
+    chap: Option<&Chap>,
 ) -> io::Result<()> {
-    let _lock = lock::Held::take(locks)?;
+    let _lock = lock::Held::take(&at.locks.path)?;
     let iface = nexus.iface().as_str();
     let of_it = |f: &Found| f.record.portal == portal && f.record.iface == iface;
-    let found =
-        find(nodes, nexus.target())?.into_iter().find(of_it).ok_or(io::ErrorKind::NotFound)?;
+    let mut found = find(&at.nodes.path, nexus.target())?.into_iter();
+    let found = found.find(of_it).ok_or(io::ErrorKind::NotFound)?;
     if found.record.corrupt {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    rewrite(&found.file, |before| with_chap(before, chap))
+    rewrite(&found.file, |before| {
+        // iscsiadm writes all that it knows, and reads over what it does not know (usr/idbm.c, `idbm_recinfo_config`).
+        match settings.iter().find(|(name, _)| value_of(before, name).is_none()) {
+            Some((name, _)) => {
+                let message = format!("this open-iscsi knows no {name}: install 2.1.11 or newer");
+                Err(io::Error::new(io::ErrorKind::Unsupported, message))
+            }
+            None => Ok(with_settings(before, settings, chap)),
+        }
+    })
 }
 
 /// First the tag in its text, which open-iscsi understands wherever the file lies; then its place.
@@ -254,7 +263,8 @@ fn set_group(
     if found.record.corrupt {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    rewrite(&found.file, |text| with_group(text, group))?;
+    let tag = [(GROUP, group.to_string())];
+    rewrite(&found.file, |before| Ok(with_settings(before, &tag, None)))?;
     let mut dir = found.file.clone().into_os_string();
     dir.push(format!(",{group}"));
     fs::create_dir_all(&dir)?;
@@ -262,11 +272,14 @@ fn set_group(
 }
 
 /// Writes a record anew in its place, readable by its owner alone.
-fn rewrite(path: &Path, change: impl FnOnce(&str) -> Zeroizing<String>) -> io::Result<()> {
+fn rewrite(
+    path: &Path,
+    change: impl FnOnce(&str) -> io::Result<Zeroizing<String>>,
+) -> io::Result<()> {
     let mut options = fs::OpenOptions::new();
     let mut file = options.write(true).custom_flags(libc::O_NOFOLLOW).open(path)?;
     let before = Zeroizing::new(fs::read_to_string(path)?);
-    let text = change(&before);
+    let text = change(&before)?;
     file.set_permissions(fs::Permissions::from_mode(0o600))?;
     file.set_len(0)?;
     file.write_all(text.as_bytes())
@@ -329,9 +342,15 @@ impl IscsiDb for RealIscsiDb {
         self.run("nodes", move |at: &Dirs| remove(at, &target, &record)).await
     }
 
-    async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()> {
-        let (nexus, chap) = (nexus.clone(), chap.clone());
-        let call = move |at: &Dirs| set_chap(&at.nodes.path, &at.locks.path, &nexus, portal, &chap);
+    async fn set(
+        &self,
+        nexus: &Nexus,
+        portal: Portal,
+        settings: &[Setting],
+        chap: Option<&Chap>,
+    ) -> io::Result<()> {
+        let (nexus, settings, chap) = (nexus.clone(), settings.to_vec(), chap.cloned());
+        let call = move |at: &Dirs| set(at, &nexus, portal, &settings, chap.as_ref());
         self.run("nodes", call).await
     }
 

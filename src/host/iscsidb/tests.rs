@@ -124,7 +124,7 @@ async fn credentials_take_the_place_of_others_and_the_rest_stays() {
     let record = format!(
         "# BEGIN RECORD 2.1.11\nnode.name = {IQN}\nnode.session.auth.authmethod = None\n\
          node.session.auth.username = site\nnode.session.auth.password_in=old\n\
-         node.session.auth.chap_algs = MD5\nnode.conn[0].port = 3260\n# END RECORD\n"
+         node.session.auth.chap_algs = MD5\nnode.conn[0].port = 3260\nnode.session.scan=auto\n# END RECORD\n"
     );
     put(dir.path(), "127.0.0.2,3260,1/default", &record);
     put(dir.path(), "127.0.0.2,3260,1/iface0", &record);
@@ -139,22 +139,35 @@ async fn credentials_take_the_place_of_others_and_the_rest_stays() {
         let (user, back) = ("u = 1".to_owned(), back.to_owned());
         Chap::new(user, secret("p # w = x"), back, secret(secret_in)).unwrap()
     };
-    db.set_chap(&target, portal(2), &chap("t", "other")).await.unwrap();
+    db.set(&target, portal(2), &[], Some(&chap("t", "other"))).await.unwrap();
     let text = fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap();
     let head = format!(
         "# BEGIN RECORD 2.1.11\nnode.name = {IQN}\nnode.session.auth.chap_algs = MD5\n\
-         node.conn[0].port = 3260\nnode.session.auth.authmethod = CHAP\n\
+         node.conn[0].port = 3260\nnode.session.scan=auto\nnode.session.auth.authmethod = CHAP\n\
          node.session.auth.username = u = 1\nnode.session.auth.password = p # w = x\n"
     );
     let mutual = "node.session.auth.username_in = t\nnode.session.auth.password_in = other\n";
     assert_eq!(text, format!("{head}{mutual}# END RECORD\n"));
     let mode = fs::metadata(at("127.0.0.2,3260,1/default")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    db.set_chap(&target, portal(2), &chap("", "")).await.unwrap();
+    db.set(&target, portal(2), &[], Some(&chap("", ""))).await.unwrap();
     let text = fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap();
     assert_eq!(text, format!("{head}# END RECORD\n"));
     assert_eq!(fs::read_to_string(at("127.0.0.2,3260,1/iface0")).unwrap(), record);
-    let kind = async |n| db.set_chap(&target, portal(n), &chap("", "")).await.unwrap_err().kind();
+    // Settings alone leave the credentials, and what is of the same beginning.
+    let settings = [("node.conn[0].port", "1".to_owned()), ("node.session.scan", "manual".into())];
+    db.set(&target, portal(2), &settings, None).await.unwrap();
+    let text = fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap();
+    let head = head.replace("node.conn[0].port = 3260\nnode.session.scan=auto\n", "");
+    let new = "node.conn[0].port = 1\nnode.session.scan = manual\n";
+    assert_eq!(text, format!("{head}{new}# END RECORD\n"));
+    // What this open-iscsi has never heard of would be read over: nothing is written.
+    let unknown = [settings[0].clone(), ("node.session.no_such", "1".into())];
+    let error = db.set(&target, portal(2), &unknown, None).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    assert!(error.to_string().contains("node.session.no_such"), "{error}");
+    assert_eq!(fs::read_to_string(at("127.0.0.2,3260,1/default")).unwrap(), text);
+    let kind = async |n| db.set(&target, portal(n), &settings, None).await.unwrap_err().kind();
     assert_eq!(kind(3).await, io::ErrorKind::InvalidData);
     assert_eq!(kind(4).await, io::ErrorKind::NotFound);
     fs::write(locks.path().join("lock.write"), "").unwrap();

@@ -1,25 +1,41 @@
-//! Credentials in the text of open-iscsi's records.
+//! Settings and credentials in the text of open-iscsi's records.
 
 use zeroize::Zeroizing;
 
+use super::Setting;
 use crate::types::{Chap, Portal};
+
+/// A record's last line.
+const END: &str = "# END RECORD";
 
 /// The settings that hold credentials (usr/idbm_fields.h); iscsiadm itself counts the lengths.
 const METHOD: &str = "node.session.auth.authmethod";
 const OUT: [&str; 2] = ["node.session.auth.username", "node.session.auth.password"];
 const BACK: [&str; 2] = ["node.session.auth.username_in", "node.session.auth.password_in"];
 
-/// A record's text with these credentials instead of those that it has.
-pub(super) fn with_chap(record: &str, chap: &Chap) -> Zeroizing<String> {
-    let name = |line: &str| line.split('=').next().unwrap_or("").trim().to_owned();
-    let is_auth = |line: &str| {
-        let name = name(line);
-        name == METHOD || OUT.contains(&name.as_str()) || BACK.contains(&name.as_str())
+/// What a record's text has for a setting; `None` where that is nothing.
+pub(super) fn value_of<'a>(record: &'a str, name: &str) -> Option<&'a str> {
+    let value =
+        |line: &'a str| Some(line.trim().strip_prefix(name)?.trim().strip_prefix('=')?.trim());
+    record.lines().filter_map(value).find(|value| !value.is_empty())
+}
+
+/// A record's text with these settings in the place of those that it has.
+pub(super) fn with_settings(
+    record: &str,
+    settings: &[Setting],
+    chap: Option<&Chap>,
+) -> Zeroizing<String> {
+    let is_auth = |name: &str| name == METHOD || OUT.contains(&name) || BACK.contains(&name);
+    let is_new =
+        |name: &str| settings.iter().any(|(n, _)| *n == name) || (chap.is_some() && is_auth(name));
+    let stays = |line: &&str| {
+        line.trim() != END && !is_new(line.split('=').next().unwrap_or_default().trim())
     };
     // Of its full size from the start: one that grew would leave copies behind.
-    let mut text = Zeroizing::new(String::with_capacity(record.len() + 2048));
-    let kept = record.lines().filter(|l| !is_auth(l) && l.trim() != "# END RECORD");
-    for line in kept {
+    let more: usize = settings.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
+    let mut text = Zeroizing::new(String::with_capacity(record.len() + more + 2048));
+    for line in record.lines().filter(stays) {
         text.push_str(line);
         text.push('\n');
     }
@@ -28,27 +44,19 @@ pub(super) fn with_chap(record: &str, chap: &Chap) -> Zeroizing<String> {
             text.push_str(part);
         }
     };
-    put(METHOD, "CHAP");
-    let back = chap.back.iter().map(|login| (BACK, login));
-    for ([name, secret], login) in [(OUT, &chap.out)].into_iter().chain(back) {
-        put(name, &login.name);
-        put(secret, login.secret.expose());
+    for (name, value) in settings {
+        put(name, value);
     }
-    text.push_str("# END RECORD\n");
-    text
-}
-
-/// A record's text with this portal group tag.
-pub(super) fn with_group(record: &str, group: u16) -> Zeroizing<String> {
-    const TAG: &str = "node.tpgt";
-    let mut text = Zeroizing::new(String::with_capacity(record.len() + 64));
-    let is_tag = |line: &str| line.split('=').next().is_some_and(|name| name.trim() == TAG);
-    let kept = record.lines().filter(|l| !is_tag(l) && l.trim() != "# END RECORD");
-    for line in kept {
-        text.push_str(line);
-        text.push('\n');
+    if let Some(chap) = chap {
+        put(METHOD, "CHAP");
+        let back = chap.back.iter().map(|login| (BACK, login));
+        for ([name, secret], login) in [(OUT, &chap.out)].into_iter().chain(back) {
+            put(name, &login.name);
+            put(secret, login.secret.expose());
+        }
     }
-    text.push_str(&format!("{TAG} = {group}\n# END RECORD\n"));
+    text.push_str(END);
+    text.push('\n');
     text
 }
 

@@ -95,7 +95,7 @@ async fn one_hanging_scan_does_not_hold_up_the_other_path() {
 async fn whatever_fails_nothing_is_left() {
     for (point, detail) in [
         ("cmd.run", "-o new"),
-        ("cmd.run", "-o update"),
+        ("iscsidb.set", ""),
         ("cmd.run", "--login"),
         ("sysfs.write", "scan"),
         ("sysfs.read", "vpd_pg83"),

@@ -68,8 +68,6 @@ struct Args {
     group: Option<u16>,
     iface: Option<String>,
     sid: Option<u32>,
-    names: Vec<String>,
-    values: Vec<String>,
     discover: bool,
     login: bool,
     logout: bool,
@@ -106,8 +104,6 @@ fn parse(args: &[String]) -> Option<Args> {
                     }
                     "-I" | "--interface" => parsed.iface = Some(value),
                     "-r" | "--sid" => parsed.sid = Some(value.parse().ok()?),
-                    "-n" | "--name" => parsed.names.push(value),
-                    "-v" | "--value" => parsed.values.push(value),
                     "-d" | "--debug" | "-P" | "--print" | "-t" | "--type" => {}
                     _ => return None,
                 }
@@ -208,7 +204,6 @@ impl SimStorage {
             ("session", _) if args.rescan => rescan(&mut self.world(), &args),
             ("session", "" | "show") => show_sessions(&self.world()),
             ("node", "new") => new(&mut self.world(), &args),
-            ("node", "update") => update(&mut self.world(), &args),
             ("node", "delete") => delete(&mut self.world(), &args),
             ("node", "" | "show") => show(&self.world(), &args),
             ("iface", "" | "show") => done("default tcp,<empty>,<empty>,<empty>,<empty>\n".into()),
@@ -422,28 +417,6 @@ fn new(world: &mut World, args: &Args) -> Output {
     let line = format!("New iSCSI node [{}] added\n", label(&key));
     world.records.insert(key, record);
     done(line)
-}
-
-fn update(world: &mut World, args: &Args) -> Output {
-    let keys = matching(world, args);
-    if keys.is_empty() {
-        return output(code::NO_OBJS_FOUND, String::new(), NO_RECORDS);
-    }
-    let known = |n: &String| ["node.", "iface.", "discovery."].iter().any(|p| n.starts_with(p));
-    if args.names.is_empty()
-        || args.names.len() != args.values.len()
-        || !args.names.iter().all(known)
-    {
-        return output(code::INVAL, String::new(), "iscsiadm: Cannot modify: unknown setting\n");
-    }
-    for key in keys {
-        let Some(record) = world.records.get_mut(&key) else { continue };
-        if record.corrupt {
-            return output(code::IDBM, String::new(), "iscsiadm: Could not read node record\n");
-        }
-        record.settings.extend(args.names.iter().cloned().zip(args.values.iter().cloned()));
-    }
-    done(String::new())
 }
 
 fn delete(world: &mut World, args: &Args) -> Output {

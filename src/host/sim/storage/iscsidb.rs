@@ -5,7 +5,7 @@ use std::io;
 use async_trait::async_trait;
 
 use super::SimStorage;
-use crate::host::iscsidb::{DbLockState, IscsiDb, Record};
+use crate::host::iscsidb::{DbLockState, IscsiDb, Record, Setting};
 use crate::types::{Chap, Iface, IfaceName, Iqn, Nexus, Outcome, Portal};
 
 #[async_trait]
@@ -44,8 +44,14 @@ impl IscsiDb for SimStorage {
         }
     }
 
-    async fn set_chap(&self, nexus: &Nexus, portal: Portal, chap: &Chap) -> io::Result<()> {
-        self.pass("iscsidb.chap", nexus.as_str()).await?;
+    async fn set(
+        &self,
+        nexus: &Nexus,
+        portal: Portal,
+        settings: &[Setting],
+        chap: Option<&Chap>,
+    ) -> io::Result<()> {
+        self.pass("iscsidb.set", nexus.as_str()).await?;
         self.iscsid_place()?;
         let mut world = self.world();
         if world.db_lock.is_some() {
@@ -56,7 +62,10 @@ impl IscsiDb for SimStorage {
         if record.corrupt {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        super::iscsiadm::put_chap(record, chap);
+        record.settings.extend(settings.iter().map(|(n, v)| ((*n).to_owned(), v.clone())));
+        if let Some(chap) = chap {
+            super::iscsiadm::put_chap(record, chap);
+        }
         Ok(())
     }
 

@@ -52,8 +52,9 @@ async fn code(sim: &SimStorage, args: &str) -> i32 {
 /// Logs in at a portal with scan=manual and returns the host's number.
 async fn login(sim: &SimStorage, portal: &str) -> u32 {
     assert_eq!(code(sim, &format!("-m node -T {IQN} -p {portal} -o new")).await, 0);
-    let set = format!("-m node -T {IQN} -p {portal} -o update -n node.session.scan -v manual");
-    assert_eq!(code(sim, &set).await, 0);
+    let at = portal.parse().unwrap();
+    let manual = [("node.session.scan", "manual".to_owned())];
+    sim.set(&IQN.parse().unwrap(), at, &manual, None).await.unwrap();
     assert_eq!(code(sim, &format!("-m node -T {IQN} -p {portal} --login")).await, 0);
     sim.world().sessions.values().last().unwrap().host
 }
@@ -208,7 +209,6 @@ async fn iscsiadm_ends_with_open_iscsis_codes() {
     assert_eq!(code(&sim, &format!("{node} --logout")).await, 21);
     assert_eq!(code(&sim, "-m session").await, 21);
     assert_eq!(code(&sim, &format!("{node} -o new")).await, 0);
-    assert_eq!(code(&sim, &format!("{node} -o update -n bogus -v 1")).await, 7);
     for (state, expected) in [
         (PortalState::Dead, 8),
         (PortalState::Refusing, 4),

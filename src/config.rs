@@ -171,7 +171,8 @@ pub struct Deadlines {
     /// One call into the kernel that can get stuck: scan, delete, flush.
     #[serde(with = "friendly")]
     pub kernel_call: Duration,
-    /// One exchange with multipathd.
+    /// How long multipathd may be silent: one exchange with it. The wait for a turn to ask is as long as others are
+    /// answered.
     #[serde(with = "friendly")]
     pub multipathd: Duration,
     /// From the announcement of a VM's start, or of its coming from another node, to that start, unless the
@@ -304,7 +305,6 @@ impl Config {
             command_ms: millis(self.deadlines.command),
             flush_ms: millis(self.deadlines.kernel_call),
             sysfs_write_ms: millis(self.deadlines.kernel_call),
-            multipathd_ms: millis(self.deadlines.multipathd),
             iscsi: connector::IscsiSettings {
                 replacement_timeout_multipath: seconds(self.iscsi.replacement_timeout_multipath),
                 replacement_timeout_single: seconds(self.iscsi.replacement_timeout_single),

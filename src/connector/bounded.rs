@@ -13,10 +13,9 @@ use crate::host::block::{Blocks, Exclusive, listed};
 use crate::host::cmd::{CmdError, Commands, Output, Tool};
 use crate::host::iscsidb::{DbLockState, IscsiDb, Record, Setting};
 use crate::host::lock::{LockError, LockGuard, RunDir};
-use crate::host::multipathd::{Multipathd, MultipathdError};
 use crate::host::storage::StorageDoors;
 use crate::host::sysfs::{Guard, Guarded, Look, Looked, ReadError, Sysfs};
-use crate::types::{Chap, DevNum, Iface, IfaceName, Iqn, Nexus, Outcome, Portal, Wwid};
+use crate::types::{Chap, DevNum, Iface, IfaceName, Iqn, Nexus, Outcome, Portal};
 
 use super::settings::{Settings, ms};
 
@@ -32,7 +31,8 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
         stuck: doors.stuck,
         tracker: doors.tracker,
         commands: Arc::new(BoundedCommands(doors.commands)),
-        multipathd: Arc::new(BoundedMultipathd(doors.multipathd, ms(settings.multipathd_ms))),
+        // It has a deadline of its own, as many as may be before one.
+        multipathd: doors.multipathd,
         blocks: Arc::new(BoundedBlocks {
             door: doors.blocks,
             probe: ms(settings.probe_ms),
@@ -111,22 +111,6 @@ impl Commands for BoundedCommands {
     }
     fn started(&self) -> u64 {
         self.0.started()
-    }
-}
-
-struct BoundedMultipathd(Arc<dyn Multipathd>, Duration);
-
-#[async_trait]
-impl Multipathd for BoundedMultipathd {
-    async fn ask(&self, command: &str) -> Result<String, MultipathdError> {
-        timeout(self.1, self.0.ask(command))
-            .await
-            .unwrap_or_else(|_| Err(MultipathdError::TimedOut { command: command.into() }))
-    }
-    async fn forget(&self, wwid: &Wwid) -> Result<Outcome, MultipathdError> {
-        timeout(self.1, self.0.forget(wwid))
-            .await
-            .unwrap_or_else(|_| Err(MultipathdError::TimedOut { command: format!("-w {wwid}") }))
     }
 }
 

@@ -19,8 +19,6 @@ pub struct Settings {
     /// Reading or writing one of our files under /run or a record (default 20 000: where thousands of volumes are added
     /// at once, each waits for its turn).
     pub file_ms: u64,
-    /// One answer of multipathd (default 5 000; its own timeout is 4 s).
-    pub multipathd_ms: u64,
     /// Exclusive probe of a block device, and asking who has it open (default 5 000).
     pub probe_ms: u64,
     /// Writing out what the host's cache has of a device (default 30 000).
@@ -132,7 +130,6 @@ impl Default for Settings {
             sysfs_write_ms: 20_000,
             lock_ms: 60_000,
             file_ms: 20_000,
-            multipathd_ms: 5_000,
             probe_ms: 5_000,
             flush_ms: 30_000,
             command_ms: 30_000,

@@ -2,6 +2,7 @@
 
 mod files;
 mod real;
+mod turns;
 
 use std::io;
 
@@ -10,6 +11,7 @@ use async_trait::async_trait;
 use crate::types::{Outcome, Wwid};
 
 pub use real::RealMultipathd;
+pub use turns::InTurn;
 
 /// multipathd could not be asked, or refused.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +47,7 @@ pub enum MultipathdError {
 /// The door to multipathd. Its answers are hints; sysfs is the truth.
 #[async_trait]
 pub trait Multipathd: Send + Sync {
-    /// Sends one command (at most 512 bytes) and returns the answer without the closing NUL.
+    /// Sends one command (at most 512 bytes), for whose answer the caller has a deadline ([`InTurn`]), and returns the answer without the closing NUL.
     async fn ask(&self, command: &str) -> Result<String, MultipathdError>;
 
     /// Removes a LUN's entries from multipath's `wwids` and `bindings` files.

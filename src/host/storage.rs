@@ -11,7 +11,7 @@ use super::iscsidb::{IscsiDb, RealIscsiDb};
 use super::killpoint::RealKillPoints;
 use super::local::{LocalSources, RealLocalSources};
 use super::lock::{RealRunDir, RunDir};
-use super::multipathd::{Multipathd, RealMultipathd};
+use super::multipathd::{InTurn, Multipathd, RealMultipathd};
 use super::place::Places;
 use super::resolver::{RealResolver, Resolver};
 use super::secrets::{RealSecrets, Secrets};
@@ -138,9 +138,10 @@ impl StorageDoors {
             sysfs,
             uevents: Arc::new(RealUevents::open().map_err(OpenError::Uevents)?),
             commands: Arc::new(RealCommands::new(std::env::var_os("PATH")).placed(places.clone())),
-            multipathd: Arc::new(
-                RealMultipathd::new(&options.multipath, options.multipathd_deadline).placed(places),
-            ),
+            multipathd: Arc::new(InTurn::new(
+                Arc::new(RealMultipathd::new(&options.multipath).placed(places)),
+                options.multipathd_deadline,
+            )),
             blocks,
             rundir: Arc::new(rundir),
             iscsidb: Arc::new(iscsidb),
@@ -157,7 +158,10 @@ impl StorageDoors {
             sysfs: sim_door.clone(),
             uevents: sim_door.clone(),
             commands: sim_door.clone(),
-            multipathd: sim_door.clone(),
+            multipathd: Arc::new(InTurn::new(
+                sim_door.clone(),
+                RealOptions::default().multipathd_deadline,
+            )),
             blocks: sim_door.clone(),
             rundir: sim.rundir(),
             iscsidb: sim_door.clone(),

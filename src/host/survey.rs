@@ -4,11 +4,12 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::cmd::{Commands, RealCommands, Tool};
 use super::facts::{self, System};
-use super::multipathd::{Multipathd, MultipathdError, RealMultipathd};
+use super::multipathd::{InTurn, Multipathd, MultipathdError, RealMultipathd};
 use super::place::{Pinned, Places, Root, Who, listening};
 use crate::config::Config;
 use crate::doctor::{Listener, Module, Namespaces, Process, RemotePort, Service, Survey};
@@ -44,7 +45,7 @@ pub async fn look(config: Config) -> Survey {
     // An older LVM knows no devices file, and prints the rest.
     let keys = ["--type", "full", "devices/global_filter", "devices/use_devicesfile"];
     let lvm = said(Tool::Lvmconfig, &keys).await;
-    let multipathd = RealMultipathd::new("/etc/multipath", DEADLINE);
+    let multipathd = InTurn::new(Arc::new(RealMultipathd::new("/etc/multipath")), DEADLINE);
     let multipath = match multipathd.ask("show config local").await {
         Ok(text) => Some(Ok(text)),
         Err(MultipathdError::NotRunning) => None,

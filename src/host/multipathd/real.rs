@@ -9,7 +9,6 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::Semaphore;
 
 use super::{Multipathd, MultipathdError, files, judge};
 use crate::doctor::Service;
@@ -23,9 +22,6 @@ const ABSTRACT: &str = "\0/org/kernel/linux/storage/multipathd";
 const PATHNAME: &str = "/run/multipathd.socket";
 /// Longer commands are cut off by the daemon.
 const MAX_COMMAND: usize = 511;
-/// Clients of ours at once. It answers one after the other and lets a few wait, the next one's connect fails at
-/// once: so the rest wait here, in their order.
-const CLIENTS: usize = 4;
 /// Between two tries to connect while others are as many as it lets wait.
 const NO_ROOM: Duration = Duration::from_millis(5);
 /// libmpathcmd's own bound (MAX_REPLY_LEN) on what it takes for an answer.
@@ -35,31 +31,22 @@ const MAX_REPLY: usize = 32 << 20;
 pub struct RealMultipathd {
     sockets: Vec<PathBuf>,
     trusted_uid: u32,
-    deadline: Duration,
     files: PathBuf,
     places: Option<Places>,
-    clients: Semaphore,
     workers: Workers,
 }
 
 impl RealMultipathd {
-    /// `files` is the directory of `wwids` and `bindings`, `/etc/multipath` on a node. `deadline`
-    /// is for one command; the daemon's own is 4 s (`uxsock_timeout`).
-    pub fn new(files: impl Into<PathBuf>, deadline: Duration) -> Self {
+    /// `files` is the directory of `wwids` and `bindings`, `/etc/multipath` on a node.
+    pub fn new(files: impl Into<PathBuf>) -> Self {
         let sockets = vec![PathBuf::from(ABSTRACT), PathBuf::from(PATHNAME)];
-        Self::at(sockets, 0, files, deadline)
+        Self::at(sockets, 0, files)
     }
 
     /// At other sockets, served by another user. A path that begins with NUL is an abstract name.
-    pub fn at(
-        sockets: Vec<PathBuf>,
-        trusted_uid: u32,
-        files: impl Into<PathBuf>,
-        deadline: Duration,
-    ) -> Self {
+    pub fn at(sockets: Vec<PathBuf>, trusted_uid: u32, files: impl Into<PathBuf>) -> Self {
         let workers = Workers::new("lunplug-mpath", 2, 2);
-        let clients = Semaphore::new(CLIENTS);
-        Self { sockets, trusted_uid, deadline, files: files.into(), places: None, clients, workers }
+        Self { sockets, trusted_uid, files: files.into(), places: None, workers }
     }
 
     /// The same with the files beneath the root of whoever serves as multipathd.
@@ -152,19 +139,8 @@ impl Multipathd for RealMultipathd {
                 format!("a command for multipathd has at most {MAX_COMMAND} bytes and no NUL"),
             )));
         }
-        let talk = async {
-            let _client = self
-                .clients
-                .acquire()
-                .await
-                .map_err(|e| MultipathdError::Io(io::Error::other(e)))?;
-            let stream = self.connect().await?;
-            exchange(stream, command).await.map_err(MultipathdError::Io)
-        };
-        let answer = tokio::time::timeout(self.deadline, talk)
-            .await
-            .map_err(|_| MultipathdError::TimedOut { command: command.to_owned() })??;
-        judge(command, answer)
+        let stream = self.connect().await?;
+        judge(command, exchange(stream, command).await.map_err(MultipathdError::Io)?)
     }
 
     async fn forget(&self, wwid: &Wwid) -> Result<Outcome, MultipathdError> {
@@ -190,10 +166,9 @@ impl Multipathd for RealMultipathd {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::multipathd::InTurn;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixListener;
-
-    const LONG: Duration = Duration::from_secs(60);
 
     fn uid() -> u32 {
         nix::unistd::geteuid().as_raw()
@@ -223,16 +198,16 @@ mod tests {
         })
     }
 
-    fn door(dir: &Path, deadline: Duration) -> RealMultipathd {
+    fn door(dir: &Path) -> RealMultipathd {
         let sockets = vec![dir.join("absent"), dir.join("socket")];
-        RealMultipathd::at(sockets, uid(), dir, deadline)
+        RealMultipathd::at(sockets, uid(), dir)
     }
 
     #[tokio::test]
     async fn a_command_and_its_answer_carry_length_and_nul() {
         let dir = tempfile::tempdir().unwrap();
         let server = serve(&dir.path().join("socket"), Some(b"mpatha 36001\n\0"));
-        let answer = door(dir.path(), LONG).ask("show maps raw format \"%n %w\"").await.unwrap();
+        let answer = door(dir.path()).ask("show maps raw format \"%n %w\"").await.unwrap();
         assert_eq!(answer, "mpatha 36001\n");
         let (length, command) = server.join().unwrap();
         assert_eq!(command, b"show maps raw format \"%n %w\"\0");
@@ -250,7 +225,7 @@ mod tests {
         ] {
             let dir = tempfile::tempdir().unwrap();
             let server = serve(&dir.path().join("socket"), Some(answer));
-            let result = door(dir.path(), LONG).ask("del map x").await;
+            let result = door(dir.path()).ask("del map x").await;
             assert_eq!(matches!(result, Err(MultipathdError::Refused { .. })), refused);
             server.join().unwrap();
         }
@@ -259,50 +234,25 @@ mod tests {
     #[tokio::test]
     async fn silence_an_absent_daemon_and_a_strangers_socket_are_told_apart() {
         let dir = tempfile::tempdir().unwrap();
-        let absent = door(dir.path(), LONG).ask("show daemon").await;
+        let absent = door(dir.path()).ask("show daemon").await;
         assert!(matches!(absent, Err(MultipathdError::NotRunning)));
         let nobody = vec![PathBuf::from("\0/lunplug/test/nobody-listens-here")];
-        let absent = RealMultipathd::at(nobody, uid(), dir.path(), LONG).ask("show daemon").await;
+        let absent = RealMultipathd::at(nobody, uid(), dir.path()).ask("show daemon").await;
         assert!(matches!(absent, Err(MultipathdError::NotRunning)));
 
         let socket = dir.path().join("socket");
         let server = serve(&socket, None);
-        let silent = door(dir.path(), Duration::from_millis(100)).ask("show daemon").await;
+        let door_in_turn =
+            InTurn::new(std::sync::Arc::new(door(dir.path())), Duration::from_millis(100));
+        let silent = door_in_turn.ask("show daemon").await;
         assert!(matches!(silent, Err(MultipathdError::TimedOut { .. })));
         server.join().unwrap();
 
         std::fs::remove_file(&socket).unwrap();
         let _listener = UnixListener::bind(&socket).unwrap();
-        let strange = RealMultipathd::at(vec![socket], uid() + 1, dir.path(), LONG);
+        let strange = RealMultipathd::at(vec![socket], uid() + 1, dir.path());
         let untrusted = strange.ask("show daemon").await;
         assert!(matches!(untrusted, Err(MultipathdError::Untrusted { uid: u }) if u == uid()));
-    }
-
-    #[tokio::test]
-    async fn of_many_commands_at_once_a_few_are_with_multipathd() {
-        let dir = tempfile::tempdir().unwrap();
-        let listener = tokio::net::UnixListener::bind(dir.path().join("socket")).unwrap();
-        let door = door(dir.path(), LONG);
-        let commands =
-            futures_util::future::join_all((0..3 * CLIENTS).map(|_| door.ask("show daemon")));
-        let serve = async {
-            let mut clients = Vec::new();
-            for _ in 0..CLIENTS {
-                clients.push(listener.accept().await.unwrap().0);
-            }
-            let one_more = tokio::time::timeout(Duration::ZERO, listener.accept()).await;
-            assert!(one_more.is_err(), "the rest wait for these");
-            for served in 0..3 * CLIENTS {
-                let mut client = clients.remove(0);
-                client.write_all(&4_usize.to_ne_bytes()).await.unwrap();
-                client.write_all(b"ok\n\0").await.unwrap();
-                if served < 2 * CLIENTS {
-                    clients.push(listener.accept().await.unwrap().0);
-                }
-            }
-        };
-        let (answers, ()) = tokio::join!(commands, serve);
-        assert!(answers.into_iter().all(|answer| answer.unwrap() == "ok\n"));
     }
 
     #[tokio::test]
@@ -317,7 +267,7 @@ mod tests {
         socket::listen(&socket, Backlog::new(0).unwrap()).unwrap();
         let listener = UnixListener::from(socket);
         let _before = std::os::unix::net::UnixStream::connect(&path).unwrap();
-        let door = door(dir.path(), LONG);
+        let door = door(dir.path());
         let serve = async {
             // The other one has tried by now, and there was no room.
             drop(listener.accept().unwrap());
@@ -342,11 +292,11 @@ mod tests {
             stream.write_all(&usize::MAX.to_ne_bytes()).unwrap();
             let _ = stream.read(&mut [0; 64]);
         });
-        let answer = door(dir.path(), LONG).ask("show daemon").await;
+        let answer = door(dir.path()).ask("show daemon").await;
         assert!(matches!(answer, Err(MultipathdError::Io(_))));
         server.join().unwrap();
         let long = "x".repeat(600);
-        assert!(matches!(door(dir.path(), LONG).ask(&long).await, Err(MultipathdError::Io(_))));
+        assert!(matches!(door(dir.path()).ask(&long).await, Err(MultipathdError::Io(_))));
     }
 
     #[tokio::test]
@@ -356,7 +306,7 @@ mod tests {
         std::fs::write(dir.path().join("wwids"), format!("/{}/\n", wwid.multipath())).unwrap();
         std::fs::write(dir.path().join("bindings"), format!("mpatha {}\n", wwid.multipath()))
             .unwrap();
-        let door = door(dir.path(), LONG);
+        let door = door(dir.path());
         assert_eq!(door.forget(&wwid).await.unwrap(), Outcome::Done(()));
         assert_eq!(door.forget(&wwid).await.unwrap(), Outcome::Already(()));
         assert_eq!(std::fs::read(dir.path().join("bindings")).unwrap(), b"");

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::host::sim::FindMultipaths;
+use crate::host::storage::RealOptions;
 
 #[tokio::test(start_paused = true)]
 async fn a_slow_multipathd_is_nudged() {
@@ -77,7 +78,7 @@ async fn a_hung_multipathd_is_asked_once_when_a_path_without_a_map_goes() {
     san.sim.faults().inject(Fault { times: None, ..hang });
     let begin = tokio::time::Instant::now();
     san.detach("a", 1, &[2]).await.expect("it has no map");
-    let once = ms(Settings::default().multipathd_ms);
+    let once = RealOptions::default().multipathd_deadline;
     assert!(begin.elapsed() < 2 * once, "{:?}", begin.elapsed());
     assert_eq!(san.sim.snapshot(), before);
 }

@@ -40,10 +40,14 @@ impl InTurn {
         let mut turn = std::pin::pin!(self.clients.acquire());
         loop {
             let heard = self.answered().map_or(begun, |answered| answered.max(begun));
-            match timeout_at(heard + self.deadline, &mut turn).await {
-                Ok(turn) => return turn.ok(),
-                Err(_) if self.answered().is_some_and(|answered| answered > heard) => {}
-                Err(_) => return None,
+            let turn = timeout_at(heard + self.deadline, &mut turn).await;
+            let still_silent = self.answered().is_none_or(|answered| answered <= heard);
+            // Also for whom those make room who have waited in vain.
+            if still_silent && Instant::now() >= heard + self.deadline {
+                return None;
+            }
+            if let Ok(turn) = turn {
+                return turn.ok();
             }
         }
     }

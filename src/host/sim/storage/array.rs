@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::types::{Chap, Iqn, Lun, Portal, Wwid};
+use crate::types::{Addressing, Chap, Iqn, Lun, Portal, Wwid};
 
 /// How a portal answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +62,7 @@ pub(super) struct SimTarget {
 impl SimTarget {
     /// The LUN that the SCSI layer knows by this number.
     pub(super) fn by_scsi(&self, scsi_lun: u64) -> Option<&SimLun> {
-        self.luns.iter().find(|(lun, _)| lun.scsi() == scsi_lun).map(|(_, l)| l)
+        self.luns.get(&Lun::new(scsi_lun, Addressing::Plain).ok()?)
     }
 }
 

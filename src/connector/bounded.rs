@@ -31,7 +31,7 @@ pub(crate) fn bounded(doors: StorageDoors, settings: &Settings) -> StorageDoors 
         stuck: doors.stuck,
         tracker: doors.tracker,
         commands: Arc::new(BoundedCommands(doors.commands)),
-        // It has a deadline of its own, as many as may be before one.
+        // Bounded where it is asked in turn, for all who ask ([`crate::host::multipathd::InTurn`]).
         multipathd: doors.multipathd,
         blocks: Arc::new(BoundedBlocks {
             door: doors.blocks,
